@@ -1,0 +1,136 @@
+"""The only caller of torch.distributed collectives: the data-parallel group and six verbs on flat tensors.
+
+Decides how each verb is spelled on each backend and counts the bytes this rank sends. Knows no parameter, no
+bucket, no rule. Every asynchronous verb returns a `Pending`, which owns its tensors until it was waited for.
+
+[Note: buffer lifetime across streams] NCCL runs on its own stream. A buffer handed to it must neither be freed nor
+overwritten by the compute stream before the collective has read it. A `Pending` therefore holds every tensor of the
+collective, and `wait` makes the current stream wait for the communication stream before it lets go of them. Whoever
+starts a collective keeps the `Pending`; nothing else is needed, no `record_stream`.
+
+[Note: reduce-scatter on gloo] gloo builds its reduce-scatter on an all-reduce, twice the bytes. Here each rank sends
+every other rank its slice (`all_to_all_single`) and sums what arrives in rank order in float32: the floor's bytes
+exactly, and the same bits whatever the timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Count = Callable[[str, int], None]
+T = TypeVar("T")
+
+# torch 2.13 renames the flat collectives and warns at the old names; older torch has only those.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass(slots=True)
+class Pending:
+    """A collective under way. `wait` is idempotent and returns the result."""
+
+    result: Tensor
+    work: dist.Work | None = None
+    holds: tuple[Tensor, ...] = ()
+    then: Callable[[], None] | None = field(default=None, repr=False)
+
+    def wait(self) -> Tensor:
+        """Make the current stream (on CPU: the thread) wait; run what has to follow; free the inputs."""
+        if self.work is not None:
+            self.work.wait()
+        then, self.work, self.then = self.then, None, None
+        if then is not None:
+            then()
+        self.holds = ()
+        return self.result
+
+
+class DataParallelGroup:
+    """The data-parallel group: `dp_rank`, `dp_size` and the collectives, counted through `count(stage, bytes)`.
+
+    `process_group=None` means the default group, or one rank where torch.distributed is not initialised.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None, count: Count) -> None:
+        if process_group is None and dist.is_available() and dist.is_initialized():
+            process_group = dist.group.WORLD
+        self.process_group = process_group
+        self.count = count
+        self.dp_size = dist.get_world_size(process_group) if process_group is not None else 1
+        self.dp_rank = dist.get_rank(process_group) if process_group is not None else 0
+        self._gloo = process_group is not None and dist.get_backend(process_group) == "gloo"
+
+    def start_reduce_scatter(self, output: Tensor, input: Tensor, *, stage: str) -> Pending:
+        """Mean over ranks of `input` (dp_size * n,), this rank's slice of it into `output` (n,).
+
+        `output` may be the slice of `input` that it replaces. `input` must not change before `wait`.
+        """
+        if self.dp_size == 1:
+            return Pending(output.copy_(input) if output.data_ptr() != input.data_ptr() else output)
+        self.count(stage, (self.dp_size - 1) * output.numel() * output.element_size())
+        if not self._gloo:
+            work = _reduce_scatter(output, input, op=dist.ReduceOp.AVG, group=self.process_group, async_op=True)
+            return Pending(output, work, (input,))
+        received = torch.empty_like(input)
+        work = dist.all_to_all_single(received, input, group=self.process_group, async_op=True)
+
+        def sum_in_rank_order() -> None:
+            slices = received.view(self.dp_size, -1)
+            total = slices[0].to(torch.float32, copy=True)
+            for other in slices[1:]:
+                total += other
+            output.copy_(total.div_(self.dp_size))
+
+        return Pending(output, work, (input, received), sum_in_rank_order)
+
+    def start_all_gather(self, output: Tensor, input: Tensor, *, stage: str) -> Pending:
+        """`input` (n,) of every rank, in rank order, into `output` (dp_size * n,). `input` may be its own slice."""
+        if self.dp_size == 1:
+            return Pending(output.copy_(input) if output.data_ptr() != input.data_ptr() else output)
+        self.count(stage, (self.dp_size - 1) * input.numel() * input.element_size())
+        work = _all_gather(output, input, group=self.process_group, async_op=True)
+        return Pending(output, work, (input,))
+
+    def start_all_to_all(
+        self, output: Tensor, input: Tensor, receive_counts: list[int], send_counts: list[int], *, stage: str
+    ) -> Pending:
+        """Uneven exchange of 1-D tensors: `send_counts[r]` elements of `input` go to rank r, in rank order."""
+        if self.dp_size == 1:
+            return Pending(output)
+        sent = sum(n for rank, n in enumerate(send_counts) if rank != self.dp_rank)
+        self.count(stage, sent * input.element_size())
+        work = dist.all_to_all_single(
+            output, input, receive_counts, send_counts, group=self.process_group, async_op=True
+        )
+        return Pending(output, work, (input,))
+
+    def start_all_reduce(self, tensor: Tensor, *, stage: str) -> Pending:
+        """Sum over ranks, in place. For a few numbers: counted as a ring's 2*(dp_size-1)/dp_size."""
+        if self.dp_size == 1:
+            return Pending(tensor)
+        self.count(stage, 2 * (self.dp_size - 1) * tensor.numel() * tensor.element_size() // self.dp_size)
+        return Pending(tensor, dist.all_reduce(tensor, group=self.process_group, async_op=True))
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Rank 0's values to all, in place, blocking, any dtype. Only while buffers are built: not counted."""
+        if self.dp_size == 1 or not tensor.numel():
+            return
+        assert self.process_group is not None
+        elements = tensor.contiguous().reshape(-1)
+        source = dist.get_global_rank(self.process_group, 0)
+        dist.broadcast(elements.view(torch.uint8), source, group=self.process_group)
+        if elements.data_ptr() != tensor.data_ptr():
+            tensor.copy_(elements.view(tensor.shape))
+
+    def gather_objects(self, value: T) -> list[T]:
+        """A small picklable value of every rank, in rank order, blocking. Only at set-up: not counted."""
+        values: list[T] = [value] * self.dp_size
+        if self.dp_size > 1:
+            dist.all_gather_object(values, value, group=self.process_group)
+        return values

@@ -1,0 +1,128 @@
+"""The options that are fixed for the life of an optimizer, and the defaults of what lives in its param groups.
+
+Decides what is a legal value and says so; allocates nothing. Everything a scheduler may change (lr, weight decay,
+momentum, betas, ...) is a param-group entry instead and is read anew at every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from distmuon.errors import problem
+
+Rule = Literal["muon", "adamw"]
+Packing = Literal["balanced", "contiguous"]
+Placement = Literal["owner", "replicated"]
+GradReduction = Literal["reduce_scatter", "external"]
+AdjustLrFn = Literal["match_rms_adamw", "original"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How state is cut, moved and kept. See `DistMuon` for each field's meaning."""
+
+    packing: Packing = "balanced"
+    placement: Placement = "owner"
+    grad_reduction: GradReduction = "reduce_scatter"
+    bucket_mb: float | None = None
+    reduce_dtype: torch.dtype = torch.float32
+    master_dtype: torch.dtype = torch.float32
+    momentum_dtype: torch.dtype = torch.float32
+    ns_dtype: torch.dtype = torch.bfloat16
+    max_grad_norm: float | None = None
+    overlap: bool = True
+
+    def __post_init__(self) -> None:
+        one_of("packing", self.packing, get_args(Packing))
+        one_of("placement", self.placement, get_args(Placement))
+        one_of("grad_reduction", self.grad_reduction, get_args(GradReduction))
+        if self.bucket_mb is not None and not self.bucket_mb > 0:
+            raise problem("bucket_mb", f"found {self.bucket_mb}", "a positive size is needed", "leave it None")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise problem(
+                "max_grad_norm",
+                f"found {self.max_grad_norm}",
+                "a positive norm is needed",
+                "None: no clipping",
+            )
+        one_of("reduce_dtype", self.reduce_dtype, (torch.float32, torch.bfloat16, torch.float16))
+        one_of("master_dtype", self.master_dtype, (torch.float32,))
+        one_of("momentum_dtype", self.momentum_dtype, (torch.float32, torch.bfloat16))
+        one_of("ns_dtype", self.ns_dtype, (torch.bfloat16, torch.float16, torch.float32, torch.float64))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hyperparameters:
+    """Where the param groups start: what the constructor was given; `None` for AdamW means the same as Muon."""
+
+    lr: float | torch.Tensor
+    weight_decay: float
+    momentum: float
+    nesterov: bool
+    ns_steps: int
+    ns_coefficients: str | tuple[float, float, float]
+    adjust_lr_fn: AdjustLrFn
+    adamw_lr: float | torch.Tensor | None
+    adamw_betas: tuple[float, float]
+    adamw_eps: float
+    adamw_weight_decay: float | None
+
+    def group(self, rule: Rule) -> dict[str, object]:
+        """A fresh param group's entries. `momentum` is in both: schedulers that cycle it ask every group."""
+        if rule == "muon":
+            return {
+                "rule": rule,
+                "lr": self.lr,
+                "weight_decay": self.weight_decay,
+                "momentum": self.momentum,
+                "nesterov": self.nesterov,
+                "ns_steps": self.ns_steps,
+                "ns_coefficients": self.ns_coefficients,
+                "adjust_lr_fn": self.adjust_lr_fn,
+            }
+        return {
+            "rule": rule,
+            "lr": self.lr if self.adamw_lr is None else self.adamw_lr,
+            "weight_decay": self.weight_decay if self.adamw_weight_decay is None else self.adamw_weight_decay,
+            "momentum": self.momentum,
+            "betas": self.adamw_betas,
+            "eps": self.adamw_eps,
+        }
+
+
+def check_group(name: str, group: dict[str, object]) -> None:
+    """Raise for a hyperparameter of one param group that no rule can work with."""
+
+    def bound(key: str, value: object, below: float = float("inf")) -> None:
+        if isinstance(value, torch.Tensor):
+            if value.numel() != 1:
+                raise problem(f"{name}.{key}", f"a tensor of {value.numel()} elements", "one is needed", "pass one")
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < below:
+            needed = "a number >= 0 is needed" if below == float("inf") else f"a number in [0, {below}) is needed"
+            raise problem(f"{name}.{key}", f"found {value!r}", needed, f"correct {key}")
+
+    bound("lr", group["lr"])
+    bound("weight_decay", group["weight_decay"])
+    if group["rule"] == "muon":
+        bound("momentum", group["momentum"], 1.0)
+        one_of(f"{name}.adjust_lr_fn", group["adjust_lr_fn"], get_args(AdjustLrFn))
+        steps = group["ns_steps"]
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < 100:
+            raise problem(f"{name}.ns_steps", f"found {steps!r}", "1 to 99 steps are needed", "5 is the usual number")
+        return
+    bound("eps", group["eps"])
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise problem(f"{name}.betas", f"found {betas!r}", "two numbers are needed", "pass (beta1, beta2)")
+    for beta in betas:
+        bound("betas", beta, 1.0)
+
+
+def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise problem(name, f"found {value!r}", f"one of {', '.join(map(str, allowed))} is needed", f"correct {name}")

@@ -1,0 +1,126 @@
+"""What all ranks must agree on before anything happens: the plan, once; the verdict on the gradients, every step.
+
+Decides whether a step may touch state. The verdict is one small all-reduce: sum of squares of the averaged gradient,
+and for each parameter on how many ranks it had a gradient. Non-finite values show in the sum of squares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distmuon.collectives import DataParallelGroup
+from distmuon.errors import problem
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The same on all ranks. `total_norm` (0-dim float32) and `ok` (0-dim bool) stay on the device.
+
+    `present[i]`: some rank had a gradient for parameter i (a parameter without any is left alone).
+    """
+
+    total_norm: Tensor
+    ok: Tensor
+    present: Sequence[bool]
+
+
+def unwrap(params: Any, grad_reduction: str) -> Any:
+    """The module to route. Refuses wrappers that would average a second time or that hold no whole parameters."""
+    if isinstance(params, nn.parallel.DistributedDataParallel):
+        if grad_reduction == "reduce_scatter":
+            raise problem(
+                "params", "a model wrapped in DistributedDataParallel, which averages the gradients itself",
+                "one reduction of the gradients is needed",
+                'pass grad_reduction="external", or pass the unwrapped model (and give DDP a no-op hook: '
+                "register_comm_hook with a function that returns the bucket's buffer unchanged)",
+            )  # fmt: skip
+        return params.module
+    if type(params).__module__.startswith("torch.distributed.fsdp"):
+        raise problem(
+            "params", f"a model wrapped in {type(params).__name__}", "whole parameters are needed (ZeRO-1)",
+            "pass the plain module: distmuon shards optimizer state and gradients by itself",
+        )  # fmt: skip
+    return params
+
+
+def check_unsharded(named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """Raise for parameters that some framework has cut up, or that live on several devices."""
+    first_fqn, first = named[0]
+    for fqn, param in named:
+        if type(param).__module__.startswith("torch.distributed") or type(param.data).__name__ == "DTensor":
+            found = "a DTensor (FSDP2 or tensor parallel)"
+        elif hasattr(param, "ds_id"):
+            found = "partitioned by DeepSpeed (zero.Init or stage 3)"
+        elif param.is_complex() or not param.is_floating_point():
+            found = f"of dtype {param.dtype}"
+        elif param.device != first.device:
+            found = f"on {param.device} while {first_fqn} is on {first.device}"
+        else:
+            continue
+        raise problem(
+            fqn, f"the parameter is {found}", "whole real parameters on one device are needed on every rank",
+            "hand over the plain model (ZeRO stage 0)",
+        )  # fmt: skip
+
+
+def check(grad_shards: Sequence[Tensor], present: Sequence[bool], group: DataParallelGroup) -> Verdict:
+    """One all-reduce. The host reads the device only if some parameter had no gradient here."""
+    squares = [torch.linalg.vector_norm(shard, dtype=torch.float64).square() for shard in grad_shards]
+    flags = torch.tensor(present, dtype=torch.float64, device=squares[0].device)
+    message = torch.cat([torch.stack(squares).sum().view(1), flags])
+    reduced = group.start_all_reduce(message, stage="guard").wait()
+    total_norm = reduced[0].sqrt()
+    if not all(present):
+        present = [count > 0 for count in reduced[1:].tolist()]
+    return Verdict(total_norm.float(), torch.isfinite(total_norm), present)
+
+
+def agree_on_plan(fingerprint: str, items: Sequence[str], group: DataParallelGroup) -> None:
+    """Raise the same `ValueError` on all ranks unless they made the same layout. Blocking, once.
+
+    `items`: one text a parameter, in order, to name the first difference.
+    """
+    digest = hashlib.sha256(fingerprint.encode()).hexdigest()
+    if len(set(group.gather_objects(digest))) == 1:
+        return
+    everyone = group.gather_objects(list(items))
+    for rank, theirs in enumerate(everyone):
+        for position in range(max(len(theirs), len(everyone[0]))):
+            ours, other = (dict(enumerate(texts)).get(position, "nothing") for texts in (everyone[0], theirs))
+            if ours != other:
+                raise problem(
+                    f"rank {rank}",
+                    f"parameter {position} is {other}, on rank 0 it is {ours}",
+                    "all ranks must build the same model and options in the same order",
+                    "make model construction independent of the rank",
+                )
+    raise problem(
+        "plan",
+        "ranks agree on the parameters but not on the layout",
+        "all ranks need the same options and versions",
+        "pass the same arguments to DistMuon on every rank",
+    )
+
+
+def agree_on_reduced(grads: Sequence[Tensor], group: DataParallelGroup) -> None:
+    """Raise on all ranks unless their gradients are the same: `grad_reduction="external"` promises averaged ones.
+
+    Compares the sums of squares; blocking, once, at the first step.
+    """
+    total = float(
+        sum((torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads), torch.zeros(()))
+    )
+    totals = group.gather_objects(total)
+    if max(totals) - min(totals) > 1e-5 * max(map(abs, totals)):
+        raise problem(
+            'grad_reduction="external"',
+            f"the ranks' gradients differ (squared norms from {min(totals):.6g} to {max(totals):.6g})",
+            "gradients already averaged over the ranks are needed",
+            'wrap the model in DDP, or let distmuon reduce: grad_reduction="reduce_scatter"',
+        )

@@ -1,0 +1,105 @@
+"""Where autograd and modules call us: gradient hooks, forward pre-hooks, state-dict hooks.
+
+Decides who is called when, nothing else. Hooks hold the optimizer weakly, so that dropping it frees its buffers, and
+a parameter has one manager: a newer optimizer takes over, the older one is told (`Listener.release`).
+
+[Note: which modules wait] A module that holds parameters of its own may also use those of its children without
+calling them (nn.MultiheadAttention reads `out_proj.weight`). So such a module waits for its whole subtree; pure
+containers wait for nothing and leave it to their children. A parameter that is used outside any of these is
+noticed in backward: its gradient arrives while its bucket is still in flight, and the optimizer raises.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class Listener(Protocol):
+    """What the hooks call."""
+
+    def build(self) -> None: ...
+    def on_gradient(self, index: int) -> None: ...
+    def wait_for(self, buckets: Iterable[int]) -> None: ...
+    def synchronize(self) -> None: ...
+    def release(self) -> None: ...
+
+
+_manager_of = WeakIdKeyDictionary()  # parameter -> weakref of the Listener that manages it
+
+
+class Hooks:
+    """All hooks of one listener; gone when it is, or on `remove`."""
+
+    def __init__(self, listener: Listener, params: Sequence[nn.Parameter], model: nn.Module | None) -> None:
+        self._listener = weakref.ref(listener)
+        self._handles: list[RemovableHandle] = []
+        self._model = model
+        for index, param in enumerate(params):
+            self._take_over(param)
+            self._on_gradient(index, param)
+        if model is not None:
+            self._on_model(model)
+        weakref.finalize(listener, _remove, self._handles)
+
+    @property
+    def active(self) -> bool:
+        return bool(self._handles)
+
+    def remove(self) -> None:
+        _remove(self._handles)
+
+    def _take_over(self, param: nn.Parameter) -> None:
+        previous = _manager_of[param]() if param in _manager_of else None
+        if previous is not None and previous is not self._listener():
+            previous.release()
+        _manager_of[param] = self._listener
+
+    def _on_gradient(self, index: int, param: nn.Parameter) -> None:
+        listener_ref = self._listener
+
+        def hook(_param: Tensor) -> None:
+            if (listener := listener_ref()) is not None:
+                listener.on_gradient(index)
+
+        self._handles.append(param.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+
+    def _on_model(self, model: nn.Module) -> None:
+        listener_ref = self._listener
+
+        def on_forward(_module: nn.Module, _args: object) -> None:
+            if (listener := listener_ref()) is not None:
+                listener.build()
+
+        def on_state(*_: object) -> None:
+            if (listener := listener_ref()) is not None:
+                listener.synchronize()
+
+        self._handles.append(model.register_forward_pre_hook(on_forward, prepend=True))
+        self._handles.append(model.register_state_dict_pre_hook(on_state))  # type: ignore[no-untyped-call]
+        self._handles.append(model.register_load_state_dict_pre_hook(on_state))  # type: ignore[no-untyped-call]
+
+    def wait_in_forward(self, bucket_of: Mapping[int, int]) -> None:
+        """Let each module wait for its buckets, see [Note: which modules wait]; `bucket_of`: by id(parameter)."""
+        listener_ref = self._listener
+        assert self._model is not None
+        for module in self._model.modules():
+            if not any(id(param) in bucket_of for param in module.parameters(recurse=False)):
+                continue
+            needed = frozenset(bucket_of[id(p)] for p in module.parameters() if id(p) in bucket_of)
+
+            def pre_hook(_module: nn.Module, _args: object, needed: frozenset[int] = needed) -> None:
+                if (listener := listener_ref()) is not None:
+                    listener.wait_for(needed)
+
+            self._handles.append(module.register_forward_pre_hook(pre_hook, prepend=True))
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()

@@ -1,0 +1,237 @@
+"""Where every element lives: buckets, shards, segments, owners. Integers only, made before any tensor exists.
+
+Decides the cut of the parameters into buckets and of each bucket into `dp_size` equal shards. Every rank computes the
+same `Layout` from the same `ParamSpec`s. How one bucket is packed is `packing.py`; `planner.py` counts bytes.
+No tensor, no process group.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from distmuon.config import Packing, Placement
+from distmuon.packing import Item, Loads, Piece, pack_balanced, pack_evenly
+from distmuon.routing import Matrix, ParamSpec
+
+_MIN_BUCKET_ELEMENTS = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`length` elements of parameter `param` from `param_offset` on lie on `rank`, at `shard_offset` of its shard.
+
+    A segment of a Muon parameter lies inside one unit (`Matrix`).
+    """
+
+    param: int
+    param_offset: int
+    length: int
+    rank: int
+    shard_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """What one reduce-scatter and one all-gather move: `dp_size` shards of `shard_size` elements of one dtype."""
+
+    index: int
+    dtype: torch.dtype
+    params: tuple[int, ...]
+    shard_size: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedMatrix:
+    """A unit, its pieces, and the ranks that orthogonalize it: the owner alone, or every holder (`replicated`)."""
+
+    index: int
+    param: int
+    matrix: Matrix
+    bucket: int
+    pieces: tuple[Segment, ...]
+    workers: tuple[int, ...]
+
+    @property
+    def straddling(self) -> bool:
+        return any(piece.rank != self.pieces[0].rank for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The whole cut. `buckets` in the order in which backward fills them."""
+
+    dp_size: int
+    specs: tuple[ParamSpec, ...]
+    buckets: tuple[Bucket, ...]
+    matrices: tuple[PlacedMatrix, ...]
+
+    @cached_property
+    def segments_of(self) -> tuple[tuple[Segment, ...], ...]:
+        """Per parameter, its segments by `param_offset`."""
+        found: list[list[Segment]] = [[] for _ in self.specs]
+        for bucket in self.buckets:
+            for segment in bucket.segments:
+                found[segment.param].append(segment)
+        return tuple(tuple(sorted(segments, key=lambda s: s.param_offset)) for segments in found)
+
+    @cached_property
+    def bucket_of(self) -> tuple[int, ...]:
+        """Per parameter, the index of its bucket."""
+        where = {param: bucket.index for bucket in self.buckets for param in bucket.params}
+        return tuple(where[i] for i in range(len(self.specs)))
+
+    def unit_of(self, segment: Segment) -> Matrix:
+        """The unit that a Muon parameter's segment lies in."""
+        spec = self.specs[segment.param]
+        return spec.matrices[_unit_at(spec, segment)]
+
+    def contiguous_start(self, param: int) -> int | None:
+        """Where `param` starts in its bucket's flat buffer, if it lies there in one piece."""
+        shard_size = self.buckets[self.bucket_of[param]].shard_size
+        segments = self.segments_of[param]
+        start = segments[0].rank * shard_size + segments[0].shard_offset
+        for segment in segments:
+            if segment.rank * shard_size + segment.shard_offset != start + segment.param_offset:
+                return None
+        return start
+
+    def fingerprint(self) -> str:
+        """Text that is equal on two ranks exactly if they cut alike."""
+        return repr(
+            (self.dp_size, [(s.fqn, s.shape, str(s.dtype), s.rule, s.matrices) for s in self.specs], self.buckets)
+        )
+
+
+def ns_cost(matrix: Matrix) -> int:
+    """FLOPs of one Newton-Schulz step, 4*k*k*l + 2*k**3 with short side k, summed over the logical matrices."""
+    cost = 0
+    for m, n in matrix.logical_shapes:
+        k, long = min(m, n), max(m, n)
+        cost += 4 * k * k * long + 2 * k**3
+    return cost
+
+
+def make_layout(
+    specs: Sequence[ParamSpec],
+    dp_size: int,
+    *,
+    packing: Packing = "balanced",
+    placement: Placement = "owner",
+    bucket_mb: float | None = None,
+) -> Layout:
+    """Cut `specs` (registration order) for `dp_size` ranks. Pure and deterministic.
+
+    `bucket_mb`: size of a bucket in MiB of float32 gradients; None: a sixteenth of the model, more where `dp_size` of
+    the largest matrix would not fit, an eighth at the most.
+    """
+    loads = Loads([0] * dp_size, [0] * dp_size)
+    buckets = []
+    for index, params in enumerate(_bucket_params(specs, dp_size, bucket_mb)):
+        shard_size, shards = _pack(specs, params, dp_size, packing, loads)
+        segments = tuple(_split_at_units(specs, shards))
+        buckets.append(Bucket(index, specs[params[0]].dtype, tuple(params), shard_size, segments))
+    return Layout(dp_size, tuple(specs), tuple(buckets), _place(specs, buckets, placement, dp_size))
+
+
+def _bucket_params(specs: Sequence[ParamSpec], dp_size: int, bucket_mb: float | None) -> Iterator[list[int]]:
+    """Runs of parameters of one dtype in the order of backward (last registered first). A large embedding or head
+    and a large stack of matrices have a bucket of their own: cut evenly, they stay contiguous."""
+    total = sum(spec.numel for spec in specs)
+    if bucket_mb is not None:
+        target = smallest = max(1, int(bucket_mb * (1 << 20) / 4))
+    else:
+        smallest = _MIN_BUCKET_ELEMENTS
+        largest = max((m.numel for spec in specs for m in spec.matrices), default=0)
+        target = max(smallest, min(max(total // 16, dp_size * largest), total // 8))
+
+    def alone(spec: ParamSpec) -> bool:
+        return spec.numel >= (smallest if len(spec.matrices) > 1 else target) and len(spec.matrices) != 1
+
+    for dtype in dict.fromkeys(spec.dtype for spec in specs):
+        bucket: list[int] = []
+        filled = 0
+        for param in (p for p in reversed(range(len(specs))) if specs[p].dtype == dtype):
+            if bucket and (filled >= target or alone(specs[param])):
+                yield bucket
+                bucket, filled = [], 0
+            bucket.append(param)
+            filled = target if alone(specs[param]) else filled + specs[param].numel
+        if bucket:
+            yield bucket
+
+
+def _pack(
+    specs: Sequence[ParamSpec], params: Sequence[int], dp_size: int, packing: Packing, loads: Loads
+) -> tuple[int, list[list[Piece]]]:
+    """Pack one bucket. A parameter alone in it is cut evenly if that cuts no unit: so large stacks stay contiguous."""
+    shard_size, shards = pack_evenly([Item(p, 0, specs[p].numel) for p in params], dp_size)
+    if packing == "contiguous":
+        return shard_size, shards
+    starts = {piece.offset for shard in shards for piece in shard}
+    if len(params) == 1 and starts <= {matrix.offset for matrix in specs[params[0]].matrices}:
+        return shard_size, shards
+    stones = [Item(p, m.offset, m.numel, ns_cost(m)) for p in params for m in specs[p].matrices]
+    sand = [Item(p, 0, specs[p].numel) for p in params if not specs[p].matrices]
+    return pack_balanced(stones, sand, dp_size, loads)
+
+
+def _split_at_units(specs: Sequence[ParamSpec], shards: list[list[Piece]]) -> Iterator[Segment]:
+    """Segments in (rank, shard_offset) order; a piece that covers several units of a parameter becomes several."""
+    for rank, shard in enumerate(shards):
+        for param, offset, length, at in shard:
+            units = specs[param].matrices or (Matrix(0, 1, specs[param].numel),)
+            for unit in units:
+                start, stop = max(offset, unit.offset), min(offset + length, unit.offset + unit.numel)
+                if start < stop:
+                    yield Segment(param, start, stop - start, rank, at + start - offset)
+
+
+def _place(
+    specs: Sequence[ParamSpec], buckets: Sequence[Bucket], placement: Placement, dp_size: int
+) -> tuple[PlacedMatrix, ...]:
+    """Give every unit its workers. A straddler goes, dearest first, to its least loaded holder."""
+    pieces_of: dict[tuple[int, int], list[Segment]] = {}
+    for bucket in buckets:
+        for segment in bucket.segments:
+            if specs[segment.param].matrices:
+                pieces_of.setdefault((segment.param, _unit_at(specs[segment.param], segment)), []).append(segment)
+    units = [
+        (param, unit) for bucket in buckets for param in bucket.params for unit in range(len(specs[param].matrices))
+    ]
+    bucket_of = {param: bucket.index for bucket in buckets for param in bucket.params}
+    workers = [tuple(sorted({piece.rank for piece in pieces_of[unit]})) for unit in units]
+    costs = [ns_cost(specs[param].matrices[unit]) for param, unit in units]
+    if placement == "owner":
+        load, ideal = [0] * dp_size, sum(costs) / dp_size
+        for holders, cost in zip(workers, costs):
+            if len(holders) == 1:
+                load[holders[0]] += cost
+        for index in sorted(range(len(units)), key=lambda i: (-costs[i], i)):
+            if len(workers[index]) > 1:
+                owner = min(workers[index], key=lambda rank: (load[rank], rank))
+                if load[owner] + costs[index] > ideal:
+                    owner = min(range(dp_size), key=lambda rank: (load[rank], rank not in workers[index], rank))
+                load[owner] += costs[index]
+                workers[index] = (owner,)
+    return tuple(
+        PlacedMatrix(
+            index,
+            param,
+            specs[param].matrices[unit],
+            bucket_of[param],
+            tuple(sorted(pieces_of[param, unit], key=lambda piece: piece.param_offset)),
+            workers[index],
+        )
+        for index, (param, unit) in enumerate(units)
+    )
+
+
+def _unit_at(spec: ParamSpec, segment: Segment) -> int:
+    """The index of the unit that `segment` belongs to."""
+    return bisect_right([m.offset for m in spec.matrices], segment.param_offset) - 1

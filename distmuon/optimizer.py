@@ -1,0 +1,336 @@
+"""The conductor: builds the rooms below and conducts `step`. The algorithm of one bucket is `_walk`, one line a stage.
+
+Decides order and time, nothing else: which rule is `routing`, where is `layout`, storage is `buffers`, bytes are
+the movers', numbers are `rules` and `newton_schulz`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distmuon import checkpoint, guards, planner, rules
+from distmuon.buffers import Buffers
+from distmuon.collectives import DataParallelGroup
+from distmuon.config import AdjustLrFn, GradReduction, Hyperparameters, Options, Packing, Placement, check_group
+from distmuon.errors import problem
+from distmuon.grad_reduce import BackwardReducer, GradSource, ReducedGrads
+from distmuon.hooks import Hooks
+from distmuon.layout import Layout, make_layout
+from distmuon.metrics import Metrics
+from distmuon.newton_schulz import resolve
+from distmuon.param_gather import ParamGather
+from distmuon.routing import Route, make_groups, route_params
+from distmuon.walk import BucketWalk, pipeline
+
+
+class DistMuon(torch.optim.Optimizer):
+    r"""Muon for hidden matrices and AdamW for the rest, sharded over the data-parallel group (ZeRO-1).
+
+    For each matrix ``W`` of logical shape (m, n), stored (out, in), with averaged gradient ``G``
+    (arXiv 2502.16982, Algorithm 1)::
+
+        M = mu*M + (1-mu)*G                          on this rank's shard
+        U = (1-mu)*G + mu*M                          (Nesterov), M otherwise
+        O = newton_schulz(U / ||U||)                 once per matrix in the group
+        W = W - lr*(0.2*sqrt(max(m, n))*O + wd*W)    on the shard of the float32 master
+
+    Args:
+        params: the model (routed by `distmuon.route`), or an iterable of (fqn, parameter) pairs, or of dicts
+            ``{"params": [(fqn, parameter), ...], "rule": "muon" | "adamw", **group entries}``.
+        lr: learning rate of both rules: the scale matches AdamW's update RMS, so one serves both.
+        weight_decay: decoupled, times lr, not times the scale.
+        momentum, nesterov, ns_steps, ns_coefficients, adjust_lr_fn: as in `torch.optim.Muon`; coefficients by
+            the name of a table in `newton_schulz.COEFFICIENTS` or as a triple.
+        adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: the AdamW part; None: the same as Muon's.
+        routes: decisions that go before the defaults, first match wins; ``"adamw"``: no Muon, on purpose.
+        process_group: the data-parallel group. None: the default group, or one rank without torch.distributed.
+        bucket_mb: size of a bucket in MiB of float32 gradients. None: chosen from model and dp_size.
+        packing: "balanced" (whole matrices where they fit) or "contiguous" (even cuts, Megatron's way).
+        placement: "owner" (each matrix orthogonalized once) or "replicated" (by every rank that holds a piece).
+        grad_reduction: "reduce_scatter" (here, under backward) or "external" (gradients arrive averaged).
+        reduce_dtype: of the gradient buffers and their reduction. None: float32.
+        master_dtype: of the weights that are updated; kept apart only where parameters are not of that dtype.
+        momentum_dtype: of the momentum buffer.
+        ns_dtype: of Newton-Schulz and of the exchange of matrix pieces. None: bfloat16.
+        max_grad_norm: clip every step's averaged gradient to this global norm. None: only on `clip_grad_norm_`.
+        overlap: reduce under backward, pipeline the buckets in `step`, gather parameters under the next forward.
+
+    Buffers are built at the first forward, gradient, step or state call, on all ranks together: rank 0's parameters
+    (and module buffers) are broadcast, then trainable parameters live in flat storage and must not be moved.
+    After backward ``param.grad`` is None: the gradient is in the reduction. Between `step` and the next forward
+    parameters are in flight; call `synchronize` before reading them by any other way than a forward.
+
+    Raises:
+        ValueError: for illegal options, weights no route decides, no Muon parameter, parameters already sharded or
+            averaged by somebody else; the message names thing, number and cure.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        *,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        ns_coefficients: str | tuple[float, float, float] = "jordan",
+        adjust_lr_fn: AdjustLrFn = "match_rms_adamw",
+        adamw_lr: float | Tensor | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float | None = None,
+        routes: Sequence[Route] | str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        bucket_mb: float | None = None,
+        packing: Packing = "balanced",
+        placement: Placement = "owner",
+        grad_reduction: GradReduction = "reduce_scatter",
+        reduce_dtype: torch.dtype | None = None,
+        master_dtype: torch.dtype = torch.float32,
+        momentum_dtype: torch.dtype = torch.float32,
+        ns_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        overlap: bool = True,
+    ) -> None:
+        self.options = Options(
+            packing=packing, placement=placement, grad_reduction=grad_reduction, bucket_mb=bucket_mb,
+            reduce_dtype=reduce_dtype or torch.float32, master_dtype=master_dtype, momentum_dtype=momentum_dtype,
+            ns_dtype=ns_dtype or torch.bfloat16, max_grad_norm=max_grad_norm, overlap=overlap,
+        )  # fmt: skip
+        start = Hyperparameters(
+            lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps,
+            ns_coefficients=ns_coefficients, adjust_lr_fn=adjust_lr_fn, adamw_lr=adamw_lr, adamw_betas=adamw_betas,
+            adamw_eps=adamw_eps, adamw_weight_decay=adamw_weight_decay,
+        )  # fmt: skip
+        params = guards.unwrap(params, grad_reduction)
+        self._model, routed = (params if isinstance(params, nn.Module) else None), route_params(params, routes)
+        guards.check_unsharded([(spec.fqn, param) for spec, param in routed])
+        self._specs = tuple(spec for spec, _ in routed)
+        self._params = [param for _, param in routed]
+        groups, self._group_of = make_groups(routed, start)
+        self._frozen_groups = False
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self._frozen_groups = True
+        self._check_groups()
+
+        self._metrics = Metrics()
+        self.group = DataParallelGroup(process_group, self._metrics.count)
+        self.layout: Layout = make_layout(
+            self._specs, self.group.dp_size, packing=packing, placement=placement, bucket_mb=bucket_mb
+        )
+        self._buffers: Buffers | None = None
+        self._verdict: guards.Verdict | None = None
+        self._last_verdict: guards.Verdict | None = None
+        self._skipped: Tensor | None = None
+        self._sync = True
+        self._hooks = Hooks(self, self._params, self._model)
+
+    # ------------------------------------------------------------------ set-up
+
+    def release(self) -> None:
+        """A newer optimizer manages these parameters: finish what is in flight and let go of them."""
+        self.synchronize()
+        self._hooks.remove()
+
+    def build(self) -> None:
+        """Check that the ranks agree, take rank 0's values, make the buffers. Collective; only the first call acts."""
+        if self._buffers is not None:
+            return
+        lines = [f"{s.fqn} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
+        guards.agree_on_plan(self.layout.fingerprint() + repr(self.options), lines, self.group)
+        for tensor in self._params if self._model is None else [*self._model.parameters(), *self._model.buffers()]:
+            self.group.broadcast(tensor.data)
+        buffers = Buffers(self.layout, self._params, self.group.dp_rank, self.options)
+        self._source: GradSource = (
+            BackwardReducer(buffers, self.group, self.options.overlap)
+            if self.options.grad_reduction == "reduce_scatter"
+            else ReducedGrads(buffers)
+        )
+        self._walks = [
+            BucketWalk(
+                bucket, self.layout, self.group, self.param_groups, self._group_of, self.options.ns_dtype, self._metrics
+            )
+            for bucket in buffers.buckets
+        ]
+        self._param_gather = ParamGather(buffers.buckets, self.group)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self._params[0].device)
+        self._gathers_in_forward = self._model is not None and self.options.overlap and self.group.dp_size > 1
+        if self._gathers_in_forward:
+            self._hooks.wait_in_forward({id(p): self.layout.bucket_of[i] for i, p in enumerate(self._params)})
+        self._buffers = buffers
+
+    def _built(self) -> Buffers:
+        if not self._hooks.active:
+            raise problem(
+                "DistMuon", "its parameters were taken over by a newer DistMuon", "one optimizer manages a parameter",
+                "step the newer one",
+            )  # fmt: skip
+        self.build()
+        assert self._buffers is not None
+        return self._buffers
+
+    # ------------------------------------------------------------------ gradients
+
+    def on_gradient(self, index: int) -> None:
+        """Called by autograd when the gradient of parameter `index` is complete."""
+        self._built()
+        if self._param_gather.in_flight(self.layout.bucket_of[index]):
+            raise problem(
+                self._specs[index].fqn, "it was used in forward before its all-gather was waited for",
+                "parameters are waited for in the forward of the module that holds them",
+                "call optimizer.synchronize() before the forward, or pass overlap=False",
+            )  # fmt: skip
+        self._source.accept(index, self._params[index], self._sync)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside, backward only accumulates; wrap all micro-batches of a step but the last, as with DDP."""
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    @torch.no_grad()
+    def reduce_gradients(self, **_ignored: object) -> None:
+        """Finish the reduction and agree on the verdict. Idempotent until `step`; `step` calls it."""
+        if self._verdict is not None:
+            return
+        buffers = self._built()
+        buffers.adopt()
+        with self._metrics.stage("finish_reduce_scatter"):
+            present = self._source.finish()
+        if isinstance(self._source, ReducedGrads) and self._metrics.steps == 0:
+            guards.agree_on_reduced([p.grad for p in self._params if p.grad is not None], self.group)
+        with self._metrics.stage("guard"):
+            self._verdict = guards.check([b.grad_shard for b in buffers.buckets], present, self.group)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale the averaged gradient so that its global 2-norm is at most `max_norm`; returns the norm before.
+
+        Equals `torch.nn.utils.clip_grad_norm_` on the unsharded model with the averaged gradient. Collective.
+        """
+        self.reduce_gradients()
+        assert self._verdict is not None and self._buffers is not None
+        coefficient = rules.clip_coefficient(self._verdict.total_norm, max_norm, norm_type)
+        for bucket in self._buffers.buckets:
+            bucket.grad_shard.mul_(coefficient)
+        return self._verdict.total_norm.clone()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients, also those already accumulated or reduced but not yet used by a step."""
+        super().zero_grad(set_to_none)
+        if self._buffers is not None:
+            self._source.reset()
+            self._verdict = None
+
+    # ------------------------------------------------------------------ the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update on all ranks. `closure` re-evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        buffers = self._built()
+        self._check_groups()
+        self._param_gather.wait()
+        if self.options.max_grad_norm is not None and self._verdict is None:
+            self.clip_grad_norm_(self.options.max_grad_norm)
+        self.reduce_gradients()
+        verdict, self._verdict = self._verdict, None
+        assert verdict is not None and self._skipped is not None
+
+        pipeline([walk.run(verdict, self._param_gather.start) for walk in self._walks], self.options.overlap)
+
+        buffers.mark_written()
+        self._skipped += ~verdict.ok
+        self._last_verdict = verdict
+        self._source.reset()
+        if not self._gathers_in_forward or self._optimizer_step_post_hooks:
+            self.synchronize()
+        self._metrics.close_step()
+        return loss
+
+    def _check_groups(self) -> None:
+        for number, group in enumerate(self.param_groups):
+            check_group(f"param_groups[{number}]", group)
+            if group["rule"] == "muon":
+                resolve(group["ns_coefficients"], group["ns_steps"])
+
+    def wait_for(self, buckets: Iterable[int]) -> None:
+        """Called by a module's forward: wait for the all-gathers of these buckets."""
+        self._param_gather.wait(buckets)
+
+    def synchronize(self) -> None:
+        """Wait for the parameter all-gathers that `step` left under way. Forwards do so by themselves."""
+        if self._buffers is not None:
+            self._param_gather.wait()
+
+    # ------------------------------------------------------------------ state and reports
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once constructed: the layout is fixed by all parameters together."""
+        if self._frozen_groups:
+            raise problem(
+                "add_param_group", "called after construction", "the layout is fixed when the optimizer is made",
+                "make a new DistMuon with all parameters",
+            )  # fmt: skip
+        super().add_param_group(param_group)
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """Whole state of every parameter on the CPU, on every rank, in torch.optim's format. Collective."""
+        buffers = self._built()
+        self.synchronize()
+        packed = super().state_dict()["param_groups"]
+        return checkpoint.full_state_dict(buffers, self.group, self.param_groups, packed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """`full_state_dict()`; before anything was built, the empty state."""
+        return super().state_dict() if self._buffers is None else self.full_state_dict()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any], **_ignored: object) -> None:
+        """Load a full state saved at any dp_size. State keeps its own dtype; masters, if any, become the parameters."""
+        checkpoint.load_groups(state_dict["param_groups"], self.param_groups)
+        self._check_groups()
+        if not state_dict["state"]:
+            return
+        buffers = self._built()
+        self.synchronize()
+        buffers.adopt()
+        checkpoint.load_full_state(buffers, self.param_groups, state_dict["state"])
+        for bucket in range(len(buffers.buckets)):
+            self._param_gather.start(bucket)
+        self.synchronize()
+        buffers.mark_written()
+
+    def metrics(self) -> dict[str, Any]:
+        """Numbers of the last step and totals. Reads the device: on CUDA call it every few steps, not in the hot loop.
+
+        ``bytes`` and ``calls``: sent by this rank, by stage; ``stage_ms``: host milliseconds; ``ns_matrices``:
+        orthogonalized by this rank; ``grad_norm``: before clipping, None before the first step.
+        """
+        verdict = self._last_verdict
+        return {
+            **self._metrics.last(),
+            "skipped_steps": int(self._skipped) if self._skipped is not None else 0,
+            "grad_norm": float(verdict.total_norm) if verdict is not None else None,
+            "lr": {group["rule"]: rules.scalar(group["lr"]) for group in reversed(self.param_groups)},
+            "state_bytes": self._buffers.state_bytes if self._buffers is not None else 0,
+        }
+
+    def report(self, *, full: bool = False) -> str:
+        """What went where, in a few lines; `full`: and one line a parameter with the reason."""
+        frozen = sum(not p.requires_grad for p in self._model.parameters()) if self._model is not None else 0
+        text = planner.describe(self.layout, frozen)
+        return f"{text}\n{planner.routing_table(self.layout)}" if full else text

@@ -1,0 +1,45 @@
+"""Updated shards -> whole parameters on all ranks, bucket by bucket, under whatever comes next.
+
+Decides when a bucket's bytes have arrived and staged parameters are copied out. Who waits, and when, is decided by
+the hooks of the modules (`hooks.py`): the all-gathers of later layers run under the forward of earlier ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from distmuon.buffers import BucketBuffers
+from distmuon.collectives import DataParallelGroup, Pending
+
+
+class ParamGather:
+    """The all-gathers under way, by bucket."""
+
+    def __init__(self, buckets: Sequence[BucketBuffers], group: DataParallelGroup) -> None:
+        self._buckets = buckets
+        self._group = group
+        self._pending: dict[int, Pending] = {}
+
+    def start(self, index: int) -> None:
+        """All-gather bucket `index`, in place in its flat buffer."""
+        bucket = self._buckets[index]
+        bucket.publish_master()
+        with torch.profiler.record_function(f"distmuon::all_gather/{index}"):
+            self._pending[index] = self._group.start_all_gather(
+                bucket.param_flat, bucket.param_shard, stage="all_gather"
+            )
+
+    def in_flight(self, index: int) -> bool:
+        return index in self._pending
+
+    def wait(self, indices: Iterable[int] | None = None) -> None:
+        """Wait for the buckets `indices` (None: all); cheap where nothing is in flight."""
+        if not self._pending:
+            return
+        for index in sorted(self._pending if indices is None else indices):
+            pending = self._pending.pop(index, None)
+            if pending is not None:
+                pending.wait()
+                self._buckets[index].stage_out()

@@ -1,0 +1,276 @@
+"""Which rule updates which parameter, and which logical matrices a parameter holds.
+
+Decides by the user's routes first (first match wins), then by identity (what an embedding or the output head holds),
+by module type, by number of dimensions, and last by a few well-known names of raw parameters. A weight that none of
+these decides raises: Muon is never guessed. Knows shapes and names only; no rank, no bucket.
+
+[Note: logical matrices] Newton-Schulz and the update's scale see logical matrices, not storage:
+  (m, n) linear weight            one m x n matrix
+  (E, m, n) stack of experts      E matrices
+  (out, in, *kernel) convolution  one out x (in * prod(kernel)) matrix
+  split=[q, k, v]                 a fused weight cut along its rows (`split_dim=0`), one matrix a part; in a stack each
+                                  slice is cut. `split_dim=1` cuts columns, for weights stored (in, out).
+A matrix of rows is a contiguous range of its parameter, and that range is the unit the layout places. Column blocks
+are not contiguous: they stay one unit and are told apart only when it is orthogonalized (`Matrix.column_split`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from glob import escape
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from distmuon.config import Hyperparameters, Rule, one_of
+from distmuon.errors import problem
+
+_HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "embed_out", "output", "unembed", "fc"})
+# Raw parameters of well-known models, (pattern, rule, number of equal parts their rows fuse).
+_KNOWN_NAMES: tuple[tuple[str, Rule, int], ...] = (
+    ("*.lora_[AB].*", "adamw", 1),  # peft: adapters are fine-tuned, where Muon's case is weak
+    ("*.experts.gate_up_proj", "muon", 2),  # transformers: (E, 2I, H), gate and up fused
+    ("*.experts.down_proj", "muon", 1),
+    ("*.mlp.gate.weight", "muon", 1),  # routers: Moonlight trains them with Muon (arXiv 2502.16982, section 3.4)
+    ("*.router.weight", "muon", 1),
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Route:
+    """A user's decision: parameters whose fqn matches `pattern` (shell-style) take `rule`.
+
+    `split`: sizes of the logical matrices fused along `split_dim` of the (out, in) weight; they must sum to it.
+    `options`: param-group entries for these parameters, such as ``{"lr": 1e-4, "weight_decay": 0.0}``.
+    """
+
+    pattern: str
+    rule: Rule
+    split: Sequence[int] | None = None
+    split_dim: int = 0
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_of(f"Route({self.pattern!r}).rule", self.rule, ("muon", "adamw"))
+        one_of(f"Route({self.pattern!r}).split_dim", self.split_dim, (0, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A unit that travels whole: `rows` x `columns` elements from `offset` on in its parameter."""
+
+    offset: int
+    rows: int
+    columns: int
+    column_split: tuple[int, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def logical_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(m, n) of each matrix that Newton-Schulz sees."""
+        return tuple((self.rows, n) for n in self.column_split) or ((self.rows, self.columns),)
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One trainable parameter as the layout sees it. AdamW parameters have no matrices."""
+
+    fqn: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rule: Rule
+    matrices: tuple[Matrix, ...]
+    reason: str
+    options: tuple[tuple[str, object], ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+def route(
+    model: nn.Module | Iterable[tuple[str, nn.Parameter]], routes: Sequence[Route] | str | None = None
+) -> list[tuple[ParamSpec, nn.Parameter]]:
+    """Route every trainable parameter of `model`, tied ones once, in registration order.
+
+    `routes="adamw"` gives every parameter to AdamW on purpose. Raises `ValueError` for a route that matches nothing, a
+    split that does not fit, and for weights that no rule decides (all of them named).
+    """
+    everything_adamw = isinstance(routes, str)
+    if isinstance(routes, str):
+        one_of("routes", routes, ("adamw",))
+        routes = (Route("*", "adamw"),)
+    routes = tuple(routes or ())
+    named = model.named_parameters() if isinstance(model, nn.Module) else model
+    owners = _owners(model) if isinstance(model, nn.Module) else {}
+    heads = _head_weights(model) if isinstance(model, nn.Module) else set()
+
+    routed, undecided = [], []
+    used: set[Route | None] = set()
+    for fqn, param in named:
+        chosen = next((r for r in routes if fnmatchcase(fqn, r.pattern)), None)
+        used.add(chosen)
+        if not param.requires_grad:
+            continue
+        if chosen is None:
+            chosen = _default_route(fqn, param, owners.get(id(param), []), id(param) in heads)
+        if chosen is None:
+            undecided.append(f"{fqn} {tuple(param.shape)}")
+            continue
+        is_conv = any(isinstance(m, nn.modules.conv._ConvNd) for m in owners.get(id(param), []))
+        matrices = _matrices(fqn, tuple(param.shape), chosen, is_conv) if chosen.rule == "muon" else ()
+        reason = f"route {chosen.pattern!r}" if chosen in routes else chosen.pattern
+        options = tuple(sorted(chosen.options.items()))
+        spec = ParamSpec(fqn, tuple(param.shape), param.dtype, chosen.rule, matrices, reason, options)
+        routed.append((spec, param))
+    if undecided:
+        raise problem(
+            ", ".join(undecided),
+            f"{len(undecided)} weights that neither module type nor name decides",
+            "each needs a rule",
+            'add routes=[distmuon.Route(pattern, "muon" or "adamw")] for them',
+        )
+    for unused in (r for r in routes if r not in used):
+        raise problem(
+            f"Route({unused.pattern!r})", "matched no parameter", "every route must decide one", "correct the pattern"
+        )
+    if not everything_adamw and not any(spec.rule == "muon" for spec, _ in routed):
+        raise problem(
+            "params", f"none of {len(routed)} trainable parameters is updated by Muon",
+            "at least one matrix is needed", 'correct the routes, or say routes="adamw" to use AdamW on purpose',
+        )  # fmt: skip
+    return routed
+
+
+def route_params(
+    params: nn.Module | Iterable[Any], routes: Sequence[Route] | str | None
+) -> list[tuple[ParamSpec, nn.Parameter]]:
+    """`route` for everything an optimizer may be given: a module, (fqn, parameter) pairs, or group dicts of pairs.
+
+    A dict says its rule itself: ``{"params": [(fqn, parameter), ...], "rule": "muon" | "adamw", **group entries}``.
+    """
+    if isinstance(params, nn.Module):
+        return route(params, routes)
+    pairs, stated = [], []
+    for entry in params:
+        if isinstance(entry, Mapping):
+            named = list(entry["params"])
+            options = {key: value for key, value in entry.items() if key not in ("params", "rule")}
+            rule = entry.get("rule", "unstated")
+            stated += [Route(escape(pair[0]), rule, options=options) for pair in named if _is_pair(pair)]
+        else:
+            named = [entry]
+        if not all(_is_pair(pair) for pair in named):
+            raise problem(
+                "params", "parameters without names", "routing needs modules or names",
+                "pass the model itself, model.named_parameters(), or dicts of named parameters with a rule",
+            )  # fmt: skip
+        pairs += named
+    return route(pairs, routes if isinstance(routes, str) else [*(routes or ()), *stated])
+
+
+def make_groups(
+    routed: Sequence[tuple[ParamSpec, nn.Parameter]], start: Hyperparameters
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """(param groups with named parameters, one a rule and set of route options; per parameter its group's number)."""
+    groups: dict[str, dict[str, Any]] = {}
+    for spec, param in routed:
+        key = repr((spec.rule, spec.options))
+        group = groups.setdefault(key, {**start.group(spec.rule), **dict(spec.options), "params": []})
+        group["params"].append((spec.fqn, param))
+    keys = list(groups)
+    return list(groups.values()), [keys.index(repr((spec.rule, spec.options))) for spec, _ in routed]
+
+
+def _is_pair(entry: object) -> bool:
+    return isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
+
+
+def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """id(parameter) -> the modules that hold it (several where it is tied)."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            owners.setdefault(id(param), []).append(module)
+    return owners
+
+
+def _head_weights(model: nn.Module) -> set[int]:
+    """ids of output-head weights: what the model itself names as its head, else a linear layer outside the repeated
+    blocks that is called like one or maps to the vocabulary of an embedding."""
+    own_head = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(own_head, nn.Module):
+        return {id(p) for p in own_head.parameters(recurse=False) if p.ndim > 1}
+    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    heads = set()
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if not isinstance(module, nn.Linear) or any(part.isdigit() for part in parts):
+            continue
+        if parts[-1] in _HEAD_NAMES or module.out_features in vocabularies:
+            heads.add(id(module.weight))
+    return heads
+
+
+def _default_route(fqn: str, param: nn.Parameter, owners: list[nn.Module], is_head: bool) -> Route | None:
+    """The decision without the user, as a `Route` whose pattern is the reason; None where nothing decides."""
+    if param.ndim < 2:
+        return Route("fewer than 2 dimensions", "adamw")
+    if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in owners):
+        return Route("embedding (or tied to one)", "adamw")
+    if is_head:
+        return Route("output head", "adamw")
+    if any(isinstance(m, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) for m in owners):
+        return Route("normalization", "adamw")
+    for pattern, rule, parts in _KNOWN_NAMES:
+        if fnmatchcase(f".{fqn}", pattern):
+            split = [param.shape[-2] // parts] * parts if parts > 1 else None
+            return Route(f"known name {pattern}", rule, split)
+    for module in owners:
+        if isinstance(module, nn.modules.conv._ConvNd):
+            if param.shape[1] == 1:
+                return Route("depthwise convolution", "adamw")
+            return Route("convolution", "muon")
+        if isinstance(module, nn.Linear):
+            return Route("linear", "muon")
+        if isinstance(module, nn.MultiheadAttention):
+            return Route("attention projection", "muon", [param.shape[0] // 3] * 3 if "in_proj" in fqn else None)
+        if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+            return Route("linear stored (in, out)", "muon")
+    return None
+
+
+def _matrices(fqn: str, shape: tuple[int, ...], chosen: Route, is_conv: bool) -> tuple[Matrix, ...]:
+    """Cut a Muon parameter into units, see [Note: logical matrices]."""
+    if len(shape) < 2 or 0 in shape:
+        raise problem(
+            fqn, f"shape {shape} was routed to muon", "a matrix is needed (2 dimensions or more)", 'route it to "adamw"'
+        )
+    if is_conv:
+        shape = (shape[0], prod(shape[1:]))
+    if len(shape) > 3:
+        raise problem(
+            fqn, f"shape {shape} with {len(shape)} dimensions outside a convolution", "(m, n) or (E, m, n) is needed",
+            'reshape the parameter or route it to "adamw"',
+        )  # fmt: skip
+    rows, columns = shape[-2:]
+    split = tuple(chosen.split or ())
+    if split and (sum(split) != (rows, columns)[chosen.split_dim] or min(split) < 1):
+        raise problem(
+            fqn, f"split={list(split)} sums to {sum(split)} along dimension {chosen.split_dim} of {(rows, columns)}",
+            f"parts >= 1 that sum to {(rows, columns)[chosen.split_dim]} are needed", "correct the route's split",
+        )  # fmt: skip
+    heights, column_split = (split or (rows,), ()) if chosen.split_dim == 0 else ((rows,), split)
+    matrices, offset = [], 0
+    for _ in range(prod(shape[:-2])):
+        for height in heights:
+            matrices.append(Matrix(offset, height, columns, column_split))
+            offset += height * columns
+    return tuple(matrices)

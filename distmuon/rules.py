@@ -1,0 +1,93 @@
+"""The two update rules on plain tensors: momentum, the scaled Muon step, the AdamW step. Knows no rank, no bucket.
+
+Nothing here decides whether a step happens. Each function computes new values from old ones, and `commit` alone
+writes them, where the guard's verdict (a 0-dim bool tensor, never read by the host) says so. A skipped step thereby
+leaves every bit of state as it was, without a host synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from distmuon.errors import problem
+
+
+def commit(verdict_ok: Tensor, old: Tensor, new: Tensor) -> None:
+    """``old <- new`` where `verdict_ok`, else `old` stays, bit for bit. `new` is cast to `old`'s dtype."""
+    torch.where(verdict_ok, new.to(old.dtype), old, out=old)
+
+
+def muon_momentum(grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool) -> tuple[Tensor, Tensor]:
+    """Line 2 of the walk: (new momentum buffer, update), both float32, any shape. Inputs are not written.
+
+    ``M <- mu*M + (1-mu)*G``; ``U = (1-mu)*G + mu*M`` with Nesterov, else ``M``. This is torch.optim.Muon's moving
+    average. The paper's sum ``M <- mu*M + G`` (arXiv 2502.16982, eq. 1) is the same divided by (1-mu), and
+    Newton-Schulz does not see scale; the average keeps its scale when momentum is scheduled.
+    """
+    grad = grad.float()
+    buffer = torch.lerp(momentum_buffer.float(), grad, 1.0 - momentum)
+    return buffer, torch.lerp(grad, buffer, momentum) if nesterov else buffer
+
+
+def lr_scale(m: int, n: int, adjust_lr_fn: str) -> float:
+    """The factor on lr for a logical (m, n) matrix stored (out, in).
+
+    "match_rms_adamw": ``0.2*sqrt(max(m, n))``, AdamW's update RMS (arXiv 2502.16982, eq. 4).
+    "original": ``sqrt(max(1, m/n))`` (https://kellerjordan.github.io/posts/muon/).
+    """
+    return 0.2 * math.sqrt(max(m, n)) if adjust_lr_fn == "match_rms_adamw" else math.sqrt(max(1.0, m / n))
+
+
+def muon_weight(master: Tensor, polar_factor: Tensor, *, lr: float, weight_decay: float, scale: float) -> Tensor:
+    """Line 6: ``W - lr*(scale*O + wd*W)`` as a new tensor of `master`'s dtype (arXiv 2502.16982, eq. 4)."""
+    return (master * (1.0 - lr * weight_decay)).add_(polar_factor, alpha=-lr * scale)
+
+
+def adamw_step(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[dict[str, Tensor]],
+    verdict_ok: Tensor,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """AdamW in place (torch's own fused kernel) where `verdict_ok`; float32 tensors of equal shapes, list by list."""
+    if not masters:
+        return
+    adamw(
+        list(masters),
+        [grad.to(master.dtype) for grad, master in zip(grads, masters)],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=True,
+        found_inf=(~verdict_ok).to(torch.float32),
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
+
+
+def scalar(value: float | Tensor) -> float:
+    """A hyperparameter as a number. A tensor lr belongs on the CPU: on a GPU reading it waits for the device."""
+    return float(value)
+
+
+def clip_coefficient(total_norm: Tensor, max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """``min(1, max_norm / (total_norm + 1e-6))``, torch.nn.utils.clip_grad_norm_'s own; a 0-dim tensor."""
+    if norm_type != 2.0:
+        raise problem("norm_type", f"found {norm_type}", "only the 2-norm is reduced across ranks", "pass norm_type=2")
+    return (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
