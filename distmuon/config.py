@@ -6,12 +6,14 @@ momentum, betas, ...) is a param-group entry instead and is read anew at every s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from distmuon.errors import problem
+from distmuon.newton_schulz import resolve
 
 Rule = Literal["muon", "adamw"]
 Packing = Literal["balanced", "contiguous"]
@@ -93,8 +95,13 @@ class Hyperparameters:
         }
 
 
-def check_group(name: str, group: dict[str, object]) -> None:
-    """Raise for a hyperparameter of one param group that no rule can work with."""
+def check_groups(param_groups: Sequence[dict[str, Any]]) -> None:
+    """Raise for the first hyperparameter that no rule can work with."""
+    for number, group in enumerate(param_groups):
+        _check_group(f"param_groups[{number}]", group)
+
+
+def _check_group(name: str, group: dict[str, Any]) -> None:
 
     def bound(key: str, value: object, below: float = float("inf")) -> None:
         if isinstance(value, torch.Tensor):
@@ -113,6 +120,7 @@ def check_group(name: str, group: dict[str, object]) -> None:
         steps = group["ns_steps"]
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < 100:
             raise problem(f"{name}.ns_steps", f"found {steps!r}", "1 to 99 steps are needed", "5 is the usual number")
+        resolve(group["ns_coefficients"], steps)
         return
     bound("eps", group["eps"])
     betas = group["betas"]

@@ -120,7 +120,7 @@ class BackwardReducer:
         if self._finished:
             return self._has_grad
         for index, param in enumerate(self._buffers.params):
-            if param.grad is not None:  # set by hand, not by backward
+            if param.grad is not None and not self._has_grad[index]:  # set by hand, not by backward
                 self.accept(index, param, sync=False)
             if not self._has_grad[index]:
                 for flat, _ in self._places[index]:

@@ -69,6 +69,16 @@ def check_unsharded(named: Sequence[tuple[str, nn.Parameter]]) -> None:
         )  # fmt: skip
 
 
+def check_frozen(named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """Raise for a parameter that was frozen at construction and is trained now."""
+    for fqn, param in named:
+        if param.requires_grad:
+            raise problem(
+                fqn, "requires_grad was switched on after construction", "the layout holds no state for it",
+                "make a new DistMuon when parameters are unfrozen",
+            )  # fmt: skip
+
+
 def check(grad_shards: Sequence[Tensor], present: Sequence[bool], group: DataParallelGroup) -> Verdict:
     """One all-reduce. The host reads the device only if some parameter had no gradient here."""
     squares = [torch.linalg.vector_norm(shard, dtype=torch.float64).square() for shard in grad_shards]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,13 +18,12 @@ from torch import Tensor, nn
 from distmuon import checkpoint, guards, planner, rules
 from distmuon.buffers import Buffers
 from distmuon.collectives import DataParallelGroup
-from distmuon.config import AdjustLrFn, GradReduction, Hyperparameters, Options, Packing, Placement, check_group
+from distmuon.config import AdjustLrFn, GradReduction, Hyperparameters, Options, Packing, Placement, check_groups
 from distmuon.errors import problem
 from distmuon.grad_reduce import BackwardReducer, GradSource, ReducedGrads
 from distmuon.hooks import Hooks
 from distmuon.layout import Layout, make_layout
 from distmuon.metrics import Metrics
-from distmuon.newton_schulz import resolve
 from distmuon.param_gather import ParamGather
 from distmuon.routing import Route, make_groups, route_params
 from distmuon.walk import BucketWalk, pipeline
@@ -112,13 +112,12 @@ class DistMuon(torch.optim.Optimizer):
         params = guards.unwrap(params, grad_reduction)
         self._model, routed = (params if isinstance(params, nn.Module) else None), route_params(params, routes)
         guards.check_unsharded([(spec.fqn, param) for spec, param in routed])
+        self._frozen = [(n, p) for n, p in (self._model or nn.Module()).named_parameters() if not p.requires_grad]
         self._specs = tuple(spec for spec, _ in routed)
         self._params = [param for _, param in routed]
         groups, self._group_of = make_groups(routed, start)
-        self._frozen_groups = False
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self._frozen_groups = True
-        self._check_groups()
+        check_groups(self.param_groups)
 
         self._metrics = Metrics()
         self.group = DataParallelGroup(process_group, self._metrics.count)
@@ -127,7 +126,7 @@ class DistMuon(torch.optim.Optimizer):
         )
         self._buffers: Buffers | None = None
         self._verdict: guards.Verdict | None = None
-        self._last_verdict: guards.Verdict | None = None
+        self._grad_norm: Tensor | None = None
         self._skipped: Tensor | None = None
         self._sync = True
         self._hooks = Hooks(self, self._params, self._model)
@@ -153,10 +152,9 @@ class DistMuon(torch.optim.Optimizer):
             if self.options.grad_reduction == "reduce_scatter"
             else ReducedGrads(buffers)
         )
+        live = (self.param_groups, self._group_of)
         self._walks = [
-            BucketWalk(
-                bucket, self.layout, self.group, self.param_groups, self._group_of, self.options.ns_dtype, self._metrics
-            )
+            BucketWalk(bucket, self.layout, self.group, *live, self.options.ns_dtype, self._metrics)
             for bucket in buffers.buckets
         ]
         self._param_gather = ParamGather(buffers.buckets, self.group)
@@ -211,6 +209,9 @@ class DistMuon(torch.optim.Optimizer):
             guards.agree_on_reduced([p.grad for p in self._params if p.grad is not None], self.group)
         with self._metrics.stage("guard"):
             self._verdict = guards.check([b.grad_shard for b in buffers.buckets], present, self.group)
+        self._grad_norm = self._verdict.total_norm
+        if self.options.max_grad_norm is not None:
+            self.clip_grad_norm_(self.options.max_grad_norm)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -220,10 +221,12 @@ class DistMuon(torch.optim.Optimizer):
         """
         self.reduce_gradients()
         assert self._verdict is not None and self._buffers is not None
-        coefficient = rules.clip_coefficient(self._verdict.total_norm, max_norm, norm_type)
+        norm = self._verdict.total_norm
+        coefficient = rules.clip_coefficient(norm, max_norm, norm_type)
         for bucket in self._buffers.buckets:
             bucket.grad_shard.mul_(coefficient)
-        return self._verdict.total_norm.clone()
+        self._verdict = replace(self._verdict, total_norm=norm * coefficient)
+        return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, also those already accumulated or reduced but not yet used by a step."""
@@ -242,10 +245,9 @@ class DistMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         buffers = self._built()
-        self._check_groups()
+        check_groups(self.param_groups)
+        guards.check_frozen(self._frozen)
         self._param_gather.wait()
-        if self.options.max_grad_norm is not None and self._verdict is None:
-            self.clip_grad_norm_(self.options.max_grad_norm)
         self.reduce_gradients()
         verdict, self._verdict = self._verdict, None
         assert verdict is not None and self._skipped is not None
@@ -254,18 +256,11 @@ class DistMuon(torch.optim.Optimizer):
 
         buffers.mark_written()
         self._skipped += ~verdict.ok
-        self._last_verdict = verdict
         self._source.reset()
         if not self._gathers_in_forward or self._optimizer_step_post_hooks:
             self.synchronize()
         self._metrics.close_step()
         return loss
-
-    def _check_groups(self) -> None:
-        for number, group in enumerate(self.param_groups):
-            check_group(f"param_groups[{number}]", group)
-            if group["rule"] == "muon":
-                resolve(group["ns_coefficients"], group["ns_steps"])
 
     def wait_for(self, buckets: Iterable[int]) -> None:
         """Called by a module's forward: wait for the all-gathers of these buckets."""
@@ -280,7 +275,7 @@ class DistMuon(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once constructed: the layout is fixed by all parameters together."""
-        if self._frozen_groups:
+        if hasattr(self, "layout"):
             raise problem(
                 "add_param_group", "called after construction", "the layout is fixed when the optimizer is made",
                 "make a new DistMuon with all parameters",
@@ -302,7 +297,7 @@ class DistMuon(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any], **_ignored: object) -> None:
         """Load a full state saved at any dp_size. State keeps its own dtype; masters, if any, become the parameters."""
         checkpoint.load_groups(state_dict["param_groups"], self.param_groups)
-        self._check_groups()
+        check_groups(self.param_groups)
         if not state_dict["state"]:
             return
         buffers = self._built()
@@ -320,17 +315,15 @@ class DistMuon(torch.optim.Optimizer):
         ``bytes`` and ``calls``: sent by this rank, by stage; ``stage_ms``: host milliseconds; ``ns_matrices``:
         orthogonalized by this rank; ``grad_norm``: before clipping, None before the first step.
         """
-        verdict = self._last_verdict
         return {
             **self._metrics.last(),
             "skipped_steps": int(self._skipped) if self._skipped is not None else 0,
-            "grad_norm": float(verdict.total_norm) if verdict is not None else None,
+            "grad_norm": float(self._grad_norm) if self._grad_norm is not None else None,
             "lr": {group["rule"]: rules.scalar(group["lr"]) for group in reversed(self.param_groups)},
             "state_bytes": self._buffers.state_bytes if self._buffers is not None else 0,
         }
 
     def report(self, *, full: bool = False) -> str:
         """What went where, in a few lines; `full`: and one line a parameter with the reason."""
-        frozen = sum(not p.requires_grad for p in self._model.parameters()) if self._model is not None else 0
-        text = planner.describe(self.layout, frozen)
+        text = planner.describe(self.layout, len(self._frozen))
         return f"{text}\n{planner.routing_table(self.layout)}" if full else text
