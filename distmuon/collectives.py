@@ -29,6 +29,8 @@ import torch._dynamo  # see [Note: clean exit]
 import torch.distributed as dist
 from torch import Tensor
 
+from distmuon.errors import problem
+
 Count = Callable[[str, int], None]
 T = TypeVar("T")
 
@@ -72,6 +74,14 @@ class DataParallelGroup:
         self.dp_rank = dist.get_rank(process_group) if distributed else 0
         self._gloo = distributed and dist.get_backend(process_group) == "gloo"
 
+    def check_current(self) -> None:
+        """Raise if torch.distributed was initialised after this group was looked up: other ranks would be ignored."""
+        if self.process_group is None and self.dp_size == 1 and dist.is_initialized() and dist.get_world_size() > 1:
+            raise problem(
+                "process_group", f"DistMuon was made before the group of {dist.get_world_size()} ranks",
+                "the group must exist by then", "call init_process_group first",
+            )  # fmt: skip
+
     def start_reduce_scatter(self, output: Tensor, input: Tensor, *, stage: str) -> Pending:
         """Mean over ranks of `input` (dp_size * n,), this rank's slice of it into `output` (n,).
 
@@ -80,7 +90,7 @@ class DataParallelGroup:
         if self.dp_size == 1:
             return Pending(output.copy_(input) if output.data_ptr() != input.data_ptr() else output)
         self.count(stage, (self.dp_size - 1) * output.numel() * output.element_size())
-        if not self._gloo:
+        if not self._gloo and input.is_cuda:
             work = _reduce_scatter(output, input, op=dist.ReduceOp.AVG, group=self.process_group, async_op=True)
             return Pending(output, work, (input,))
         received = torch.empty_like(input)

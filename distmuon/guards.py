@@ -49,10 +49,13 @@ def unwrap(params: Any, grad_reduction: str) -> Any:
     return params
 
 
-def check_unsharded(named: Sequence[tuple[str, nn.Parameter]]) -> None:
-    """Raise for parameters that some framework has cut up, or that live on several devices."""
+def check_parameters(
+    model: nn.Module | None, named: Sequence[tuple[str, nn.Parameter]], shapes: Sequence[tuple[int, ...]]
+) -> None:
+    """Raise for parameters that some framework has cut up, reshaped or replaced, or that live on several devices."""
+    held = None if model is None else {id(param) for param in model.parameters()}
     first_fqn, first = named[0]
-    for fqn, param in named:
+    for (fqn, param), shape in zip(named, shapes):
         if type(param).__module__.startswith("torch.distributed") or type(param.data).__name__ == "DTensor":
             found = "a DTensor (FSDP2 or tensor parallel)"
         elif hasattr(param, "ds_id"):
@@ -61,11 +64,15 @@ def check_unsharded(named: Sequence[tuple[str, nn.Parameter]]) -> None:
             found = f"of dtype {param.dtype}"
         elif param.device != first.device:
             found = f"on {param.device} while {first_fqn} is on {first.device}"
+        elif tuple(param.shape) != shape:
+            found = f"of shape {tuple(param.shape)} now, {shape} when the optimizer was made"
+        elif held is not None and id(param) not in held:
+            found = "no longer the one that the model holds there"
         else:
             continue
         raise problem(
-            fqn, f"the parameter is {found}", "whole real parameters on one device are needed on every rank",
-            "hand over the plain model (ZeRO stage 0)",
+            fqn, f"the parameter is {found}", "whole real ones on one device are needed, as they were when DistMuon was made",
+            "make DistMuon from the complete plain model (ZeRO stage 0)",
         )  # fmt: skip
 
 
@@ -82,7 +89,9 @@ def check_frozen(named: Sequence[tuple[str, nn.Parameter]]) -> None:
 def check(grad_shards: Sequence[Tensor], present: Sequence[bool], group: DataParallelGroup) -> Verdict:
     """One all-reduce. The host reads the device only if some parameter had no gradient here."""
     squares = [torch.linalg.vector_norm(shard, dtype=torch.float64).square() for shard in grad_shards]
-    flags = torch.tensor(present, dtype=torch.float64, device=squares[0].device)
+    flags = torch.ones(len(present), dtype=torch.float64, device=squares[0].device)
+    if not all(present):
+        flags.copy_(torch.tensor(present, dtype=torch.float64))
     message = torch.cat([torch.stack(squares).sum().view(1), flags])
     reduced = group.start_all_reduce(message, stage="guard").wait()
     total_norm = reduced[0].sqrt()

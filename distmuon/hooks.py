@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from distmuon.errors import problem
+
 
 class Listener(Protocol):
     """What the hooks call."""
@@ -47,9 +49,13 @@ class Hooks:
             self._on_model(model)
         weakref.finalize(listener, _remove, self._handles)
 
-    @property
-    def active(self) -> bool:
-        return bool(self._handles)
+    def check_active(self) -> None:
+        """Raise once a newer optimizer has taken the parameters over."""
+        if not self._handles:
+            raise problem(
+                "DistMuon", "its parameters were taken over by a newer DistMuon", "one optimizer manages a parameter",
+                "step the newer one",
+            )  # fmt: skip
 
     def remove(self) -> None:
         _remove(self._handles)

@@ -39,7 +39,11 @@ def flops(m: int, n: int, steps: int) -> int:
 
 
 def orthogonalize(
-    matrices: Tensor, *, steps: int, coefficients: str | tuple[float, ...] | tuple[Triple, ...], dtype: torch.dtype | None = None
+    matrices: Tensor,
+    *,
+    steps: int,
+    coefficients: str | tuple[float, ...] | tuple[Triple, ...],
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """(B, m, n) -> (B, m, n) in `dtype` (None: bfloat16). The input is never written."""
     dtype = torch.bfloat16 if dtype is None else dtype

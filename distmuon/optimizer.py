@@ -111,7 +111,6 @@ class DistMuon(torch.optim.Optimizer):
         )  # fmt: skip
         params = guards.unwrap(params, grad_reduction)
         self._model, routed = (params if isinstance(params, nn.Module) else None), route_params(params, routes)
-        guards.check_unsharded([(spec.fqn, param) for spec, param in routed])
         self._frozen = [(n, p) for n, p in (self._model or nn.Module()).named_parameters() if not p.requires_grad]
         self._specs = tuple(spec for spec, _ in routed)
         self._params = [param for _, param in routed]
@@ -121,9 +120,7 @@ class DistMuon(torch.optim.Optimizer):
 
         self._metrics = Metrics()
         self.group = DataParallelGroup(process_group, self._metrics.count)
-        self.layout: Layout = make_layout(
-            self._specs, self.group.dp_size, packing=packing, placement=placement, bucket_mb=bucket_mb
-        )
+        self.layout = self._make_layout()
         self._buffers: Buffers | None = None
         self._verdict: guards.Verdict | None = None
         self._grad_norm: Tensor | None = None
@@ -131,17 +128,27 @@ class DistMuon(torch.optim.Optimizer):
         self._sync = True
         self._hooks = Hooks(self, self._params, self._model)
 
-    # ------------------------------------------------------------------ set-up
-
     def release(self) -> None:
         """A newer optimizer manages these parameters: finish what is in flight and let go of them."""
         self.synchronize()
         self._hooks.remove()
 
+    def _make_layout(self) -> Layout:
+        """The layout of the parameters as they are: until buffers are built, engines may still move and cast them."""
+        self.group.check_current()
+        named = [(spec.fqn, param) for spec, param in zip(self._specs, self._params)]
+        guards.check_parameters(self._model, named, [spec.shape for spec in self._specs])
+        self._specs = tuple(replace(spec, dtype=param.dtype) for spec, param in zip(self._specs, self._params))
+        o = self.options
+        return make_layout(
+            self._specs, self.group.dp_size, packing=o.packing, placement=o.placement, bucket_mb=o.bucket_mb
+        )
+
     def build(self) -> None:
         """Check that the ranks agree, take rank 0's values, make the buffers. Collective; only the first call acts."""
         if self._buffers is not None:
             return
+        self.layout = self._make_layout()
         lines = [f"{s.fqn} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
         guards.agree_on_plan(self.layout.fingerprint() + repr(self.options), lines, self.group)
         for tensor in self._params if self._model is None else [*self._model.parameters(), *self._model.buffers()]:
@@ -165,26 +172,15 @@ class DistMuon(torch.optim.Optimizer):
         self._buffers = buffers
 
     def _built(self) -> Buffers:
-        if not self._hooks.active:
-            raise problem(
-                "DistMuon", "its parameters were taken over by a newer DistMuon", "one optimizer manages a parameter",
-                "step the newer one",
-            )  # fmt: skip
+        self._hooks.check_active()
         self.build()
         assert self._buffers is not None
         return self._buffers
 
-    # ------------------------------------------------------------------ gradients
-
     def on_gradient(self, index: int) -> None:
         """Called by autograd when the gradient of parameter `index` is complete."""
         self._built()
-        if self._param_gather.in_flight(self.layout.bucket_of[index]):
-            raise problem(
-                self._specs[index].fqn, "it was used in forward before its all-gather was waited for",
-                "parameters are waited for in the forward of the module that holds them",
-                "call optimizer.synchronize() before the forward, or pass overlap=False",
-            )  # fmt: skip
+        self._param_gather.check_arrived(self.layout.bucket_of[index], self._specs[index].fqn)
         self._source.accept(index, self._params[index], self._sync)
 
     @contextmanager
@@ -235,8 +231,6 @@ class DistMuon(torch.optim.Optimizer):
             self._source.reset()
             self._verdict = None
 
-    # ------------------------------------------------------------------ the step
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update on all ranks. `closure` re-evaluates the model and returns the loss."""
@@ -263,7 +257,7 @@ class DistMuon(torch.optim.Optimizer):
         return loss
 
     def wait_for(self, buckets: Iterable[int]) -> None:
-        """Called by a module's forward: wait for the all-gathers of these buckets."""
+        """Called by a module's forward."""
         self._param_gather.wait(buckets)
 
     def synchronize(self) -> None:
@@ -271,15 +265,11 @@ class DistMuon(torch.optim.Optimizer):
         if self._buffers is not None:
             self._param_gather.wait()
 
-    # ------------------------------------------------------------------ state and reports
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once constructed: the layout is fixed by all parameters together."""
         if hasattr(self, "layout"):
-            raise problem(
-                "add_param_group", "called after construction", "the layout is fixed when the optimizer is made",
-                "make a new DistMuon with all parameters",
-            )  # fmt: skip
+            why = ("called after construction", "the layout is fixed by all parameters", "make a new DistMuon with all")
+            raise problem("add_param_group", *why)
         super().add_param_group(param_group)
 
     def full_state_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from distmuon.buffers import BucketBuffers
 from distmuon.collectives import DataParallelGroup, Pending
+from distmuon.errors import problem
 
 
 class ParamGather:
@@ -31,8 +32,14 @@ class ParamGather:
                 bucket.param_flat, bucket.param_shard, stage="all_gather"
             )
 
-    def in_flight(self, index: int) -> bool:
-        return index in self._pending
+    def check_arrived(self, index: int, fqn: str) -> None:
+        """Raise if bucket `index` is still in flight although the gradient of its parameter `fqn` exists already."""
+        if index in self._pending:
+            raise problem(
+                fqn, "it was used in forward before its all-gather was waited for",
+                "parameters are waited for in the forward of the module that holds them",
+                "call optimizer.synchronize() before the forward, or pass overlap=False",
+            )  # fmt: skip
 
     def wait(self, indices: Iterable[int] | None = None) -> None:
         """Wait for the buckets `indices` (None: all); cheap where nothing is in flight."""

@@ -117,7 +117,7 @@ def route(
     for fqn, param in named:
         chosen = next((r for r in routes if fnmatchcase(fqn, r.pattern)), None)
         used.add(chosen)
-        if not param.requires_grad:
+        if not param.requires_grad or not param.numel():
             continue
         if chosen is None:
             chosen = _default_route(fqn, param, owners.get(id(param), []), id(param) in heads)
