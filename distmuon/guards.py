@@ -71,7 +71,7 @@ def check_parameters(
         else:
             continue
         raise problem(
-            fqn, f"the parameter is {found}", "whole real ones on one device are needed, as they were when DistMuon was made",
+            fqn, f"the parameter is {found}", "whole real ones on one device are needed, unchanged since DistMuon was made",
             "make DistMuon from the complete plain model (ZeRO stage 0)",
         )  # fmt: skip
 
