@@ -67,6 +67,7 @@ class Buffers:
         self.layout = layout
         self.params = params
         self.dp_rank = dp_rank
+        self.momentum_dtype = options.momentum_dtype
         self.buckets = [self._build(bucket, options) for bucket in layout.buckets]
         self._addresses = [param.data_ptr() for param in params]
         self._versions = [param._version for param in params]

@@ -27,7 +27,7 @@ def gather_full_state(buffers: Buffers, group: DataParallelGroup) -> list[dict[s
     steps = torch.zeros(len(full), dtype=torch.float32, device=buffers.params[0].device)
     for bucket in buffers.buckets:
         for key in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
-            shard = _shard_of(bucket, key)
+            shard = _shard_of(bucket, key, buffers.momentum_dtype if key == "momentum_buffer" else torch.float32)
             if shard is None:
                 continue
             flat = shard.new_empty(group.dp_size * shard.numel())
@@ -113,12 +113,11 @@ def _keys(buffers: Buffers, index: int) -> tuple[str, ...]:
     return ("momentum_buffer",) if buffers.layout.specs[index].rule == "muon" else ("exp_avg", "exp_avg_sq", "step")
 
 
-def _shard_of(bucket: BucketBuffers, key: str) -> Tensor | None:
+def _shard_of(bucket: BucketBuffers, key: str, dtype: torch.dtype) -> Tensor | None:
     """This rank's shard of `key`, zeros where no piece has it; None where no rank has any."""
     if key == "master":
         return None if bucket.master_shard.data_ptr() == bucket.param_shard.data_ptr() else bucket.master_shard
     pieces = bucket.muon if key == "momentum_buffer" else bucket.adamw
-    dtype = pieces[0].state[key].dtype if pieces else torch.float32
     shard = torch.zeros_like(bucket.master_shard, dtype=dtype)
     for piece in pieces:
         start = piece.segment.shard_offset

@@ -71,9 +71,17 @@ def check_parameters(
         else:
             continue
         raise problem(
-            fqn, f"the parameter is {found}", "whole real ones on one device are needed, unchanged since DistMuon was made",
+            fqn, f"the parameter is {found}", "whole real ones on one device, unchanged since then, are needed",
             "make DistMuon from the complete plain model (ZeRO stage 0)",
         )  # fmt: skip
+
+
+def late_group() -> ValueError:
+    """The refusal of `add_param_group` once the optimizer is made."""
+    return problem(
+        "add_param_group", "called after construction", "the layout is fixed by all parameters together",
+        "make a new DistMuon with all parameters",
+    )  # fmt: skip
 
 
 def check_frozen(named: Sequence[tuple[str, nn.Parameter]]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from distmuon import checkpoint, guards, planner, rules
 from distmuon.buffers import Buffers
@@ -117,6 +118,7 @@ class DistMuon(torch.optim.Optimizer):
         groups, self._group_of = make_groups(routed, start)
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         check_groups(self.param_groups)
+        self.state.update((param, {}) for param in self._params)  # torch's helpers step an optimizer without any
 
         self._metrics = Metrics()
         self.group = DataParallelGroup(process_group, self._metrics.count)
@@ -251,7 +253,7 @@ class DistMuon(torch.optim.Optimizer):
         buffers.mark_written()
         self._skipped += ~verdict.ok
         self._source.reset()
-        if not self._gathers_in_forward or self._optimizer_step_post_hooks:
+        if not self._gathers_in_forward or self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
             self.synchronize()
         self._metrics.close_step()
         return loss
@@ -268,8 +270,7 @@ class DistMuon(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once constructed: the layout is fixed by all parameters together."""
         if hasattr(self, "layout"):
-            why = ("called after construction", "the layout is fixed by all parameters", "make a new DistMuon with all")
-            raise problem("add_param_group", *why)
+            raise guards.late_group()
         super().add_param_group(param_group)
 
     def full_state_dict(self) -> dict[str, Any]:
@@ -288,7 +289,7 @@ class DistMuon(torch.optim.Optimizer):
         """Load a full state saved at any dp_size. State keeps its own dtype; masters, if any, become the parameters."""
         checkpoint.load_groups(state_dict["param_groups"], self.param_groups)
         check_groups(self.param_groups)
-        if not state_dict["state"]:
+        if not any(state_dict["state"].values()):
             return
         buffers = self._built()
         self.synchronize()

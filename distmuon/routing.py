@@ -95,15 +95,15 @@ class ParamSpec:
         return prod(self.shape)
 
 
-def route(
-    model: nn.Module | Iterable[tuple[str, nn.Parameter]], routes: Sequence[Route] | str | None = None
-) -> list[tuple[ParamSpec, nn.Parameter]]:
+Routed = list[tuple[ParamSpec, nn.Parameter]]
+
+
+def route(model: nn.Module | Iterable[tuple[str, nn.Parameter]], routes: Sequence[Route] | str | None = None) -> Routed:
     """Route every trainable parameter of `model`, tied ones once, in registration order.
 
     `routes="adamw"` gives every parameter to AdamW on purpose. Raises `ValueError` for a route that matches nothing, a
     split that does not fit, and for weights that no rule decides (all of them named).
     """
-    everything_adamw = isinstance(routes, str)
     if isinstance(routes, str):
         one_of("routes", routes, ("adamw",))
         routes = (Route("*", "adamw"),)
@@ -141,23 +141,16 @@ def route(
         raise problem(
             f"Route({unused.pattern!r})", "matched no parameter", "every route must decide one", "correct the pattern"
         )
-    if not everything_adamw and not any(spec.rule == "muon" for spec, _ in routed):
-        raise problem(
-            "params", f"none of {len(routed)} trainable parameters is updated by Muon",
-            "at least one matrix is needed", 'correct the routes, or say routes="adamw" to use AdamW on purpose',
-        )  # fmt: skip
     return routed
 
 
-def route_params(
-    params: nn.Module | Iterable[Any], routes: Sequence[Route] | str | None
-) -> list[tuple[ParamSpec, nn.Parameter]]:
+def route_params(params: nn.Module | Iterable[Any], routes: Sequence[Route] | str | None) -> Routed:
     """`route` for everything an optimizer may be given: a module, (fqn, parameter) pairs, or group dicts of pairs.
 
     A dict says its rule itself: ``{"params": [(fqn, parameter), ...], "rule": "muon" | "adamw", **group entries}``.
     """
     if isinstance(params, nn.Module):
-        return route(params, routes)
+        return _with_muon(route(params, routes), routes)
     pairs, stated = [], []
     for entry in params:
         if isinstance(entry, Mapping):
@@ -173,7 +166,18 @@ def route_params(
                 "pass the model itself, model.named_parameters(), or dicts of named parameters with a rule",
             )  # fmt: skip
         pairs += named
-    return route(pairs, routes if isinstance(routes, str) else [*(routes or ()), *stated])
+    return _with_muon(route(pairs, routes if isinstance(routes, str) else [*(routes or ()), *stated]), routes)
+
+
+def _with_muon(routed: Routed, routes: Sequence[Route] | str | None) -> Routed:
+    """`routed`, if some parameter is Muon's or none was meant to be; else raises with the reason of each."""
+    if routes != "adamw" and not any(spec.rule == "muon" for spec, _ in routed):
+        reasons = ", ".join(f"{spec.fqn} ({spec.reason})" for spec, _ in routed[:20])
+        raise problem(
+            "params", f"none of {len(routed)} trainable parameters is updated by Muon",
+            f"at least one matrix is needed, found {reasons}", 'correct the routes, or say routes="adamw" to use AdamW on purpose',
+        )  # fmt: skip
+    return routed
 
 
 def make_groups(
@@ -243,6 +247,9 @@ def _default_route(fqn: str, param: nn.Parameter, owners: list[nn.Module], is_he
         if isinstance(module, nn.MultiheadAttention):
             return Route("attention projection", "muon", [param.shape[0] // 3] * 3 if "in_proj" in fqn else None)
         if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+            width = param.shape[0]
+            if fqn.endswith(".c_attn.weight") and param.shape[1] == 3 * width:  # GPT-2: q, k and v fused
+                return Route("fused attention projection stored (in, out)", "muon", [width] * 3, split_dim=1)
             return Route("linear stored (in, out)", "muon")
     return None
 
