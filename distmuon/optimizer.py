@@ -20,7 +20,6 @@ from distmuon import checkpoint, guards, planner, rules
 from distmuon.buffers import Buffers
 from distmuon.collectives import DataParallelGroup
 from distmuon.config import AdjustLrFn, GradReduction, Hyperparameters, Options, Packing, Placement, check_groups
-from distmuon.errors import problem
 from distmuon.grad_reduce import BackwardReducer, GradSource, ReducedGrads
 from distmuon.hooks import Hooks
 from distmuon.layout import Layout, make_layout

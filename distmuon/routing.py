@@ -175,7 +175,8 @@ def _with_muon(routed: Routed, routes: Sequence[Route] | str | None) -> Routed:
         reasons = ", ".join(f"{spec.fqn} ({spec.reason})" for spec, _ in routed[:20])
         raise problem(
             "params", f"none of {len(routed)} trainable parameters is updated by Muon",
-            f"at least one matrix is needed, found {reasons}", 'correct the routes, or say routes="adamw" to use AdamW on purpose',
+            f"at least one matrix is needed, found {reasons}",
+            'correct the routes, or say routes="adamw" to use AdamW on purpose',
         )  # fmt: skip
     return routed
 
