@@ -151,7 +151,7 @@ def _bucket_params(specs: Sequence[ParamSpec], dp_size: int, bucket_mb: float | 
         target = max(smallest, min(max(total // 16, dp_size * largest), total // 8))
 
     def alone(spec: ParamSpec) -> bool:
-        return spec.numel >= (smallest if len(spec.matrices) > 1 else target) and len(spec.matrices) != 1
+        return spec.numel >= smallest and len(spec.matrices) != 1
 
     for dtype in dict.fromkeys(spec.dtype for spec in specs):
         bucket: list[int] = []
