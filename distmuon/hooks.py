@@ -7,14 +7,18 @@ a parameter has one manager: a newer optimizer takes over, the older one is told
 calling them (nn.MultiheadAttention reads `out_proj.weight`). So such a module waits for its whole subtree; pure
 containers wait for nothing and leave it to their children. A parameter that is used outside any of these is
 noticed in backward: its gradient arrives while its bucket is still in flight, and the optimizer raises.
+
+[Note: compiled models] A hook waits, builds, talks to other ranks: dynamo must not trace it. Hooks are disabled for
+it, so a compiled model breaks its graph at the modules that wait.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
@@ -69,6 +73,7 @@ class Hooks:
     def _on_gradient(self, index: int, param: nn.Parameter) -> None:
         listener_ref = self._listener
 
+        @_untraced
         def hook(_param: Tensor) -> None:
             if (listener := listener_ref()) is not None:
                 listener.on_gradient(index)
@@ -78,6 +83,7 @@ class Hooks:
     def _on_model(self, model: nn.Module) -> None:
         listener_ref = self._listener
 
+        @_untraced
         def on_forward(_module: nn.Module, _args: object) -> None:
             if (listener := listener_ref()) is not None:
                 listener.build()
@@ -99,11 +105,18 @@ class Hooks:
                 continue
             needed = frozenset(bucket_of[id(p)] for p in module.parameters() if id(p) in bucket_of)
 
+            @_untraced
             def pre_hook(_module: nn.Module, _args: object, needed: frozenset[int] = needed) -> None:
                 if (listener := listener_ref()) is not None:
                     listener.wait_for(needed)
 
             self._handles.append(module.register_forward_pre_hook(pre_hook, prepend=True))
+
+
+def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
+    """See [Note: compiled models]."""
+    untraced: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return untraced
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -1,0 +1,215 @@
+"""The one vocabulary of a run: frozen dataclasses, filled from a YAML file and from the command line.
+
+`parse` reads `--config file.yaml` and then overrides such as `--optimizer.lr 2e-3`; whatever stands later wins, and a
+key that no dataclass knows is an error that names it. Decides which values make sense together, in one process and
+without torch, so that a typo is found before any process group exists. Knows nothing of how a value is used.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A Hugging Face causal language model with random weights; nothing is ever downloaded."""
+
+    arch: str = "llama"
+    """`model_type` as transformers names it: llama, gpt2, deepseek_v3, qwen3, ..."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Overrides for that architecture's config class, under transformers' own names."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of parameters and activations; the optimizer keeps float32 masters of bfloat16 parameters."""
+    seq_len: int = 256
+    """Tokens a window predicts; a window holds one more."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer's activations in backward."""
+    compile: bool = False
+    """Run the model through `torch.compile`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where tokens come from. See `launch.data` for the order in which they are read."""
+
+    source: Literal["stdlib", "bin", "hf"] = "stdlib"
+    """stdlib: source text of this interpreter's library; bin: token shards; hf: a streamed Hugging Face dataset."""
+    train: str = ""
+    """bin: glob of the training shards. hf: name of the split to stream ("" = train)."""
+    val: str = ""
+    """bin: glob of the validation shards."""
+    dataset: str = ""
+    """hf: dataset name, or a file format ("json", "text", "parquet") together with `files`."""
+    subset: str | None = None
+    """hf: the dataset's configuration, for instance sample-10BT."""
+    files: str | None = None
+    """hf: glob of local files, for a `dataset` that is a format."""
+    text_field: str = "text"
+    """hf: the column that holds the text."""
+    tokenizer: str = "bytes"
+    """hf: "bytes", or a tokenizer's name or local folder."""
+    val_documents: int = 1000
+    """hf: this many documents at the head of the stream are kept for validation and never trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how much at once, and which learning rate when."""
+
+    steps: int = 200
+    """Optimizer steps."""
+    global_batch: int = 16
+    """Sequences an optimizer step averages over, all ranks and micro-batches together."""
+    micro_batch: int = 8
+    """Sequences one rank puts through one forward and backward; accumulation follows from the two."""
+    schedule: Literal["cosine", "constant", "three_stage"] = "cosine"
+    """See `launch.schedules`."""
+    warmup_steps: int = 0
+    """Steps of linear rise from 0 to the base lr."""
+    min_lr_ratio: float = 0.1
+    """Where the cosine ends, as a ratio of the base lr."""
+    cooldown_steps: int = 0
+    """three_stage: length of the last stage, its rise included."""
+    cooldown_rise_steps: int = 100
+    """three_stage: steps of the rise from `min_lr_ratio` to `cooldown_lr_ratio`; then the fall to 0."""
+    cooldown_lr_ratio: float = 1.0e-4 / 4.2e-4
+    """three_stage: height of the last stage, as a ratio of the base lr."""
+    max_grad_norm: float | None = 1.0
+    """Clip the global gradient norm to this; null leaves gradients alone."""
+    eval_every: int = 50
+    """Steps between validations; there is one before the first and one after the last step too."""
+    eval_batches: int = 8
+    """Global batches of validation windows, the same ones every time."""
+    seed: int = 0
+    """Of the weights and of the order of the data."""
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per rank and optimizer step."""
+        sequences = self.micro_batch * world_size
+        if self.global_batch % sequences:
+            raise ValueError(
+                f"train.global_batch: found {self.global_batch} for {world_size} ranks of micro_batch "
+                f"{self.micro_batch}; a multiple of {sequences} is needed; change one of the two"
+            )
+        return self.global_batch // sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouteConfig:
+    """One `distmuon.Route`: which parameters, which rule, and how a fused weight splits into logical matrices."""
+
+    pattern: str
+    rule: Literal["muon", "adamw"]
+    split: list[int] | None = None
+    split_dim: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Arguments of `distmuon.DistMuon` under its own names. adamw is the baseline: same shards, every rule AdamW."""
+
+    name: Literal["distmuon", "adamw"] = "distmuon"
+    lr: float = 2e-3
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    adamw_lr: float | None = None
+    adamw_betas: tuple[float, float] = (0.9, 0.95)
+    routes: list[RouteConfig] = field(default_factory=list)
+    """First match wins, before the library's own rules; distmuon only."""
+    packing: Literal["balanced", "contiguous"] = "balanced"
+    placement: Literal["owner", "replicated"] = "owner"
+    overlap: bool = True
+    bucket_mb: float | None = None
+    reduce_dtype: Dtype | None = None
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    ns_dtype: Dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.name == "adamw" and self.routes:
+            raise ValueError(
+                f"optimizer.routes: found {len(self.routes)} routes with optimizer.name adamw; the baseline sends "
+                "every parameter to AdamW; drop the routes or use distmuon"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What rank 0 writes."""
+
+    dir: str = "runs/pretrain"
+    """Folder of `metrics.jsonl` and of the TensorBoard events."""
+    every: int = 1
+    """Steps between two readings of the device; every step is recorded all the same."""
+    jsonl: bool = True
+    tensorboard: bool = False
+    progress: bool = True
+    """A bar when stdout is a terminal, plain lines otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        train, data = self.train, self.data
+        positive = {
+            "model.seq_len": self.model.seq_len,
+            "train.steps": train.steps,
+            "train.global_batch": train.global_batch,
+            "train.micro_batch": train.micro_batch,
+            "train.eval_every": train.eval_every,
+            "train.eval_batches": train.eval_batches,
+            "log.every": self.log.every,
+        }
+        for name, value in positive.items():
+            if value < 1:
+                raise ValueError(f"{name}: found {value}; at least 1 is needed; correct {name}")
+        if train.schedule == "three_stage" and not train.cooldown_rise_steps < train.cooldown_steps:
+            raise ValueError(
+                f"train.cooldown_steps: found {train.cooldown_steps} with a rise of {train.cooldown_rise_steps}; "
+                "three_stage needs more steps than the rise takes; set train.cooldown_steps and cooldown_rise_steps"
+            )
+        cooldown_steps = train.cooldown_steps if train.schedule == "three_stage" else 0
+        if train.schedule != "constant" and not train.warmup_steps < train.steps - cooldown_steps:
+            raise ValueError(
+                f"train.steps: found {train.steps} with {train.warmup_steps} steps of warmup and {cooldown_steps} of "
+                "cooldown; at least one step must lie between; lengthen the run or shorten the stages"
+            )
+        for key in {"bin": ("train", "val"), "hf": ("dataset",)}.get(data.source, ()):
+            if not getattr(data, key):
+                raise ValueError(f"data.{key}: found nothing; source {data.source} needs it; set data.{key}")
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """The run that the command line describes; prints the reason and leaves with status 2 if it describes none."""
+    import jsonargparse  # here: a Config can be built without it
+
+    # --help shows the text below each field
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    try:
+        config = jsonargparse.auto_cli(Config, args=argv)
+    except ValueError as error:  # from a __post_init__: each key is fine, together they are not
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Plain nested values, as JSON writes and reads them."""
+    plain = asdict(config)
+    plain["optimizer"]["adamw_betas"] = list(config.optimizer.adamw_betas)
+    return plain

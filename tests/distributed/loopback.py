@@ -1,0 +1,94 @@
+"""What the kernel says was sent: the loopback device's own counters in a network namespace where nobody else talks.
+
+Run by `test_bytes.py` as ``unshare -n python -m tests.distributed.loopback``; prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import socket
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import distmuon
+from tests.pool import Pool
+
+STEPS, LAYERS, WIDTH = 4, 13, 480
+IFF_UP, SIOCSIFFLAGS = 0x1, 0x8914
+
+
+def bring_up_loopback() -> None:
+    """``ip link set lo up`` without the tool, which may be missing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
+
+
+def loopback_bytes() -> int:
+    """Bytes sent over `lo` since it exists."""
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    (fields,) = [line.split(":")[1].split() for line in lines if line.strip().startswith("lo:")]
+    return int(fields[8])
+
+
+def measure_optimizer(group: dist.ProcessGroup, packing: str) -> tuple[int, dict[str, int]]:
+    """(bytes on the wire between two barriers, bytes counted by this rank in between, by stage)."""
+    model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)])
+    optimizer = distmuon.DistMuon(model, process_group=group, packing=packing, ns_steps=1, bucket_mb=4.5)
+    counted: dict[str, int] = {}
+    before = 0
+    for step in range(STEPS + 1):  # the first one builds and connects
+        if step == 1:
+            dist.barrier(group)
+            before = loopback_bytes()
+            dist.barrier(group)
+        for param in model.parameters():
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        optimizer.synchronize()
+        if step:
+            for stage, sent in optimizer.metrics()["bytes"].items():
+                counted[stage] = counted.get(stage, 0) + sent
+    dist.barrier(group)
+    return loopback_bytes() - before, counted
+
+
+def measure_gloo(group: dist.ProcessGroup) -> tuple[int, int]:
+    """(bytes on the wire, the floor's bytes) of torch's own reduce-scatter on gloo, all ranks together."""
+    dp_size = dist.get_world_size(group)
+    source, target = torch.ones(1 << 21), torch.empty((1 << 21) // dp_size)
+    call: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    before = 0
+    for step in range(STEPS + 1):
+        if step == 1:
+            dist.barrier(group)
+            before = loopback_bytes()
+            dist.barrier(group)
+        call(target, source, group=group)
+    dist.barrier(group)
+    return loopback_bytes() - before, STEPS * dp_size * (dp_size - 1) * target.numel() * target.element_size()
+
+
+def main() -> None:
+    bring_up_loopback()
+    pool = Pool(4)
+    found: dict[str, list[Any]] = {}
+    for dp_size in (2, 4):
+        for packing in ("balanced", "contiguous"):
+            results = pool.spawn(measure_optimizer, dp_size, packing=packing)
+            stages = {stage: sum(counted[stage] for _, counted in results) for stage in results[0][1]}
+            found[f"optimizer, dp_size {dp_size}, {packing}"] = [results[0][0], sum(stages.values()), stages]
+        found[f"gloo, dp_size {dp_size}"] = list(pool.spawn(measure_gloo, dp_size)[0])
+    pool.close(patience_s=0.0)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    main()

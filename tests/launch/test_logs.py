@@ -1,0 +1,116 @@
+"""Records: one a step whatever the interval, averaged over ranks, valid JSON, scalars in TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.config import LogConfig
+from launch.logs import METRICS_FILE, StepMeter, open_log, read_records
+
+
+def test_an_interval_gives_one_record_a_step() -> None:
+    meter = StepMeter(tokens_per_step=1000, average=lambda losses: losses / 2)
+    for step in (4, 5, 6):
+        meter.add(step, loss=torch.tensor(float(step)), lr={"muon": step / 10}, grad_norm=torch.tensor(step * 10.0))
+    records = meter.flush()
+    assert [(record["step"], record["loss"], record["grad_norm"]) for record in records] == [
+        (4, 2.0, 40.0),
+        (5, 2.5, 50.0),
+        (6, 3.0, 60.0),
+    ]
+    assert [record["lr"] for record in records] == [{"muon": 0.4}, {"muon": 0.5}, {"muon": 0.6}]
+    assert len({record["step_ms"] for record in records}) == 1
+    assert records[0]["tokens_per_s"] == pytest.approx(1e6 / records[0]["step_ms"])
+    assert meter.flush() == []
+
+
+def test_without_clipping_the_norm_is_null() -> None:
+    meter = StepMeter(tokens_per_step=1, average=lambda losses: losses)
+    meter.add(1, loss=torch.tensor(1.0), lr={"adamw": 1.0}, grad_norm=None)
+    assert meter.flush()[0]["grad_norm"] is None
+
+
+def test_jsonl_holds_what_was_written_and_null_for_what_json_cannot_say(tmp_path: Path) -> None:
+    with open_log(LogConfig(dir=str(tmp_path / "run"), progress=False), rank=0, steps=2) as log:
+        log.write("train", step=1, loss=float("nan"), lr={"muon": 0.5, "adamw": float("inf")})
+        log.write("summary", steps=1)
+    path = tmp_path / "run" / METRICS_FILE
+    assert read_records(path) == [
+        {"kind": "train", "step": 1, "loss": None, "lr": {"muon": 0.5, "adamw": None}},
+        {"kind": "summary", "steps": 1},
+    ]
+    with path.open("a") as file:
+        file.write('{"kind": "tra')  # killed in the middle of a line
+    assert len(read_records(path)) == 2
+    path.write_text("not json\n{}\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: found 'not json'"):
+        read_records(path)
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with open_log(LogConfig(dir=str(tmp_path / "run"), tensorboard=True), rank=1, steps=2) as log:
+        log.write("train", step=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_log(LogConfig(dir=str(tmp_path), jsonl=False), rank=0, steps=100) as log:
+        for step in range(1, 101):
+            log.write("train", step=step, loss=2.5, lr={"muon": 1e-3}, tokens_per_s=12345.6)
+        log.write("val", step=100, loss=2.25)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 21
+    assert lines[0].startswith("step     5/100  loss 2.5000  lr 1.00e-03  12,346 tok/s")
+    assert lines[-1] == "validation loss 2.2500 at step 100"
+
+
+def test_a_bar_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    with open_log(LogConfig(dir=str(tmp_path), jsonl=False), rank=0, steps=2) as log:
+        log.write("val", step=0, loss=3.5)
+        for step in (1, 2):
+            log.write("train", step=step, loss=2.5, lr={"muon": 1e-3}, tokens_per_s=12345.6)
+    output = capsys.readouterr()
+    assert "validation loss 3.5000 at step 0" in output.out
+    assert "2/2" in output.err
+    assert "loss 2.5000" in output.err
+
+
+def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with open_log(LogConfig(dir=str(tmp_path), jsonl=False, tensorboard=True, progress=False), rank=0, steps=2) as log:
+        log.write("run", config={"a": 1})
+        log.write("train", step=1, loss=2.5, lr={"muon": 0.5, "adamw": 0.25}, grad_norm=None, bytes={"scatter": 8})
+        log.write("val", step=1, loss=2.25)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    scalars = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+    assert scalars == {
+        "train/loss": 2.5,
+        "train/lr/muon": 0.5,
+        "train/lr/adamw": 0.25,
+        "train/bytes/scatter": 8,
+        "val/loss": 2.25,
+    }
+
+
+def test_a_missing_tensorboard_names_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        open_log(LogConfig(dir=str(tmp_path), tensorboard=True), rank=0, steps=1).__enter__()
+
+
+def test_json_lines_are_json(tmp_path: Path) -> None:
+    with open_log(LogConfig(dir=str(tmp_path), progress=False), rank=0, steps=1) as log:
+        log.write("run", report="two\nlines", shape=(1, 2))
+    (line,) = (tmp_path / METRICS_FILE).read_text().splitlines()
+    assert json.loads(line) == {"kind": "run", "report": "two\nlines", "shape": [1, 2]}
