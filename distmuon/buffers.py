@@ -4,9 +4,13 @@ Decides storage only; every view is cut here and padding never leaves. A paramet
 bucket becomes a view of the flat buffer, so that the all-gather writes straight into it. Any other is staged: it
 keeps its own storage and is copied out after the all-gather (`stage_out`).
 
-[Note: who else writes parameters] `load_state_dict` and friends write parameters in place, which raises
-`param._version`. What we write goes through the flat buffers and does not. So `adopt` sees foreign writes and takes
-them over into the shard (and the float32 master); a parameter that got new storage raises.
+[Note: who else writes parameters] `load_state_dict`, an EMA swap or `p.data` may write parameters between steps. Before
+a step `adopt` compares this rank's part of each parameter with what the optimizer left there: an element that differs
+is taken over into the master; one that does not keeps its full precision. A parameter that got new storage raises.
+
+[Note: written while in flight] What is written between `step` and the arrival of the all-gather would be overwritten,
+on some ranks. `sent` and `arrived` frame that time: a parameter whose `_version` moved inside it raises. `arrived`
+then moves the version itself, so that autograd refuses a graph that saved the weight before it had arrived.
 """
 
 from __future__ import annotations
@@ -47,16 +51,22 @@ class BucketBuffers:
     master_shard: Tensor
     muon: list[ShardPiece]
     adamw: list[ShardPiece]
-    staged: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (flat segment, the parameter's own elements)
+    staged: list[tuple[Tensor, Tensor]]  # (flat segment, the parameter's own elements)
+    staged_here: list[tuple[Tensor, Tensor]]  # those in this rank's shard
+
+    @property
+    def has_master(self) -> bool:
+        """The master is a tensor of its own, not the parameter's shard itself."""
+        return self.master_shard.dtype != self.param_shard.dtype
 
     def publish_master(self) -> None:
         """Round the updated master shard into the parameter shard, before the all-gather."""
-        if self.master_shard.data_ptr() != self.param_shard.data_ptr():
+        if self.has_master:
             self.param_shard.copy_(self.master_shard)
 
     def stage_out(self) -> None:
         """Copy parameters that are no views out of the gathered buffer."""
-        for flat, own in self.staged:
+        for flat, own in self.staged + self.staged_here:
             own.copy_(flat)
 
 
@@ -68,6 +78,7 @@ class Buffers:
         self.params = params
         self.dp_rank = dp_rank
         self.momentum_dtype = options.momentum_dtype
+        self.device = params[0].device
         self.buckets = [self._build(bucket, options) for bucket in layout.buckets]
         self._addresses = [param.data_ptr() for param in params]
         self._versions = [param._version for param in params]
@@ -80,9 +91,11 @@ class Buffers:
         reduces = options.grad_reduction == "reduce_scatter"
         grad_flat = torch.zeros((dp_size if reduces else 1) * size, dtype=options.reduce_dtype, device=device)
         grad_shard = grad_flat[own] if reduces else grad_flat
-        staged = []
+        staged: list[tuple[Tensor, Tensor]] = []
+        staged_here: list[tuple[Tensor, Tensor]] = []
         for index in bucket.params:
-            staged += self._move_in(index, param_flat, size)
+            for segment, flat, elements in self._move_in(index, param_flat, size):
+                (staged_here if segment.rank == self.dp_rank else staged).append((flat, elements))
         param_shard = param_flat[own]
         master_shard = param_shard if bucket.dtype == options.master_dtype else param_shard.to(options.master_dtype)
 
@@ -96,15 +109,17 @@ class Buffers:
         _allocate_state(adamw, "exp_avg_sq", torch.float32, device)
         for piece in adamw:
             piece.state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        return BucketBuffers(bucket, param_flat, param_shard, grad_flat, grad_shard, master_shard, muon, adamw, staged)
+        return BucketBuffers(
+            bucket, param_flat, param_shard, grad_flat, grad_shard, master_shard, muon, adamw, staged, staged_here
+        )
 
     @staticmethod
     def _cut(shard: Tensor, segment: Segment) -> Tensor:
         return shard[segment.shard_offset : segment.shard_offset + segment.length]
 
     @torch.no_grad()
-    def _move_in(self, index: int, param_flat: Tensor, shard_size: int) -> list[tuple[Tensor, Tensor]]:
-        """Copy parameter `index` into the flat buffer and make it a view; returns the staged pairs where it cannot."""
+    def _move_in(self, index: int, param_flat: Tensor, shard_size: int) -> list[tuple[Segment, Tensor, Tensor]]:
+        """Copy parameter `index` into the flat buffer and make it a view; returns (segment, flat, own) if it cannot."""
         param = self.params[index]
         elements = param.detach().reshape(-1)
         pairs = []
@@ -119,7 +134,7 @@ class Buffers:
             return []
         param.data = param.data.contiguous()
         own = param.data.view(-1)
-        return [(flat, own[s.param_offset : s.param_offset + s.length]) for flat, s in pairs]
+        return [(s, flat, own[s.param_offset : s.param_offset + s.length]) for flat, s in pairs]
 
     def grad_places(self, index: int) -> list[tuple[Tensor, int]]:
         """Where parameter `index`'s gradient goes in its bucket's flat buffer: (flat view, offset in the parameter)."""
@@ -145,28 +160,36 @@ class Buffers:
                     "parameters must stay where they are once training has begun",
                     "move and cast the model before the first forward, or make a new DistMuon afterwards",
                 )
-        changed = [i for i, param in enumerate(self.params) if param._version != self._versions[i]]
-        for index in changed:
-            bucket = self.buckets[self.layout.bucket_of[index]]
-            elements = self.params[index].detach().reshape(-1)
-            for piece in bucket.muon + bucket.adamw:
-                s = piece.segment
-                if s.param == index:
-                    piece.master.copy_(elements[s.param_offset : s.param_offset + s.length])
-            self._versions[index] = self.params[index]._version
+        for bucket in self.buckets:
+            for flat, own in bucket.staged_here:
+                flat.copy_(own)
+            if bucket.has_master:
+                current, master = bucket.param_shard, bucket.master_shard
+                torch.where(current == master.to(current.dtype), master, current.to(master.dtype), out=master)
 
-    def mark_written(self) -> None:
-        """After a step: autograd must see that parameters changed (a graph from before may not be used any more)."""
-        for index, param in enumerate(self.params):
+    def sent(self, index: int) -> None:
+        """Bucket `index` goes on its way; see [Note: written while in flight]."""
+        for param in self.buckets[index].bucket.params:
+            self._versions[param] = self.params[param]._version
+
+    def arrived(self, index: int) -> None:
+        """Bucket `index` has arrived: autograd must see that its parameters changed."""
+        for number in self.buckets[index].bucket.params:
+            param = self.params[number]
+            if param._version != self._versions[number]:
+                raise problem(
+                    self.layout.specs[number].fqn, "it was written while its all-gather was in flight",
+                    "parameters may be read and written once they have arrived",
+                    "call optimizer.synchronize() before writing parameters, or pass overlap=False",
+                )  # fmt: skip
             torch.autograd.graph.increment_version(param)
-            self._versions[index] = param._version
 
     @property
     def state_bytes(self) -> int:
         """Bytes of optimizer state on this rank: masters that are not the parameter itself, momentum, moments."""
         total = 0
         for bucket in self.buckets:
-            if bucket.master_shard.data_ptr() != bucket.param_shard.data_ptr():
+            if bucket.has_master:
                 total += sum(p.master.numel() * p.master.element_size() for p in bucket.muon + bucket.adamw)
             for piece in bucket.muon + bucket.adamw:
                 total += sum(t.numel() * t.element_size() for t in piece.state.values() if t.ndim)

@@ -7,6 +7,7 @@ in it depends on dp_size, packing or buckets, so it loads at any of them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from distmuon.buffers import BucketBuffers, Buffers, ShardPiece
 from distmuon.collectives import DataParallelGroup
+from distmuon.config import check_groups
 from distmuon.errors import problem
 
 
@@ -27,6 +29,8 @@ def gather_full_state(buffers: Buffers, group: DataParallelGroup) -> list[dict[s
     steps = torch.zeros(len(full), dtype=torch.float32, device=buffers.params[0].device)
     for bucket in buffers.buckets:
         for key in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
+            if key != "master" and not any(key in _keys(buffers, index) for index in bucket.bucket.params):
+                continue
             shard = _shard_of(bucket, key, buffers.momentum_dtype if key == "momentum_buffer" else torch.float32)
             if shard is None:
                 continue
@@ -61,6 +65,7 @@ def load_full_state(
     buffers: Buffers, param_groups: Sequence[Mapping[str, Any]], states: Mapping[int, Mapping[str, Any]]
 ) -> None:
     """Take this rank's part of `states` (by torch.optim's numbers). Missing entries start from zero."""
+    _check_states(buffers, param_groups, states)
     of_param = {index: states.get(number, {}) for number, index in enumerate(_torch_numbering(param_groups, buffers))}
     for bucket in buffers.buckets:
         for piece in bucket.muon + bucket.adamw:
@@ -77,6 +82,25 @@ def load_full_state(
         bucket.publish_master()
 
 
+def _check_states(
+    buffers: Buffers, param_groups: Sequence[Mapping[str, Any]], states: Mapping[int, Mapping[str, Any]]
+) -> None:
+    """Raise for states that are not numbered as torch.optim does, or that lack what their parameter's rule needs."""
+    order = _torch_numbering(param_groups, buffers)
+    for number, state in states.items():
+        if number not in range(len(order)):
+            raise problem(
+                "load_state_dict", f"the state has an entry {number!r}", f"numbers below {len(order)} are needed",
+                "pass what state_dict() returned",
+            )  # fmt: skip
+        missing = [key for key in _keys(buffers, order[number]) if state and key not in state]
+        if missing:
+            raise problem(
+                buffers.layout.specs[order[number]].fqn, f"its state has {sorted(state)}, not {missing}",
+                "the state of the same rule is needed", "make the optimizer with the routes it was saved with",
+            )  # fmt: skip
+
+
 def _torch_numbering(param_groups: Sequence[Mapping[str, Any]], buffers: Buffers) -> list[int]:
     """torch.optim numbers parameters group by group: per number, the index in the layout."""
     index = {id(param): i for i, param in enumerate(buffers.params)}
@@ -85,7 +109,7 @@ def _torch_numbering(param_groups: Sequence[Mapping[str, Any]], buffers: Buffers
 
 def load_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[dict[str, Any]]) -> None:
     """Take over the hyperparameters of `saved`. Raises, before anything is changed, unless it has the groups of
-    `current`: the same rules and parameters in the same order."""
+    `current`, the same rules and parameters in the same order, with legal values."""
     if len(saved) != len(current):
         raise problem(
             "load_state_dict", f"the state has {len(saved)} param groups, this optimizer has {len(current)}",
@@ -105,8 +129,10 @@ def load_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[dict[str, 
                     "load_state_dict", f"the state has {name!r} where this optimizer has {own!r}",
                     "the same parameters in the same order are needed", "load it into the model it was saved from",
                 )  # fmt: skip
-    for theirs, ours in zip(saved, current):
-        ours.update({key: value for key, value in theirs.items() if key not in ("params", "param_names")})
+    taken = [{k: deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")} for group in saved]
+    check_groups([{**ours, **theirs} for ours, theirs in zip(current, taken)])
+    for ours, theirs in zip(current, taken):
+        ours.update(theirs)
 
 
 def _keys(buffers: Buffers, index: int) -> tuple[str, ...]:
@@ -114,9 +140,9 @@ def _keys(buffers: Buffers, index: int) -> tuple[str, ...]:
 
 
 def _shard_of(bucket: BucketBuffers, key: str, dtype: torch.dtype) -> Tensor | None:
-    """This rank's shard of `key`, zeros where no piece has it; None where no rank has any."""
+    """This rank's shard of `key`, zeros where no piece has it; None for a master that is the parameter itself."""
     if key == "master":
-        return None if bucket.master_shard.data_ptr() == bucket.param_shard.data_ptr() else bucket.master_shard
+        return bucket.master_shard if bucket.has_master else None
     pieces = bucket.muon if key == "momentum_buffer" else bucket.adamw
     shard = torch.zeros_like(bucket.master_shard, dtype=dtype)
     for piece in pieces:

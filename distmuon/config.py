@@ -53,7 +53,7 @@ class Options:
         one_of("reduce_dtype", self.reduce_dtype, (torch.float32, torch.bfloat16, torch.float16))
         one_of("master_dtype", self.master_dtype, (torch.float32,))
         one_of("momentum_dtype", self.momentum_dtype, (torch.float32, torch.bfloat16))
-        one_of("ns_dtype", self.ns_dtype, (torch.bfloat16, torch.float16, torch.float32, torch.float64))
+        one_of("ns_dtype", self.ns_dtype, (torch.bfloat16, torch.float32, torch.float64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +107,10 @@ def _check_group(name: str, group: dict[str, Any]) -> None:
         if isinstance(value, torch.Tensor):
             if value.numel() != 1:
                 raise problem(f"{name}.{key}", f"a tensor of {value.numel()} elements", "one is needed", "pass one")
+            if value.device.type != "cpu" or value < 0:
+                raise problem(
+                    f"{name}.{key}", f"found {value!r}", "a tensor >= 0 on the CPU is needed", "move it there"
+                )
             return
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < below:
             needed = "a number >= 0 is needed" if below == float("inf") else f"a number in [0, {below}) is needed"

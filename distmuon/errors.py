@@ -1,7 +1,7 @@
 """The one form of every error a user sees: where, what was found, what is needed, what to do.
 
 This module decides only the wording. Whether all ranks raise together is decided by who calls it
-(`guards.agree` makes a finding on one rank the error of all).
+(`guards.agree_on_plan` makes a finding on one rank the error of all).
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from distmuon.buffers import Buffers
 from distmuon.collectives import DataParallelGroup, Pending
+from distmuon.config import Options
 from distmuon.errors import problem
 
 
@@ -34,6 +35,13 @@ class GradSource(Protocol):
 
     def reset(self) -> None:
         """Forget this step's gradients."""
+
+
+def make_source(buffers: Buffers, group: DataParallelGroup, options: Options) -> GradSource:
+    """The source that `grad_reduction` names."""
+    if options.grad_reduction == "external":
+        return ReducedGrads(buffers)
+    return BackwardReducer(buffers, group, options.overlap)
 
 
 class BackwardReducer:

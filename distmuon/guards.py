@@ -66,6 +66,8 @@ def check_parameters(
             found = f"on {param.device} while {first_fqn} is on {first.device}"
         elif tuple(param.shape) != shape:
             found = f"of shape {tuple(param.shape)} now, {shape} when the optimizer was made"
+        elif param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            found = f"of dtype {param.dtype}, which a float32 master would round"
         elif held is not None and id(param) not in held:
             found = "no longer the one that the model holds there"
         else:
@@ -84,6 +86,25 @@ def late_group() -> ValueError:
     )  # fmt: skip
 
 
+def no_loss_scaling() -> ValueError:
+    """The refusal of torch.amp.GradScaler, raised when it asks whether this optimizer scales by itself."""
+    return problem(
+        "GradScaler", "it looks for gradients in param.grad, which distmuon has reduced and freed by then",
+        "no loss scaling is needed with bfloat16", "use bfloat16, or step without the scaler",
+    )  # fmt: skip
+
+
+def check_held(param_groups: Sequence[dict[str, Any]], params: Sequence[nn.Parameter]) -> None:
+    """Raise if somebody exchanged the parameters in the param groups: updates would miss what they hold now."""
+    held = {id(param) for group in param_groups for param in group["params"]}
+    if len(held) != len(params) or not all(id(param) in held for param in params):
+        raise problem(
+            "param_groups", f"they hold {len(held)} parameters that are not the {len(params)} of construction",
+            "distmuon keeps its own masters and needs the model's own parameters",
+            "keep other optimizers' wrappers away (DeepSpeed: ZeRO stage 0, cast the model itself)",
+        )  # fmt: skip
+
+
 def check_frozen(named: Sequence[tuple[str, nn.Parameter]]) -> None:
     """Raise for a parameter that was frozen at construction and is trained now."""
     for fqn, param in named:
@@ -96,7 +117,7 @@ def check_frozen(named: Sequence[tuple[str, nn.Parameter]]) -> None:
 
 def check(grad_shards: Sequence[Tensor], present: Sequence[bool], group: DataParallelGroup) -> Verdict:
     """One all-reduce. The host reads the device only if some parameter had no gradient here."""
-    squares = [torch.linalg.vector_norm(shard, dtype=torch.float64).square() for shard in grad_shards]
+    squares = [torch.linalg.vector_norm(shard, dtype=torch.float32).double().square() for shard in grad_shards]
     flags = torch.ones(len(present), dtype=torch.float64, device=squares[0].device)
     if not all(present):
         flags.copy_(torch.tensor(present, dtype=torch.float64))
@@ -133,6 +154,23 @@ def agree_on_plan(fingerprint: str, items: Sequence[str], group: DataParallelGro
         "all ranks need the same options and versions",
         "pass the same arguments to DistMuon on every rank",
     )
+
+
+def agree_on_values(fqns: Sequence[str], params: Sequence[nn.Parameter], group: DataParallelGroup) -> None:
+    """Raise on all ranks, naming the first difference, unless all hold the same values. Blocking, once.
+
+    For a start in the middle of a step, when rank 0's values can no longer be taken before the forward has used them.
+    """
+    sums = [[float(p.detach().double().sum()), float(p.detach().double().square().sum())] for p in params]
+    everyone = group.gather_objects(sums)
+    for number, fqn in enumerate(fqns):
+        for rank, theirs in enumerate(everyone):
+            if theirs[number] != everyone[0][number]:
+                raise problem(
+                    fqn, f"rank {rank} starts from other values than rank 0, and a forward has used them already",
+                    "all ranks must start from the same values",
+                    "pass the model itself and call it (its forward takes rank 0's values), or seed all ranks alike",
+                )  # fmt: skip
 
 
 def agree_on_reduced(grads: Sequence[Tensor], group: DataParallelGroup) -> None:

@@ -5,8 +5,10 @@ a parameter has one manager: a newer optimizer takes over, the older one is told
 
 [Note: which modules wait] A module that holds parameters of its own may also use those of its children without
 calling them (nn.MultiheadAttention reads `out_proj.weight`). So such a module waits for its whole subtree; pure
-containers wait for nothing and leave it to their children. A parameter that is used outside any of these is
-noticed in backward: its gradient arrives while its bucket is still in flight, and the optimizer raises.
+containers wait for nothing and leave it to their children. Without gradients (evaluation) the model waits for all.
+A parameter that a container uses before any of its children is called is noticed in backward: autograd finds that it
+changed after it was saved (`Buffers.arrived`), or its gradient comes while its bucket is in flight. What saves nothing,
+such as an addition, is not noticed: call `synchronize` before such a forward.
 
 [Note: compiled models] A hook waits, builds, talks to other ranks: dynamo must not trace it. Hooks are disabled for
 it, so a compiled model breaks its graph at the modules that wait.
@@ -29,9 +31,9 @@ from distmuon.errors import problem
 class Listener(Protocol):
     """What the hooks call."""
 
-    def build(self) -> None: ...
+    def on_forward(self) -> None: ...
     def on_gradient(self, index: int) -> None: ...
-    def wait_for(self, buckets: Iterable[int]) -> None: ...
+    def wait_for(self, params: Iterable[int]) -> None: ...
     def synchronize(self) -> None: ...
     def release(self) -> None: ...
 
@@ -42,15 +44,18 @@ _manager_of = WeakIdKeyDictionary()  # parameter -> weakref of the Listener that
 class Hooks:
     """All hooks of one listener; gone when it is, or on `remove`."""
 
-    def __init__(self, listener: Listener, params: Sequence[nn.Parameter], model: nn.Module | None) -> None:
+    def __init__(
+        self, listener: Listener, params: Sequence[nn.Parameter], model: nn.Module | None, wait_in_forward: bool
+    ) -> None:
         self._listener = weakref.ref(listener)
         self._handles: list[RemovableHandle] = []
-        self._model = model
         for index, param in enumerate(params):
             self._take_over(param)
             self._on_gradient(index, param)
         if model is not None:
             self._on_model(model)
+            if wait_in_forward:
+                self._wait_in_forward(model, {id(param): index for index, param in enumerate(params)})
         weakref.finalize(listener, _remove, self._handles)
 
     def check_active(self) -> None:
@@ -86,24 +91,24 @@ class Hooks:
         @_untraced
         def on_forward(_module: nn.Module, _args: object) -> None:
             if (listener := listener_ref()) is not None:
-                listener.build()
+                listener.on_forward()
 
         def on_state(*_: object) -> None:
             if (listener := listener_ref()) is not None:
                 listener.synchronize()
 
         self._handles.append(model.register_forward_pre_hook(on_forward, prepend=True))
-        self._handles.append(model.register_state_dict_pre_hook(on_state))  # type: ignore[no-untyped-call]
-        self._handles.append(model.register_load_state_dict_pre_hook(on_state))  # type: ignore[no-untyped-call]
+        for module in model.modules():  # a part of the model may be saved or loaded by itself
+            self._handles.append(module.register_state_dict_pre_hook(on_state))  # type: ignore[no-untyped-call]
+            self._handles.append(module.register_load_state_dict_pre_hook(on_state))  # type: ignore[no-untyped-call]
 
-    def wait_in_forward(self, bucket_of: Mapping[int, int]) -> None:
-        """Let each module wait for its buckets, see [Note: which modules wait]; `bucket_of`: by id(parameter)."""
+    def _wait_in_forward(self, model: nn.Module, index_of: Mapping[int, int]) -> None:
+        """Let each module wait for its parameters, see [Note: which modules wait]; `index_of`: by id(parameter)."""
         listener_ref = self._listener
-        assert self._model is not None
-        for module in self._model.modules():
-            if not any(id(param) in bucket_of for param in module.parameters(recurse=False)):
+        for module in model.modules():
+            if not any(id(param) in index_of for param in module.parameters(recurse=False)):
                 continue
-            needed = frozenset(bucket_of[id(p)] for p in module.parameters() if id(p) in bucket_of)
+            needed = frozenset(index_of[id(p)] for p in module.parameters() if id(p) in index_of)
 
             @_untraced
             def pre_hook(_module: nn.Module, _args: object, needed: frozenset[int] = needed) -> None:

@@ -170,24 +170,26 @@ def _regret(layout: Layout) -> float:
     return max(extra / 0.005, imbalance / 0.03)
 
 
-def _bucket_params(specs: Sequence[ParamSpec], target: int, own_bucket: int) -> Iterator[list[int]]:
-    """Runs of parameters of one dtype in the order of backward (last registered first). A large embedding or head
-    and a large stack of matrices have a bucket of their own: cut evenly, they stay contiguous."""
+def _bucket_params(specs: Sequence[ParamSpec], target: int, own_bucket: int) -> list[list[int]]:
+    """Runs of parameters of one dtype, last registered first, as backward finishes them; a bucket is ready with its
+    first registered parameter. A large embedding, head or stack has a bucket of its own: cut evenly, it stays
+    contiguous."""
 
     def alone(spec: ParamSpec) -> bool:
         return spec.numel >= own_bucket and len(spec.matrices) != 1
 
+    buckets = []
     for dtype in dict.fromkeys(spec.dtype for spec in specs):
         bucket: list[int] = []
         filled = 0
         for param in (p for p in reversed(range(len(specs))) if specs[p].dtype == dtype):
             if bucket and (filled >= target or alone(specs[param])):
-                yield bucket
+                buckets.append(bucket)
                 bucket, filled = [], 0
             bucket.append(param)
             filled = target if alone(specs[param]) else filled + specs[param].numel
-        if bucket:
-            yield bucket
+        buckets.append(bucket)
+    return sorted(buckets, key=lambda params: -min(params))
 
 
 def _pack(

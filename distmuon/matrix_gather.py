@@ -16,7 +16,6 @@ paper's literal form.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -36,14 +35,6 @@ class StackKey(NamedTuple):
     column_split: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    """Where a matrix lies: number `position` of the stack of its shape."""
-
-    key: StackKey
-    position: int
-
-
 class MatrixGather:
     """The exchange of one bucket's matrices, seen from one rank."""
 
@@ -60,18 +51,20 @@ class MatrixGather:
         `group_of`: param group of each parameter; `dtype`: of the stacks and of what travels."""
         self._group, self._dtype, self._device = group, dtype, device
         me, ranks = group.dp_rank, range(group.dp_size)
-        self._matrix_of = {(p.param, p.param_offset): matrix for matrix in matrices for p in matrix.pieces}
         self._mine = [piece.segment for piece in muon_pieces]
         self._number = {(s.param, s.param_offset): i for i, s in enumerate(self._mine)}
 
-        self._slots: dict[int, _Slot] = {}
+        self._places: dict[tuple[int, int], tuple[StackKey, int]] = {}  # by segment: its stack, first element there
         self.stack_sizes: dict[StackKey, int] = {}
         for matrix in matrices:
             if me in matrix.workers:
                 unit = matrix.matrix
                 key = StackKey(group_of[matrix.param], unit.rows, unit.columns, unit.column_split)
-                self._slots[matrix.index] = _Slot(key, self.stack_sizes.setdefault(key, 0))
+                position = self.stack_sizes.setdefault(key, 0)
                 self.stack_sizes[key] += 1
+                for p in matrix.pieces:
+                    start = position * unit.numel + p.param_offset - unit.offset
+                    self._places[p.param, p.param_offset] = (key, start)
 
         def listed(wanted: Callable[[PlacedMatrix, Segment, int], bool]) -> list[list[Segment]]:
             """Per peer, the segments that `wanted(matrix, piece, peer)` picks, in an order all ranks share."""
@@ -95,7 +88,7 @@ class MatrixGather:
             for key, count in self.stack_sizes.items()
         }
         for segment, update in zip(self._mine, updates):
-            if self._matrix_of[segment.param, segment.param_offset].index in self._slots:
+            if (segment.param, segment.param_offset) in self._places:
                 self._piece(stacks, segment).copy_(update)
 
         def finish() -> dict[StackKey, Tensor]:
@@ -137,7 +130,5 @@ class MatrixGather:
 
     def _piece(self, stacks: dict[StackKey, Tensor], segment: Segment) -> Tensor:
         """The elements of `segment` inside its matrix in the stacks, as a 1-D view."""
-        matrix = self._matrix_of[segment.param, segment.param_offset]
-        slot = self._slots[matrix.index]
-        start = segment.param_offset - matrix.matrix.offset
-        return stacks[slot.key][slot.position].view(-1)[start : start + segment.length]
+        key, start = self._places[segment.param, segment.param_offset]
+        return stacks[key].view(-1)[start : start + segment.length]

@@ -1,4 +1,4 @@
-"""The conductor: builds the rooms below and conducts `step`. The algorithm of one bucket is `_walk`, one line a stage.
+"""The conductor: builds the rooms below and conducts `step`. The algorithm of one bucket is `walk.BucketWalk.run`.
 
 Decides order and time, nothing else: which rule is `routing`, where is `layout`, storage is `buffers`, bytes are
 the movers', numbers are `rules` and `newton_schulz`.
@@ -20,7 +20,7 @@ from distmuon import checkpoint, guards, planner, rules
 from distmuon.buffers import Buffers
 from distmuon.collectives import DataParallelGroup
 from distmuon.config import AdjustLrFn, GradReduction, Hyperparameters, Options, Packing, Placement, check_groups
-from distmuon.grad_reduce import BackwardReducer, GradSource, ReducedGrads
+from distmuon.grad_reduce import ReducedGrads, make_source
 from distmuon.hooks import Hooks
 from distmuon.layout import Layout, make_layout
 from distmuon.metrics import Metrics
@@ -52,23 +52,19 @@ class DistMuon(torch.optim.Optimizer):
         process_group: the data-parallel group. None: the default group, or one rank without torch.distributed.
         bucket_mb: size of a bucket in MiB of float32 gradients. None: chosen from model and dp_size.
         packing: "balanced" (whole matrices where they fit) or "contiguous" (even cuts, Megatron's way).
-        placement: "owner" (each matrix orthogonalized once) or "replicated" (by every rank that holds a piece).
+        placement: "owner" (each matrix orthogonalized once) or "replicated" (by all that hold a piece).
         grad_reduction: "reduce_scatter" (here, under backward) or "external" (gradients arrive averaged).
         reduce_dtype: of the gradient buffers and their reduction. None: float32.
-        master_dtype: of the weights that are updated; kept apart only where parameters are not of that dtype.
         momentum_dtype: of the momentum buffer.
         ns_dtype: of Newton-Schulz and of the exchange of matrix pieces. None: bfloat16.
         max_grad_norm: clip every step's averaged gradient to this global norm. None: only on `clip_grad_norm_`.
         overlap: reduce under backward, pipeline the buckets in `step`, gather parameters under the next forward.
 
-    Buffers are built at the first forward, gradient, step or state call, on all ranks together: rank 0's parameters
-    (and module buffers) are broadcast, then trainable parameters live in flat storage and must not be moved.
-    After backward ``param.grad`` is None: the gradient is in the reduction. Between `step` and the next forward
-    parameters are in flight; call `synchronize` before reading them by any other way than a forward.
-
-    Raises:
-        ValueError: for illegal options, weights no route decides, no Muon parameter, parameters already sharded or
-            averaged by somebody else; the message names thing, number and cure.
+    Buffers are built at the first forward in training, gradient, step or state call, on all ranks together: rank 0's
+    parameters and module buffers are broadcast, then parameters live in flat storage and must not be moved. After
+    backward ``param.grad`` is None: the gradient is in the reduction. Between `step` and the next forward parameters
+    are in flight; call `synchronize` before reading or writing them by any other way than a forward.
+    Raises `ValueError` naming thing, number and cure for whatever would train wrongly.
     """
 
     def __init__(
@@ -93,7 +89,6 @@ class DistMuon(torch.optim.Optimizer):
         placement: Placement = "owner",
         grad_reduction: GradReduction = "reduce_scatter",
         reduce_dtype: torch.dtype | None = None,
-        master_dtype: torch.dtype = torch.float32,
         momentum_dtype: torch.dtype = torch.float32,
         ns_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
@@ -101,7 +96,7 @@ class DistMuon(torch.optim.Optimizer):
     ) -> None:
         self.options = Options(
             packing=packing, placement=placement, grad_reduction=grad_reduction, bucket_mb=bucket_mb,
-            reduce_dtype=reduce_dtype or torch.float32, master_dtype=master_dtype, momentum_dtype=momentum_dtype,
+            reduce_dtype=reduce_dtype or torch.float32, momentum_dtype=momentum_dtype,
             ns_dtype=ns_dtype or torch.bfloat16, max_grad_norm=max_grad_norm, overlap=overlap,
         )  # fmt: skip
         start = Hyperparameters(
@@ -127,7 +122,8 @@ class DistMuon(torch.optim.Optimizer):
         self._grad_norm: Tensor | None = None
         self._skipped: Tensor | None = None
         self._sync = True
-        self._hooks = Hooks(self, self._params, self._model)
+        self._gathers_in_forward = self._model is not None and overlap and self.group.dp_size > 1
+        self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward)
 
     def release(self) -> None:
         """A newer optimizer manages these parameters: finish what is in flight and let go of them."""
@@ -145,42 +141,37 @@ class DistMuon(torch.optim.Optimizer):
             self._specs, self.group.dp_size, packing=o.packing, placement=o.placement, bucket_mb=o.bucket_mb
         )
 
-    def build(self) -> None:
-        """Check that the ranks agree, take rank 0's values, make the buffers. Collective; only the first call acts."""
-        if self._buffers is not None:
-            return
+    def _build(self, *, values_used: bool = False) -> None:
+        """Check that the ranks agree, take rank 0's values, make the buffers. Collective, once.
+
+        `values_used`: a forward has run already, so the ranks must hold the same values.
+        """
         self.layout = self._make_layout()
         lines = [f"{s.fqn} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
         guards.agree_on_plan(self.layout.fingerprint() + repr(self.options), lines, self.group)
+        if values_used:
+            guards.agree_on_values([spec.fqn for spec in self._specs], self._params, self.group)
         for tensor in self._params if self._model is None else [*self._model.parameters(), *self._model.buffers()]:
             self.group.broadcast(tensor.data)
         buffers = Buffers(self.layout, self._params, self.group.dp_rank, self.options)
-        self._source: GradSource = (
-            BackwardReducer(buffers, self.group, self.options.overlap)
-            if self.options.grad_reduction == "reduce_scatter"
-            else ReducedGrads(buffers)
-        )
-        live = (self.param_groups, self._group_of)
-        self._walks = [
-            BucketWalk(bucket, self.layout, self.group, *live, self.options.ns_dtype, self._metrics)
-            for bucket in buffers.buckets
-        ]
-        self._param_gather = ParamGather(buffers.buckets, self.group)
+        self._source = make_source(buffers, self.group, self.options)
+        shared = (self.layout, self.group, self._group_of, self.options.ns_dtype, self._metrics)
+        self._walks = [BucketWalk(bucket, *shared) for bucket in buffers.buckets]
+        self._param_gather = ParamGather(buffers, self.group)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self._params[0].device)
-        self._gathers_in_forward = self._model is not None and self.options.overlap and self.group.dp_size > 1
-        if self._gathers_in_forward:
-            self._hooks.wait_in_forward({id(p): self.layout.bucket_of[i] for i, p in enumerate(self._params)})
         self._buffers = buffers
 
-    def _built(self) -> Buffers:
+    def _built(self, *, values_used: bool = False) -> Buffers:
         self._hooks.check_active()
-        self.build()
+        if self._buffers is None:
+            with torch.inference_mode(False):
+                self._build(values_used=values_used)
         assert self._buffers is not None
         return self._buffers
 
     def on_gradient(self, index: int) -> None:
         """Called by autograd when the gradient of parameter `index` is complete."""
-        self._built()
+        self._built(values_used=True)
         self._param_gather.check_arrived(self.layout.bucket_of[index], self._specs[index].fqn)
         self._source.accept(index, self._params[index], self._sync)
 
@@ -204,6 +195,8 @@ class DistMuon(torch.optim.Optimizer):
             present = self._source.finish()
         if isinstance(self._source, ReducedGrads) and self._metrics.steps == 0:
             guards.agree_on_reduced([p.grad for p in self._params if p.grad is not None], self.group)
+        if not all(present):
+            self._make_layout()  # raises if the model holds other parameters by now
         with self._metrics.stage("guard"):
             self._verdict = guards.check([b.grad_shard for b in buffers.buckets], present, self.group)
         self._grad_norm = self._verdict.total_norm
@@ -212,10 +205,7 @@ class DistMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Scale the averaged gradient so that its global 2-norm is at most `max_norm`; returns the norm before.
-
-        Equals `torch.nn.utils.clip_grad_norm_` on the unsharded model with the averaged gradient. Collective.
-        """
+        """`torch.nn.utils.clip_grad_norm_` of the averaged gradient of the whole model; returns the norm before."""
         self.reduce_gradients()
         assert self._verdict is not None and self._buffers is not None
         norm = self._verdict.total_norm
@@ -235,21 +225,22 @@ class DistMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update on all ranks. `closure` re-evaluates the model and returns the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = torch.enable_grad()(closure)() if closure is not None else None
         buffers = self._built()
         check_groups(self.param_groups)
+        guards.check_held(self.param_groups, self._params)
         guards.check_frozen(self._frozen)
         self._param_gather.wait()
         self.reduce_gradients()
         verdict, self._verdict = self._verdict, None
         assert verdict is not None and self._skipped is not None
 
-        pipeline([walk.run(verdict, self._param_gather.start) for walk in self._walks], self.options.overlap)
+        numbers = [{**group, "lr": rules.scalar(group["lr"])} for group in self.param_groups]
+        with torch.autocast(buffers.device.type, enabled=False):
+            # Backward finishes the last layers first; the next forward needs the first ones first.
+            walks = [walk.run(verdict, numbers, self._param_gather.start) for walk in reversed(self._walks)]
+            pipeline(walks, self.options.overlap)
 
-        buffers.mark_written()
         self._skipped += ~verdict.ok
         self._source.reset()
         if not self._gathers_in_forward or self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
@@ -257,9 +248,21 @@ class DistMuon(torch.optim.Optimizer):
         self._metrics.close_step()
         return loss
 
-    def wait_for(self, buckets: Iterable[int]) -> None:
+    def on_forward(self) -> None:
+        """Called by the model's forward. In training the first one builds; evaluation waits for all parameters."""
+        if torch.is_grad_enabled():
+            self._built()
+        else:
+            self.synchronize()
+
+    def wait_for(self, params: Iterable[int]) -> None:
         """Called by a module's forward."""
-        self._param_gather.wait(buckets)
+        if self._buffers is not None and self._param_gather.any_in_flight:
+            self._param_gather.wait({self.layout.bucket_of[index] for index in params})
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        raise guards.no_loss_scaling()
 
     def synchronize(self) -> None:
         """Wait for the parameter all-gathers that `step` left under way. Forwards do so by themselves."""
@@ -267,27 +270,28 @@ class DistMuon(torch.optim.Optimizer):
             self._param_gather.wait()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused once constructed: the layout is fixed by all parameters together."""
         if hasattr(self, "layout"):
             raise guards.late_group()
         super().add_param_group(param_group)
 
     def full_state_dict(self) -> dict[str, Any]:
-        """Whole state of every parameter on the CPU, on every rank, in torch.optim's format. Collective."""
-        buffers = self._built()
-        self.synchronize()
-        packed = super().state_dict()["param_groups"]
-        return checkpoint.full_state_dict(buffers, self.group, self.param_groups, packed)
+        """`state_dict`, of what is built here if need be."""
+        self._built()
+        return self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """`full_state_dict()`; before anything was built, the empty state."""
-        return super().state_dict() if self._buffers is None else self.full_state_dict()
+        """Whole state of every parameter, on the CPU of every rank, in torch.optim's format; empty before the first
+        step or forward. Collective."""
+        packed = super().state_dict()
+        if self._buffers is None:
+            return packed
+        self.synchronize()
+        return checkpoint.full_state_dict(self._buffers, self.group, self.param_groups, packed["param_groups"])
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any], **_ignored: object) -> None:
         """Load a full state saved at any dp_size. State keeps its own dtype; masters, if any, become the parameters."""
         checkpoint.load_groups(state_dict["param_groups"], self.param_groups)
-        check_groups(self.param_groups)
         if not any(state_dict["state"].values()):
             return
         buffers = self._built()
@@ -297,14 +301,9 @@ class DistMuon(torch.optim.Optimizer):
         for bucket in range(len(buffers.buckets)):
             self._param_gather.start(bucket)
         self.synchronize()
-        buffers.mark_written()
 
     def metrics(self) -> dict[str, Any]:
-        """Numbers of the last step and totals. Reads the device: on CUDA call it every few steps, not in the hot loop.
-
-        ``bytes`` and ``calls``: sent by this rank, by stage; ``stage_ms``: host milliseconds; ``ns_matrices``:
-        orthogonalized by this rank; ``grad_norm``: before clipping, None before the first step.
-        """
+        """This rank's last step in numbers; ``grad_norm`` before clipping. Reads the device: not for the hot loop."""
         return {
             **self._metrics.last(),
             "skipped_steps": int(self._skipped) if self._skipped is not None else 0,

@@ -6,11 +6,11 @@ the hooks of the modules (`hooks.py`): the all-gathers of later layers run under
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 
-from distmuon.buffers import BucketBuffers
+from distmuon.buffers import Buffers
 from distmuon.collectives import DataParallelGroup, Pending
 from distmuon.errors import problem
 
@@ -18,19 +18,24 @@ from distmuon.errors import problem
 class ParamGather:
     """The all-gathers under way, by bucket."""
 
-    def __init__(self, buckets: Sequence[BucketBuffers], group: DataParallelGroup) -> None:
-        self._buckets = buckets
+    def __init__(self, buffers: Buffers, group: DataParallelGroup) -> None:
+        self._buffers = buffers
         self._group = group
         self._pending: dict[int, Pending] = {}
 
     def start(self, index: int) -> None:
         """All-gather bucket `index`, in place in its flat buffer."""
-        bucket = self._buckets[index]
+        bucket = self._buffers.buckets[index]
         bucket.publish_master()
+        self._buffers.sent(index)
         with torch.profiler.record_function(f"distmuon::all_gather/{index}"):
             self._pending[index] = self._group.start_all_gather(
                 bucket.param_flat, bucket.param_shard, stage="all_gather"
             )
+
+    @property
+    def any_in_flight(self) -> bool:
+        return bool(self._pending)
 
     def check_arrived(self, index: int, fqn: str) -> None:
         """Raise if bucket `index` is still in flight although the gradient of its parameter `fqn` exists already."""
@@ -49,4 +54,5 @@ class ParamGather:
             pending = self._pending.pop(index, None)
             if pending is not None:
                 pending.wait()
-                self._buckets[index].stage_out()
+                self._buffers.buckets[index].stage_out()
+                self._buffers.arrived(index)

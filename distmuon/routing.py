@@ -188,6 +188,13 @@ def make_groups(
     groups: dict[str, dict[str, Any]] = {}
     for spec, param in routed:
         key = repr((spec.rule, spec.options))
+        known = start.group(spec.rule)
+        for option, _ in spec.options:
+            if option not in known:
+                raise problem(
+                    spec.fqn, f"option {option!r} in its route", f"one of {', '.join(known)} is needed",
+                    "correct the route's options",
+                )  # fmt: skip
         group = groups.setdefault(key, {**start.group(spec.rule), **dict(spec.options), "params": []})
         group["params"].append((spec.fqn, param))
     keys = list(groups)
@@ -209,17 +216,17 @@ def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
 
 def _head_weights(model: nn.Module) -> set[int]:
     """ids of output-head weights: what the model itself names as its head, else a linear layer outside the repeated
-    blocks that is called like one or maps to the vocabulary of an embedding."""
+    blocks that is called like one or maps to the vocabulary of the largest embedding."""
     own_head = getattr(model, "get_output_embeddings", lambda: None)()
     if isinstance(own_head, nn.Module):
         return {id(p) for p in own_head.parameters(recurse=False) if p.ndim > 1}
-    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=None)
     heads = set()
     for name, module in model.named_modules():
         parts = name.split(".")
         if not isinstance(module, nn.Linear) or any(part.isdigit() for part in parts):
             continue
-        if parts[-1] in _HEAD_NAMES or module.out_features in vocabularies:
+        if parts[-1] in _HEAD_NAMES or module.out_features == vocabulary:
             heads.add(id(module.weight))
     return heads
 
@@ -236,6 +243,8 @@ def _default_route(fqn: str, param: nn.Parameter, owners: list[nn.Module], is_he
         return Route("normalization", "adamw")
     for pattern, rule, parts in _KNOWN_NAMES:
         if fnmatchcase(f".{fqn}", pattern):
+            if parts > 1 and not _fuses_rows(param, owners):
+                return None
             split = [param.shape[-2] // parts] * parts if parts > 1 else None
             return Route(f"known name {pattern}", rule, split)
     for module in owners:
@@ -253,6 +262,16 @@ def _default_route(fqn: str, param: nn.Parameter, owners: list[nn.Module], is_he
                 return Route("fused attention projection stored (in, out)", "muon", [width] * 3, split_dim=1)
             return Route("linear stored (in, out)", "muon")
     return None
+
+
+def _fuses_rows(gate_up: nn.Parameter, owners: list[nn.Module]) -> bool:
+    """Whether gate and up lie in the rows, (E, 2I, H), as the sibling `down_proj` (E, H, I) shows; some models store
+    the transpose, or interleave the two."""
+    down = getattr(owners[0], "down_proj", None) if owners else None
+    if not isinstance(down, nn.Parameter) or gate_up.ndim != 3:
+        return False
+    count, rows, columns = gate_up.shape
+    return tuple(down.shape) == (count, columns, rows // 2)
 
 
 def _matrices(fqn: str, shape: tuple[int, ...], chosen: Route, is_conv: bool) -> tuple[Matrix, ...]:

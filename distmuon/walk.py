@@ -25,25 +25,32 @@ from distmuon.newton_schulz import orthogonalize
 
 
 class BucketWalk:
-    """One bucket's way through a step. `param_groups` is live; `group_of`: index in it by parameter."""
+    """One bucket's way through a step. `group_of`: by parameter, its index in the param groups."""
 
     def __init__(
         self,
         bucket: BucketBuffers,
         layout: Layout,
         group: DataParallelGroup,
-        param_groups: Sequence[dict[str, Any]],
         group_of: Sequence[int],
         ns_dtype: torch.dtype,
         metrics: Metrics,
     ) -> None:
-        self._bucket, self._layout, self._metrics, self._ns_dtype = bucket, layout, metrics, ns_dtype
-        self._param_groups, self._group_of = param_groups, group_of
+        self._bucket, self._metrics, self._ns_dtype = bucket, metrics, ns_dtype
+        self._group_of = group_of
+        self._param_groups: Sequence[dict[str, Any]] = ()
+        self._shapes = [layout.unit_of(piece.segment).logical_shapes[0] for piece in bucket.muon]
         matrices = [matrix for matrix in layout.matrices if matrix.bucket == bucket.bucket.index]
         self._exchange = MatrixGather(matrices, bucket.muon, group_of, group, ns_dtype, bucket.param_flat.device)
 
-    def run(self, verdict: Verdict, start_all_gather: Callable[[int], None]) -> Iterator[None]:
-        """Lines 2 to 7 of the walk. At each `yield` this bucket's bytes travel and another bucket may compute."""
+    def run(
+        self, verdict: Verdict, param_groups: Sequence[dict[str, Any]], start_all_gather: Callable[[int], None]
+    ) -> Iterator[None]:
+        """Lines 2 to 7 of the walk. At each `yield` this bucket's bytes travel and another bucket may compute.
+
+        `param_groups`: this step's hyperparameters, all numbers.
+        """
+        self._param_groups = param_groups
         bucket, index, stage = self._bucket, self._bucket.bucket.index, self._metrics.stage
         with stage("momentum", index):
             updates = [self._momentum(piece, verdict) for piece in bucket.muon]
@@ -57,19 +64,21 @@ class BucketWalk:
             polar_factors = {key: self._orthogonalize(key, stack) for key, stack in stacks.items()}
         with stage("start_scatter", index):
             finish_scatter = self._exchange.start_scatter(polar_factors)
+            del finish_gather, stacks
         yield
         with stage("scatter", index):
             polar_pieces = finish_scatter()
         with stage("apply", index):
-            for piece, polar in zip(bucket.muon, polar_pieces):
-                self._apply(piece, polar, verdict)
+            for piece, polar, shape in zip(bucket.muon, polar_pieces, self._shapes):
+                self._apply(piece, polar, shape, verdict)
+            del finish_scatter, polar_factors, polar_pieces
             self._adamw(bucket.adamw, verdict)
         with stage("start_all_gather", index):
             start_all_gather(index)
 
     def _momentum(self, piece: ShardPiece, verdict: Verdict) -> Tensor:
         group, buffer = self._group(piece.segment.param), piece.state["momentum_buffer"]
-        mu, nesterov = rules.scalar(group["momentum"]), group["nesterov"]
+        mu, nesterov = group["momentum"], group["nesterov"]
         new_buffer, update = rules.muon_momentum(piece.grad, buffer, momentum=mu, nesterov=nesterov)
         if verdict.present[piece.segment.param]:
             rules.commit(verdict.ok, buffer, new_buffer)
@@ -88,13 +97,12 @@ class BucketWalk:
         scales = [rules.lr_scale(key.rows, n, group["adjust_lr_fn"]) for n in key.column_split]
         return torch.cat([block.mul(scale / scales[0]) for block, scale in zip(polar, scales)], dim=2)
 
-    def _apply(self, piece: ShardPiece, polar: Tensor, verdict: Verdict) -> None:
+    def _apply(self, piece: ShardPiece, polar: Tensor, shape: tuple[int, int], verdict: Verdict) -> None:
         if not verdict.present[piece.segment.param]:
             return
         group = self._group(piece.segment.param)
-        rows, columns = self._layout.unit_of(piece.segment).logical_shapes[0]
-        scale = rules.lr_scale(rows, columns, group["adjust_lr_fn"])
-        lr, decay = rules.scalar(group["lr"]), rules.scalar(group["weight_decay"])
+        scale = rules.lr_scale(*shape, group["adjust_lr_fn"])
+        lr, decay = group["lr"], group["weight_decay"]
         new = rules.muon_weight(piece.master, polar, lr=lr, weight_decay=decay, scale=scale)
         rules.commit(verdict.ok, piece.master, new)
 
@@ -108,8 +116,8 @@ class BucketWalk:
                 [piece.grad for piece in mine],
                 [piece.state for piece in mine],
                 verdict.ok,
-                lr=rules.scalar(group["lr"]),
-                weight_decay=rules.scalar(group["weight_decay"]),
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
                 betas=group["betas"],
                 eps=group["eps"],
             )
