@@ -215,19 +215,23 @@ def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
 
 
 def _head_weights(model: nn.Module) -> set[int]:
-    """ids of output-head weights: what the model itself names as its head, else a linear layer outside the repeated
-    blocks that is called like one or maps to the vocabulary of the largest embedding."""
+    """ids of output-head weights: what the model itself names as its head, else linear layers outside the repeated
+    blocks: those called like one, and the last if it maps to the vocabulary of the largest embedding."""
     own_head = getattr(model, "get_output_embeddings", lambda: None)()
     if isinstance(own_head, nn.Module):
         return {id(p) for p in own_head.parameters(recurse=False) if p.ndim > 1}
     vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=None)
     heads = set()
+    last = None
     for name, module in model.named_modules():
         parts = name.split(".")
         if not isinstance(module, nn.Linear) or any(part.isdigit() for part in parts):
             continue
-        if parts[-1] in _HEAD_NAMES or module.out_features == vocabulary:
+        last = module
+        if parts[-1] in _HEAD_NAMES:
             heads.add(id(module.weight))
+    if last is not None and last.out_features == vocabulary:
+        heads.add(id(last.weight))
     return heads
 
 
