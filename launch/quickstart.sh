@@ -27,7 +27,7 @@ pretrain() {  # NAME ARGUMENTS...: one run into $OUT/NAME
 stage "1/3 train with Muon"
 pretrain muon "$@"
 stage "2/3 train with AdamW, over the same shards"
-pretrain adamw --optimizer.name adamw "$@"
+pretrain adamw --optimizer.name adamw --optimizer.lr 1e-3 "$@"
 stage "3/3 compare"
 python -m launch.compare "$OUT/muon" "$OUT/adamw" --out "$OUT"
 stage "done in $SECONDS s: $OUT/loss.png, $OUT/summary.md"

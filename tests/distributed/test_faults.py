@@ -207,27 +207,28 @@ def test_options_that_differ_by_rank_raise_on_all(spawn_raises) -> None:
     assert len(set(spawn_raises(_other_packing, 2, match="same arguments to DistMuon on every rank", timeout=10))) == 1
 
 
-def _first_loss(group: dist.ProcessGroup) -> tuple[float, str, str]:
-    """Loss of the very first forward, and digests of all parameters and of the frozen ones after one step."""
-    model, optimizer = make(group, Standing(seed=dist.get_rank(group)))
-    loss = loss_fn(model, make_batch(0, dist.get_rank(group)))
+def _first_loss(group: dist.ProcessGroup) -> tuple[float, str, str, float]:
+    """Loss of the very first forward; digests of all parameters and of frozen ones after one step; a module buffer."""
+    rank = dist.get_rank(group)
+    model = Standing(seed=rank)
+    model.register_buffer("average", torch.tensor(float(rank)))
+    model, optimizer = make(group, model)
+    loss = loss_fn(model, make_batch(0, rank))
     loss.backward()
     optimizer.step()
     ends = weights(model, optimizer)
-    return loss.item(), digest(ends), digest({fqn: weight for fqn, weight in ends.items() if "frozen" in fqn})
+    frozen = {fqn: weight for fqn, weight in ends.items() if "frozen" in fqn}
+    return loss.item(), digest(ends), digest(frozen), model.average.item()
 
 
 def test_rank_0_wins_before_the_first_forward(spawn) -> None:
-    """Ranks initialised from different seeds: rank 0's weights, in the first forward already, frozen ones too."""
+    """Ranks initialised from different seeds: rank 0's weights and buffers, in the first forward already."""
     results = spawn(_first_loss, 3)
     model = Standing(seed=0)
-    for rank, (loss, _, _) in enumerate(results):
+    wanted_frozen = digest({fqn: weight for fqn, weight in model.state_dict().items() if "frozen" in fqn})
+    for rank, (loss, all_parameters, frozen, average) in enumerate(results):
         assert loss == pytest.approx(loss_fn(model, make_batch(0, rank)).item(), rel=1e-6)
-    assert len({digests for _, *digests in map(tuple, results) for digests in [tuple(digests)]}) == 1
-    oracle = reference(model)
-    oracle.step(loss_fn, make_batches(0, 3))
-    frozen = {fqn: weight for fqn, weight in model.state_dict().items() if "frozen" in fqn}
-    assert results[1][2] == digest(frozen)
+        assert all_parameters == results[0][1] and frozen == wanted_frozen and average == 0.0
 
 
 # ------------------------------------------------------------------------------------------- what Muon gets

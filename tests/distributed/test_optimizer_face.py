@@ -438,6 +438,23 @@ def test_state_loads_at_another_number_of_ranks_and_another_cut(spawn, dp_size: 
             assert_equals_reference(ends, oracle.weights)
 
 
+def _load_masters_alone(group: dist.ProcessGroup, saved: Any) -> tuple[Weights, str]:
+    model, optimizer = _made(group, **PRECISIONS["bfloat16"])
+    train(group, model, optimizer, [77])
+    optimizer.load_state_dict(saved)
+    loaded = {fqn: param.detach().clone() for fqn, param in model.named_parameters()}
+    train(group, model, optimizer, range(2, 4))
+    return loaded, digest(weights(model, optimizer))
+
+
+def test_loaded_masters_become_the_parameters_of_all_ranks(spawn) -> None:
+    """Before any forward or step: a load that forgot to gather would go on with a different model, without an error."""
+    saved, model_state, end, _ = spawn(_save, 3, precision="bfloat16")[0]
+    for loaded, loaded_end in spawn(_load_masters_alone, 3, saved=saved):
+        assert all(torch.equal(value, model_state[fqn]) for fqn, value in loaded.items())
+        assert loaded_end == end
+
+
 def _state_like_torch(group: dist.ProcessGroup) -> dict[str, Tensor]:
     model, optimizer = make(group, lr=0.0)
     for step in range(3):

@@ -83,6 +83,17 @@ def test_no_process_group_equals_one_process() -> None:
     assert_equals_reference(ends, _wanted(1, 1))
 
 
+def _in_the_default_group(group: dist.ProcessGroup) -> dict[str, Tensor]:
+    model, optimizer = make(None)
+    train(group, model, optimizer, STEPS)
+    return weights(model, optimizer)
+
+
+def test_the_default_group_equals_one_process(spawn) -> None:
+    for ends in spawn(_in_the_default_group, 4):
+        assert_equals_reference(ends, _wanted(4, 1))
+
+
 def test_a_group_that_begins_at_a_later_rank(spawn) -> None:
     (_, ends), *_ = spawn(_train_all, 2, first_rank=2, num_micro=1, configs=[{}])[0]
     assert_equals_reference(ends, _wanted(2, 1))
@@ -110,7 +121,7 @@ def _split_columns(group: dist.ProcessGroup, configs: list[dict[str, Any]]) -> l
 
 @pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
 def test_a_weight_fused_along_its_columns(spawn, adjust_lr_fn: str) -> None:
-    """Stored (in, out) as in Conv1D of transformers: each column block is a matrix with its own scale, also when cut."""
+    """Stored (in, out) as GPT-2's weights are: each column block is a matrix with its own scale, also when cut."""
     configs = [{**config, "adjust_lr_fn": adjust_lr_fn} for config in CONFIGS]
     splits = {**SPLITS, "down.weight": ([100, 71], 1)}
     wanted = reference_weights(4, STEPS, splits=splits, adjust_lr_fn=adjust_lr_fn)
@@ -173,11 +184,10 @@ def test_masters_of_bfloat16_parameters_keep_the_promise(spawn, dtypes: str, dp_
     ("options", "band"),
     [
         ({"ns_dtype": None}, 0.05),
-        ({"ns_dtype": torch.float16}, 0.012),
         ({"momentum_dtype": torch.bfloat16}, 0.003),
         ({"reduce_dtype": torch.bfloat16}, 0.003),
     ],
-    ids=["bfloat16 Newton-Schulz", "float16 Newton-Schulz", "bfloat16 momentum", "bfloat16 reduction"],
+    ids=["bfloat16 Newton-Schulz", "bfloat16 momentum", "bfloat16 reduction"],
 )
 def test_stated_bands_of_lower_precision(spawn, options: dict[str, Any], band: float) -> None:
     """Relative to the accumulated update after five steps. The bands are twice what was measured."""

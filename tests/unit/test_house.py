@@ -15,19 +15,19 @@ import pytest
 
 LIBRARY = Path(__file__).parents[2] / "distmuon"
 FLOORS = {
-    "errors": 1, "newton_schulz": 1, "rules": 1, "metrics": 1, "collectives": 1,
+    "errors": 1, "newton_schulz": 1, "rules": 1, "metrics": 1, "collectives": 1, "step_time": 1,
     "config": 2, "guards": 2,
     "routing": 3,
-    "packing": 4,
+    "packing": 4, "shapes": 4,
     "layout": 5,
-    "buffers": 6, "planner": 6,
-    "grad_reduce": 7, "matrix_gather": 7, "param_gather": 7, "checkpoint": 7, "hooks": 7,
+    "buffers": 6, "counts": 6,
+    "grad_reduce": 7, "matrix_gather": 7, "param_gather": 7, "checkpoint": 7, "hooks": 7, "planner": 7,
     "walk": 8,
     "optimizer": 9, "__init__": 9,
     "integrations": 10, "cli": 10, "__main__": 10,
 }  # fmt: skip
 FACES = {"integrations", "cli", "__main__"}
-INTEGERS_ONLY = {"config", "routing", "packing", "layout", "planner"}
+INTEGERS_ONLY = {"config", "routing", "packing", "shapes", "layout", "counts", "planner", "step_time"}
 COLLECTIVES = {
     "all_reduce", "all_reduce_coalesced", "reduce", "broadcast", "all_gather", "all_gather_into_tensor",
     "all_gather_single", "all_gather_coalesced", "all_gather_object", "gather", "gather_object", "gather_single",

@@ -148,11 +148,12 @@ def test_buckets_are_runs_in_the_order_of_backward(layout: Layout) -> None:
 @given(cuts())
 @settings(max_examples=100, deadline=None)
 def test_contiguous_start_is_true(layout: Layout) -> None:
-    """Exactly the parameters whose elements stand in one run of the flat buffer may be views of it."""
+    """Exactly the parameters whose elements stand in one run of the flat buffer may be views of it, and aligned."""
     for param, spec in enumerate(layout.specs):
         size = layout.buckets[layout.bucket_of[param]].shard_size
         places = {s.param_offset: s.rank * size + s.shard_offset for s in layout.segments_of[param]}
         starts = {place - offset for offset, place in places.items()}
+        assert places[0] % ALIGNMENT == 0
         assert layout.contiguous_start(param) == (starts.pop() if len(starts) == 1 else None)
         assert prod(spec.shape) == spec.numel
 
@@ -223,4 +224,4 @@ def test_real_shapes_are_no_worse_than_the_design_says(
 def test_balanced_sends_less_than_even_cuts(shape, dp_size: int) -> None:
     specs = _transformer(*shape)
     balanced, contiguous = (_figures(make_layout(specs, dp_size, packing=packing))[0] for packing in PACKINGS)
-    assert balanced - 1 < (contiguous - 1) / 4
+    assert balanced - 1 < (contiguous - 1) / 2.5

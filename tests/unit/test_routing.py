@@ -192,13 +192,13 @@ def test_a_head_by_any_name_goes_to_adamw(tied: bool) -> None:
     assert table(Language(tied)) == {"blocks.0.weight": [(16, 16)]}
 
 
-def test_tied_only_through_the_head_in_first_place() -> None:
-    """The head may be registered before the embedding that it shares its weight with."""
+def test_a_tie_is_seen_by_identity_alone() -> None:
+    """The tied layer comes first, sits among numbered blocks and has no telling name: only the embedding decides."""
     model = nn.Module()
-    model.out, model.tokens = nn.Linear(16, 30, bias=False), nn.Embedding(30, 16)
-    model.out.weight = model.tokens.weight
-    model.body = nn.Linear(16, 16)
-    assert table(model) == {"body.weight": [(16, 16)]}
+    model.blocks = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 30, bias=False))
+    model.tokens = nn.Embedding(30, 16)
+    model.blocks[1].weight = model.tokens.weight
+    assert table(model) == {"blocks.0.weight": [(16, 16)]}
 
 
 def test_lora_adapters_go_to_adamw_and_frozen_weights_nowhere() -> None:
