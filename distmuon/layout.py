@@ -11,6 +11,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heapify, heappop, heappush
+from operator import attrgetter
 
 import torch
 
@@ -19,6 +21,7 @@ from distmuon.packing import Item, Loads, Piece, pack_balanced, pack_evenly
 from distmuon.routing import Matrix, ParamSpec
 
 _MIN_BUCKET_ELEMENTS = 8 << 20
+_offset = attrgetter("offset")
 _PARTS = (16, 14, 12, 10, 8, 6)  # bucket sizes tried, as parts of the model
 
 
@@ -196,12 +199,11 @@ def _pack(
     specs: Sequence[ParamSpec], params: Sequence[int], dp_size: int, packing: Packing, loads: Loads
 ) -> tuple[int, list[list[Piece]]]:
     """Pack one bucket. A parameter alone in it is cut evenly if that cuts no unit: so large stacks stay contiguous."""
-    shard_size, shards = pack_evenly([Item(p, 0, specs[p].numel) for p in params], dp_size)
-    if packing == "contiguous":
-        return shard_size, shards
-    starts = {piece.offset for shard in shards for piece in shard}
-    if len(params) == 1 and starts <= {matrix.offset for matrix in specs[params[0]].matrices}:
-        return shard_size, shards
+    if packing == "contiguous" or len(params) == 1:
+        shard_size, shards = pack_evenly([Item(p, 0, specs[p].numel) for p in params], dp_size)
+        starts = {piece.offset for shard in shards for piece in shard}
+        if packing == "contiguous" or starts <= {matrix.offset for matrix in specs[params[0]].matrices}:
+            return shard_size, shards
     stones = [Item(p, m.offset, m.numel, ns_cost(m)) for p in params for m in specs[p].matrices]
     sand = [Item(p, 0, specs[p].numel) for p in params if not specs[p].matrices]
     return pack_balanced(stones, sand, dp_size, loads)
@@ -211,11 +213,16 @@ def _split_at_units(specs: Sequence[ParamSpec], shards: list[list[Piece]]) -> It
     """Segments in (rank, shard_offset) order; a piece that covers several units of a parameter becomes several."""
     for rank, shard in enumerate(shards):
         for param, offset, length, at in shard:
-            units = specs[param].matrices or (Matrix(0, 1, specs[param].numel),)
-            for unit in units:
-                start, stop = max(offset, unit.offset), min(offset + length, unit.offset + unit.numel)
-                if start < stop:
-                    yield Segment(param, start, stop - start, rank, at + start - offset)
+            units = specs[param].matrices
+            if not units:
+                yield Segment(param, offset, length, rank, at)
+                continue
+            start, end = offset, offset + length
+            number = bisect_right(units, offset, key=_offset) - 1
+            while start < end:
+                stop = min(end, units[number].offset + units[number].numel)
+                yield Segment(param, start, stop - start, rank, at + start - offset)
+                start, number = stop, number + 1
 
 
 def _place(
@@ -238,12 +245,18 @@ def _place(
         for holders, cost in zip(workers, costs):
             if len(holders) == 1:
                 load[holders[0]] += cost
+        queue = [(done, rank) for rank, done in enumerate(load)]  # an entry that is out of date has too small a load
+        heapify(queue)
         for index in sorted(range(len(units)), key=lambda i: (-costs[i], i)):
             if len(workers[index]) > 1:
                 owner = min(workers[index], key=lambda rank: (load[rank], rank))
                 if load[owner] + costs[index] > ideal:
-                    owner = min(range(dp_size), key=lambda rank: (load[rank], rank not in workers[index], rank))
+                    while queue[0][0] != load[queue[0][1]]:
+                        heappop(queue)
+                    least, rank = queue[0]
+                    owner = owner if load[owner] == least else rank
                 load[owner] += costs[index]
+                heappush(queue, (load[owner], owner))
                 workers[index] = (owner,)
     return tuple(
         PlacedMatrix(
@@ -260,4 +273,4 @@ def _place(
 
 def _unit_at(spec: ParamSpec, segment: Segment) -> int:
     """The index of the unit that `segment` belongs to."""
-    return bisect_right([m.offset for m in spec.matrices], segment.param_offset) - 1
+    return bisect_right(spec.matrices, segment.param_offset, key=_offset) - 1

@@ -1,59 +1,320 @@
-"""Newton-Schulz: a stack of matrices goes in, their (nearly) polar factors come out. Knows no rank and no parameter."""
+"""Newton-Schulz: a stack of matrices goes in, their (nearly) polar factors come out.
+
+This module decides how each step's odd polynomial is evaluated: in which form, dtype and blocks. It decides from
+shapes, dtype and coefficients, never from values, so nothing in it waits for a device. It knows no rank, no parameter.
+Error bands, measurements, and what was tried and left: docs/newton_schulz.md.
+
+Shapes: B matrices, m rows, n columns; inside, k is the short side and l the long one. A step sends each singular value
+s of X (k, l), all in [0, 1] at first, to a*s + b*s^3 + c*s^5:
+    G = X X^T       P = b*G + c*G^2       X <- a*X + P X
+
+[Note: segments]  A segment of several steps touches X twice only. In between, all is k x k and symmetric:
+    Q <- (a*I + P) Q       G <- (a*I + P) G (a*I + P)       and, after its last step,    X <- Q X
+Segments of one step are the standard form; longer ones are the Gram form, restarted (G made anew from X) between
+segments: what rounding did to G at a small singular value grows up to (a*u)^2 times in a step whose input reaches u.
+`_GROWTH` bounds the product of these factors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from math import isqrt
+from types import MappingProxyType
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-Triple = tuple[float, float, float]
+Triple: TypeAlias = tuple[float, float, float]
+Coefficients: TypeAlias = str | Sequence[float] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
+    """The (a, b, c) of each step, for `fewest` steps or more. Past its end the last one `repeats`, or nothing does."""
+
     triples: tuple[Triple, ...]
+    fewest: int
+    repeats: bool
     source: str
-    repeat: int = 0  # how many of the last triples a longer request repeats; 0: none
 
 
-COEFFICIENTS: Mapping[str, Table] = {
-    "jordan": Table(((3.4445, -4.7750, 2.0315),), "https://kellerjordan.github.io/posts/muon/", repeat=1),
-}
+def _guarded(*triples: Triple) -> tuple[Triple, ...]:
+    """p(s / 1.01): an input that rounding made 1 % too large still lies where p was designed to work."""
+    return tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in triples)
 
 
-def resolve(coefficients: str | tuple[float, ...] | tuple[Triple, ...], steps: int) -> tuple[Triple, ...]:
-    """The (a, b, c) of each step. Raises ValueError when the table cannot serve that many steps."""
+_JORDAN: Triple = (3.4445, -4.7750, 2.0315)
+# fmt: off
+COEFFICIENTS: Mapping[str, Table] = MappingProxyType({
+    "jordan": Table((_JORDAN,), fewest=1, repeats=True, source=(
+        "Keller Jordan, kellerjordan.github.io/posts/muon: steepest at 0, any steps; the default of torch.optim.Muon")),
+    "polar_express": Table((*_guarded(
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+        (1.8750014808534479, -1.2500016453999487, 0.3750001645474248)), (1.875, -1.25, 0.375)),
+        fewest=5, repeats=True, source=(
+            "Polar Express, arXiv 2505.16932: minimax composition from 1e-3, with its own guard of 1.01 on all but the"
+            " limit, which repeats")),
+    "you": Table((
+        (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012)), fewest=5, repeats=False, source=(
+            "YouJiacheng, x.com/YouJiacheng/status/1905861218138804534 (modded-nanogpt): five steps tuned as one")),
+    "cans": Table(_guarded(
+        (8.4703, -25.1081, 18.6293), (4.1828, -3.1087, 0.5806), (3.9619, -2.9541, 0.5630), (3.2866, -2.4647, 0.5074),
+        (2.2737, -1.6447, 0.4162)), fewest=5, repeats=False, source=(
+            "CANS, arXiv 2506.10935: Remez from 1e-3, digits as in NVIDIA-NeMo/Emerging-Optimizers; guarded by us: an"
+            " input 0.2 % above 1, which bfloat16 makes, diverges otherwise")),
+    "deepseek_v4": Table((_JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2, fewest=10, repeats=False, source=(
+        "DeepSeek-V4 report, arXiv 2606.19348: eight fast steps, then two that settle at 1")),
+    "cubic": Table(_guarded(
+        (3.3656576, -3.3420992, 0.0), (2.5744352, -1.4957376, 0.0), (2.5368962, -1.4312570, 0.0),
+        (2.4418906, -1.2764040, 0.0), (2.2230472, -0.9630650, 0.0)), fewest=5, repeats=False, source=(
+            "cubic5, arXiv 2606.00371: relaxed band from 7e-3, two products a step instead of three, digits as in"
+            " NVIDIA-NeMo/Emerging-Optimizers; guarded by us: it is negative from 1.0035 otherwise")),
+})
+# fmt: on
+
+
+def resolve(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
+    """The (a, b, c) of each step: from a table's name, from one triple for all steps, or from one triple a step.
+
+    Raises ValueError where the table does not serve that many steps, or where the polynomial could send a singular
+    value of [0, 1], or one that rounding made a little larger, below 0 or above 1.5.
+    """
+    if isinstance(coefficients, str):
+        return _resolve(coefficients, steps)
+    rows = [row if isinstance(row, Sequence) else (row,) for row in coefficients]
+    if all(len(row) == 1 for row in rows):
+        rows = [[row[0] for row in rows]]
+    return _resolve(tuple(tuple(float(number) for number in row) for row in rows), steps)
+
+
+@lru_cache(maxsize=256, typed=True)  # True and 2.0 are no numbers of steps, though they equal some
+def _resolve(coefficients: str | tuple[tuple[float, ...], ...], steps: int) -> tuple[Triple, ...]:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"ns_steps: {steps!r} found; a whole number of at least 1 is needed; 5 is usual")
     if not isinstance(coefficients, str):
-        triples = coefficients if isinstance(coefficients[0], tuple) else (coefficients,) * steps
-        return tuple((float(a), float(b), float(c)) for a, b, c in triples)  # type: ignore[misc]
-    table = COEFFICIENTS[coefficients]
-    return tuple(table.triples[min(i, len(table.triples) - 1)] for i in range(steps))
+        if {len(row) for row in coefficients} != {3} or len(coefficients) not in (1, steps):
+            raise ValueError(
+                f"ns_coefficients: rows of {[len(row) for row in coefficients]} numbers found for {steps} steps;"
+                f" one (a, b, c) for all or one for each is needed; give 1 or {steps} triples"
+            )
+        triples = tuple((a, b, c) for a, b, c in coefficients) * (steps // len(coefficients))
+    elif coefficients not in COEFFICIENTS:
+        raise ValueError(f"ns_coefficients: {coefficients!r} found; a table is needed; take one of {[*COEFFICIENTS]}")
+    else:
+        table, last = COEFFICIENTS[coefficients], len(COEFFICIENTS[coefficients].triples) - 1
+        if steps < table.fewest or (steps > last + 1 and not table.repeats):
+            served = f"{table.fewest} steps{' or more' if table.repeats else ' and no other number'}"
+            raise ValueError(
+                f"ns_steps: {steps} found for ns_coefficients {coefficients!r}; its source tuned {served}; set ns_steps"
+                f" so, take 'jordan' (any number), or give your own (a, b, c) for each step"
+            )
+        triples = tuple(table.triples[min(step, last)] for step in range(steps))
+    reach(triples)
+    return triples
+
+
+@lru_cache(maxsize=256)
+def reach(triples: tuple[Triple, ...]) -> tuple[float, ...]:
+    """The largest singular value there can be before each step, and after the last. Raises ValueError: see `resolve`.
+
+    Exact, with no grid: p is continuous and p(0) = 0, so where it is not negative it maps [0, u] onto [0, max p], and
+    the extrema of a quintic are known. Each step's input counts as 2^-8 too large, which is two bfloat16 roundings.
+    """
+    tops = [1.0]
+    for a, b, c in triples:
+        end = tops[-1] * (1 + 2.0**-8)
+        turn = min(max(-b / (2 * c), 0.0), end**2) if c else 0.0  # of p(s)/s = a + b*y + c*y^2, where y = s^2
+        lowest = min(a, *(a + b * y + c * y * y for y in (turn, end**2)))
+        if not lowest > 0:
+            raise ValueError(
+                f"ns_coefficients: step {len(tops)}, {(a, b, c)}, multiplies some singular value of (0, {end:.4g}] by"
+                f" {lowest:.3g}; a positive factor is needed, or its sign turns; take a table's name instead"
+            )
+        root = max(9 * b * b - 20 * a * c, 0.0) ** 0.5
+        flat = ((-3 * b - root) / (10 * c), (-3 * b + root) / (10 * c)) if c else (-a / (3 * b),) if b else ()  # p' = 0
+        candidates = (end, *(y**0.5 for y in flat if 0 < y < end**2))
+        tops.append(min(max(a * s + b * s**3 + c * s**5 for s in candidates), 1e6))
+    if not tops[-1] <= 1.5:
+        raise ValueError(
+            f"ns_coefficients: singular values up to {tops[-1]:.4g} after {len(triples)} steps found; at most 1.5 is"
+            " needed; add the steps that bring them back to 1, or take a table's name instead"
+        )
+    return tuple(tops)
 
 
 def flops(m: int, n: int, steps: int) -> int:
-    """FLOPs of the standard form for one m x n matrix; k short side, l long side."""
-    k, l = min(m, n), max(m, n)  # noqa: E741
-    return steps * (4 * k * k * l + 2 * k**3)
+    """FLOPs of the standard form for one (m, n) matrix, steps * (4*k*k*l + 2*k^3): the model that balances owners."""
+    return steps * (4 * min(m, n) * m * n + 2 * min(m, n) ** 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How to evaluate; `form` chooses one."""
+
+    segments: tuple[int, ...]  # steps from one G = X X^T to the next: see [Note: segments]
+    dtype: torch.dtype  # of the products
+    stacked: bool = True  # the stack by batched products, or matrix by matrix
+    gram_panels: int = 1  # G = X X^T as so many row panels of its lower triangle, mirrored
+    square_panels: int = 1  # the same for symmetric products of k x k matrices
+
+
+_GROWTH = {torch.float32: 250.0, torch.float16: 70.0}  # of [Note: segments]; other dtypes keep the standard form
+_TINY = 2**19  # CPU: products of no more multiply-adds run in float32: calling the bfloat16 kernel takes longer
+_GRAM_ROWS = 128  # Gram form from this k: below, its more and smaller products are not worth their calls
+_PANEL_ROWS = 128  # no panel is lower. p panels save (p-1)/2p of a product and cost p calls and copies, so p is
+_PANEL_WORK = {torch.bfloat16: 5e7, torch.float32: 1.1e7}  # the root of the product's multiply-adds over these
+_COLUMNS = 1024  # X is updated in place, in panels of about so many columns, whose old values stay in cache
+
+
+@lru_cache(maxsize=4096)
+def form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, device_type: str) -> Form:
+    """The cheapest safe way to evaluate `triples` on (m, n) matrices, by the thresholds above (measured: see docs).
+
+    dtype     as asked; on a CPU float32 for float16, whose products are 70 times slower there, and for tiny ones
+    segments  longer than 1 for l >= 1.5 k, where products of k x k matrices are the cheap ones, as `_GROWTH` allows
+    panels    on a CPU only, for products large enough to gain from computing one triangle
+    stacked   unless there are panels: one such matrix fills the cores, and panels of a stack would be copied
+    """
+    short, long = min(m, n), max(m, n)
+    if device_type == "cpu" and (dtype == torch.float16 or short * short * long <= _TINY):
+        dtype = torch.promote_types(dtype, torch.float32)
+    segments, growth = [1], 1.0
+    for (a, _, _), top in zip(triples[:-1], reach(triples)):
+        growth *= (a * top) ** 2
+        if growth <= _GROWTH.get(dtype, 0.0) and 2 * long >= 3 * short >= 3 * _GRAM_ROWS:
+            segments[-1] += 1
+        else:
+            segments, growth = [*segments, 1], 1.0
+    panels = [1, 1]
+    if device_type == "cpu" and dtype in _PANEL_WORK:
+        gains = (isqrt(int(short * short * length / _PANEL_WORK[dtype])) for length in (long, short))
+        panels = [max(1, min(short // _PANEL_ROWS, gain)) for gain in gains]
+    return Form(tuple(segments), dtype, panels[0] == 1, *panels)
 
 
 def orthogonalize(
-    matrices: Tensor,
-    *,
-    steps: int,
-    coefficients: str | tuple[float, ...] | tuple[Triple, ...],
-    dtype: torch.dtype | None = None,
+    matrices: Tensor, *, steps: int, coefficients: Coefficients, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """(B, m, n) -> (B, m, n) in `dtype` (None: bfloat16). The input is never written."""
+    """(B, m, n), floating-point -> (B, m, n) in `dtype` (None: bfloat16): each U S V^T becomes U p(S / |S|) V^T.
+
+    The input is never written; the result is new memory (tall ones may be a transposed view of it). The input's scale,
+    1e-20 to 1e20, does not matter; a matrix of zeros gives zeros. Every matrix gives the bits it gives alone. Raises
+    ValueError as `resolve` does, and for anything but a stack of floating-point matrices.
+    """
+    if matrices.dim() != 3 or not matrices.is_floating_point():
+        raise ValueError(
+            f"matrices: {tuple(matrices.shape)} of {matrices.dtype} found; a floating-point stack (B, m, n) is needed;"
+            " add a dimension to a single matrix, flatten a kernel to (out, in)"
+        )
     dtype = torch.bfloat16 if dtype is None else dtype
-    tall = matrices.size(-2) > matrices.size(-1)
-    x = (matrices.mT if tall else matrices).float()
-    if x.numel():
-        x = x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    x = x.to(dtype)
-    for a, b, c in resolve(coefficients, steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    triples = resolve(coefficients, steps)
+    how = form(matrices.size(1), matrices.size(2), triples, dtype, matrices.device.type)
+    return evaluate(matrices.detach(), triples, how).to(dtype)
+
+
+def evaluate(matrices: Tensor, triples: tuple[Triple, ...], how: Form) -> Tensor:
+    """(B, m, n) -> (B, m, n) in how.dtype, by the form asked."""
+    if matrices.numel() == 0:
+        return matrices.new_empty(matrices.shape, dtype=how.dtype)
+    unit = _normalized(matrices, torch.promote_types(how.dtype, torch.float32))
+    tall = unit.size(1) > unit.size(2)
+    if how.stacked:  # batched products want their stacks contiguous
+        x = (unit.mT if tall else unit).to(how.dtype, memory_format=torch.contiguous_format).contiguous()
+        x = _standard(x, triples) if max(how.segments) == 1 else _segmented(x, torch.empty_like(x), triples, how)
+        return x.mT if tall else x
+    unit = unit.to(how.dtype)
+    x = unit.mT if tall else unit
+    old = torch.empty_like(x[0, :, : -(-x.size(2) // -(-x.size(2) // _COLUMNS))])
+    for matrix in x:  # (k, l), each in its place in unit
+        _segmented(matrix, old, triples, how)
+    return unit
+
+
+def _normalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """X / |X|, Frobenius, in new memory: by way of X / max|X|, whose squares cannot overflow, and of the norms of rows,
+    because a float32 sum over all of a large matrix stagnates (at 1024 x 4096 it is 1e-4 off)."""
+    matrices = matrices.to(dtype)
+    unit = torch.div(matrices, matrices.abs().amax((1, 2), True).clamp_(min=torch.finfo(torch.float32).tiny))
+    rows = torch.linalg.vector_norm(unit, dim=2, keepdim=True)
+    return unit.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1.0)).contiguous()  # < 1: all zero
+
+
+def _standard(x: Tensor, triples: tuple[Triple, ...]) -> Tensor:
+    """The formula as it stands, three batched products a step. x (B, k, l) is overwritten."""
+    spare, (gram, square) = torch.empty_like(x), x.new_empty(2, x.size(0), x.size(1), x.size(1))
+    for a, b, c in triples:
+        torch.bmm(x, x.mT, out=gram)
+        if c:
+            torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=square)
+            torch.baddbmm(x, square, x, beta=a, out=spare)
+        else:
+            torch.baddbmm(x, gram, x, beta=a, alpha=b, out=spare)
+        x, spare = spare, x
+    return x
+
+
+def _segmented(x: Tensor, spare: Tensor, triples: tuple[Triple, ...], how: Form) -> Tensor:
+    """[Note: segments], with panels. x (k, l) in place by column panels as wide as spare, or x (B, k, l) like spare."""
+    gram, square, factor, half, other = x.new_empty(5, *x.shape[:-1], x.size(-2))
+    panels, remaining = how.square_panels, iter(triples)
+    for length in how.segments:
+        _symmetric(x, x.mT, gram, how.gram_panels, gram, 0.0, 1.0)
+        for number in range(1, length + 1):
+            a, b, c = next(remaining)
+            p, scale = (square, 1.0) if c else (gram, b)  # P = scale * p
+            if c:
+                _symmetric(gram, gram, square, panels, gram, b, c)
+            if length == 1:
+                x, spare = _advance(x, spare, p, a, scale)
+            elif number == 1:
+                torch.mul(p, scale, out=factor).diagonal(dim1=-2, dim2=-1).add_(a)
+            else:
+                _symmetric(p, factor, other, panels, factor, a, scale)
+                factor, other = other, factor
+            if number < length:
+                _symmetric(p, gram, half, panels, gram, a, scale)
+                _symmetric(p, half, other, panels, half, a, scale)
+                gram, other = other, gram
+        if length > 1:
+            x, spare = _advance(x, spare, factor, 0.0, 1.0)
+    return x
+
+
+def _advance(x: Tensor, spare: Tensor, p: Tensor, beta: float, alpha: float) -> tuple[Tensor, Tensor]:
+    """X <- beta*X + alpha * p X; returns the new X and the new spare."""
+    if x.dim() == 3:
+        _product(p, x, spare, x, beta, alpha)
+        return spare, x
+    for low in range(0, x.size(1), spare.size(1)):
+        panel = x[:, low : low + spare.size(1)]
+        _product(p, spare[:, : panel.size(1)].copy_(panel), panel, panel, beta, alpha)
+    return x, spare
+
+
+def _symmetric(left: Tensor, right: Tensor, out: Tensor, panels: int, base: Tensor, beta: float, alpha: float) -> None:
+    """out = beta*base + alpha * left right, which is symmetric; left (k, j), right (j, k), or stacks if panels is 1."""
+    if panels == 1:
+        return _product(left, right, out, base, beta, alpha)
+    rows = 32 * -(-out.size(0) // (32 * panels))
+    for low in range(0, out.size(0), rows):
+        high = min(low + rows, out.size(0))
+        _product(left[low:high], right[:, :high], out[low:high, :high], base[low:high, :high], beta, alpha)
+        if low:  # by way of a contiguous copy: a strided transpose takes twice as long
+            out[:low, low:high] = out[low:high, :low].contiguous().mT
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor, base: Tensor, beta: float, alpha: float) -> None:
+    """out = beta*base + alpha * left right, of matrices or stacks; base is not read where beta is 0."""
+    if beta == 0.0:
+        (torch.mm if out.dim() == 2 else torch.bmm)(left, right, out=out)
+    else:
+        (torch.addmm if out.dim() == 2 else torch.baddbmm)(base, left, right, beta=beta, alpha=alpha, out=out)

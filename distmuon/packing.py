@@ -23,14 +23,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heapreplace
+from itertools import accumulate, groupby
 from math import ceil
 from typing import NamedTuple
 
 ALIGNMENT = 64  # elements: every item starts at a multiple, so that 16-bit weights are 128-byte aligned for GEMMs
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """`length` elements of parameter `param` from `offset` on. A stone has a `cost`, its Newton-Schulz FLOPs a step."""
 
     param: int
@@ -40,7 +41,7 @@ class Item:
 
     @property
     def blocks(self) -> int:
-        return ceil(self.length / ALIGNMENT)
+        return -(-self.length // ALIGNMENT)
 
 
 class Piece(NamedTuple):
@@ -83,16 +84,24 @@ def pack_balanced(
         loads.muon_blocks[rank] += shard_blocks - blocks
     whole: Shards = [[] for _ in room]
     straddlers = []
-    for stone in (s for s in stones if s.blocks <= shard_blocks):
-        fitting = [rank for rank in range(dp_size) if room[rank] >= stone.blocks]
-        if not fitting:
-            straddlers.append(stone)
-            continue
-        rank = min(fitting, key=lambda r: (loads.cost[r], loads.muon_blocks[r], -room[r], r))
-        whole[rank].append(stone)
-        room[rank] -= stone.blocks
-        loads.cost[rank] += stone.cost
-        loads.muon_blocks[rank] += stone.blocks
+    for _, same in groupby((s for s in stones if s.blocks <= shard_blocks), key=lambda s: s.blocks):
+        queue: list[tuple[int, int, int, int]] = []  # ranks with room for stones of this size, the next one first
+        for number, stone in enumerate(same):
+            if number == 0:
+                queue = [_key(loads, room, r) for r in range(dp_size) if room[r] >= stone.blocks]
+                heapify(queue)
+            if not queue:
+                straddlers.append(stone)
+                continue
+            rank = queue[0][-1]
+            whole[rank].append(stone)
+            room[rank] -= stone.blocks
+            loads.cost[rank] += stone.cost
+            loads.muon_blocks[rank] += stone.blocks
+            if room[rank] >= stone.blocks:
+                heapreplace(queue, _key(loads, room, rank))
+            else:
+                heappop(queue)
     quota = _fill_level(loads.muon_blocks, room, sum(stone.blocks for stone in straddlers))
     for rank, blocks in enumerate(quota):
         room[rank] -= blocks
@@ -101,22 +110,30 @@ def pack_balanced(
     return shard_blocks * ALIGNMENT, _lay_out(whole, cut, _stream(sand, room))
 
 
+def _key(loads: Loads, room: Sequence[int], rank: int) -> tuple[int, int, int, int]:
+    """The smallest gets the next stone: fewest FLOPs, then fewest Muon elements, then most room."""
+    return loads.cost[rank], loads.muon_blocks[rank], -room[rank], rank
+
+
 def _pour_boulders(boulders: Sequence[Item], shard_blocks: int, loads: Loads) -> Shards:
     """Lay stones larger than a shard over whole shards, one after another, where the fewest Muon elements lie."""
     if not boulders:
         return [[] for _ in loads.cost]
     dp_size = len(loads.cost)
     width = ceil(sum(item.blocks for item in boulders) / shard_blocks)
-    start = min(range(dp_size - width + 1), key=lambda first: sum(loads.muon_blocks[first : first + width]))
+    before = [0, *accumulate(loads.muon_blocks)]  # Muon elements on the ranks before each
+    start = min(range(dp_size - width + 1), key=lambda first: before[first + width] - before[first])
     return _stream(boulders, [shard_blocks if start <= rank else 0 for rank in range(dp_size)])
 
 
 def _fill_level(heights: Sequence[int], room: Sequence[int], amount: int) -> list[int]:
     """Pour `amount` blocks onto ranks of these `heights`, at most `room` each, so that the lowest rise first."""
+    if not amount:
+        return [0] * len(heights)
     low, high = min(heights), max(heights) + max(room) + 1
     while low < high:  # the lowest level that takes the whole amount
         level = (low + high) // 2
-        taken = sum(min(r, max(0, level - h)) for h, r in zip(heights, room))
+        taken = sum([min(r, level - h) for h, r in zip(heights, room) if h < level])
         low, high = (low, level) if taken >= amount else (level + 1, high)
     quota = [min(r, max(0, low - h)) for h, r in zip(heights, room)]
     surplus = sum(quota) - amount
@@ -147,17 +164,17 @@ def _stream(items: Sequence[Item], rooms: Sequence[int]) -> Shards:
 def _lay_out(whole: Shards, straddlers: Shards, sand: Shards) -> list[list[Piece]]:
     """Order each shard, see [Note: order inside a shard], and give every piece its place."""
     cut = _both(straddlers, sand)
-    starts = {(rank, item.param, item.offset) for rank, items in enumerate(cut) for item in items}
-    ends = {(rank, item.param, item.offset + item.length) for rank, items in enumerate(cut) for item in items}
+    starts = [[(item.param, item.offset) for item in items] for items in cut]
+    ends = [[(item.param, item.offset + item.length) for item in items] for items in cut]
     shards = []
     for rank, stones in enumerate(whole):
         first: list[Item] = []
-        middle = sorted(stones, key=lambda s: (s.param, s.offset))
+        middle = sorted(stones, key=lambda s: (s.param, s.offset)) if len(stones) > 1 else [*stones]
         last: list[Item] = []
-        for item in cut[rank]:
-            if (rank - 1, item.param, item.offset) in ends:
+        for item, start, end in zip(cut[rank], starts[rank], ends[rank]):
+            if rank > 0 and start in ends[rank - 1]:
                 first.append(item)
-            elif (rank + 1, item.param, item.offset + item.length) in starts:
+            elif rank + 1 < len(cut) and end in starts[rank + 1]:
                 last.insert(0, item)
             else:
                 middle.append(item)

@@ -22,7 +22,7 @@ from typing import Any
 from launch.config import as_dict, parse
 from launch.logs import METRICS_FILE, Record, read_records
 
-GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 OPTIMIZERS = ("distmuon", "adamw")
 
 

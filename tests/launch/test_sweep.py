@@ -38,7 +38,7 @@ def test_both_optimizers_get_the_same_grid(config: Path, tmp_path: Path) -> None
     assert {(run.train.seed, run.train.steps) for run in parsed} == {(7, 10)}
     assert [(run.optimizer.name, run.optimizer.lr) for run in parsed] == [(trial.optimizer, trial.lr) for trial in grid]
     assert len({run.log.dir for run in parsed}) == 4
-    assert sweep.GRID == (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+    assert sweep.GRID == (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 
 def test_only_a_finished_run_of_the_same_configuration_counts(config: Path, tmp_path: Path) -> None:

@@ -237,6 +237,16 @@ def test_an_exchange_hides_under_the_newton_schulz_of_its_neighbour() -> None:
     assert seconds(*loads) == pytest.approx(11)
 
 
+def test_the_next_forward_hides_all_gathers_but_the_first() -> None:
+    """Two of 2 s each, the first layers' bucket (the last) first; without overlap the step waits for both."""
+    loads = [_load(all_gather=2 * 10**9, ns_flops=[10**12, 0]) for _ in range(2)]
+    loads[-1].all_gather = 3 * 10**9
+    first = estimate(loads, FLAT, guard_bytes=0, ns_bytes=2, ns_steps=1, overlap=True)
+    assert (first.step_s, first.left_s) == pytest.approx((2 + 3, 2))
+    both = estimate(loads, FLAT, guard_bytes=0, ns_bytes=2, ns_steps=1, overlap=False)
+    assert (both.step_s, both.left_s) == pytest.approx((1 + 3 + 2, 0))
+
+
 def test_estimates_of_real_models_are_in_order() -> None:
     """More hardware is faster, fewer steps are, and AdamW, which has no Newton-Schulz, is faster than any Muon."""
     h100, b200 = (plan("llama-8b", dp_size=8, hardware=name) for name in ("h100", "b200"))

@@ -1,0 +1,158 @@
+"""Counts a `Layout`, rank by rank and stage by stage: bytes moved, bytes held, Newton-Schulz work. Holds no tensor.
+
+The counts are those that `collectives.py`, `metrics.py` and `buffers.py` make in training, to the byte; tests compare
+the two. Which layouts are worth counting and comparing is `planner.py`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from distmuon.config import Options
+from distmuon.layout import Layout, ns_cost
+from distmuon.step_time import BucketLoad
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBytes:
+    """What one rank holds. `transient`: the most that a step allocates on top of it, an upper estimate."""
+
+    parameters: int  # flat buffers, padding included
+    staged: int  # own storage of parameters that are no views of a flat buffer
+    gradients: int  # flat gradient buffers, padding included
+    master: int  # this and the next two without padding, as `metrics()["state_bytes"]` has them
+    momentum: int
+    moments: int
+    transient: int
+
+    @property
+    def state(self) -> int:
+        return self.master + self.momentum + self.moments
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.staged + self.gradients + self.state + self.transient
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """What one rank does in a step, by stage (stages without traffic are absent), and what it holds."""
+
+    sent_bytes: dict[str, int]
+    calls: dict[str, int]
+    ns_matrices: int
+    ns_flops: int  # of the standard form, `newton_schulz.flops`
+    held: HeldBytes
+
+    @property
+    def state_bytes(self) -> int:
+        return self.held.state
+
+
+def count(layout: Layout, options: Options, ns_steps: int = 5) -> tuple[tuple[RankPlan, ...], list[BucketLoad]]:
+    """(what each rank does and holds, what each bucket asks of each rank)."""
+    loads, ns = _load(layout, options), options.ns_dtype.itemsize
+    same = {
+        "reduce_scatter": sum(load.reduce_scatter for load in loads),
+        "guard": guard_bytes(layout),
+        "all_gather": sum(load.all_gather for load in loads),
+    }
+    calls = {stage: 1 if stage == "guard" else len(loads) for stage, n in same.items() if n}
+    exchanges = {"dp_gather": sum(load.gathers for load in loads), "scatter": sum(load.scatters for load in loads)}
+    calls |= {stage: n for stage, n in exchanges.items() if n}
+    sums = zip(*(_by_rank(loads, name) for name in ("gather_out", "scatter_out", "ns_matrices", "ns_flops")))
+    ranks = []
+    for (gather, scatter, matrices, flops), held in zip(sums, _held(layout, options, loads)):
+        sent = {**same, "dp_gather": ns * gather, "scatter": ns * scatter}
+        sent = {stage: n for stage, n in sent.items() if n}
+        ranks.append(RankPlan(sent, calls, matrices, ns_steps * flops, held))
+    return tuple(ranks), loads
+
+
+def plan_rank(layout: Layout, options: Options, rank: int, ns_steps: int = 5) -> RankPlan:
+    """Count everything for one rank."""
+    return count(layout, options, ns_steps)[0][rank]
+
+
+def sent_bytes(layout: Layout, options: Options, rank: int) -> dict[str, int]:
+    """Bytes that `rank` sends in one step, by stage; stages without traffic are absent."""
+    return plan_rank(layout, options, rank).sent_bytes
+
+
+def guard_bytes(layout: Layout) -> int:
+    """What a rank sends in the guard's all-reduce: one float64 for the norm and one a parameter, around a ring."""
+    return 2 * (layout.dp_size - 1) * (1 + len(layout.specs)) * torch.float64.itemsize // layout.dp_size
+
+
+def _load(layout: Layout, options: Options) -> list[BucketLoad]:
+    """One pass over segments and matrices."""
+    others, loads = layout.dp_size - 1, []
+    reduce = options.reduce_dtype.itemsize if options.grad_reduction == "reduce_scatter" else 0
+    for bucket in layout.buckets:
+        moved = others * bucket.shard_size
+        load = BucketLoad(layout.dp_size, moved * reduce, moved * bucket.dtype.itemsize)
+        for segment in bucket.segments:
+            by_rank = load.muon if layout.specs[segment.param].rule == "muon" else load.adamw
+            by_rank[segment.rank] += segment.length
+        loads.append(load)
+    for placed in layout.matrices:
+        load, workers = loads[placed.bucket], placed.workers
+        for worker in workers:
+            load.ns_flops[worker] += ns_cost(placed.matrix)
+            load.ns_matrices[worker] += len(placed.matrix.logical_shapes)
+            load.stacked[worker] += placed.matrix.numel
+        for piece in placed.pieces:
+            for worker in workers:
+                if worker != piece.rank:
+                    load.gathers = True
+                    load.gather_out[piece.rank] += piece.length
+                    load.gather_in[worker] += piece.length
+            if piece.rank not in workers:
+                load.scatters = True
+                load.scatter_out[workers[0]] += piece.length
+                load.scatter_in[piece.rank] += piece.length
+    return loads
+
+
+def _by_rank(loads: Sequence[BucketLoad], name: str) -> list[int]:
+    """The sum over the buckets of one count, rank by rank."""
+    return [sum(of_rank) for of_rank in zip(*(getattr(load, name) for load in loads))]
+
+
+def _held(layout: Layout, options: Options, loads: Sequence[BucketLoad]) -> Iterator[HeldBytes]:
+    """Bytes held, rank by rank. All ranks hold the same but state and what a step allocates."""
+    specs, dp_size = layout.specs, layout.dp_size
+    parameters = dp_size * sum(bucket.shard_size * bucket.dtype.itemsize for bucket in layout.buckets)
+    whole = dp_size if options.grad_reduction == "reduce_scatter" else 1
+    gradients = whole * sum(bucket.shard_size for bucket in layout.buckets) * options.reduce_dtype.itemsize
+    staged = sum(s.numel * s.dtype.itemsize for i, s in enumerate(specs) if layout.contiguous_start(i) is None)
+    apart = [bucket.dtype != options.master_dtype for bucket in layout.buckets]
+    for rank in range(dp_size):
+        muon, adamw = [load.muon[rank] for load in loads], [load.adamw[rank] for load in loads]
+        masters = sum(m + a for m, a, is_apart in zip(muon, adamw, apart) if is_apart)
+        yield HeldBytes(
+            parameters, staged, gradients, masters * options.master_dtype.itemsize,
+            sum(muon) * options.momentum_dtype.itemsize, 8 * sum(adamw), _transient(loads, options, rank),
+        )  # fmt: skip
+
+
+def _transient(loads: Sequence[BucketLoad], options: Options, rank: int) -> int:
+    """The most that the walks have allocated at once on `rank`, one bucket at each stage; see docs/planner.md."""
+    ns, peak = options.ns_dtype.itemsize, 0
+    gathered = computing = finished = 0  # held by the bucket before: after its gather, in Newton-Schulz, after it
+    last = 0  # held by the bucket before that one, until its update is applied
+    for load in reversed(loads):
+        stacks = ns * load.stacked[rank]
+        holds = stacks + ns * (load.gather_out[rank] + load.gather_in[rank])
+        updates = 4 * load.muon[rank]
+        peak = max(peak, holds + updates + gathered + last, holds + computing + last)
+        last = finished if options.overlap else 0
+        finished = stacks + ns * (load.scatter_out[rank] + load.scatter_in[rank])
+        computing = holds + finished + 16 * load.stacked[rank]  # Newton-Schulz: four in float32, Gram matrices included
+        gathered = holds
+        if not options.overlap:
+            peak, gathered, computing = max(peak, computing), 0, 0
+    return max(peak, computing + last)
