@@ -18,6 +18,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -138,7 +139,9 @@ def validate(model: nn.Module, windows: TokenWindows, indices: Sequence[int], mi
     return float(loss / rows)
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> distmuon.DistMuon:
+def build_optimizer(
+    config: OptimizerConfig, model: nn.Module, process_group: dist.ProcessGroup | None = None
+) -> distmuon.DistMuon:
     """`DistMuon` as configured. The baseline is the same class with every parameter sent to AdamW."""
     kwargs: dict[str, Any] = {key: value for key, value in asdict(config).items() if key not in ("name", "routes")}
     for key in ("reduce_dtype", "momentum_dtype", "ns_dtype"):
@@ -147,7 +150,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> distmuon.DistM
         kwargs["routes"] = "adamw"
     elif config.routes:
         kwargs["routes"] = [distmuon.Route(**asdict(route)) for route in config.routes]
-    return distmuon.DistMuon(model, **kwargs)
+    return distmuon.DistMuon(model, process_group=process_group, **kwargs)
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
