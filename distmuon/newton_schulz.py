@@ -163,14 +163,14 @@ class Form:
     segments: tuple[int, ...]  # steps from one G = X X^T to the next: see [Note: segments]
     dtype: torch.dtype  # of the products
     stacked: bool = True  # the stack by batched products, or matrix by matrix
-    gram_panels: int = 1  # G = X X^T as so many row panels of its lower triangle, mirrored
+    gram_panels: int = 1  # G = X X^T as so many column panels of its upper triangle, mirrored
     square_panels: int = 1  # the same for symmetric products of k x k matrices
 
 
 _GROWTH = {torch.float32: 250.0, torch.float16: 70.0}  # of [Note: segments]; other dtypes keep the standard form
 _TINY = 2**19  # CPU: products of no more multiply-adds run in float32: calling the bfloat16 kernel takes longer
 _GRAM_ROWS = 128  # Gram form from this k: below, its more and smaller products are not worth their calls
-_PANEL_ROWS = 128  # no panel is lower. p panels save (p-1)/2p of a product and cost p calls and copies, so p is
+_PANEL_WIDTH = 128  # at least. p panels save (p-1)/2p of a product and cost p calls and copies, so p is
 _PANEL_WORK = {torch.bfloat16: 5e7, torch.float32: 1.1e7}  # the root of the product's multiply-adds over these
 _COLUMNS = 1024  # X is updated in place, in panels of about so many columns, whose old values stay in cache
 
@@ -197,7 +197,7 @@ def form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, device
     panels = [1, 1]
     if device_type == "cpu" and dtype in _PANEL_WORK:
         gains = (isqrt(int(short * short * length / _PANEL_WORK[dtype])) for length in (long, short))
-        panels = [max(1, min(short // _PANEL_ROWS, gain)) for gain in gains]
+        panels = [max(1, min(short // _PANEL_WIDTH, gain)) for gain in gains]
     return Form(tuple(segments), dtype, panels[0] == 1, *panels)
 
 
@@ -206,8 +206,8 @@ def orthogonalize(
 ) -> Tensor:
     """(B, m, n), floating-point -> (B, m, n) in `dtype` (None: bfloat16): each U S V^T becomes U p(S / |S|) V^T.
 
-    The input is never written; the result is new memory (tall ones may be a transposed view of it). The input's scale,
-    1e-20 to 1e20, does not matter; a matrix of zeros gives zeros. Every matrix gives the bits it gives alone. Raises
+    The input is never written; the result is new memory, for m > n a transposed view of it. The input's scale, 1e-20 to
+    1e20, does not matter; a matrix of zeros gives zeros; each matrix gives the bits that it gives alone. Raises
     ValueError as `resolve` does, and for anything but a stack of floating-point matrices.
     """
     if matrices.dim() != 3 or not matrices.is_floating_point():
@@ -226,17 +226,17 @@ def evaluate(matrices: Tensor, triples: tuple[Triple, ...], how: Form) -> Tensor
     if matrices.numel() == 0:
         return matrices.new_empty(matrices.shape, dtype=how.dtype)
     unit = _normalized(matrices, torch.promote_types(how.dtype, torch.float32))
-    tall = unit.size(1) > unit.size(2)
-    if how.stacked:  # batched products want their stacks contiguous
-        x = (unit.mT if tall else unit).to(how.dtype, memory_format=torch.contiguous_format).contiguous()
-        x = _standard(x, triples) if max(how.segments) == 1 else _segmented(x, torch.empty_like(x), triples, how)
-        return x.mT if tall else x
-    unit = unit.to(how.dtype)
-    x = unit.mT if tall else unit
-    old = torch.empty_like(x[0, :, : -(-x.size(2) // -(-x.size(2) // _COLUMNS))])
-    for matrix in x:  # (k, l), each in its place in unit
-        _segmented(matrix, old, triples, how)
-    return unit
+    tall = unit.size(1) > unit.size(2)  # then all that follows works on the transpose, contiguous too
+    x = (unit.mT if tall else unit).to(how.dtype, memory_format=torch.contiguous_format).contiguous()  # (B, k, l)
+    if not how.stacked:
+        old = x.new_empty(x.size(1), -(-x.size(2) // -(-x.size(2) // _COLUMNS)))
+        for matrix in x:  # (k, l), in place
+            _segmented(matrix, old, triples, how)
+    elif max(how.segments) == 1:
+        x = _standard(x, triples)
+    else:
+        x = _segmented(x, torch.empty_like(x), triples, how)
+    return x.mT if tall else x
 
 
 def _normalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -304,12 +304,12 @@ def _symmetric(left: Tensor, right: Tensor, out: Tensor, panels: int, base: Tens
     """out = beta*base + alpha * left right, which is symmetric; left (k, j), right (j, k), or stacks if panels is 1."""
     if panels == 1:
         return _product(left, right, out, base, beta, alpha)
-    rows = 32 * -(-out.size(0) // (32 * panels))
-    for low in range(0, out.size(0), rows):
-        high = min(low + rows, out.size(0))
-        _product(left[low:high], right[:, :high], out[low:high, :high], base[low:high, :high], beta, alpha)
+    columns = 32 * -(-out.size(0) // (32 * panels))
+    for low in range(0, out.size(0), columns):
+        high = min(low + columns, out.size(0))
+        _product(left[:high], right[:, low:high], out[:high, low:high], base[:high, low:high], beta, alpha)
         if low:  # by way of a contiguous copy: a strided transpose takes twice as long
-            out[:low, low:high] = out[low:high, :low].contiguous().mT
+            out[low:high, :low] = out[:low, low:high].contiguous().mT
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, base: Tensor, beta: float, alpha: float) -> None:
