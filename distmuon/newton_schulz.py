@@ -12,7 +12,8 @@ s of X (k, l), all in [0, 1] at first, to a*s + b*s^3 + c*s^5:
     Q <- (a*I + P) Q       G <- (a*I + P) G (a*I + P)       and, after its last step,    X <- Q X
 Segments of one step are the standard form; longer ones are the Gram form, restarted (G made anew from X) between
 segments: what rounding did to G at a small singular value grows up to (a*u)^2 times in a step whose input reaches u.
-`_GROWTH` bounds the product of these factors.
+`_GROWTH` bounds the product of these factors. The first segment, where P is small beside a*I, keeps Q's multiple of I
+apart and so unrounded; in bfloat16 that makes two first steps in one as exact as two, or more so. No later two are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import isqrt
+from math import inf, isqrt
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -47,7 +48,6 @@ def _guarded(*triples: Triple) -> tuple[Triple, ...]:
 
 
 _JORDAN: Triple = (3.4445, -4.7750, 2.0315)
-# fmt: off
 COEFFICIENTS: Mapping[str, Table] = MappingProxyType({
     "jordan": Table((_JORDAN,), fewest=1, repeats=True, source=(
         "Keller Jordan, kellerjordan.github.io/posts/muon: steepest at 0, any steps; the default of torch.optim.Muon")),
@@ -79,7 +79,6 @@ COEFFICIENTS: Mapping[str, Table] = MappingProxyType({
             "cubic5, arXiv 2606.00371: relaxed band from 7e-3, two products a step instead of three, digits as in"
             " NVIDIA-NeMo/Emerging-Optimizers; guarded by us: it is negative from 1.0035 otherwise")),
 })
-# fmt: on
 
 
 def resolve(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
@@ -91,8 +90,7 @@ def resolve(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
     if isinstance(coefficients, str):
         return _resolve(coefficients, steps)
     rows = [row if isinstance(row, Sequence) else (row,) for row in coefficients]
-    if all(len(row) == 1 for row in rows):
-        rows = [[row[0] for row in rows]]
+    rows = [[row[0] for row in rows]] if all(len(row) == 1 for row in rows) else rows
     return _resolve(tuple(tuple(float(number) for number in row) for row in rows), steps)
 
 
@@ -167,11 +165,11 @@ class Form:
     square_panels: int = 1  # the same for symmetric products of k x k matrices
 
 
-_GROWTH = {torch.float32: 250.0, torch.float16: 70.0}  # of [Note: segments]; other dtypes keep the standard form
+# Bounds of [Note: segments], of the first segment and of later ones. A dtype that is not here keeps the standard form.
+_GROWTH = {torch.float32: (250.0, 250.0), torch.float16: (70.0, 70.0), torch.bfloat16: (17.0, 0.0)}
 _TINY = 2**19  # CPU: products of no more multiply-adds run in float32: calling the bfloat16 kernel takes longer
-_GRAM_ROWS = 128  # Gram form from this k: below, its more and smaller products are not worth their calls
-_PANEL_WIDTH = 128  # at least. p panels save (p-1)/2p of a product and cost p calls and copies, so p is
-_PANEL_WORK = {torch.bfloat16: 5e7, torch.float32: 1.1e7}  # the root of the product's multiply-adds over these
+_LEAST = 128  # the least k of the Gram form, and width of a panel. p panels save (p-1)/2p of a product and cost p calls
+_PANEL_WORK = {torch.bfloat16: 5e7, torch.float32: 1.1e7}  # and copies: p = sqrt(the product's multiply-adds / these)
 _COLUMNS = 1024  # X is updated in place, in panels of about so many columns, whose old values stay in cache
 
 
@@ -180,24 +178,24 @@ def form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, device
     """The cheapest safe way to evaluate `triples` on (m, n) matrices, by the thresholds above (measured: see docs).
 
     dtype     as asked; on a CPU float32 for float16, whose products are 70 times slower there, and for tiny ones
-    segments  longer than 1 for l >= 1.5 k, where products of k x k matrices are the cheap ones, as `_GROWTH` allows
+    segments  longer than 1 for l >= 1.5 k, where products of k x k matrices are the cheap ones, as `_GROWTH` allows;
+              not in bfloat16 on other devices, where nobody has measured it
     panels    on a CPU only, for products large enough to gain from computing one triangle
     stacked   unless there are panels: one such matrix fills the cores, and panels of a stack would be copied
     """
     short, long = min(m, n), max(m, n)
     if device_type == "cpu" and (dtype == torch.float16 or short * short * long <= _TINY):
         dtype = torch.promote_types(dtype, torch.float32)
-    segments, growth = [1], 1.0
+    gram = 2 * long >= 3 * short >= 3 * _LEAST and (dtype != torch.bfloat16 or device_type == "cpu")
+    segments, growth, bounds = [1], 1.0, _GROWTH.get(dtype, (0.0, 0.0))
     for (a, _, _), top in zip(triples[:-1], reach(triples)):
         growth *= (a * top) ** 2
-        if growth <= _GROWTH.get(dtype, 0.0) and 2 * long >= 3 * short >= 3 * _GRAM_ROWS:
+        if gram and growth <= bounds[len(segments) > 1]:
             segments[-1] += 1
         else:
             segments, growth = [*segments, 1], 1.0
-    panels = [1, 1]
-    if device_type == "cpu" and dtype in _PANEL_WORK:
-        gains = (isqrt(int(short * short * length / _PANEL_WORK[dtype])) for length in (long, short))
-        panels = [max(1, min(short // _PANEL_WIDTH, gain)) for gain in gains]
+    work = _PANEL_WORK.get(dtype, inf) if device_type == "cpu" else inf
+    panels = [max(1, min(short // _LEAST, isqrt(int(short * short * length / work)))) for length in (long, short)]
     return Form(tuple(segments), dtype, panels[0] == 1, *panels)
 
 
@@ -232,20 +230,19 @@ def evaluate(matrices: Tensor, triples: tuple[Triple, ...], how: Form) -> Tensor
         old = x.new_empty(x.size(1), -(-x.size(2) // -(-x.size(2) // _COLUMNS)))
         for matrix in x:  # (k, l), in place
             _segmented(matrix, old, triples, how)
-    elif max(how.segments) == 1:
-        x = _standard(x, triples)
     else:
-        x = _segmented(x, torch.empty_like(x), triples, how)
+        x = _standard(x, triples) if max(how.segments) == 1 else _segmented(x, torch.empty_like(x), triples, how)
     return x.mT if tall else x
 
 
 def _normalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """X / |X|, Frobenius, in new memory: by way of X / max|X|, whose squares cannot overflow, and of the norms of rows,
-    because a float32 sum over all of a large matrix stagnates (at 1024 x 4096 it is 1e-4 off)."""
-    matrices = matrices.to(dtype)
-    unit = torch.div(matrices, matrices.abs().amax((1, 2), True).clamp_(min=torch.finfo(torch.float32).tiny))
-    rows = torch.linalg.vector_norm(unit, dim=2, keepdim=True)
-    return unit.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1.0)).contiguous()  # < 1: all zero
+    """X / |X|, Frobenius, in new memory. By way of X / max|X|, whose squares cannot overflow, and of the rows' norms: a
+    float32 sum over a large matrix stagnates (1e-4 off at 1024 x 4096)."""
+    wide = matrices.to(dtype)
+    peak = torch.maximum(wide.amax((1, 2), True), wide.amin((1, 2), True).neg_()).clamp_(min=2.0**-126)
+    unit = torch.div(wide, peak, out=None if wide is matrices else wide)
+    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(unit, dim=2, keepdim=True), dim=1, keepdim=True)
+    return unit.div_(norm.clamp_(min=1.0)).contiguous()  # below 1 is only the norm of zeros
 
 
 def _standard(x: Tensor, triples: tuple[Triple, ...]) -> Tensor:
@@ -266,7 +263,8 @@ def _segmented(x: Tensor, spare: Tensor, triples: tuple[Triple, ...], how: Form)
     """[Note: segments], with panels. x (k, l) in place by column panels as wide as spare, or x (B, k, l) like spare."""
     gram, square, factor, half, other = x.new_empty(5, *x.shape[:-1], x.size(-2))
     panels, remaining = how.square_panels, iter(triples)
-    for length in how.segments:
+    apart = 0.0  # the multiple of I that factor, which is Q, lacks
+    for index, length in enumerate(how.segments):
         _symmetric(x, x.mT, gram, how.gram_panels, gram, 0.0, 1.0)
         for number in range(1, length + 1):
             a, b, c = next(remaining)
@@ -276,16 +274,19 @@ def _segmented(x: Tensor, spare: Tensor, triples: tuple[Triple, ...], how: Form)
             if length == 1:
                 x, spare = _advance(x, spare, p, a, scale)
             elif number == 1:
-                torch.mul(p, scale, out=factor).diagonal(dim1=-2, dim2=-1).add_(a)
+                apart = 0.0 if index else a
+                torch.mul(p, scale, out=factor).diagonal(dim1=-2, dim2=-1).add_(a - apart)
             else:
-                _symmetric(p, factor, other, panels, factor, a, scale)
-                factor, other = other, factor
+                whole = half.copy_(factor) if apart else factor
+                whole.diagonal(dim1=-2, dim2=-1).add_(apart)
+                _symmetric(p, whole, other, panels, factor, a, scale)
+                factor, other, apart = other, factor, apart * a
             if number < length:
                 _symmetric(p, gram, half, panels, gram, a, scale)
                 _symmetric(p, half, other, panels, half, a, scale)
                 gram, other = other, gram
         if length > 1:
-            x, spare = _advance(x, spare, factor, 0.0, 1.0)
+            x, spare = _advance(x, spare, factor, apart, 1.0)
     return x
 
 

@@ -117,22 +117,25 @@ def test_the_form_is_chosen_by_shape_dtype_device_and_growth() -> None:
     jordan, polar, v4 = resolve("jordan", 5), resolve("polar_express", 5), resolve("deepseek_v4", 10)
     ones = (1,) * 5
     # On a CPU: panels where products are large; matrix by matrix where there are panels.
-    assert form(1024, 4096, jordan, BF16, "cpu") == Form(ones, BF16, False, 8, 4)
-    assert form(4096, 1024, jordan, BF16, "cpu") == form(1024, 4096, jordan, BF16, "cpu")
+    assert form(1024, 1024, jordan, BF16, "cpu") == Form(ones, BF16, False, 4, 4)
     assert form(1024, 1024, jordan, F32, "cpu") == Form(ones, F32, False, 8, 8)
-    assert form(256, 1024, jordan, BF16, "cpu") == Form(ones, BF16)
+    assert form(512, 512, jordan, BF16, "cpu") == form(512, 512, jordan, BF16, "cuda") == Form(ones, BF16)
     # The Gram form: float32 from l = 1.5 k and k = 128, restarted as often as the table's growth asks.
-    assert form(1024, 4096, jordan, F32, "cpu").segments == (3, 2)
+    assert form(1024, 4096, jordan, F32, "cpu") == Form((3, 2), F32, False, 8, 8)
+    assert form(4096, 1024, jordan, F32, "cpu") == form(1024, 4096, jordan, F32, "cpu")
     assert form(1024, 1536, jordan, F32, "cuda") == Form((3, 2), F32)
     assert form(1024, 1535, jordan, F32, "cuda") == Form(ones, F32)
     assert form(127, 4096, jordan, F32, "cpu").segments == ones
     assert form(1024, 4096, polar, F32, "cpu").segments == (2, 2, 1)
     assert sum(form(1024, 4096, v4, F32, "cuda").segments) == 10
     assert form(1024, 4096, jordan, F16, "cuda") == Form((2, 2, 1), F16)
-    # Never in bfloat16, and never in float64, where exactness is what is wanted.
-    for table, device, dtype in itertools.product(TABLES, ("cpu", "cuda"), (BF16, F64)):
-        triples = resolve(table, STEPS[table])
-        assert set(form(256, 8192, triples, dtype, device).segments) == {1}
+    # In bfloat16 two first steps in one, on a CPU, from a gentle table. Never in float64, where exactness is wanted.
+    assert form(1024, 4096, jordan, BF16, "cpu") == Form((2, 1, 1, 1), BF16, False, 8, 4)
+    assert form(256, 1024, jordan, BF16, "cpu") == Form((2, 1, 1, 1), BF16)
+    for table, (device, dtype) in itertools.product(TABLES, (("cpu", BF16), ("cuda", BF16), ("cpu", F64))):
+        segments = form(256, 8192, resolve(table, STEPS[table]), dtype, device).segments
+        pair = (device, dtype) == ("cpu", BF16) and table in ("jordan", "you", "deepseek_v4", "cubic")
+        assert segments == ((2,) if pair else (1, 1)) + (1,) * (STEPS[table] - 2)
     # A CPU has no fast float16, and calls its bfloat16 kernel too slowly for tiny products.
     assert form(512, 512, jordan, F16, "cpu").dtype == F32
     assert form(64, 64, jordan, BF16, "cpu").dtype == F32 and form(64, 64, jordan, BF16, "cuda").dtype == BF16
@@ -154,6 +157,22 @@ def test_restarts_keep_the_gram_form_as_exact_as_the_standard_one(table: str) ->
         once = error(evaluate(matrices, triples, dataclasses.replace(chosen, segments=(len(triples),))), wanted)
         never = max(never, once / standard)
     assert never > 1.5 * restarted  # what the restarts are for
+
+
+@pytest.mark.parametrize("table", ["jordan", "you", "deepseek_v4"])
+def test_two_first_steps_in_one_are_as_exact_in_bfloat16_as_two(table: str) -> None:
+    """With Q's multiple of the identity inside Q its rounding went one way, and Gaussian matrices came out 7 % less
+    exact; apart from Q it is exact, and one rounding of X less makes graded spectra come out more exact."""
+    triples = resolve(table, STEPS[table])
+    pair = form(128, 512, triples, BF16, "cpu")
+    assert pair.segments[0] == 2
+    ratios = []
+    for values in (None, *spectra(128, 100.0), *spectra(128, 1000.0), 1 / torch.arange(1.0, 129.0)):
+        matrices = torch.randn(1, 128, 512) if values is None else with_spectrum(128, 512, values)
+        wanted = exact(matrices, triples)
+        standard = evaluate(matrices, triples, Form((1,) * len(triples), BF16))
+        ratios.append(error(evaluate(matrices, triples, pair), wanted) / error(standard, wanted))
+    assert max(ratios) < 1.15 and sum(ratios) / len(ratios) < 1.0
 
 
 # ---- promises ----
