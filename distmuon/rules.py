@@ -44,8 +44,13 @@ def lr_scale(m: int, n: int, adjust_lr_fn: str) -> float:
 
 
 def muon_weight(master: Tensor, polar_factor: Tensor, *, lr: float, weight_decay: float, scale: float) -> Tensor:
-    """Line 6: ``W - lr*(scale*O + wd*W)`` as a new tensor of `master`'s dtype (arXiv 2502.16982, eq. 4)."""
-    return (master * (1.0 - lr * weight_decay)).add_(polar_factor, alpha=-lr * scale)
+    """Line 6: ``W - lr*(scale*O + wd*W)`` as a new tensor of `master`'s dtype (arXiv 2502.16982, eq. 4).
+
+    Three kernels of one rounding each: the bits must not depend on where an element lies in a tensor, which a fused
+    multiply-add in the vector part of a loop and none in its rest would make them do.
+    """
+    step = polar_factor.to(master.dtype, copy=True).mul_(-lr * scale)
+    return step.add_(master * (1.0 - lr * weight_decay))
 
 
 def adamw_step(
