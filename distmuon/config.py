@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from distmuon.coefficients import resolve
 from distmuon.errors import problem
-from distmuon.newton_schulz import resolve
 
 Rule = Literal["muon", "adamw"]
 Packing = Literal["balanced", "contiguous"]

@@ -54,7 +54,7 @@ class DistMuon(torch.optim.Optimizer):
         lr: learning rate of both rules: the scale matches AdamW's update RMS, so one serves both.
         weight_decay: decoupled, times lr, not times the scale.
         momentum, nesterov, ns_steps, ns_coefficients, adjust_lr_fn: as in `torch.optim.Muon`; coefficients by
-            the name of a table in `newton_schulz.COEFFICIENTS` or as a triple.
+            the name of a table in `coefficients.COEFFICIENTS` or as a triple.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: the AdamW part; None: the same as Muon's.
         routes: decisions that go before the defaults, first match wins; ``"adamw"``: no Muon, on purpose.
         process_group: the data-parallel group. None: the default group, or one rank without torch.distributed.
