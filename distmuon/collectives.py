@@ -107,11 +107,11 @@ class DataParallelGroup:
         work = dist.all_to_all_single(received, input, group=self.process_group, async_op=True)
 
         def sum_in_rank_order() -> None:
-            slices = received.view(self.dp_size, -1)
-            total = slices[0].to(torch.float32, copy=True)
-            for other in slices[1:]:
-                total += other
-            output.copy_(total.div_(self.dp_size))
+            first, *others = received.view(self.dp_size, -1)
+            torch.add(first.to(output.dtype), others[0], out=output)
+            for other in others[1:]:
+                output.add_(other)
+            output.div_(self.dp_size)
 
         return Pending(output, work, (input, received), sum_in_rank_order)
 

@@ -120,10 +120,11 @@ class Conductor:
         step, walks = self._step or Step(numbers), self._early
         _check_unchanged(step.param_groups, numbers)
         step.param_groups, step.verdict = numbers, verdict
-        with torch.autocast(self.buffers.device.type, enabled=False):
-            # Backward finishes the last layers first; the next forward needs the first ones first.
-            walks = walks or [walk.run(step) for walk in self._walks]
-            pipeline(walks[::-1], bool(self._options.overlap))
+        if verdict.known is not False:
+            with torch.autocast(self.buffers.device.type, enabled=False):
+                # Backward finishes the last layers first; the next forward needs the first ones first.
+                walks = walks or [walk.run(step) for walk in self._walks]
+                pipeline(walks[::-1], bool(self._options.overlap))
         self._step, self._early = None, []
         self.skipped += ~verdict.ok
         self.source.reset()

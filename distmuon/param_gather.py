@@ -23,23 +23,26 @@ from distmuon import rules
 from distmuon.buffers import BucketBuffers, Buffers
 from distmuon.collectives import DataParallelGroup, Pending
 from distmuon.errors import problem
+from distmuon.guards import Verdict
 from distmuon.layout import Segment
 
 
 @dataclass(frozen=True, slots=True)
 class Updates:
     """Line 6 of the walk for one bucket in one step: by Muon parameter (lr, weight decay, scale); absent ones have no
-    gradient and are left alone. `ok`: the verdict, a 0-dim bool tensor."""
+    gradient and are left alone."""
 
     factors: Mapping[int, tuple[float, float, float]]
-    ok: Tensor
+    verdict: Verdict
 
     def apply(self, param: int, weight: Tensor, polar_factor: Tensor) -> None:
         """On elements of `param`, in place; `polar_factor` of the same length."""
         if param in self.factors:
             lr, decay, scale = self.factors[param]
-            new = rules.muon_weight(weight, polar_factor, lr=lr, weight_decay=decay, scale=scale)
-            rules.commit(self.ok, weight, new)
+            out = weight if self.verdict.known else None
+            new = rules.muon_weight(weight, polar_factor, lr=lr, weight_decay=decay, scale=scale, out=out)
+            if out is None:
+                rules.commit(self.verdict.ok, weight, new)
 
 
 class ParamGather:

@@ -105,14 +105,15 @@ class BucketWalk:
         """(new momentum that the verdict must first allow, updates), one 1-D tensor a muon piece."""
         held, updates = [], []
         for piece in self._bucket.muon:
-            group = self._group(piece.segment.param)
-            new, update = rules.muon_momentum(
-                piece.grad, piece.momentum(), momentum=group["momentum"], nesterov=group["nesterov"]
-            )
-            if self._step.verdict is None:
+            group, old, verdict = self._group(piece.segment.param), piece.momentum(), self._step.verdict
+            in_place = verdict is not None and verdict.known and verdict.present[piece.segment.param]
+            out = old if in_place and old.dtype == torch.float32 else None  # out of int8: a transient, kept below
+            mu, nesterov = group["momentum"], group["nesterov"]
+            new, update = rules.muon_momentum(piece.grad, old, momentum=mu, nesterov=nesterov, out=out)
+            if verdict is None:
                 held.append((piece, new))
-            else:
-                self._keep(piece, new, self._step.verdict)
+            elif new is not piece.state["momentum_buffer"]:
+                self._keep(piece, new, verdict)
             updates.append(update)
         return held, updates
 
@@ -143,7 +144,7 @@ class BucketWalk:
             if verdict.present[param]:
                 group = self._group(param)
                 factors[param] = group["lr"], group["weight_decay"], rules.lr_scale(*shape, group["adjust_lr_fn"])
-        return Updates(factors, verdict.ok)
+        return Updates(factors, verdict)
 
     def _adamw(self, masters: Tensor, verdict: Verdict) -> None:
         for number, group in enumerate(self._step.param_groups):

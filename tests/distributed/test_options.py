@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distmuon
-from distmuon import collectives, conductor, param_gather, rules
+from distmuon import collectives, conductor, guards, param_gather, rules
 from distmuon.buffers import Buffers
 from tests.distributed.test_parity import _model, _train_by_hand, _wanted_by_hand
 from tests.standing import Standing, loss_fn, make_batch
@@ -47,13 +47,18 @@ def _ends(group: dist.ProcessGroup, cases: list[dict[str, Any]], num_micro: int 
         options = dict(case)
         if options.pop("own_exchange_group", False):
             options["exchange_group"] = group  # another `DataParallelGroup`; NCCL would get a second communicator
-        model, optimizer = make(group, Standing(), **options)
-        _steps(group, optimizer, model, num_micro)
+        with pytest.MonkeyPatch.context() as patch:
+            if options.pop("verdict_on_device", False):
+                patch.setattr(guards, "known_on_host", lambda ok: None)
+            model, optimizer = make(group, Standing(), **options)
+            _steps(group, optimizer, model, num_micro)
         found.append((digest(weights(model, optimizer)), digest(state_tensors(optimizer))))
     return found
 
 
-SAME_BITS: list[dict[str, Any]] = [
+SAME_BITS: list[dict[str, Any]] = [  # verdict_on_device: as on a GPU, where the host must not read it
+    {"verdict_on_device": True},
+    {"verdict_on_device": True, "overlap": "backward", "param_gather": "updates"},
     {"overlap": "backward"},
     {"release_grads": True},
     {"param_gather": "updates"},
