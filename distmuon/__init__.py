@@ -1,8 +1,9 @@
 """distmuon: the Muon optimizer under ZeRO-1 (arXiv 2502.16982)."""
 
+from distmuon.grad_scaler import GradScaler
 from distmuon.optimizer import DistMuon
 from distmuon.planner import Plan, plan
 from distmuon.routing import Route, route
 
 __version__ = "0.1.0"
-__all__ = ["DistMuon", "Plan", "Route", "plan", "route"]
+__all__ = ["DistMuon", "GradScaler", "Plan", "Route", "plan", "route"]

@@ -98,7 +98,7 @@ class Conductor:
         return present
 
     def clip(self, max_norm: float, norm_type: float) -> Tensor:
-        """Scale the reduced gradients; returns their norm before."""
+        """Scale the reduced gradients to `max_norm` at the most; returns their norm before."""
         assert self._verdict is not None
         norm = self._verdict.total_norm
         coefficient = rules.clip_coefficient(norm, max_norm, norm_type)
@@ -107,10 +107,26 @@ class Conductor:
                 "clip_grad_norm_", f'found max_norm={max_norm} with overlap="backward"',
                 "updates that may begin before the norm is known are needed", "pass overlap=True to DistMuon",
             )  # fmt: skip
+        self._scale(coefficient)
+        return norm
+
+    def unscale(self, inverse_scale: Tensor) -> Tensor:
+        """Undo the loss scale on the reduced gradients; returns 1.0 where some rank's are not finite, else 0.0."""
+        if self._early:
+            raise problem(
+                "GradScaler", 'found overlap="backward", whose updates have begun from scaled gradients',
+                "updates that may wait for the scale are needed", "pass overlap=True to DistMuon",
+            )  # fmt: skip
+        assert self._verdict is not None
+        self._scale(inverse_scale)
+        self.grad_norm = self._verdict.total_norm
+        return (~self._verdict.ok).to(torch.float32)
+
+    def _scale(self, coefficient: Tensor) -> None:
+        assert self._verdict is not None
         for bucket in self.buffers.buckets:
             bucket.grad_shard.mul_(coefficient)
-        self._verdict = replace(self._verdict, total_norm=norm * coefficient)
-        return norm
+        self._verdict = replace(self._verdict, total_norm=self._verdict.total_norm * coefficient)
 
     def update(self) -> None:
         """The walks of all buckets, or what is left of them. Leaves the all-gathers under way."""

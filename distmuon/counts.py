@@ -159,7 +159,7 @@ def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, ra
     gathered = computing = finished = 0  # held by the bucket before: after its gather, in Newton-Schulz, after it
     last = 0  # held by the bucket before that one, until its update is applied
     early = 0  # held by all walks that began in backward, until the verdict
-    messages = 0  # updates on their way or not yet waited for
+    messages = [0]  # updates on their way, two at once
     for bucket, load in zip(reversed(layout.buckets), reversed(loads)):
         stacks = ns * load.stacked[rank]
         holds = stacks + ns * (load.gather_out[rank] + load.gather_in[rank])
@@ -174,7 +174,12 @@ def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, ra
             peak, gathered, computing = max(peak, computing), 0, 0
         early += finished + updates if options.overlap == "backward" else 0
         if options.param_gather == "updates" and layout.dp_size > 1:
-            messages += layout.dp_size * layout.message_bytes(bucket, options.travels.itemsize)
+            messages.append(layout.dp_size * layout.message_bytes(bucket, options.travels.itemsize))
     flat = [layout.dp_size * bucket.shard_size * options.reduce_dtype.itemsize for bucket in layout.buckets]
-    released = max(map(sum, zip(flat, [*flat[1:], 0]))) if options.release_grads else 0  # two at once, in backward
-    return max(peak, computing + last, released) + early + messages
+    released = _two(flat) if options.release_grads else 0  # in backward
+    return max(peak, computing + last, released) + early + _two(messages)
+
+
+def _two(each: Sequence[int]) -> int:
+    """The most that two neighbours have together."""
+    return max(a + b for a, b in zip(each, [*each[1:], 0]))

@@ -91,8 +91,17 @@ def late_group() -> ValueError:
 def no_loss_scaling() -> ValueError:
     """The refusal of torch.amp.GradScaler, raised when it asks whether this optimizer scales by itself."""
     return problem(
-        "GradScaler", "it looks for gradients in param.grad, which distmuon has reduced and freed by then",
-        "no loss scaling is needed with bfloat16", "use bfloat16, or step without the scaler",
+        "GradScaler", "torch's own looks for gradients in param.grad, which distmuon has reduced and freed by then",
+        "a scaler that asks the reduction is needed",
+        "use distmuon.GradScaler with float16; bfloat16 needs none",
+    )  # fmt: skip
+
+
+def clipped_before_unscaling() -> ValueError:
+    """The refusal to unscale what reduce_gradients has clipped already."""
+    return problem(
+        "GradScaler", "max_grad_norm was applied to gradients that still carried the loss scale",
+        "unscaling before clipping is needed", "call scaler.unscale_ or scaler.step before reduce_gradients",
     )  # fmt: skip
 
 

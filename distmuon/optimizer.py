@@ -144,7 +144,7 @@ class DistMuon(torch.optim.Optimizer):
             self._exchange_group.check_same_ranks(self.group)
         self.layout = self._make_layout()
         self._conductor: Conductor | None = None
-        self._sync = True
+        self._sync, self.loss_scaling = True, False
         self._gathers_in_forward = self._model is not None and bool(overlap) and self.group.dp_size > 1
         self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward)
 
@@ -211,13 +211,25 @@ class DistMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def reduce_gradients(self, **_ignored: object) -> None:
         """Finish the reduction and agree on the verdict. Idempotent until `step`; `step` calls it."""
+        if self._reduce() and self.options.max_grad_norm is not None:
+            self.clip_grad_norm_(self.options.max_grad_norm)
+
+    def _reduce(self) -> bool:
+        """Whether this call has reduced, and not one before it."""
         present = self._built().reduce()
-        if present is None:
-            return
-        if not all(present):
+        if present is not None and not all(present):
             self._make_layout()  # raises if the model holds other parameters by now
+        return present is not None
+
+    @torch.no_grad()
+    def unscale_grads(self, inverse_scale: Tensor) -> Tensor:
+        """For `distmuon.GradScaler`: reduce, undo the loss scale, clip. 1.0 if any rank's gradient was not finite."""
+        if not self._reduce() and self.options.max_grad_norm is not None:
+            raise guards.clipped_before_unscaling()
+        found_inf = self._built().unscale(inverse_scale)
         if self.options.max_grad_norm is not None:
             self.clip_grad_norm_(self.options.max_grad_norm)
+        return found_inf
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -261,7 +273,10 @@ class DistMuon(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        raise guards.no_loss_scaling()
+        """torch.amp.GradScaler asks this before it steps, and must not go on; ours has announced itself."""
+        if not self.loss_scaling:
+            raise guards.no_loss_scaling()
+        return False
 
     def synchronize(self) -> None:
         """Wait for the parameter all-gathers that `step` left under way. Forwards do so by themselves."""

@@ -62,7 +62,11 @@ class ParamGather:
         self._start(index, bucket.param_flat, bucket.param_shard)
 
     def start_updates(self, index: int, updates: Updates, polar_pieces: Sequence[Tensor]) -> None:
-        """All-gather what all ranks need for `updates`; `polar_pieces`: one 1-D tensor a muon piece of this rank."""
+        """All-gather what all ranks need for `updates`; `polar_pieces`: one 1-D tensor a muon piece of this rank.
+
+        Messages have memory of their own, so two are under way at the most: the one before the last is applied first.
+        """
+        self.wait(list(self._updates)[:-1])
         self._updates[index] = updates
         message = self._message(self._buffers.buckets[index], polar_pieces)
         self._start(index, message.new_empty(self._group.dp_size * message.numel()), message)

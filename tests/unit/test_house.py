@@ -16,6 +16,7 @@ import pytest
 LIBRARY = Path(__file__).parents[2] / "distmuon"
 FLOORS = {
     "errors": 1, "coefficients": 1, "rules": 1, "formats": 1, "metrics": 1, "collectives": 1, "step_time": 1,
+    "grad_scaler": 1,
     "config": 2, "guards": 2, "newton_schulz": 2,
     "routing": 3,
     "packing": 4, "shapes": 4,

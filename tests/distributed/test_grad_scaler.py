@@ -1,0 +1,122 @@
+"""Loss scaling: the same numbers as without, and all ranks skip when one overflows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import distmuon
+from tests.standing import Standing, loss_fn, make_batch
+from tests.training import digest, make, state_tensors, train, weights
+
+
+def _scaled(
+    group: dist.ProcessGroup, options: dict[str, Any], clip: float | None, scale: float
+) -> tuple[str, str, float]:
+    """Digests of parameters and state, and the last norm, after three scaled steps of two micro-batches."""
+    model, optimizer = make(group, **options)
+    scaler = distmuon.GradScaler("cpu", init_scale=scale, growth_interval=100)
+    for step in range(3):
+        with optimizer.no_sync():
+            scaler.scale(loss_fn(model, make_batch(step, dist.get_rank(group), 0)) / 2).backward()
+        scaler.scale(loss_fn(model, make_batch(step, dist.get_rank(group), 1)) / 2).backward()
+        if clip is not None:
+            scaler.unscale_(optimizer)
+            optimizer.clip_grad_norm_(clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return digest(weights(model, optimizer)), digest(state_tensors(optimizer)), optimizer.metrics()["grad_norm"]
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5, "overlap": False}], ids=["plain", "max_grad_norm"])
+def test_a_power_of_two_changes_no_bit(spawn, options: dict[str, Any], clip: float | None) -> None:
+    """1024 only moves exponents; without unscaling, momentum and moments would be 1024 times too large."""
+    scaled, plain = (spawn(_scaled, 3, options=options, clip=clip, scale=s) for s in (1024.0, 1.0))
+    assert len({*scaled, *plain}) == 1
+
+
+def _overflow(group: dist.ProcessGroup) -> dict[str, Any]:
+    model, optimizer = make(group)
+    scaler = distmuon.GradScaler("cpu", init_scale=256.0)
+    train(group, model, optimizer, range(1))
+    before = digest(weights(model, optimizer)), digest(state_tensors(optimizer))
+    loss = loss_fn(model, make_batch(1, dist.get_rank(group), 0))
+    scaler.scale(loss * (float("inf") if dist.get_rank(group) == 1 else 1.0)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    after = digest(weights(model, optimizer)), digest(state_tensors(optimizer))
+    scaler.scale(loss_fn(model, make_batch(2, dist.get_rank(group), 0))).backward()
+    scaler.step(optimizer)
+    moved = digest(weights(model, optimizer)) != after[0]
+    return {
+        "untouched": before == after,
+        "scale": scaler.get_scale(),
+        "moved": moved,
+        "ends": weights(model, optimizer),
+    }
+
+
+def test_an_overflow_on_one_rank_alone_skips_the_step_on_all(spawn) -> None:
+    """torch's scaler would let the other ranks step, and wait for this one for ever."""
+    results = spawn(_overflow, 3)
+    assert all(found["untouched"] and found["moved"] and found["scale"] == 128.0 for found in results)
+    assert len({digest(found["ends"]) for found in results}) == 1
+
+
+def _float16(group: dist.ProcessGroup) -> tuple[list[float], int]:
+    """Losses of a float16 model whose gradients vanish without scaling: 2e-9 is below float16's smallest number."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32, bias=False), nn.Tanh(), nn.Linear(32, 16, bias=False)).half()
+    optimizer = distmuon.DistMuon(model, lr=0.02, process_group=group, routes=[distmuon.Route("*", "muon")])
+    scaler, losses = distmuon.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000), []
+    inputs = torch.randn(8, 16, generator=torch.Generator().manual_seed(dist.get_rank(group))).half()
+    for _ in range(30):
+        loss = (model(inputs).float() - inputs.float()).square().mean() * 1e-9
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()) * 1e9)
+    return losses, int(scaler.get_scale() < 2.0**40)
+
+
+def test_float16_parameters_train_where_gradients_would_vanish(spawn) -> None:
+    for losses, backed_off in spawn(_float16, 2):
+        assert losses[-1] < 0.5 * losses[0], (losses[0], losses[-1])
+        assert backed_off, "or else nothing overflowed at first"
+
+
+def _too_early(group: dist.ProcessGroup, options: dict[str, Any], reduce_first: bool) -> None:
+    model, optimizer = make(group, Standing(), **options)
+    scaler = distmuon.GradScaler("cpu")
+    scaler.scale(loss_fn(model, make_batch(0, dist.get_rank(group), 0))).backward()
+    if reduce_first:
+        optimizer.reduce_gradients()
+    scaler.step(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "reduce_first", "message"),
+    [({"overlap": "backward"}, False, "overlap=True"), ({"max_grad_norm": 1.0}, True, "before reduce_gradients")],
+    ids=["overlap=backward", "clipped before"],
+)
+def test_scaled_gradients_that_were_used_already_raise(
+    spawn_raises, options: dict[str, Any], reduce_first: bool, message: str
+) -> None:
+    spawn_raises(_too_early, 2, match=message, options=options, reduce_first=reduce_first)
+
+
+def test_other_optimizers_are_scaled_as_ever() -> None:
+    model = nn.Linear(4, 4)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=1.0), distmuon.GradScaler("cpu", init_scale=8.0)
+    before = model.bias.detach().clone()
+    scaler.scale(model(torch.ones(1, 4)).sum()).backward()
+    scaler.step(optimizer)
+    assert torch.allclose(before - model.bias, torch.ones(4))
