@@ -1,0 +1,2 @@
+def scaling_text(found):
+    return []
