@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,6 +129,10 @@ class _Bench:
         """One whole step on this rank's batch."""
         system.step(system.model(make_batch(self.setting, step, self.ranks.rank, self.device)))
 
+    def plain(self, step: int) -> None:
+        """Forward and backward and nothing else."""
+        self.trainee(make_batch(self.setting, step, self.ranks.rank, self.device)).backward()
+
     def given(self) -> dict[str, Tensor]:
         return {fqn: grad.clone() for fqn, grad in self.gradients.items()}
 
@@ -191,14 +196,12 @@ def measure(
         gc.disable()
         for index in order:
             if index < 0:
-                batch = make_batch(setting, number, ranks.rank, device)
-                plain.append(1e3 * timed(ranks, device, lambda: bench.trainee(batch).backward())[0])
+                plain.append(1e3 * timed(ranks, device, partial(bench.plain, number))[0])
                 bench.trainee.zero_grad()
                 continue
             system, row = systems[index], rows[index]
-            row["whole"].append(1e3 * timed(ranks, device, lambda: bench.train(system, number))[0])
-            given = bench.given()
-            part, blocked = timed(ranks, device, lambda: bench.sync_step(system, given))
+            row["whole"].append(1e3 * timed(ranks, device, partial(bench.train, system, number))[0])
+            part, blocked = timed(ranks, device, partial(bench.sync_step, system, bench.given()))
             row["sync_step"].append(1e3 * part)
             row["blocked"].append(1e3 * blocked if device.type == "cpu" else None)
         gc.enable()

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import distmuon
@@ -120,6 +119,8 @@ def ddp_torch_muon(trainee: Trainee, setting: Setting) -> System:
 
 
 def zero_torch_muon(trainee: Trainee, setting: Setting) -> System:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns on import
+
     model, (matrices, rest) = ddp(trainee), split(trainee)
     shared = {"parameters_as_bucket_view": True}
     muon = ZeroRedundancyOptimizer(matrices, torch.optim.Muon, **shared, **torch_muon_options(setting))
@@ -127,6 +128,8 @@ def zero_torch_muon(trainee: Trainee, setting: Setting) -> System:
 
 
 def zero_adamw(trainee: Trainee, setting: Setting) -> System:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     model, params = ddp(trainee), list(trainee.parameters())
     return System(
         trainee, model,
@@ -230,6 +233,7 @@ def all_peers() -> Iterator[Peer]:
                counted=("pytorch_optimizer.optimizer.muon.base:zero_power_via_newton_schulz_5",),
                note="one group a shape, as its all-gather needs")  # fmt: skip
     yield Peer(name="DDP + optimuon", make=_optimuon, counted=("optimuon._muon:newton_schulz",),
-               note="its decay made equal by one decay a shape; NorMuon, cautious decay off; state on every rank")  # fmt: skip
+               note="its decay made equal by one decay a shape; NorMuon and cautious decay off; state on "
+                    "every rank")  # fmt: skip
     yield from SHARDED
     yield Peer(name="muonium", make=_muonium, note="pip muonium")

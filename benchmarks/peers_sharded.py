@@ -25,8 +25,7 @@ class EngineSystem(System):
     def held(self) -> list[Tensor]:
         """State by flat partition, the float32 copy of this rank's partition, and Muon's flat momentum."""
         zero = self.optimizers[0]
-        found = [*zero.single_partition_of_fp32_groups, *zero.fp32_partitioned_groups_flat] if hasattr(
-            zero, "fp32_partitioned_groups_flat") else [*zero.single_partition_of_fp32_groups]  # fmt: skip
+        found = [*zero.single_partition_of_fp32_groups]
         for state in zero.optimizer.state.values():
             found += [t for t in state.values() if isinstance(t, Tensor) and t.ndim]
         return found
@@ -47,6 +46,7 @@ def _deepspeed(trainee: Trainee, setting: Setting) -> System:
     config = {
         "train_micro_batch_size_per_gpu": setting.batch,
         "zero_optimization": {"stage": 1},
+        "gradient_clipping": 0.0,  # the default, 1.0, clips the orthogonalized update
         "steps_per_print": 1 << 30,
         "optimizer": {
             "type": "Muon",
@@ -104,9 +104,10 @@ def _heavyball(trainee: Trainee, setting: Setting) -> System:
 _WHOLE = "FSDP2 with the model as one unit: parameters, gradients and state are sharded (ZeRO-3's memory)"
 SHARDED = (
     Peer(
-        name="DeepSpeed ZeRO-1 Muon", make=_deepspeed, counted=("deepspeed.runtime.zero.muon.original_muon:muon_update",),
-        note="ns_method=standard (bfloat16); its own scale made equal by one lr and decay a shape; keeps a float32 copy "
-             "of its partition also where parameters are float32",
+        name="DeepSpeed ZeRO-1 Muon", make=_deepspeed,
+        counted=("deepspeed.runtime.zero.muon.original_muon:muon_update",),
+        note="ns_method=standard (bfloat16); its own scale made equal by one lr and decay a shape; its default "
+             "clip of 1 off; keeps a float32 copy of its partition also where parameters are float32",
     ),
     Peer(name="FSDP2 + muon-fsdp2", make=_muon_fsdp2, note=_WHOLE,
          counted=("muon_fsdp2:zeropower_via_newtonschulz5",)),

@@ -69,9 +69,9 @@ def _conditions(found: dict[str, Any]) -> list[str]:
     lines = [
         f"`{c['command']}`",
         "",
-        f"{c['machine']}; {c['backend']}, {c['ranks']} ranks, {c['threads']} thread(s) each; {c['date']}; {c['rounds']} "
-        f"rounds; load average {c['load_before']} before, {c['load_after']} after; other processes took {others} "
-        f"during the rounds. {packages}.",
+        f"{c['machine']}; {c['backend']}, {c['ranks']} ranks, {c['threads']} thread(s) each; {c['date']}; "
+        f"{c['rounds']} rounds; load average {c['load_before']} before, {c['load_after']} after; other processes took "
+        f"{others} during the rounds. {packages}.",
     ]
     if not is_quiet(found):
         lines += ["", "**The machine was not alone with this run: its times are no evidence, its counts are.**"]
@@ -109,7 +109,8 @@ def _counts(found: dict[str, Any]) -> list[str]:
     for row in found["rows"]:
         sent = f"{row['wire_bytes'] / 1e6:.2f}" if wire else "not measured"
         matrices, calls = (
-            "+".join(map(str, row[key])) if None not in row[key] else "not counted" for key in ("ns_matrices", "ns_calls")
+            "+".join(map(str, row[key])) if None not in row[key] else "not counted"
+            for key in ("ns_matrices", "ns_calls")
         )
         if row["rule"] == "adamw":
             matrices = calls = "0"
@@ -176,8 +177,8 @@ def page(results: Path = RESULTS) -> str:
     runs.sort(key=lambda run: (run["setting"]["batch"] * run["setting"]["seq_len"], run["setting"]["d_model"]))
     lines = [
         "# Benchmarks", "",
-        "Made by `python -m benchmarks.report` from `benchmarks/results/*.json`; do not edit. Every run has its command "
-        "and conditions beside it.", "",
+        "Made by `python -m benchmarks.report` from `benchmarks/results/*.json`; do not edit. Every run has its "
+        "command and conditions beside it.", "",
         "All rows train one GPT-3-style decoder in float32 on the same batches from the same weights by one rule "
         "(`benchmarks/setting.py`); every round runs each row once, in random order, in the same processes. Shown: "
         "**median** (quartiles) over rounds; a time is the slowest rank's; a ratio is the median of the ratios within "

@@ -78,7 +78,7 @@ class Trainee(nn.Module):
 
 
 def make_trainee(setting: Setting, device: torch.device) -> Trainee:
-    """A GPT-3-style decoder (transformers' OPT: separate q, k, v; learned positions; tied head), the same everywhere."""
+    """A GPT-3-style decoder (transformers' OPT: separate q, k, v; learned positions; tied head), always the same."""
     sizes = {
         "hidden_size": setting.d_model, "word_embed_proj_dim": setting.d_model, "ffn_dim": 4 * setting.d_model,
         "num_hidden_layers": setting.layers, "num_attention_heads": max(1, setting.d_model // 64),

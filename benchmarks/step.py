@@ -15,11 +15,10 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from importlib import metadata
@@ -32,6 +31,7 @@ import torch.distributed as dist
 import distmuon  # noqa: F401  (before the process group, see its [Note: clean exit])
 from benchmarks.measure import measure
 from benchmarks.peers import Peer, all_peers
+from benchmarks.processes import namespace, run_ranks
 from benchmarks.setting import Setting
 from tests.distributed.loopback import bring_up_loopback
 
@@ -55,36 +55,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def namespace() -> tuple[list[str], str]:
-    """(prefix of a command that runs it in a network namespace of its own, why there is none)."""
-    for flags in ("-n", "-rn"):
-        if shutil.which("unshare") and not subprocess.run(["unshare", flags, "true"], capture_output=True).returncode:
-            return ["unshare", flags], ""
-    return [], "the kernel does not let us make a network namespace (unshare -n)"
-
-
 def start(arguments: argparse.Namespace, argv: list[str]) -> int:
-    """Outside: go into a namespace. Inside: start the workers, wait, return the first failure."""
-    again = [sys.executable, "-m", "benchmarks.step", *argv]
+    """Outside: go into a namespace. Inside: start the workers and wait for them."""
+    again = ["-m", "benchmarks.step", *argv]
     if arguments.stage == "outside":
         prefix, why_not = namespace()
-        return subprocess.run([*prefix, *again, "--stage", "inside", "--wire", why_not]).returncode
+        return subprocess.run([*prefix, sys.executable, *again, "--stage", "inside", "--wire", why_not]).returncode
     if not arguments.wire:
         bring_up_loopback()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads), "GLOO_SOCKET_IFNAME": "lo",
-                   "HF_HUB_OFFLINE": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        environment["BENCH_RENDEZVOUS"] = f"file://{folder}/rendezvous"
-        workers = []
-        for rank in range(arguments.ranks):
-            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(arguments.ranks)}
-            workers.append(subprocess.Popen([*again, "--stage", "worker", "--wire", arguments.wire], env=own))
-        while any(worker.poll() is None for worker in workers):
-            if any(worker.poll() for worker in workers):  # one failed: the others would wait for it
-                for worker in workers:
-                    worker.kill()
-            time.sleep(0.2)
-    return next((worker.returncode for worker in workers if worker.returncode), 0)
+    return run_ranks([*again, "--stage", "worker"], arguments.ranks, arguments.threads)
 
 
 def conditions(arguments: argparse.Namespace, device: torch.device, argv: list[str]) -> dict[str, Any]:
@@ -96,8 +75,8 @@ def conditions(arguments: argparse.Namespace, device: torch.device, argv: list[s
             versions[name] = None
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        models = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        cpu = models[0] if models else cpu
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         "command": shlex.join(["python", "-m", "benchmarks.step", *argv]),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -153,7 +132,10 @@ def work(arguments: argparse.Namespace, argv: list[str]) -> None:
         if arguments.out is not None:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             rounded = json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.6g}"))
-            arguments.out.write_text(json.dumps(rounded, indent=1) + "\n")
+            text = re.sub(
+                r"\[\s+([^][{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", json.dumps(rounded, indent=1)
+            )
+            arguments.out.write_text(text + "\n")  # a list of numbers on one line
     sys.stdout.flush()
     dist.barrier()
     os._exit(0)  # engines and compilers leave threads behind that have nothing to say
