@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz as torch_muon
 
-from distmuon.newton_schulz import COEFFICIENTS, Triple, form, orthogonalize, resolve
+from distmuon.coefficients import COEFFICIENTS, Triple, resolve
+from distmuon.newton_schulz import form, orthogonalize
 
 JORDAN: Triple = (3.4445, -4.7750, 2.0315)
 STEPS = 5

@@ -7,6 +7,7 @@ keeps its own storage and is copied out after the all-gather (`stage_out`).
 [Note: who else writes parameters] `load_state_dict`, an EMA swap or `p.data` may write parameters between steps. Before
 a step `adopt` compares this rank's part of each parameter with what the optimizer left there: an element that differs
 is taken over into the master; one that does not keeps its full precision. A parameter that got new storage raises.
+Masters kept as remainders need no comparison: what was written and the remainder make a master that rounds to it.
 
 [Note: written while in flight] What is written between `step` and the arrival of the all-gather would be overwritten,
 on some ranks. `sent` and `arrived` frame that time: a parameter whose `_version` moved inside it raises. `arrived`
@@ -15,12 +16,14 @@ then moves the version itself, so that autograd refuses a graph that saved the w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from distmuon import formats
 from distmuon.config import Options
 from distmuon.errors import problem
 from distmuon.layout import Bucket, Layout, Segment
@@ -28,27 +31,42 @@ from distmuon.layout import Bucket, Layout, Segment
 
 @dataclass(slots=True)
 class ShardPiece:
-    """One of this rank's segments: views of the shard, and its optimizer state (keys as in torch.optim)."""
+    """One of this rank's segments: a view of the gradient shard, and its optimizer state (keys as in torch.optim).
+
+    An int8 ``momentum_buffer`` has its scales beside it, ``momentum_scale``; see `formats.quantize`.
+    """
 
     segment: Segment
-    master: Tensor  # (length,) float32
-    grad: Tensor  # (length,) reduce dtype: the averaged gradient once reduced
+    grad: Tensor  # (length,) float32: the averaged gradient once reduced
     state: dict[str, Tensor] = field(default_factory=dict)
+
+    def cut(self, shard: Tensor) -> Tensor:
+        """This piece's elements of a (shard_size,) tensor, a view."""
+        return shard[self.segment.shard_offset : self.segment.shard_offset + self.segment.length]
+
+    def momentum(self) -> Tensor:
+        """(length,) as it is kept, or float32 out of int8."""
+        buffer = self.state["momentum_buffer"]
+        return formats.dequantize(buffer, self.state["momentum_scale"]) if buffer.dtype == torch.int8 else buffer
+
+    def encoded(self, momentum: Tensor) -> dict[str, Tensor]:
+        """(length,) float32 as the entries of `state` that keep it."""
+        if self.state["momentum_buffer"].dtype != torch.int8:
+            return {"momentum_buffer": momentum}
+        return dict(zip(("momentum_buffer", "momentum_scale"), formats.quantize(momentum)))
 
 
 @dataclass(slots=True)
 class BucketBuffers:
-    """`param_flat` (dp_size * shard_size,), its shard, the gradients likewise, and the pieces by rule.
-
-    `grad_flat` is the whole bucket where this optimizer reduces, and only the shard where somebody else has.
-    """
+    """`param_flat` (dp_size * shard_size,), its shard, the gradients likewise, and the pieces by rule."""
 
     bucket: Bucket
     param_flat: Tensor
     param_shard: Tensor
-    grad_flat: Tensor
-    grad_shard: Tensor
-    master_shard: Tensor
+    grad_flat: Tensor | None  # (dp_size * shard_size,), reduce dtype; None: reduced by others, or released
+    grad_shard: Tensor  # (shard_size,) float32; the slice of grad_flat where that stays and is float32
+    master_shard: Tensor | None  # (shard_size,) float32; the parameter shard itself if that is float32
+    remainder: Tensor | None  # (shard_size,) int16, instead of a master_shard; see `formats.split`
     muon: list[ShardPiece]
     adamw: list[ShardPiece]
     staged: list[tuple[Tensor, Tensor]]  # (flat segment, the parameter's own elements)
@@ -56,13 +74,23 @@ class BucketBuffers:
 
     @property
     def has_master(self) -> bool:
-        """The master is a tensor of its own, not the parameter's shard itself."""
-        return self.master_shard.dtype != self.param_shard.dtype
+        """Masters are kept beside the parameters."""
+        return self.param_shard.dtype != torch.float32
 
-    def publish_master(self) -> None:
-        """Round the updated master shard into the parameter shard, before the all-gather."""
-        if self.has_master:
-            self.param_shard.copy_(self.master_shard)
+    @contextmanager
+    def masters(self) -> Iterator[Tensor]:
+        """The masters (shard_size,) float32, to read and write; at the end the parameter shard is rounded from them."""
+        if self.remainder is not None:
+            master = formats.join(self.param_shard, self.remainder)
+            yield master
+            parameters, remainder = formats.split(master)
+            self.remainder.copy_(remainder)
+            self.param_shard.copy_(parameters)
+        else:
+            assert self.master_shard is not None
+            yield self.master_shard
+            if self.has_master:
+                self.param_shard.copy_(self.master_shard)
 
     def stage_out(self) -> None:
         """Copy parameters that are no views out of the gathered buffer."""
@@ -77,45 +105,51 @@ class Buffers:
         self.layout = layout
         self.params = params
         self.dp_rank = dp_rank
-        self.momentum_dtype = options.momentum_dtype
+        self.options = options
         self.device = params[0].device
-        self.buckets = [self._build(bucket, options) for bucket in layout.buckets]
+        self.buckets = [self._build(bucket) for bucket in layout.buckets]
         self._addresses = [param.data_ptr() for param in params]
         self._versions = [param._version for param in params]
 
-    def _build(self, bucket: Bucket, options: Options) -> BucketBuffers:
-        size, dp_size = bucket.shard_size, self.layout.dp_size
-        device = self.params[bucket.params[0]].device
+    def _build(self, bucket: Bucket) -> BucketBuffers:
+        size, options, device = bucket.shard_size, self.options, self.params[bucket.params[0]].device
         own = slice(self.dp_rank * size, (self.dp_rank + 1) * size)
-        param_flat = torch.zeros(dp_size * size, dtype=bucket.dtype, device=device)
-        reduces = options.grad_reduction == "reduce_scatter"
-        grad_flat = torch.zeros((dp_size if reduces else 1) * size, dtype=options.reduce_dtype, device=device)
-        grad_shard = grad_flat[own] if reduces else grad_flat
+        param_flat = torch.zeros(self.layout.dp_size * size, dtype=bucket.dtype, device=device)
         staged: list[tuple[Tensor, Tensor]] = []
         staged_here: list[tuple[Tensor, Tensor]] = []
         for index in bucket.params:
             for segment, flat, elements in self._move_in(index, param_flat, size):
                 (staged_here if segment.rank == self.dp_rank else staged).append((flat, elements))
         param_shard = param_flat[own]
-        master_shard = param_shard if bucket.dtype == options.master_dtype else param_shard.to(options.master_dtype)
 
-        mine = [segment for segment in bucket.segments if segment.rank == self.dp_rank]
-        pieces = [ShardPiece(s, self._cut(master_shard, s), self._cut(grad_shard, s)) for s in mine]
-        rules = [self.layout.specs[s.param].rule for s in mine]
+        stays = options.grad_reduction == "reduce_scatter" and not options.release_grads
+        grad_flat = torch.zeros_like(param_flat, dtype=options.reduce_dtype) if stays else None
+        if grad_flat is not None and grad_flat.dtype == torch.float32:
+            grad_shard = grad_flat[own]
+        else:
+            grad_shard = torch.zeros_like(param_shard, dtype=torch.float32)
+
+        in_16_bits = options.master_bytes(bucket.dtype) == 2
+        remainder = torch.zeros_like(param_shard, dtype=torch.int16) if in_16_bits else None
+        master_shard = None if remainder is not None else param_shard.float()  # float32: itself
+        pieces = [ShardPiece(segment, grad_shard) for segment in bucket.segments if segment.rank == self.dp_rank]
+        for piece in pieces:
+            piece.grad = piece.cut(grad_shard)
+        rules = [self.layout.specs[piece.segment.param].rule for piece in pieces]
         muon = [piece for piece, rule in zip(pieces, rules) if rule == "muon"]
         adamw = [piece for piece, rule in zip(pieces, rules) if rule == "adamw"]
-        _allocate_state(muon, "momentum_buffer", options.momentum_dtype, device)
-        _allocate_state(adamw, "exp_avg", torch.float32, device)
-        _allocate_state(adamw, "exp_avg_sq", torch.float32, device)
+        lengths = [piece.segment.length for piece in muon]
+        _allocate_state(muon, "momentum_buffer", lengths, options.momentum_dtype, device)
+        if options.momentum_dtype == torch.int8:
+            _allocate_state(muon, "momentum_scale", [formats.num_blocks(n) for n in lengths], torch.float32, device)
+        for key in ("exp_avg", "exp_avg_sq"):
+            _allocate_state(adamw, key, [piece.segment.length for piece in adamw], torch.float32, device)
         for piece in adamw:
             piece.state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         return BucketBuffers(
-            bucket, param_flat, param_shard, grad_flat, grad_shard, master_shard, muon, adamw, staged, staged_here
-        )
-
-    @staticmethod
-    def _cut(shard: Tensor, segment: Segment) -> Tensor:
-        return shard[segment.shard_offset : segment.shard_offset + segment.length]
+            bucket, param_flat, param_shard, grad_flat, grad_shard, master_shard, remainder, muon, adamw, staged,
+            staged_here,
+        )  # fmt: skip
 
     @torch.no_grad()
     def _move_in(self, index: int, param_flat: Tensor, shard_size: int) -> list[tuple[Segment, Tensor, Tensor]]:
@@ -136,18 +170,26 @@ class Buffers:
         own = param.data.view(-1)
         return [(s, flat, own[s.param_offset : s.param_offset + s.length]) for flat, s in pairs]
 
-    def grad_places(self, index: int) -> list[tuple[Tensor, int]]:
-        """Where parameter `index`'s gradient goes in its bucket's flat buffer: (flat view, offset in the parameter)."""
-        bucket = self.buckets[self.layout.bucket_of[index]]
+    def grad_places(self, index: int) -> list[tuple[int, int, int]]:
+        """Where parameter `index`'s gradient goes: (start in the flat buffer, offset in the parameter, length)."""
         start = self.layout.contiguous_start(index)
         if start is not None:
-            return [(bucket.grad_flat[start : start + self.params[index].numel()], 0)]
-        size = bucket.bucket.shard_size
-        places = []
-        for s in self.layout.segments_of[index]:
-            at = s.rank * size + s.shard_offset
-            places.append((bucket.grad_flat[at : at + s.length], s.param_offset))
-        return places
+            return [(start, 0, self.params[index].numel())]
+        size = self.layout.buckets[self.layout.bucket_of[index]].shard_size
+        segments = self.layout.segments_of[index]
+        return [(s.rank * size + s.shard_offset, s.param_offset, s.length) for s in segments]
+
+    def open_grads(self, index: int) -> Tensor:
+        """The flat gradient buffer of bucket `index`, made anew (zeros) if it was released."""
+        bucket = self.buckets[index]
+        if bucket.grad_flat is None:
+            bucket.grad_flat = torch.zeros_like(bucket.param_flat, dtype=self.options.reduce_dtype)
+        return bucket.grad_flat
+
+    def release_grads(self, index: int) -> None:
+        """Bucket `index` is reduced: with `release_grads`, let go of all but its shard."""
+        if self.options.release_grads:
+            self.buckets[index].grad_flat = None
 
     @torch.no_grad()
     def adopt(self) -> None:
@@ -161,9 +203,10 @@ class Buffers:
                     "move and cast the model before the first forward, or make a new DistMuon afterwards",
                 )
         for bucket in self.buckets:
-            for flat, own in bucket.staged_here:
+            # Only our shard is ours to send; where updates travel, every replica of a parameter counts.
+            for flat, own in bucket.staged_here + bucket.staged * (self.options.param_gather == "updates"):
                 flat.copy_(own)
-            if bucket.has_master:
+            if bucket.has_master and bucket.master_shard is not None:
                 current, master = bucket.param_shard, bucket.master_shard
                 torch.where(current == master.to(current.dtype), master, current.to(master.dtype), out=master)
 
@@ -189,15 +232,17 @@ class Buffers:
         """Bytes of optimizer state on this rank: masters that are not the parameter itself, momentum, moments."""
         total = 0
         for bucket in self.buckets:
-            if bucket.has_master:
-                total += sum(p.master.numel() * p.master.element_size() for p in bucket.muon + bucket.adamw)
-            for piece in bucket.muon + bucket.adamw:
-                total += sum(t.numel() * t.element_size() for t in piece.state.values() if t.ndim)
+            pieces = bucket.muon + bucket.adamw
+            kept = [t for t in (bucket.master_shard, bucket.remainder) if t is not None and bucket.has_master]
+            total += sum(piece.segment.length * t.element_size() for piece in pieces for t in kept)
+            total += sum(t.numel() * t.element_size() for piece in pieces for t in piece.state.values() if t.ndim)
         return total
 
 
-def _allocate_state(pieces: Sequence[ShardPiece], key: str, dtype: torch.dtype, device: torch.device) -> None:
+def _allocate_state(
+    pieces: Sequence[ShardPiece], key: str, lengths: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
     """Zeros for all `pieces` in one tensor; each piece holds its view as `state[key]`."""
-    flat = torch.zeros(sum(piece.segment.length for piece in pieces), dtype=dtype, device=device)
-    for piece, view in zip(pieces, torch.split(flat, [piece.segment.length for piece in pieces])):
+    flat = torch.zeros(sum(lengths), dtype=dtype, device=device)
+    for piece, view in zip(pieces, torch.split(flat, list(lengths))):
         piece.state[key] = view

@@ -31,7 +31,7 @@ def gather_full_state(buffers: Buffers, group: DataParallelGroup) -> list[dict[s
         for key in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
             if key != "master" and not any(key in _keys(buffers, index) for index in bucket.bucket.params):
                 continue
-            shard = _shard_of(bucket, key, buffers.momentum_dtype if key == "momentum_buffer" else torch.float32)
+            shard = _shard_of(bucket, key, buffers.options.momentum_dtype)
             if shard is None:
                 continue
             flat = shard.new_empty(group.dp_size * shard.numel())
@@ -68,18 +68,23 @@ def load_full_state(
     _check_states(buffers, param_groups, states)
     of_param = {index: states.get(number, {}) for number, index in enumerate(_torch_numbering(param_groups, buffers))}
     for bucket in buffers.buckets:
-        for piece in bucket.muon + bucket.adamw:
-            index, state = piece.segment.param, of_param[piece.segment.param]
-            for key, mine in piece.state.items():
-                if key not in state:
-                    mine.zero_()
-                elif key == "step":
-                    mine.fill_(float(state[key]))
-                else:
-                    mine.copy_(_cut(buffers, index, key, state[key], piece))
-            if "master" in state:
-                piece.master.copy_(_cut(buffers, index, "master", state["master"], piece))
-        bucket.publish_master()
+        with bucket.masters() as masters:
+            for piece in bucket.muon + bucket.adamw:
+                state = of_param[piece.segment.param]
+                whole = {key: value for key, value in state.items() if key != "step"}
+                mine = {key: _cut(buffers, piece.segment.param, key, value, piece) for key, value in whole.items()}
+                if "momentum_buffer" in mine:
+                    momentum = mine["momentum_buffer"].to(masters.device, torch.float32)
+                    mine.update(piece.encoded(momentum))
+                for key, own in piece.state.items():
+                    if key == "step" and key in state:
+                        own.fill_(float(state[key]))
+                    elif key in mine:
+                        own.copy_(mine[key])
+                    else:
+                        own.zero_()
+                if "master" in mine:
+                    piece.cut(masters).copy_(mine["master"])
 
 
 def _check_states(
@@ -139,15 +144,15 @@ def _keys(buffers: Buffers, index: int) -> tuple[str, ...]:
     return ("momentum_buffer",) if buffers.layout.specs[index].rule == "muon" else ("exp_avg", "exp_avg_sq", "step")
 
 
-def _shard_of(bucket: BucketBuffers, key: str, dtype: torch.dtype) -> Tensor | None:
+def _shard_of(bucket: BucketBuffers, key: str, momentum_dtype: torch.dtype) -> Tensor | None:
     """This rank's shard of `key`, zeros where no piece has it; None for a master that is the parameter itself."""
     if key == "master":
-        return bucket.master_shard if bucket.has_master else None
-    pieces = bucket.muon if key == "momentum_buffer" else bucket.adamw
-    shard = torch.zeros_like(bucket.master_shard, dtype=dtype)
-    for piece in pieces:
-        start = piece.segment.shard_offset
-        shard[start : start + piece.segment.length] = piece.state[key]
+        with bucket.masters() as masters:
+            return masters if bucket.has_master else None
+    kept = momentum_dtype if key == "momentum_buffer" and momentum_dtype != torch.int8 else torch.float32
+    shard = torch.zeros_like(bucket.param_shard, dtype=kept)
+    for piece in bucket.muon if key == "momentum_buffer" else bucket.adamw:
+        piece.cut(shard).copy_(piece.momentum() if key == "momentum_buffer" else piece.state[key])
     return shard
 
 

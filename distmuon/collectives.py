@@ -82,26 +82,36 @@ class DataParallelGroup:
                 "the group must exist by then", "call init_process_group first",
             )  # fmt: skip
 
-    def start_reduce_scatter(self, output: Tensor, input: Tensor, *, stage: str) -> Pending:
-        """Mean over ranks of `input` (dp_size * n,), this rank's slice of it into `output` (n,).
+    def check_same_ranks(self, group: DataParallelGroup) -> None:
+        """Raise unless this group has the ranks of `group`, in the same order."""
+        ours, theirs = (dist.get_process_group_ranks(g.process_group) if g.dp_size > 1 else [] for g in (self, group))
+        if ours != theirs:
+            raise problem(
+                "exchange_group", f"ranks {ours}", f"the ranks of process_group, {theirs}, are needed",
+                "make both with torch.distributed.new_group(ranks)",
+            )  # fmt: skip
 
-        `output` may be the slice of `input` that it replaces. `input` must not change before `wait`.
+    def start_reduce_scatter(self, output: Tensor, input: Tensor, *, stage: str) -> Pending:
+        """Mean over ranks of `input` (dp_size * n,), this rank's slice of it into `output` (n,), float32.
+
+        `output` may be the slice of `input` that it replaces. `input` must not change before `wait`. What travels in
+        16 bits is summed in float32, in rank order, on every backend: a ring would round each partial sum to 16 bits.
         """
         if self.dp_size == 1:
             return Pending(output.copy_(input) if output.data_ptr() != input.data_ptr() else output)
-        self.count(stage, (self.dp_size - 1) * output.numel() * output.element_size())
-        if not self._gloo and input.is_cuda:
+        self.count(stage, (self.dp_size - 1) * output.numel() * input.element_size())
+        if not self._gloo and input.is_cuda and input.dtype == output.dtype:
             work = _reduce_scatter(output, input, op=dist.ReduceOp.AVG, group=self.process_group, async_op=True)
             return Pending(output, work, (input,))
         received = torch.empty_like(input)
         work = dist.all_to_all_single(received, input, group=self.process_group, async_op=True)
 
         def sum_in_rank_order() -> None:
-            slices = received.view(self.dp_size, -1)
-            total = slices[0].to(torch.float32, copy=True)
-            for other in slices[1:]:
-                total += other
-            output.copy_(total.div_(self.dp_size))
+            first, *others = received.view(self.dp_size, -1)
+            torch.add(first.to(output.dtype), others[0], out=output)
+            for other in others[1:]:
+                output.add_(other)
+            output.div_(self.dp_size)
 
         return Pending(output, work, (input, received), sum_in_rank_order)
 

@@ -12,13 +12,16 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from distmuon.coefficients import resolve
 from distmuon.errors import problem
-from distmuon.newton_schulz import resolve
 
 Rule = Literal["muon", "adamw"]
 Packing = Literal["balanced", "contiguous"]
 Placement = Literal["owner", "replicated"]
 GradReduction = Literal["reduce_scatter", "external"]
+ParamGather = Literal["parameters", "updates"]
+Overlap = Literal[False, True, "backward"]
+MasterFormat = Literal["float32", "remainder"]
 AdjustLrFn = Literal["match_rms_adamw", "original"]
 
 
@@ -29,18 +32,25 @@ class Options:
     packing: Packing = "balanced"
     placement: Placement = "owner"
     grad_reduction: GradReduction = "reduce_scatter"
+    param_gather: ParamGather = "parameters"
     bucket_mb: float | None = None
     reduce_dtype: torch.dtype = torch.float32
-    master_dtype: torch.dtype = torch.float32
+    release_grads: bool = False
+    master_format: MasterFormat = "float32"
     momentum_dtype: torch.dtype = torch.float32
     ns_dtype: torch.dtype = torch.bfloat16
+    exchange_dtype: torch.dtype | None = None
     max_grad_norm: float | None = None
-    overlap: bool = True
+    overlap: Overlap = True
 
     def __post_init__(self) -> None:
         one_of("packing", self.packing, get_args(Packing))
         one_of("placement", self.placement, get_args(Placement))
         one_of("grad_reduction", self.grad_reduction, get_args(GradReduction))
+        one_of("param_gather", self.param_gather, get_args(ParamGather))
+        one_of("master_format", self.master_format, get_args(MasterFormat))
+        one_of("overlap", self.overlap, get_args(Overlap))
+        one_of("release_grads", self.release_grads, (False, True))
         if self.bucket_mb is not None and not self.bucket_mb > 0:
             raise problem("bucket_mb", f"found {self.bucket_mb}", "a positive size is needed", "leave it None")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -51,9 +61,45 @@ class Options:
                 "None: no clipping",
             )
         one_of("reduce_dtype", self.reduce_dtype, (torch.float32, torch.bfloat16, torch.float16))
-        one_of("master_dtype", self.master_dtype, (torch.float32,))
-        one_of("momentum_dtype", self.momentum_dtype, (torch.float32, torch.bfloat16))
+        one_of("momentum_dtype", self.momentum_dtype, (torch.float32, torch.bfloat16, torch.int8))
         one_of("ns_dtype", self.ns_dtype, (torch.bfloat16, torch.float32, torch.float64))
+        one_of("exchange_dtype", self.travels, (torch.bfloat16, torch.float32, torch.float64))
+        if self.overlap == "backward" and (self.max_grad_norm is not None or self.grad_reduction == "external"):
+            found = "max_grad_norm" if self.max_grad_norm is not None else 'grad_reduction="external"'
+            raise problem(
+                "overlap", f'found "backward" with {found}', "updates that may begin in backward are needed",
+                "pass overlap=True",
+            )  # fmt: skip
+        if self.release_grads and self.grad_reduction == "external":
+            raise problem(
+                "release_grads", 'found True with grad_reduction="external"', "gradient buffers of our own are needed",
+                "let zero_grad(set_to_none=True) free the gradients",
+            )  # fmt: skip
+
+    def check_dtypes(self, params: Sequence[tuple[str, torch.dtype]]) -> None:
+        """Raise where an option of storage or traffic cannot mean what it says for `params`: (fqn, dtype)."""
+        for fqn, dtype in params:
+            if self.param_gather == "updates" and dtype != torch.float32:
+                raise problem(
+                    fqn, f'the parameter is {dtype} with param_gather="updates"',
+                    "float32 parameters are needed, since replicas hold no masters", 'pass param_gather="parameters"',
+                )  # fmt: skip
+        if self.master_format == "remainder" and all(dtype != torch.bfloat16 for _, dtype in params):
+            raise problem(
+                "master_format", f'found "remainder" with parameters of {params[0][1]}',
+                "bfloat16 parameters are needed, whose missing 16 bits it keeps", 'pass master_format="float32"',
+            )  # fmt: skip
+
+    @property
+    def travels(self) -> torch.dtype:
+        """The dtype in which pieces of updates and polar factors travel."""
+        return self.exchange_dtype or self.ns_dtype
+
+    def master_bytes(self, param_dtype: torch.dtype) -> int:
+        """Bytes an element of what is kept beside a parameter to make its float32 master."""
+        if param_dtype == torch.float32:
+            return 0
+        return 2 if self.master_format == "remainder" and param_dtype == torch.bfloat16 else 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

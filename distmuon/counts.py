@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from distmuon.config import Options
-from distmuon.layout import Layout, ns_cost
+from distmuon.formats import num_blocks
+from distmuon.layout import Bucket, Layout, ns_cost
 from distmuon.step_time import BucketLoad
 
 
@@ -54,7 +55,7 @@ class RankPlan:
 
 def count(layout: Layout, options: Options, ns_steps: int = 5) -> tuple[tuple[RankPlan, ...], list[BucketLoad]]:
     """(what each rank does and holds, what each bucket asks of each rank)."""
-    loads, ns = _load(layout, options), options.ns_dtype.itemsize
+    loads, ns = _load(layout, options), options.travels.itemsize
     same = {
         "reduce_scatter": sum(load.reduce_scatter for load in loads),
         "guard": guard_bytes(layout),
@@ -93,7 +94,10 @@ def _load(layout: Layout, options: Options) -> list[BucketLoad]:
     reduce = options.reduce_dtype.itemsize if options.grad_reduction == "reduce_scatter" else 0
     for bucket in layout.buckets:
         moved = others * bucket.shard_size
-        load = BucketLoad(layout.dp_size, moved * reduce, moved * bucket.dtype.itemsize)
+        gathered = bucket.shard_size * bucket.dtype.itemsize
+        if options.param_gather == "updates" and others:
+            gathered = layout.message_bytes(bucket, options.travels.itemsize)
+        load = BucketLoad(layout.dp_size, moved * reduce, others * gathered)
         for segment in bucket.segments:
             by_rank = load.muon if layout.specs[segment.param].rule == "muon" else load.adamw
             by_rank[segment.rank] += segment.length
@@ -126,33 +130,51 @@ def _held(layout: Layout, options: Options, loads: Sequence[BucketLoad]) -> Iter
     """Bytes held, rank by rank. All ranks hold the same but state and what a step allocates."""
     specs, dp_size = layout.specs, layout.dp_size
     parameters = dp_size * sum(bucket.shard_size * bucket.dtype.itemsize for bucket in layout.buckets)
-    whole = dp_size if options.grad_reduction == "reduce_scatter" else 1
-    gradients = whole * sum(bucket.shard_size for bucket in layout.buckets) * options.reduce_dtype.itemsize
+    gradients = sum(_gradient_bytes(layout, options, bucket) for bucket in layout.buckets)
+    scales = [0] * dp_size
+    if options.momentum_dtype == torch.int8:
+        for segment in (s for bucket in layout.buckets for s in bucket.segments):
+            if specs[segment.param].rule == "muon":
+                scales[segment.rank] += num_blocks(segment.length)
     staged = sum(s.numel * s.dtype.itemsize for i, s in enumerate(specs) if layout.contiguous_start(i) is None)
-    apart = [bucket.dtype != options.master_dtype for bucket in layout.buckets]
+    beside = [options.master_bytes(bucket.dtype) for bucket in layout.buckets]
     for rank in range(dp_size):
         muon, adamw = [load.muon[rank] for load in loads], [load.adamw[rank] for load in loads]
-        masters = sum(m + a for m, a, is_apart in zip(muon, adamw, apart) if is_apart)
-        yield HeldBytes(
-            parameters, staged, gradients, masters * options.master_dtype.itemsize,
-            sum(muon) * options.momentum_dtype.itemsize, 8 * sum(adamw), _transient(loads, options, rank),
-        )  # fmt: skip
+        masters = sum((m + a) * each for m, a, each in zip(muon, adamw, beside))
+        momentum = sum(muon) * options.momentum_dtype.itemsize + 4 * scales[rank]
+        transient = _transient(layout, loads, options, rank)
+        yield HeldBytes(parameters, staged, gradients, masters, momentum, 8 * sum(adamw), transient)
 
 
-def _transient(loads: Sequence[BucketLoad], options: Options, rank: int) -> int:
-    """The most that the walks have allocated at once on `rank`, one bucket at each stage; see docs/planner.md."""
-    ns, peak = options.ns_dtype.itemsize, 0
+def _gradient_bytes(layout: Layout, options: Options, bucket: Bucket) -> int:
+    """Held between steps for a bucket: the flat buffer, if it stays, and a float32 shard, if that is no part of it."""
+    stays = options.grad_reduction == "reduce_scatter" and not options.release_grads
+    whole = layout.dp_size * bucket.shard_size * options.reduce_dtype.itemsize if stays else 0
+    return whole + (0 if stays and options.reduce_dtype == torch.float32 else 4 * bucket.shard_size)
+
+
+def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, rank: int) -> int:
+    """The most that a step has allocated at once on `rank`, one bucket at each stage; see docs/planner.md."""
+    ns, peak = max(options.ns_dtype.itemsize, options.travels.itemsize), 0
     gathered = computing = finished = 0  # held by the bucket before: after its gather, in Newton-Schulz, after it
     last = 0  # held by the bucket before that one, until its update is applied
-    for load in reversed(loads):
+    early = 0  # held by all walks that began in backward, until the verdict
+    messages = 0  # updates on their way or not yet waited for
+    for bucket, load in zip(reversed(layout.buckets), reversed(loads)):
         stacks = ns * load.stacked[rank]
         holds = stacks + ns * (load.gather_out[rank] + load.gather_in[rank])
+        opened = 4 * bucket.shard_size if options.master_bytes(bucket.dtype) == 2 else 0  # masters out of remainders
         updates = 4 * load.muon[rank]
-        peak = max(peak, holds + updates + gathered + last, holds + computing + last)
+        peak = max(peak, holds + updates + gathered + last, holds + computing + last, opened + last)
         last = finished if options.overlap else 0
         finished = stacks + ns * (load.scatter_out[rank] + load.scatter_in[rank])
         computing = holds + finished + 16 * load.stacked[rank]  # Newton-Schulz: four in float32, Gram matrices included
         gathered = holds
         if not options.overlap:
             peak, gathered, computing = max(peak, computing), 0, 0
-    return max(peak, computing + last)
+        early += finished + updates if options.overlap == "backward" else 0
+        if options.param_gather == "updates" and layout.dp_size > 1:
+            messages += layout.dp_size * layout.message_bytes(bucket, options.travels.itemsize)
+    flat = [layout.dp_size * bucket.shard_size * options.reduce_dtype.itemsize for bucket in layout.buckets]
+    released = max(map(sum, zip(flat, [*flat[1:], 0]))) if options.release_grads else 0  # two at once, in backward
+    return max(peak, computing + last, released) + early + messages

@@ -12,7 +12,7 @@ in `finish`. So all ranks issue the same collectives, whatever had no gradient w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -33,28 +33,37 @@ class GradSource(Protocol):
     def finish(self) -> Sequence[bool]:
         """All shards reduced (idempotent until `reset`). Returns, per parameter, whether this rank had a gradient."""
 
+    def wait(self, bucket: int) -> None:
+        """Wait for the shard of one bucket whose reduction has started."""
+
     def reset(self) -> None:
         """Forget this step's gradients."""
 
 
-def make_source(buffers: Buffers, group: DataParallelGroup, options: Options) -> GradSource:
+def make_source(
+    buffers: Buffers, group: DataParallelGroup, options: Options, on_started: Callable[[int], None]
+) -> GradSource:
     """The source that `grad_reduction` names."""
     if options.grad_reduction == "external":
         return ReducedGrads(buffers)
-    return BackwardReducer(buffers, group, options.overlap)
+    return BackwardReducer(buffers, group, bool(options.overlap), on_started)
 
 
 class BackwardReducer:
     """Overlapped reduce-scatter, see [Note: bucket readiness].
 
     A reported gradient is moved into the flat buffer in the reduce dtype and `param.grad` is set to None: the next
-    micro-batch adds to the flat buffer.
+    micro-batch adds to the flat buffer. `on_started(k)` is called, on all ranks in the same order, when bucket k's
+    reduction has started.
     """
 
-    def __init__(self, buffers: Buffers, group: DataParallelGroup, overlap: bool) -> None:
+    def __init__(
+        self, buffers: Buffers, group: DataParallelGroup, overlap: bool, on_started: Callable[[int], None]
+    ) -> None:
         self._buffers = buffers
         self._group = group
         self._overlap = overlap
+        self._on_started = on_started
         self._places = [buffers.grad_places(index) for index in range(len(buffers.params))]
         self._bucket_of = buffers.layout.bucket_of
         self._streams: list[set[torch.cuda.Stream]] = [set() for _ in buffers.buckets]
@@ -100,43 +109,63 @@ class BackwardReducer:
                 self._buffers.layout.specs[index].fqn, f"its gradient is {grad.layout}", "dense gradients are needed",
                 "build the embedding with sparse=False",
             )  # fmt: skip
-        elements = grad.reshape(-1)
-        for flat, offset in self._places[index]:
-            piece = elements[offset : offset + flat.numel()]
+        elements, bucket = grad.reshape(-1), self._bucket_of[index]
+        flat = self._open(bucket)
+        for start, offset, length in self._places[index]:
+            place, piece = flat[start : start + length], elements[offset : offset + length]
             if self._has_grad[index]:
-                flat.add_(piece)
+                place.add_(piece)
             else:
-                flat.copy_(piece)
+                place.copy_(piece)
         self._has_grad[index] = True
         param.grad = None
-        if elements.is_cuda:
-            self._streams[self._bucket_of[index]].add(torch.cuda.current_stream(elements.device))
 
+    def _open(self, bucket: int) -> Tensor:
+        """The bucket's flat buffer, for the current stream to write. Backward may run on several streams."""
+        flat = self._buffers.open_grads(bucket)
+        if flat.is_cuda:
+            stream = torch.cuda.current_stream(flat.device)
+            if stream not in self._streams[bucket]:
+                for other in self._streams[bucket]:  # one of them made the buffer, in memory that it may still use
+                    stream.wait_stream(other)
+                self._streams[bucket].add(stream)
+        return flat
+
+    @torch.no_grad()
     def _start_next(self) -> None:
-        """Start the reduce-scatter of the next bucket in order, in place in its own slice."""
+        """Start the reduce-scatter of the next bucket in order, zeros for parameters without a gradient."""
         index = len(self._pending)
-        bucket = self._buffers.buckets[index]
-        for stream in self._streams[index]:  # gradients may have been copied on several streams
-            torch.cuda.current_stream(bucket.grad_flat.device).wait_stream(stream)
-        self._streams[index].clear()
+        buffers, bucket = self._buffers, self._buffers.buckets[index]
+        for param in bucket.bucket.params:
+            if not self._has_grad[param] and buffers.params[param].grad is not None:  # set by hand, not by backward
+                self._move_in(param, buffers.params[param])
+            elif not self._has_grad[param]:
+                for start, _, length in self._places[param]:
+                    self._open(index)[start : start + length].zero_()
+        flat = self._open(index)
+        for stream in self._streams[index]:
+            torch.cuda.current_stream(flat.device).wait_stream(stream)
         with torch.profiler.record_function(f"distmuon::reduce_scatter/{index}"):
-            self._pending.append(
-                self._group.start_reduce_scatter(bucket.grad_shard, bucket.grad_flat, stage="reduce_scatter")
-            )
+            self._pending.append(self._group.start_reduce_scatter(bucket.grad_shard, flat, stage="reduce_scatter"))
+        if buffers.options.release_grads and index:  # the bucket before makes room for the next
+            self.wait(index - 1)
+        self._on_started(index)
+
+    def wait(self, bucket: int) -> None:
+        """Wait for bucket `bucket`, whose reduction has started."""
+        self._pending[bucket].wait()
+        for stream in self._streams[bucket]:  # they may get the buffer's memory next
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+        self._streams[bucket].clear()
+        self._buffers.release_grads(bucket)
 
     def finish(self) -> Sequence[bool]:
         if self._finished:
             return self._has_grad
-        for index, param in enumerate(self._buffers.params):
-            if param.grad is not None and not self._has_grad[index]:  # set by hand, not by backward
-                self.accept(index, param, sync=False)
-            if not self._has_grad[index]:
-                for flat, _ in self._places[index]:
-                    flat.zero_()
         while len(self._pending) < len(self._waiting_for):
             self._start_next()
-        for pending in self._pending:
-            pending.wait()
+        for bucket in range(len(self._pending)):
+            self.wait(bucket)
         self._finished = True
         return self._has_grad
 
@@ -164,6 +193,9 @@ class ReducedGrads:
                 for piece in bucket.muon + bucket.adamw:
                     self._read(piece.grad, piece.segment.param, piece.segment.param_offset)
         return self._has_grad
+
+    def wait(self, bucket: int) -> None:
+        """Nothing: there is nothing under way."""
 
     def _read(self, place: Tensor, index: int, offset: int) -> None:
         grad = self._buffers.params[index].grad

@@ -22,12 +22,14 @@ from distmuon.errors import problem
 class Verdict:
     """The same on all ranks. `total_norm` (0-dim float32) and `ok` (0-dim bool) stay on the device.
 
-    `present[i]`: some rank had a gradient for parameter i (a parameter without any is left alone).
+    `present[i]`: some rank had a gradient for parameter i (a parameter without any is left alone). `known`: what `ok`
+    says, where the host may read it for nothing; None on a GPU.
     """
 
     total_norm: Tensor
     ok: Tensor
     present: Sequence[bool]
+    known: bool | None
 
 
 def unwrap(params: Any, grad_reduction: str) -> Any:
@@ -126,7 +128,13 @@ def check(grad_shards: Sequence[Tensor], present: Sequence[bool], group: DataPar
     total_norm = reduced[0].sqrt()
     if not all(present):
         present = [count > 0 for count in reduced[1:].tolist()]
-    return Verdict(total_norm.float(), torch.isfinite(total_norm), present)
+    ok = torch.isfinite(total_norm)
+    return Verdict(total_norm.float(), ok, present, known_on_host(ok))
+
+
+def known_on_host(ok: Tensor) -> bool | None:
+    """What `ok` says, if reading it waits for no device."""
+    return bool(ok) if ok.device.type == "cpu" else None
 
 
 def agree_on_plan(fingerprint: str, items: Sequence[str], group: DataParallelGroup) -> None:

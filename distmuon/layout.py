@@ -105,6 +105,17 @@ class Layout:
                 return None
         return start
 
+    def message_bytes(self, bucket: Bucket, itemsize: int) -> int:
+        """What each rank sends of `bucket` where updates travel: `itemsize` bytes a Muon element, 4 an AdamW element.
+
+        AdamW's come first, up to a multiple of 8; all ranks send as much as the fullest, a multiple of 16.
+        """
+        adamw, muon = [0] * self.dp_size, [0] * self.dp_size
+        for segment in bucket.segments:
+            (muon if self.specs[segment.param].rule == "muon" else adamw)[segment.rank] += segment.length
+        fullest = max(-(-4 * a // 8) * 8 + itemsize * m for a, m in zip(adamw, muon))
+        return -(-fullest // 16) * 16
+
     def fingerprint(self) -> str:
         """Text that is equal on two ranks exactly if they cut alike."""
         return repr(

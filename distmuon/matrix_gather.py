@@ -49,7 +49,7 @@ class MatrixGather:
     ) -> None:
         """`matrices`: all of the bucket; `muon_pieces`: this rank's, in the order in which updates will be handed in;
         `group_of`: param group of each parameter; `dtype`: of the stacks and of what travels."""
-        self._group, self._dtype, self._device = group, dtype, device
+        self._group, self.dtype, self._device = group, dtype, device
         me, ranks = group.dp_rank, range(group.dp_size)
         self._mine = [piece.segment for piece in muon_pieces]
         self._number = {(s.param, s.param_offset): i for i, s in enumerate(self._mine)}
@@ -84,7 +84,7 @@ class MatrixGather:
             outgoing = [updates[self._number[s.param, s.param_offset]] for peer in self._gather_out for s in peer]
             pending = self._start(outgoing, self._gather_out, self._gather_in, "dp_gather")
         stacks = {
-            key: torch.empty(count, key.rows, key.columns, dtype=self._dtype, device=self._device)
+            key: torch.empty(count, key.rows, key.columns, dtype=self.dtype, device=self._device)
             for key, count in self.stack_sizes.items()
         }
         for segment, update in zip(self._mine, updates):
@@ -117,10 +117,10 @@ class MatrixGather:
     ) -> Pending:
         send_counts = [sum(s.length for s in peer) for peer in out]
         receive_counts = [sum(s.length for s in peer) for peer in into]
-        sent = torch.empty(sum(send_counts), dtype=self._dtype, device=self._device)
+        sent = torch.empty(sum(send_counts), dtype=self.dtype, device=self._device)
         for place, piece in zip(torch.split(sent, [piece.numel() for piece in outgoing]), outgoing):
             place.copy_(piece)
-        received = torch.empty(sum(receive_counts), dtype=self._dtype, device=self._device)
+        received = torch.empty(sum(receive_counts), dtype=self.dtype, device=self._device)
         return self._group.start_all_to_all(received, sent, receive_counts, send_counts, stage=stage)
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""The conductor: builds the rooms below and conducts `step`. The algorithm of one bucket is `walk.BucketWalk.run`.
+"""`DistMuon`, the face that torch.optim's users know: arguments, param groups, hooks, state, metrics.
 
-Decides order and time, nothing else: which rule is `routing`, where is `layout`, storage is `buffers`, bytes are
-the movers', numbers are `rules` and `newton_schulz`.
+Decides what may be asked for and when the rooms are built. The order of a step is `conductor.py`, the algorithm of one
+bucket `walk.py`; which rule is `routing`, where is `layout`, storage is `buffers`, bytes are the movers'.
 """
 
 from __future__ import annotations
@@ -17,16 +17,24 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from distmuon import checkpoint, guards, planner, rules
-from distmuon.buffers import Buffers
 from distmuon.collectives import DataParallelGroup
-from distmuon.config import AdjustLrFn, GradReduction, Hyperparameters, Options, Packing, Placement, check_groups
-from distmuon.grad_reduce import ReducedGrads, make_source
+from distmuon.conductor import Conductor
+from distmuon.config import (
+    AdjustLrFn,
+    GradReduction,
+    Hyperparameters,
+    MasterFormat,
+    Options,
+    Overlap,
+    Packing,
+    ParamGather,
+    Placement,
+    check_groups,
+)  # fmt: skip
 from distmuon.hooks import Hooks
 from distmuon.layout import Layout, make_layout
 from distmuon.metrics import Metrics
-from distmuon.param_gather import ParamGather
 from distmuon.routing import Route, make_groups, route_params
-from distmuon.walk import BucketWalk, pipeline
 
 
 class DistMuon(torch.optim.Optimizer):
@@ -46,7 +54,7 @@ class DistMuon(torch.optim.Optimizer):
         lr: learning rate of both rules: the scale matches AdamW's update RMS, so one serves both.
         weight_decay: decoupled, times lr, not times the scale.
         momentum, nesterov, ns_steps, ns_coefficients, adjust_lr_fn: as in `torch.optim.Muon`; coefficients by
-            the name of a table in `newton_schulz.COEFFICIENTS` or as a triple.
+            the name of a table in `coefficients.COEFFICIENTS` or as a triple.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: the AdamW part; None: the same as Muon's.
         routes: decisions that go before the defaults, first match wins; ``"adamw"``: no Muon, on purpose.
         process_group: the data-parallel group. None: the default group, or one rank without torch.distributed.
@@ -54,11 +62,19 @@ class DistMuon(torch.optim.Optimizer):
         packing: "balanced" (whole matrices where they fit) or "contiguous" (even cuts, Megatron's way).
         placement: "owner" (each matrix orthogonalized once) or "replicated" (by all that hold a piece).
         grad_reduction: "reduce_scatter" (here, under backward) or "external" (gradients arrive averaged).
-        reduce_dtype: of the gradient buffers and their reduction. None: float32.
-        momentum_dtype: of the momentum buffer.
-        ns_dtype: of Newton-Schulz and of the exchange of matrix pieces. None: bfloat16.
+        reduce_dtype: of the gradient buffers and what their reduction sends; sums are float32. None: float32.
+        release_grads: hold two buckets of gradients at the most during the last backward, none between steps.
+        param_gather: "parameters", or "updates": send polar factors in `exchange_dtype` and let every rank apply them
+            (parameters must be float32; three quarters of AdamW's traffic in bfloat16).
+        master_format: "float32", or "remainder": the 16 bits that a bfloat16 parameter lacks, lossless.
+        momentum_dtype: of the momentum buffer: float32, bfloat16 or int8 (blocks of 256 with a scale each).
+        ns_dtype: of Newton-Schulz. None: bfloat16.
+        exchange_dtype: of what the exchange of matrix pieces sends. None: ns_dtype.
+        exchange_group: a second group of the same ranks for that exchange, so that on NCCL it does not queue behind
+            all-gathers. None: process_group.
         max_grad_norm: clip every step's averaged gradient to this global norm. None: only on `clip_grad_norm_`.
         overlap: reduce under backward, pipeline the buckets in `step`, gather parameters under the next forward.
+            "backward": updates begin under backward too, up to their polar factors; no clipping then.
 
     Buffers are built at the first forward in training, gradient, step or state call, on all ranks together: rank 0's
     parameters and module buffers are broadcast, then parameters live in flat storage and must not be moved. After
@@ -89,15 +105,21 @@ class DistMuon(torch.optim.Optimizer):
         placement: Placement = "owner",
         grad_reduction: GradReduction = "reduce_scatter",
         reduce_dtype: torch.dtype | None = None,
+        release_grads: bool = False,
+        param_gather: ParamGather = "parameters",
+        master_format: MasterFormat = "float32",
         momentum_dtype: torch.dtype = torch.float32,
         ns_dtype: torch.dtype | None = None,
+        exchange_dtype: torch.dtype | None = None,
+        exchange_group: dist.ProcessGroup | None = None,
         max_grad_norm: float | None = None,
-        overlap: bool = True,
+        overlap: Overlap = True,
     ) -> None:
         self.options = Options(
-            packing=packing, placement=placement, grad_reduction=grad_reduction, bucket_mb=bucket_mb,
-            reduce_dtype=reduce_dtype or torch.float32, momentum_dtype=momentum_dtype,
-            ns_dtype=ns_dtype or torch.bfloat16, max_grad_norm=max_grad_norm, overlap=overlap,
+            packing=packing, placement=placement, grad_reduction=grad_reduction, param_gather=param_gather,
+            bucket_mb=bucket_mb, reduce_dtype=reduce_dtype or torch.float32, release_grads=release_grads,
+            master_format=master_format, momentum_dtype=momentum_dtype, ns_dtype=ns_dtype or torch.bfloat16,
+            exchange_dtype=exchange_dtype, max_grad_norm=max_grad_norm, overlap=overlap,
         )  # fmt: skip
         start = Hyperparameters(
             lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps,
@@ -116,13 +138,14 @@ class DistMuon(torch.optim.Optimizer):
 
         self._metrics = Metrics()
         self.group = DataParallelGroup(process_group, self._metrics.count)
+        self._exchange_group = self.group
+        if exchange_group is not None:
+            self._exchange_group = DataParallelGroup(exchange_group, self._metrics.count)
+            self._exchange_group.check_same_ranks(self.group)
         self.layout = self._make_layout()
-        self._buffers: Buffers | None = None
-        self._verdict: guards.Verdict | None = None
-        self._grad_norm: Tensor | None = None
-        self._skipped: Tensor | None = None
+        self._conductor: Conductor | None = None
         self._sync = True
-        self._gathers_in_forward = self._model is not None and overlap and self.group.dp_size > 1
+        self._gathers_in_forward = self._model is not None and bool(overlap) and self.group.dp_size > 1
         self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward)
 
     def release(self) -> None:
@@ -137,6 +160,7 @@ class DistMuon(torch.optim.Optimizer):
         guards.check_parameters(self._model, named, [spec.shape for spec in self._specs])
         self._specs = tuple(replace(spec, dtype=param.dtype) for spec, param in zip(self._specs, self._params))
         o = self.options
+        o.check_dtypes([(spec.fqn, spec.dtype) for spec in self._specs])
         return make_layout(
             self._specs, self.group.dp_size, packing=o.packing, placement=o.placement, bucket_mb=o.bucket_mb
         )
@@ -153,27 +177,27 @@ class DistMuon(torch.optim.Optimizer):
             guards.agree_on_values([spec.fqn for spec in self._specs], self._params, self.group)
         for tensor in self._params if self._model is None else [*self._model.parameters(), *self._model.buffers()]:
             self.group.broadcast(tensor.data)
-        buffers = Buffers(self.layout, self._params, self.group.dp_rank, self.options)
-        self._source = make_source(buffers, self.group, self.options)
-        shared = (self.layout, self.group, self._group_of, self.options.ns_dtype, self._metrics)
-        self._walks = [BucketWalk(bucket, *shared) for bucket in buffers.buckets]
-        self._param_gather = ParamGather(buffers, self.group)
-        self._skipped = torch.zeros((), dtype=torch.int64, device=self._params[0].device)
-        self._buffers = buffers
+        self._conductor = Conductor(
+            self.layout, self._params, self.group, self._exchange_group, self.options, self._group_of,
+            self._hyperparameters, self._metrics,
+        )  # fmt: skip
 
-    def _built(self, *, values_used: bool = False) -> Buffers:
+    def _built(self, *, values_used: bool = False) -> Conductor:
         self._hooks.check_active()
-        if self._buffers is None:
+        if self._conductor is None:
             with torch.inference_mode(False):
                 self._build(values_used=values_used)
-        assert self._buffers is not None
-        return self._buffers
+        assert self._conductor is not None
+        return self._conductor
+
+    def _hyperparameters(self) -> list[dict[str, Any]]:
+        """The param groups' entries as they are now, checked, all numbers."""
+        check_groups(self.param_groups)
+        return [{**group, "lr": rules.scalar(group["lr"])} for group in self.param_groups]
 
     def on_gradient(self, index: int) -> None:
         """Called by autograd when the gradient of parameter `index` is complete."""
-        self._built(values_used=True)
-        self._param_gather.check_arrived(self.layout.bucket_of[index], self._specs[index].fqn)
-        self._source.accept(index, self._params[index], self._sync)
+        self._built(values_used=True).accept(index, self._params[index], self._sync)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -187,19 +211,11 @@ class DistMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def reduce_gradients(self, **_ignored: object) -> None:
         """Finish the reduction and agree on the verdict. Idempotent until `step`; `step` calls it."""
-        if self._verdict is not None:
+        present = self._built().reduce()
+        if present is None:
             return
-        buffers = self._built()
-        buffers.adopt()
-        with self._metrics.stage("finish_reduce_scatter"):
-            present = self._source.finish()
-        if isinstance(self._source, ReducedGrads) and self._metrics.steps == 0:
-            guards.agree_on_reduced([p.grad for p in self._params if p.grad is not None], self.group)
         if not all(present):
             self._make_layout()  # raises if the model holds other parameters by now
-        with self._metrics.stage("guard"):
-            self._verdict = guards.check([b.grad_shard for b in buffers.buckets], present, self.group)
-        self._grad_norm = self._verdict.total_norm
         if self.options.max_grad_norm is not None:
             self.clip_grad_norm_(self.options.max_grad_norm)
 
@@ -207,42 +223,25 @@ class DistMuon(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """`torch.nn.utils.clip_grad_norm_` of the averaged gradient of the whole model; returns the norm before."""
         self.reduce_gradients()
-        assert self._verdict is not None and self._buffers is not None
-        norm = self._verdict.total_norm
-        coefficient = rules.clip_coefficient(norm, max_norm, norm_type)
-        for bucket in self._buffers.buckets:
-            bucket.grad_shard.mul_(coefficient)
-        self._verdict = replace(self._verdict, total_norm=norm * coefficient)
-        return norm
+        return self._built().clip(max_norm, norm_type)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, also those already accumulated or reduced but not yet used by a step."""
         super().zero_grad(set_to_none)
-        if self._buffers is not None:
-            self._source.reset()
-            self._verdict = None
+        if self._conductor is not None:
+            self._conductor.forget()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update on all ranks. `closure` re-evaluates the model and returns the loss."""
         loss = torch.enable_grad()(closure)() if closure is not None else None
-        buffers = self._built()
+        conductor = self._built()
         check_groups(self.param_groups)
         guards.check_held(self.param_groups, self._params)
         guards.check_frozen(self._frozen)
-        self._param_gather.wait()
+        self.synchronize()
         self.reduce_gradients()
-        verdict, self._verdict = self._verdict, None
-        assert verdict is not None and self._skipped is not None
-
-        numbers = [{**group, "lr": rules.scalar(group["lr"])} for group in self.param_groups]
-        with torch.autocast(buffers.device.type, enabled=False):
-            # Backward finishes the last layers first; the next forward needs the first ones first.
-            walks = [walk.run(verdict, numbers, self._param_gather.start) for walk in reversed(self._walks)]
-            pipeline(walks, self.options.overlap)
-
-        self._skipped += ~verdict.ok
-        self._source.reset()
+        conductor.update()
         if not self._gathers_in_forward or self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
             self.synchronize()
         self._metrics.close_step()
@@ -257,8 +256,8 @@ class DistMuon(torch.optim.Optimizer):
 
     def wait_for(self, params: Iterable[int]) -> None:
         """Called by a module's forward."""
-        if self._buffers is not None and self._param_gather.any_in_flight:
-            self._param_gather.wait({self.layout.bucket_of[index] for index in params})
+        if self._conductor is not None and self._conductor.param_gather.any_in_flight:
+            self._conductor.param_gather.wait({self.layout.bucket_of[index] for index in params})
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -266,8 +265,8 @@ class DistMuon(torch.optim.Optimizer):
 
     def synchronize(self) -> None:
         """Wait for the parameter all-gathers that `step` left under way. Forwards do so by themselves."""
-        if self._buffers is not None:
-            self._param_gather.wait()
+        if self._conductor is not None:
+            self._conductor.param_gather.wait()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "layout"):
@@ -283,10 +282,12 @@ class DistMuon(torch.optim.Optimizer):
         """Whole state of every parameter, on the CPU of every rank, in torch.optim's format; empty before the first
         step or forward. Collective."""
         packed = super().state_dict()
-        if self._buffers is None:
+        if self._conductor is None:
             return packed
         self.synchronize()
-        return checkpoint.full_state_dict(self._buffers, self.group, self.param_groups, packed["param_groups"])
+        buffers = self._conductor.buffers
+        buffers.adopt()
+        return checkpoint.full_state_dict(buffers, self.group, self.param_groups, packed["param_groups"])
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any], **_ignored: object) -> None:
@@ -294,22 +295,23 @@ class DistMuon(torch.optim.Optimizer):
         checkpoint.load_groups(state_dict["param_groups"], self.param_groups)
         if not any(state_dict["state"].values()):
             return
-        buffers = self._built()
+        conductor = self._built()
         self.synchronize()
-        buffers.adopt()
-        checkpoint.load_full_state(buffers, self.param_groups, state_dict["state"])
-        for bucket in range(len(buffers.buckets)):
-            self._param_gather.start(bucket)
+        conductor.buffers.adopt()
+        checkpoint.load_full_state(conductor.buffers, self.param_groups, state_dict["state"])
+        for bucket in range(len(self.layout.buckets)):
+            conductor.param_gather.start(bucket)
         self.synchronize()
 
     def metrics(self) -> dict[str, Any]:
         """This rank's last step in numbers; ``grad_norm`` before clipping. Reads the device: not for the hot loop."""
+        built = self._conductor
         return {
             **self._metrics.last(),
-            "skipped_steps": int(self._skipped) if self._skipped is not None else 0,
-            "grad_norm": float(self._grad_norm) if self._grad_norm is not None else None,
+            "skipped_steps": int(built.skipped) if built is not None else 0,
+            "grad_norm": float(built.grad_norm) if built is not None and built.grad_norm is not None else None,
             "lr": {group["rule"]: rules.scalar(group["lr"]) for group in reversed(self.param_groups)},
-            "state_bytes": self._buffers.state_bytes if self._buffers is not None else 0,
+            "state_bytes": built.buffers.state_bytes if built is not None else 0,
         }
 
     def report(self, *, full: bool = False) -> str:

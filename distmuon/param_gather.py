@@ -1,18 +1,48 @@
 """Updated shards -> whole parameters on all ranks, bucket by bucket, under whatever comes next.
 
-Decides when a bucket's bytes have arrived and staged parameters are copied out. Who waits, and when, is decided by
+Decides what travels, when it has arrived, and when staged parameters are copied out. Who waits, and when, is decided by
 the hooks of the modules (`hooks.py`): the all-gathers of later layers run under the forward of earlier ones.
+
+[Note: updates travel] With `param_gather="updates"` a rank sends the polar factors of its shard (2 bytes an element in
+bfloat16) instead of its float32 parameters (4), and every rank makes line 6 of the walk on all of its replica. AdamW's
+elements travel as they are. Replicas stay equal bit by bit: the same three roundings of the same numbers, each a kernel
+of its own (`rules.muon_weight`), so that no fused multiply-add here and none there can tell ranks apart.
+
+      message of a rank: | AdamW elements, float32 | polar factors, exchange dtype | up to the longest message |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from distmuon.buffers import Buffers
+from distmuon import rules
+from distmuon.buffers import BucketBuffers, Buffers
 from distmuon.collectives import DataParallelGroup, Pending
 from distmuon.errors import problem
+from distmuon.guards import Verdict
+from distmuon.layout import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Updates:
+    """Line 6 of the walk for one bucket in one step: by Muon parameter (lr, weight decay, scale); absent ones have no
+    gradient and are left alone."""
+
+    factors: Mapping[int, tuple[float, float, float]]
+    verdict: Verdict
+
+    def apply(self, param: int, weight: Tensor, polar_factor: Tensor) -> None:
+        """On elements of `param`, in place; `polar_factor` of the same length."""
+        if param in self.factors:
+            lr, decay, scale = self.factors[param]
+            out = weight if self.verdict.known else None
+            new = rules.muon_weight(weight, polar_factor, lr=lr, weight_decay=decay, scale=scale, out=out)
+            if out is None:
+                rules.commit(self.verdict.ok, weight, new)
 
 
 class ParamGather:
@@ -22,16 +52,25 @@ class ParamGather:
         self._buffers = buffers
         self._group = group
         self._pending: dict[int, Pending] = {}
+        self._updates: dict[int, Updates] = {}
+        self._dtype = buffers.options.travels
+        self.updates_travel = buffers.options.param_gather == "updates" and group.dp_size > 1
 
     def start(self, index: int) -> None:
-        """All-gather bucket `index`, in place in its flat buffer."""
+        """All-gather the parameters of bucket `index`, in place in its flat buffer."""
         bucket = self._buffers.buckets[index]
-        bucket.publish_master()
+        self._start(index, bucket.param_flat, bucket.param_shard)
+
+    def start_updates(self, index: int, updates: Updates, polar_pieces: Sequence[Tensor]) -> None:
+        """All-gather what all ranks need for `updates`; `polar_pieces`: one 1-D tensor a muon piece of this rank."""
+        self._updates[index] = updates
+        message = self._message(self._buffers.buckets[index], polar_pieces)
+        self._start(index, message.new_empty(self._group.dp_size * message.numel()), message)
+
+    def _start(self, index: int, output: Tensor, input: Tensor) -> None:
         self._buffers.sent(index)
         with torch.profiler.record_function(f"distmuon::all_gather/{index}"):
-            self._pending[index] = self._group.start_all_gather(
-                bucket.param_flat, bucket.param_shard, stage="all_gather"
-            )
+            self._pending[index] = self._group.start_all_gather(output, input, stage="all_gather")
 
     @property
     def any_in_flight(self) -> bool:
@@ -46,6 +85,7 @@ class ParamGather:
                 "call optimizer.synchronize() before the forward, or pass overlap=False",
             )  # fmt: skip
 
+    @torch.no_grad()
     def wait(self, indices: Iterable[int] | None = None) -> None:
         """Wait for the buckets `indices` (None: all); cheap where nothing is in flight."""
         if not self._pending:
@@ -53,6 +93,40 @@ class ParamGather:
         for index in sorted(self._pending if indices is None else indices):
             pending = self._pending.pop(index, None)
             if pending is not None:
-                pending.wait()
+                arrived, updates = pending.wait(), self._updates.pop(index, None)
+                if updates is not None:
+                    self._apply(self._buffers.buckets[index], arrived, updates)
                 self._buffers.buckets[index].stage_out()
                 self._buffers.arrived(index)
+
+    def _message(self, bucket: BucketBuffers, polar_pieces: Sequence[Tensor]) -> Tensor:
+        size = self._buffers.layout.message_bytes(bucket.bucket, self._dtype.itemsize)
+        message = torch.zeros(size, dtype=torch.uint8, device=bucket.param_flat.device)
+        places = self._places(message, [p.segment for p in bucket.adamw], [p.segment for p in bucket.muon])
+        for place, elements in zip(places, [*(p.cut(bucket.param_shard) for p in bucket.adamw), *polar_pieces]):
+            place.copy_(elements)
+        return message
+
+    def _apply(self, bucket: BucketBuffers, messages: Tensor, updates: Updates) -> None:
+        """Line 6 of the walk on the shards of all ranks, and AdamW's elements of the others into their places."""
+        specs, shard_size, me = self._buffers.layout.specs, bucket.bucket.shard_size, self._group.dp_rank
+        of_rank: list[tuple[list[Segment], list[Segment]]] = [([], []) for _ in range(self._group.dp_size)]
+        for segment in bucket.bucket.segments:
+            of_rank[segment.rank][specs[segment.param].rule == "muon"].append(segment)
+        for rank, (message, (adamw, muon)) in enumerate(zip(messages.view(len(of_rank), -1), of_rank)):
+            for segment, elements in zip(adamw + muon, self._places(message, adamw, muon)):
+                start = rank * shard_size + segment.shard_offset
+                weight = bucket.param_flat[start : start + segment.length]
+                if specs[segment.param].rule == "muon":
+                    updates.apply(segment.param, weight, elements)
+                elif rank != me:
+                    weight.copy_(elements)
+
+    def _places(self, message: Tensor, adamw: Sequence[Segment], muon: Sequence[Segment]) -> list[Tensor]:
+        """The places of one rank's segments in its message, AdamW's first."""
+        lengths = [s.length for s in adamw], [s.length for s in muon]
+        end = 4 * sum(lengths[0])
+        border = -(-end // 8) * 8
+        polar = message[border : border + self._dtype.itemsize * sum(lengths[1])].view(self._dtype)
+        elements = message[:end].view(torch.float32), polar
+        return [place for whole, each in zip(elements, lengths) for place in torch.split(whole, each)]

@@ -15,7 +15,7 @@ from heapq import heapreplace
 import torch
 from torch import nn
 
-from distmuon.config import GradReduction, Options, Packing, Placement
+from distmuon.config import GradReduction, MasterFormat, Options, Overlap, Packing, ParamGather, Placement
 from distmuon.counts import HeldBytes, RankPlan, count, guard_bytes, plan_rank, sent_bytes
 from distmuon.errors import problem
 from distmuon.layout import Bucket, Layout, PlacedMatrix, Segment, make_layout
@@ -99,11 +99,15 @@ def plan(
     grad_reduction: GradReduction = "reduce_scatter",
     bucket_mb: float | str | None = None,
     reduce_dtype: torch.dtype = torch.float32,
+    release_grads: bool = False,
+    param_gather: ParamGather = "parameters",
+    master_format: MasterFormat = "float32",
     momentum_dtype: torch.dtype = torch.float32,
     ns_dtype: torch.dtype = torch.bfloat16,
+    exchange_dtype: torch.dtype | None = None,
     ns_steps: int = 5,
     param_dtype: torch.dtype | None = None,
-    overlap: bool = True,
+    overlap: Overlap = True,
     hardware: str | Hardware | None = "h100",
     compare: bool = True,
 ) -> Plan:
@@ -131,9 +135,11 @@ def plan(
     size_mb = sum(spec.numel for spec in specs) * 4 / (1 << 20)
     tried = [max(32.0, size_mb / part) for part in _AUTO_PARTS] if auto else [given_mb]
     options = Options(
-        packing=packing, placement=placement, grad_reduction=grad_reduction, bucket_mb=given_mb,
-        reduce_dtype=reduce_dtype, momentum_dtype=momentum_dtype, ns_dtype=ns_dtype, overlap=overlap,
+        packing=packing, placement=placement, grad_reduction=grad_reduction, param_gather=param_gather,
+        bucket_mb=given_mb, reduce_dtype=reduce_dtype, release_grads=release_grads, master_format=master_format,
+        momentum_dtype=momentum_dtype, ns_dtype=ns_dtype, exchange_dtype=exchange_dtype, overlap=overlap,
     )  # fmt: skip
+    options.check_dtypes([(spec.fqn, spec.dtype) for spec in specs])
     machine = HARDWARE[hardware] if isinstance(hardware, str) else hardware
 
     def way(name: str, layout: Layout) -> Plan:
@@ -251,7 +257,7 @@ def _plan_layout(way: str, layout: Layout, options: Options, ns_steps: int, hard
         staged=sum(n for i, n in enumerate(sizes) if layout.contiguous_start(i) is None) / total,
         straddlers=sum(placed.straddling for placed in layout.matrices),
         ranks=ranks,
-        time=None if hardware is None else estimate(loads, hardware, overlap=options.overlap, **numbers),
+        time=None if hardware is None else estimate(loads, hardware, overlap=bool(options.overlap), **numbers),
     )
 
 

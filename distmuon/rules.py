@@ -1,8 +1,9 @@
 """The two update rules on plain tensors: momentum, the scaled Muon step, the AdamW step. Knows no rank, no bucket.
 
-Nothing here decides whether a step happens. Each function computes new values from old ones, and `commit` alone
-writes them, where the guard's verdict (a 0-dim bool tensor, never read by the host) says so. A skipped step thereby
-leaves every bit of state as it was, without a host synchronisation.
+Nothing here decides whether a step happens. Each function computes new values from old ones. On a GPU `commit` alone
+writes them, where the guard's verdict (a 0-dim bool tensor, never read by the host) says so: a skipped step leaves
+every bit of state as it was, without a host synchronisation. Where the host knows the verdict for nothing, `out` saves
+the detour.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ def commit(verdict_ok: Tensor, old: Tensor, new: Tensor) -> None:
     torch.where(verdict_ok, new.to(old.dtype), old, out=old)
 
 
-def muon_momentum(grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool) -> tuple[Tensor, Tensor]:
-    """Line 2 of the walk: (new momentum buffer, update), both float32, any shape. Inputs are not written.
+def muon_momentum(
+    grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Line 2 of the walk: (new momentum buffer, update), both float32, any shape.
 
     ``M <- mu*M + (1-mu)*G``; ``U = (1-mu)*G + mu*M`` with Nesterov, else ``M``. This is torch.optim.Muon's moving
     average. The paper's sum ``M <- mu*M + G`` (arXiv 2502.16982, eq. 1) is the same divided by (1-mu), and
     Newton-Schulz does not see scale; the average keeps its scale when momentum is scheduled.
+    `out`: where the new buffer goes, float32, may be the old one; None: new memory.
     """
-    grad = grad.float()
-    buffer = torch.lerp(momentum_buffer.float(), grad, 1.0 - momentum)
+    buffer = torch.lerp(momentum_buffer.float(), grad, 1.0 - momentum, out=out)
     return buffer, torch.lerp(grad, buffer, momentum) if nesterov else buffer
 
 
@@ -43,9 +46,16 @@ def lr_scale(m: int, n: int, adjust_lr_fn: str) -> float:
     return 0.2 * math.sqrt(max(m, n)) if adjust_lr_fn == "match_rms_adamw" else math.sqrt(max(1.0, m / n))
 
 
-def muon_weight(master: Tensor, polar_factor: Tensor, *, lr: float, weight_decay: float, scale: float) -> Tensor:
-    """Line 6: ``W - lr*(scale*O + wd*W)`` as a new tensor of `master`'s dtype (arXiv 2502.16982, eq. 4)."""
-    return (master * (1.0 - lr * weight_decay)).add_(polar_factor, alpha=-lr * scale)
+def muon_weight(
+    master: Tensor, polar_factor: Tensor, *, lr: float, weight_decay: float, scale: float, out: Tensor | None = None
+) -> Tensor:
+    """Line 6: ``W - lr*(scale*O + wd*W)`` in `master`'s dtype (arXiv 2502.16982, eq. 4); `out` may be `master`.
+
+    Three kernels of one rounding each: the bits must not depend on where an element lies in a tensor, which a fused
+    multiply-add in the vector part of a loop and none in its rest would make them do.
+    """
+    step = polar_factor.to(master.dtype, copy=True).mul_(-lr * scale)
+    return torch.mul(master, 1.0 - lr * weight_decay, out=out).add_(step)
 
 
 def adamw_step(

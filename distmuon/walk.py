@@ -7,7 +7,8 @@ follows it is the optimizer's business; how each line is done is the business of
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -15,13 +16,25 @@ import torch
 from torch import Tensor
 
 from distmuon import rules
-from distmuon.buffers import BucketBuffers, ShardPiece
+from distmuon.buffers import BucketBuffers, Buffers, ShardPiece
 from distmuon.collectives import DataParallelGroup
 from distmuon.guards import Verdict
-from distmuon.layout import Layout
 from distmuon.matrix_gather import MatrixGather, StackKey
 from distmuon.metrics import Metrics
 from distmuon.newton_schulz import orthogonalize
+from distmuon.param_gather import ParamGather, Updates
+
+
+@dataclass(slots=True)
+class Step:
+    """What all walks of one step share. `param_groups`: its hyperparameters, all numbers.
+
+    `verdict`: None until the guard has spoken. Walks that began before (overlap="backward") hold what they have
+    computed in transients until then.
+    """
+
+    param_groups: Sequence[dict[str, Any]]
+    verdict: Verdict | None = None
 
 
 class BucketWalk:
@@ -30,30 +43,32 @@ class BucketWalk:
     def __init__(
         self,
         bucket: BucketBuffers,
-        layout: Layout,
-        group: DataParallelGroup,
+        buffers: Buffers,
         group_of: Sequence[int],
-        ns_dtype: torch.dtype,
+        exchange_group: DataParallelGroup,
+        param_gather: ParamGather,
         metrics: Metrics,
     ) -> None:
-        self._bucket, self._metrics, self._ns_dtype = bucket, metrics, ns_dtype
-        self._group_of = group_of
-        self._param_groups: Sequence[dict[str, Any]] = ()
-        self._shapes = [layout.unit_of(piece.segment).logical_shapes[0] for piece in bucket.muon]
+        layout, options = buffers.layout, buffers.options
+        self._bucket, self._param_gather, self._metrics = bucket, param_gather, metrics
+        self._group_of, self._ns_dtype = group_of, options.ns_dtype
+        self._step = Step(())
+        # One shape a parameter: a piece has one scale, that of its matrix's first column block.
+        self._shapes = {
+            s.param: layout.unit_of(s).logical_shapes[0]
+            for s in bucket.bucket.segments
+            if layout.specs[s.param].rule == "muon"
+        }
         matrices = [matrix for matrix in layout.matrices if matrix.bucket == bucket.bucket.index]
-        self._exchange = MatrixGather(matrices, bucket.muon, group_of, group, ns_dtype, bucket.param_flat.device)
+        device = bucket.param_flat.device
+        self._exchange = MatrixGather(matrices, bucket.muon, group_of, exchange_group, options.travels, device)
 
-    def run(
-        self, verdict: Verdict, param_groups: Sequence[dict[str, Any]], start_all_gather: Callable[[int], None]
-    ) -> Iterator[None]:
-        """Lines 2 to 7 of the walk. At each `yield` this bucket's bytes travel and another bucket may compute.
-
-        `param_groups`: this step's hyperparameters, all numbers.
-        """
-        self._param_groups = param_groups
+    def run(self, step: Step) -> Iterator[None]:
+        """Lines 2 to 7 of the walk. At each `yield` this bucket's bytes travel and another bucket may compute."""
+        self._step = step
         bucket, index, stage = self._bucket, self._bucket.bucket.index, self._metrics.stage
         with stage("momentum", index):
-            updates = [self._momentum(piece, verdict) for piece in bucket.muon]
+            held, updates = self._momentum()
         with stage("start_dp_gather", index):
             finish_gather = self._exchange.start_gather(updates)
             del updates
@@ -68,51 +83,77 @@ class BucketWalk:
         yield
         with stage("scatter", index):
             polar_pieces = finish_scatter()
-        with stage("apply", index):
-            for piece, polar, shape in zip(bucket.muon, polar_pieces, self._shapes):
-                self._apply(piece, polar, shape, verdict)
-            del finish_scatter, polar_factors, polar_pieces
-            self._adamw(bucket.adamw, verdict)
+            del finish_scatter, polar_factors
+        while step.verdict is None:
+            yield
+        travel, group_updates = self._param_gather.updates_travel, self._updates(step.verdict)
+        with stage("apply", index), bucket.masters() as masters:
+            for piece, momentum in held:
+                self._keep(piece, momentum, step.verdict)
+            held.clear()
+            if not travel:
+                for piece, polar in zip(bucket.muon, polar_pieces):
+                    group_updates.apply(piece.segment.param, piece.cut(masters), polar)
+            self._adamw(masters, step.verdict)
         with stage("start_all_gather", index):
-            start_all_gather(index)
+            if travel:
+                self._param_gather.start_updates(index, group_updates, polar_pieces)
+            else:
+                self._param_gather.start(index)
 
-    def _momentum(self, piece: ShardPiece, verdict: Verdict) -> Tensor:
-        group, buffer = self._group(piece.segment.param), piece.state["momentum_buffer"]
-        mu, nesterov = group["momentum"], group["nesterov"]
-        new_buffer, update = rules.muon_momentum(piece.grad, buffer, momentum=mu, nesterov=nesterov)
+    def _momentum(self) -> tuple[list[tuple[ShardPiece, Tensor]], list[Tensor]]:
+        """(new momentum that the verdict must first allow, updates), one 1-D tensor a muon piece."""
+        held, updates = [], []
+        for piece in self._bucket.muon:
+            group, old, verdict = self._group(piece.segment.param), piece.momentum(), self._step.verdict
+            in_place = verdict is not None and verdict.known and verdict.present[piece.segment.param]
+            out = old if in_place and old.dtype == torch.float32 else None  # out of int8: a transient, kept below
+            mu, nesterov = group["momentum"], group["nesterov"]
+            new, update = rules.muon_momentum(piece.grad, old, momentum=mu, nesterov=nesterov, out=out)
+            if verdict is None:
+                held.append((piece, new))
+            elif new is not piece.state["momentum_buffer"]:
+                self._keep(piece, new, verdict)
+            updates.append(update)
+        return held, updates
+
+    @staticmethod
+    def _keep(piece: ShardPiece, momentum: Tensor, verdict: Verdict) -> None:
         if verdict.present[piece.segment.param]:
-            rules.commit(verdict.ok, buffer, new_buffer)
-        return update
+            for key, value in piece.encoded(momentum).items():
+                rules.commit(verdict.ok, piece.state[key], value)
 
     def _orthogonalize(self, key: StackKey, stack: Tensor) -> Tensor:
         """(B, m, n) updates -> polar factors, of each column block by itself where the matrices have some."""
-        group = self._param_groups[key.group]
+        group = self._step.param_groups[key.group]
         blocks = torch.split(stack, list(key.column_split), dim=2) if key.column_split else (stack,)
         self._metrics.ns_matrices += len(blocks) * stack.size(0)
         steps, coefficients, dtype = group["ns_steps"], group["ns_coefficients"], self._ns_dtype
         polar = [orthogonalize(block, steps=steps, coefficients=coefficients, dtype=dtype) for block in blocks]
-        if not key.column_split:
-            return polar[0].contiguous()
-        # One piece has one scale, that of the first block; the others' ratio to it goes in here.
-        scales = [rules.lr_scale(key.rows, n, group["adjust_lr_fn"]) for n in key.column_split]
-        return torch.cat([block.mul(scale / scales[0]) for block, scale in zip(polar, scales)], dim=2)
+        if key.column_split:
+            # One piece has one scale, that of the first block; the others' ratio to it goes in here.
+            scales = [rules.lr_scale(key.rows, n, group["adjust_lr_fn"]) for n in key.column_split]
+            polar = [torch.cat([block.mul(scale / scales[0]) for block, scale in zip(polar, scales)], dim=2)]
+        # What stays here is rounded like what travels, so that the cut does not show in the result.
+        narrower = self._exchange.dtype.itemsize < dtype.itemsize
+        return polar[0].to(self._exchange.dtype if narrower else dtype).contiguous()
 
-    def _apply(self, piece: ShardPiece, polar: Tensor, shape: tuple[int, int], verdict: Verdict) -> None:
-        if not verdict.present[piece.segment.param]:
-            return
-        group = self._group(piece.segment.param)
-        scale = rules.lr_scale(*shape, group["adjust_lr_fn"])
-        lr, decay = group["lr"], group["weight_decay"]
-        new = rules.muon_weight(piece.master, polar, lr=lr, weight_decay=decay, scale=scale)
-        rules.commit(verdict.ok, piece.master, new)
+    def _updates(self, verdict: Verdict) -> Updates:
+        factors = {}
+        for param, shape in self._shapes.items():
+            if verdict.present[param]:
+                group = self._group(param)
+                factors[param] = group["lr"], group["weight_decay"], rules.lr_scale(*shape, group["adjust_lr_fn"])
+        return Updates(factors, verdict)
 
-    def _adamw(self, pieces: Sequence[ShardPiece], verdict: Verdict) -> None:
-        for number, group in enumerate(self._param_groups):
-            mine = [p for p in pieces if self._group_of[p.segment.param] == number and verdict.present[p.segment.param]]
+    def _adamw(self, masters: Tensor, verdict: Verdict) -> None:
+        for number, group in enumerate(self._step.param_groups):
+            mine = [p for p in self._bucket.adamw if self._group_of[p.segment.param] == number]
+            mine = [p for p in mine if verdict.present[p.segment.param]]
             if not mine:
                 continue
             rules.adamw_step(
-                [piece.master for piece in mine],
+                [piece.cut(masters) for piece in mine],
                 [piece.grad for piece in mine],
                 [piece.state for piece in mine],
                 verdict.ok,
@@ -122,8 +163,8 @@ class BucketWalk:
                 eps=group["eps"],
             )
 
-    def _group(self, index: int) -> dict[str, Any]:
-        return self._param_groups[self._group_of[index]]
+    def _group(self, param: int) -> dict[str, Any]:
+        return self._step.param_groups[self._group_of[param]]
 
 
 def pipeline(walks: Sequence[Iterator[None]], overlap: bool) -> None:

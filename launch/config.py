@@ -125,11 +125,15 @@ class OptimizerConfig:
     """First match wins, before the library's own rules; distmuon only."""
     packing: Literal["balanced", "contiguous"] = "balanced"
     placement: Literal["owner", "replicated"] = "owner"
-    overlap: bool = True
+    overlap: bool | Literal["backward"] = True
     bucket_mb: float | None = None
     reduce_dtype: Dtype | None = None
-    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    release_grads: bool = False
+    param_gather: Literal["parameters", "updates"] = "parameters"
+    master_format: Literal["float32", "remainder"] = "float32"
+    momentum_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     ns_dtype: Dtype | None = None
+    exchange_dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
         if self.name == "adamw" and self.routes:

@@ -144,7 +144,7 @@ def build_optimizer(
 ) -> distmuon.DistMuon:
     """`DistMuon` as configured. The baseline is the same class with every parameter sent to AdamW."""
     kwargs: dict[str, Any] = {key: value for key, value in asdict(config).items() if key not in ("name", "routes")}
-    for key in ("reduce_dtype", "momentum_dtype", "ns_dtype"):
+    for key in ("reduce_dtype", "momentum_dtype", "ns_dtype", "exchange_dtype"):
         kwargs[key] = None if kwargs[key] is None else getattr(torch, kwargs[key])
     if config.name == "adamw":
         kwargs["routes"] = "adamw"

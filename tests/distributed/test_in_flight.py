@@ -90,7 +90,7 @@ def _in_flight(group: dist.ProcessGroup, act: str) -> tuple[str, Any]:
         optimizer.synchronize()
         return "", None
     except ValueError as error:
-        optimizer._param_gather.wait([0, 1, 2, 3])  # let the other buckets arrive, so that ranks stay in step
+        optimizer._conductor.param_gather.wait([0, 1, 2, 3])  # let the other buckets arrive, so that ranks stay in step
         return str(error), None
 
 
@@ -134,14 +134,14 @@ def _orders(group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
     model, optimizer = make(group, Pair(), routes=None, bucket_mb=1e-4)
     _step(model, optimizer)
     started, waited = [], []
-    start, wait = optimizer._param_gather.start, optimizer._param_gather.wait
-    optimizer._param_gather.start = lambda index: (started.append(index), start(index))[1]
+    start, wait = optimizer._conductor.param_gather.start, optimizer._conductor.param_gather.wait
+    optimizer._conductor.param_gather.start = lambda index: (started.append(index), start(index))[1]
 
     def watch(indices: Any = None) -> None:
-        waited.extend(sorted(set(indices or ()) & set(optimizer._param_gather._pending)))
+        waited.extend(sorted(set(indices or ()) & set(optimizer._conductor.param_gather._pending)))
         wait(indices)
 
-    optimizer._param_gather.wait = watch
+    optimizer._conductor.param_gather.wait = watch
     _step(model, optimizer, 1)
     model(torch.ones(8, 8))
     return started, waited

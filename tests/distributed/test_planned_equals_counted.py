@@ -38,6 +38,13 @@ WAYS: list[dict[str, Any]] = [
     {"packing": "contiguous", "placement": "replicated", "reduce_dtype": torch.bfloat16},
     {"param_dtype": torch.bfloat16, "ns_dtype": torch.float32, "momentum_dtype": torch.bfloat16},
     {"grad_reduction": "external", "overlap": False},
+    {"param_gather": "updates", "momentum_dtype": torch.int8, "overlap": "backward"},
+    {
+        "param_dtype": torch.bfloat16,
+        "master_format": "remainder",
+        "exchange_dtype": torch.float32,
+        "release_grads": True,
+    },
 ]
 
 
@@ -57,6 +64,12 @@ def _standard_flops(shape: torch.Size, steps: int) -> int:
     count, m, n = shape
     k, longer = min(m, n), max(m, n)
     return count * steps * (4 * k * k * longer + 2 * k**3)
+
+
+def _storage_bytes(*tensors: torch.Tensor | None) -> int:
+    """Bytes behind `tensors`, shared ones once."""
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -84,7 +97,7 @@ def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) ->
                 optimizer.zero_grad()
         finally:
             walk.orthogonalize = original
-        metrics, buffers = optimizer.metrics(), optimizer._buffers
+        metrics, buffers = optimizer.metrics(), optimizer._conductor.buffers
         staged = [i for i in range(len(buffers.params)) if buffers.layout.contiguous_start(i) is None]
         found.append(
             {
@@ -94,7 +107,7 @@ def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) ->
                 "ns_flops": flops,
                 "state_bytes": metrics["state_bytes"],
                 "parameters": sum(b.param_flat.nbytes for b in buffers.buckets),
-                "gradients": sum(b.grad_flat.nbytes for b in buffers.buckets),
+                "gradients": sum(_storage_bytes(b.grad_shard, b.grad_flat) for b in buffers.buckets),
                 "staged": sum(buffers.params[i].nbytes for i in staged),
             }
         )

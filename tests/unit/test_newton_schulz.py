@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.newton_schulz import composition, relaxed_cubics
 from distmuon import newton_schulz
-from distmuon.newton_schulz import COEFFICIENTS, Form, Triple, evaluate, flops, form, orthogonalize, reach, resolve
+from distmuon.coefficients import COEFFICIENTS, Triple, reach, resolve
+from distmuon.newton_schulz import Form, evaluate, flops, form, orthogonalize
 
 TABLES = sorted(COEFFICIENTS)
 STEPS = {name: max(5, table.fewest) for name, table in COEFFICIENTS.items()}
