@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from statistics import mean
 from typing import Any
 
 import torch
@@ -35,12 +36,17 @@ COLUMNS = {
     "from a backward that computes nothing, last layer first, through each system's own hooks",
     "blocked": "exposed communication: sync_step less the processor time of a rank's main thread in it, mean over "
     "ranks. It contains waiting for slower ranks and for a core; not measured on CUDA",
+    "processor": "processor time of sync_step, all threads of a process, mean over ranks: what it costs a machine "
+    "without idle cores, and nearly blind to what else runs there; not measured on CUDA",
     "wire": "bytes that the loopback device carried in one sync_step, headers and barriers included, a rank",
     "state": "bytes of optimizer state on the fullest rank, masters included, gradients and communication buffers not",
     "ns": "matrices orthogonalized in one step, by rank, and calls of the orthogonalizing function",
     "distance": "||W - W_ref|| / ||W_ref - W_0|| after the first steps on the same batches, W_ref from "
     "tests/reference.py in float32 throughout, and with Newton-Schulz in bfloat16",
 }
+
+
+TIMES = ("sync_step", "blocked", "processor")
 
 
 class Ranks:
@@ -59,17 +65,16 @@ class Ranks:
         return values
 
 
-def timed(ranks: Ranks, device: torch.device, work: Callable[[], object]) -> tuple[float, float]:
-    """(seconds of the slowest rank, mean seconds in which a rank's main thread did not compute)."""
+def timed(ranks: Ranks, device: torch.device, work: Callable[[], object]) -> tuple[float, float, float]:
+    """ms: of the slowest rank; mean in which a rank's main thread did not compute; mean that its processor worked."""
     ranks.gather(None)
     _synchronize(device)
-    start, cpu = time.perf_counter(), time.thread_time()
+    start, thread, process = time.perf_counter(), time.thread_time(), time.process_time()
     work()
     _synchronize(device)
-    seconds, cpu = time.perf_counter() - start, time.thread_time() - cpu
-    both = ranks.gather((seconds, cpu))
-    slowest = max(wall for wall, _ in both)
-    return slowest, slowest - sum(computed for _, computed in both) / len(both)
+    took = time.perf_counter() - start, time.thread_time() - thread, time.process_time() - process
+    slowest, computed, worked = (1e3 * f(times) for f, times in zip((max, mean, mean), zip(*ranks.gather(took))))
+    return slowest, slowest - computed, worked
 
 
 def _synchronize(device: torch.device) -> None:
@@ -184,7 +189,7 @@ def measure(
             not_run.append({"name": peer.name, "reason": errors[0], "note": peer.note})
             continue
         systems.append(made[0])
-        rows.append({**made[1], "whole": [], "sync_step": [], "blocked": []})
+        rows.append({**made[1], "whole": [], **{key: [] for key in TIMES}})
 
     plain: list[float] = []
     before = ranks.gather(_processor_seconds())
@@ -196,14 +201,14 @@ def measure(
         gc.disable()
         for index in order:
             if index < 0:
-                plain.append(1e3 * timed(ranks, device, partial(bench.plain, number))[0])
+                plain.append(timed(ranks, device, partial(bench.plain, number))[0])
                 bench.trainee.zero_grad()
                 continue
             system, row = systems[index], rows[index]
-            row["whole"].append(1e3 * timed(ranks, device, partial(bench.train, system, number))[0])
-            part, blocked = timed(ranks, device, partial(bench.sync_step, system, bench.given()))
-            row["sync_step"].append(1e3 * part)
-            row["blocked"].append(1e3 * blocked if device.type == "cpu" else None)
+            row["whole"].append(timed(ranks, device, partial(bench.train, system, number))[0])
+            times = timed(ranks, device, partial(bench.sync_step, system, bench.given()))
+            for key, ms in zip(TIMES, times if device.type == "cpu" else (times[0], None, None)):
+                row[key].append(ms)
         gc.enable()
         say(f"round {number + 1} of {rounds}: {time.perf_counter() - began:.0f} s")
     after = ranks.gather(_processor_seconds())

@@ -202,19 +202,16 @@ def _dion(trainee: Trainee, setting: Setting) -> System:
     return System(trainee, model, [optimizer])
 
 
-def _muonium(trainee: Trainee, setting: Setting) -> System:
-    import muonium
-
-    raise NotImplementedError(f"{muonium.__name__}: no adapter; its CPU path repeats Newton-Schulz on every rank")
-
-
 def all_peers() -> Iterator[Peer]:
     """Every row, ours first."""
     from benchmarks.peers_sharded import SHARDED
 
     mine, ns = "distmuon.walk:orthogonalize", ("torch.optim._muon:_zeropower_via_newtonschulz",)
     yield Peer(name="distmuon", make=ours(), counted=(mine,))
-    yield Peer(name="distmuon, overlap=False", make=ours(overlap=False), counted=(mine,))
+    yield Peer(name="distmuon, no overlap", make=ours(overlap=False), counted=(mine,))
+    yield Peer(name="distmuon, overlap in backward", make=ours(overlap="backward"), counted=(mine,))
+    yield Peer(name="distmuon, updates travel", make=ours(param_gather="updates"), counted=(mine,),
+               note="bfloat16 polar factors are gathered in place of float32 parameters")  # fmt: skip
     yield Peer(name="distmuon, the paper's placement", make=ours(packing="contiguous", placement="replicated"),
                note="contiguous packing, every holder of a piece repeats Newton-Schulz", counted=(mine,))  # fmt: skip
     yield Peer(name="distmuon AdamW", make=ours(routes="adamw"), rule="adamw")
@@ -236,4 +233,3 @@ def all_peers() -> Iterator[Peer]:
                note="its decay made equal by one decay a shape; NorMuon and cautious decay off; state on "
                     "every rank")  # fmt: skip
     yield from SHARDED
-    yield Peer(name="muonium", make=_muonium, note="pip muonium")

@@ -101,6 +101,23 @@ def _heavyball(trainee: Trainee, setting: Setting) -> System:
     return System(trainee, trainee, [muon, torch.optim.AdamW(rest, **{**setting.adamw, "fused": False})])
 
 
+def _muonium(trainee: Trainee, setting: Setting) -> System:
+    import muonium
+
+    _fully_shard(trainee)
+    matrices, rest = split(trainee)
+    groups: list[dict[str, Any]] = [
+        {"params": group["params"], "lr": group["lr"], "wd": group["weight_decay"]}
+        for group in shape_groups(setting, matrices, "aspect", True)
+    ]
+    groups.append({"params": rest, "algorithm": "adamw", "lr": setting.lr, "wd": setting.weight_decay})
+    optimizer = muonium.Muon(
+        groups, momentum=setting.momentum, adam_betas=setting.betas, adam_eps=setting.eps, use_cautious_wd=False,
+        orthogonalization_strategy="newton_schulz", foreach=False,
+    )  # fmt: skip
+    return System(trainee, trainee, [optimizer])
+
+
 _WHOLE = "FSDP2 with the model as one unit: parameters, gradients and state are sharded (ZeRO-3's memory)"
 SHARDED = (
     Peer(
@@ -116,4 +133,5 @@ SHARDED = (
          counted=("torch.optim._muon:_zeropower_via_newtonschulz",)),
     Peer(name="FSDP2 + heavyball Muon", make=_heavyball, equal=False, counted=("heavyball.utils:inplace_orthogonal_",),
          note=_WHOLE + "; another rule: five other triples, stochastic rounding, its own scale: cannot be made equal"),
+    Peer(name="FSDP2 + muonium", make=_muonium, note="pip muonium; imports triton, so this row has never run"),
 )  # fmt: skip

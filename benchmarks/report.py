@@ -82,20 +82,20 @@ def _times(found: dict[str, Any]) -> list[str]:
     rows = {row["name"]: row for row in found["rows"]}
     base = rows.get(OURS)
     lines = [
-        "| row | rule | sync + step, ms | / distmuon's | blocked, ms | whole step, ms | / distmuon's "
+        "| row | rule | sync + step, ms | / distmuon's | blocked, ms | processor, ms | whole step, ms | / distmuon's "
         "| whole - plain, ms |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows.values():
         part = [whole - plain for whole, plain in zip(row["whole"], found["plain"])]
-        blocked = spread(row["blocked"]) if None not in row["blocked"] else "not measured"
+        cells = [spread(row[key]) if None not in row[key] else "not measured" for key in ("blocked", "processor")]
         ratios = [spread(ratio(row, base, key), 2) if base else "" for key in ("sync_step", "whole")]
         rule = row["rule"] if row["equal"] else f"{row['rule']}, another"
         lines.append(
-            f"| {row['name']} | {rule} | {spread(row['sync_step'])} | {ratios[0]} | {blocked} | {spread(row['whole'])} "
-            f"| {ratios[1]} | {spread(part)} |"
+            f"| {row['name']} | {rule} | {spread(row['sync_step'])} | {ratios[0]} | {' | '.join(cells)} "
+            f"| {spread(row['whole'])} | {ratios[1]} | {spread(part)} |"
         )
-    lines.append(f"| a plain forward and backward | | | | | {spread(found['plain'])} | | |")
+    lines.append(f"| a plain forward and backward | | | | | | {spread(found['plain'])} | | |")
     return lines
 
 

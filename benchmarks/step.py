@@ -93,14 +93,16 @@ def conditions(arguments: argparse.Namespace, device: torch.device, argv: list[s
 
 
 def choose(arguments: argparse.Namespace) -> tuple[list[Peer], list[dict[str, str]]]:
-    """(rows to run, rows left out by --skip)."""
+    """(rows to run, rows that --rows and --skip leave out)."""
     rows, skip = (set(filter(None, text.split(","))) for text in (arguments.rows, arguments.skip))
-    peers = list(all_peers())
-    if unknown := (rows | skip) - {peer.name.replace(",", "") for peer in peers}:
-        raise SystemExit(f"--rows, --skip: no row is called {unknown}; rows: {[p.name for p in peers]} without commas")
-    named = {peer.name.replace(",", ""): peer for peer in peers}
-    chosen = [peer for name, peer in named.items() if (not rows or name in rows) and name not in skip]
-    return chosen, [{"name": named[name].name, "reason": "left out by --skip", "note": ""} for name in sorted(skip)]
+    named = {peer.name.replace(",", ""): peer for peer in all_peers()}
+    if unknown := (rows | skip) - named.keys():
+        raise SystemExit(f"--rows, --skip: no row is called {sorted(unknown)}; without commas: {', '.join(named)}")
+    out = {name for name in named if name in skip or (rows and name not in rows)}
+    left_out = [
+        {"name": named[name].name, "reason": "left out by the command", "note": ""} for name in named if name in out
+    ]
+    return [peer for name, peer in named.items() if name not in out], left_out
 
 
 def work(arguments: argparse.Namespace, argv: list[str]) -> None:
