@@ -94,6 +94,8 @@ def _load(layout: Layout, options: Options) -> list[BucketLoad]:
     for bucket in layout.buckets:
         moved = others * bucket.shard_size
         load = BucketLoad(layout.dp_size, moved * reduce, moved * bucket.dtype.itemsize)
+        apart = [param for param in bucket.params if layout.contiguous_start(param) is None]
+        load.staged = sum(layout.specs[param].numel for param in apart) * bucket.dtype.itemsize
         for segment in bucket.segments:
             by_rank = load.muon if layout.specs[segment.param].rule == "muon" else load.adamw
             by_rank[segment.rank] += segment.length
@@ -104,13 +106,15 @@ def _load(layout: Layout, options: Options) -> list[BucketLoad]:
             load.ns_flops[worker] += ns_cost(placed.matrix)
             load.ns_matrices[worker] += len(placed.matrix.logical_shapes)
             load.stacked[worker] += placed.matrix.numel
+            load.gather_in[worker] += placed.matrix.numel
         for piece in placed.pieces:
-            for worker in workers:
-                if worker != piece.rank:
-                    load.gathers = True
-                    load.gather_out[piece.rank] += piece.length
-                    load.gather_in[worker] += piece.length
-            if piece.rank not in workers:
+            works = piece.rank in workers
+            others = len(workers) - works
+            load.gathers = load.gathers or others > 0
+            load.gather_out[piece.rank] += others * piece.length
+            if works:
+                load.gather_in[piece.rank] -= piece.length
+            else:
                 load.scatters = True
                 load.scatter_out[workers[0]] += piece.length
                 load.scatter_in[piece.rank] += piece.length
@@ -124,11 +128,11 @@ def _by_rank(loads: Sequence[BucketLoad], name: str) -> list[int]:
 
 def _held(layout: Layout, options: Options, loads: Sequence[BucketLoad]) -> Iterator[HeldBytes]:
     """Bytes held, rank by rank. All ranks hold the same but state and what a step allocates."""
-    specs, dp_size = layout.specs, layout.dp_size
+    dp_size = layout.dp_size
     parameters = dp_size * sum(bucket.shard_size * bucket.dtype.itemsize for bucket in layout.buckets)
     whole = dp_size if options.grad_reduction == "reduce_scatter" else 1
     gradients = whole * sum(bucket.shard_size for bucket in layout.buckets) * options.reduce_dtype.itemsize
-    staged = sum(s.numel * s.dtype.itemsize for i, s in enumerate(specs) if layout.contiguous_start(i) is None)
+    staged = sum(load.staged for load in loads)
     apart = [bucket.dtype != options.master_dtype for bucket in layout.buckets]
     for rank in range(dp_size):
         muon, adamw = [load.muon[rank] for load in loads], [load.adamw[rank] for load in loads]
