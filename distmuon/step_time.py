@@ -13,7 +13,7 @@ from math import ceil, inf, log2
 from typing import Literal
 
 # When parameters travel: each bucket's all-gather at once, in one queue with the exchanges; the same, the exchanges in
-# a process group of their own; all of them after the last scatter was started.
+# a process group of their own; none before the last scatter of the step was started.
 Order = Literal["one_group", "exchange_group", "gathers_last"]
 ORDERS: tuple[Order, ...] = ("one_group", "exchange_group", "gathers_last")
 
@@ -22,11 +22,12 @@ ORDERS: tuple[Order, ...] = ("one_group", "exchange_group", "gathers_last")
 class Hardware:
     """Peak rates of one GPU, each link in one direction, and the shares of them that we assume are reached."""
 
-    flops: float  # a second, dense, 16-bit; other dtypes of Newton-Schulz are taken at half the rate
+    flops: float  # a second, dense, 16-bit
     memory: float  # bytes a second
     nvlink: float  # bytes a second to the GPUs of the same node
     network: float = 50e9  # bytes a second out of the node: one 400 Gb/s card a GPU, as in DGX H100 and B200
     node_size: int = 8
+    float32_share: float = 0.5  # assumption: of `flops`, where Newton-Schulz is not 16-bit
     flops_share: float = 0.6  # assumption: stacked matrices with short sides of 1k and more
     memory_share: float = 0.8  # assumption
     link_share: float = 0.8  # assumption: what NCCL reaches of a wire with large messages
@@ -152,7 +153,7 @@ def estimate(
     latency = h.latency_s * (1 + log2(max(1, ceil(dp_size / h.node_size)))) if dp_size > 1 else 0.0
     ring = h.link_share * (h.nvlink if one_node else min(h.nvlink, h.node_size * h.network))
     direct = h.link_share * (h.nvlink if one_node else h.network)
-    flops = h.flops * h.flops_share * (1.0 if ns_bytes == 2 else 0.5)
+    flops = h.flops * h.flops_share * (1.0 if ns_bytes == 2 else h.float32_share)
     memory = h.memory * h.memory_share
 
     def passes(elements: Sequence[int], each: int) -> list[float]:
@@ -177,7 +178,8 @@ def estimate(
     walk = [(tick - stage, stage) for tick in range(len(loads) + 2) for stage in stages]
     if not overlap:
         walk = [(bucket, stage) for bucket in range(len(loads)) for stage in stages]
-    held_back = order == "gathers_last"
+    last_exchange = max((number for number, load in enumerate(loads) if load.gathers or load.scatters), default=-1)
+    held_back = order == "gathers_last" and last_exchange >= 0
     for bucket, stage in walk:
         if not 0 <= bucket < len(loads):
             continue
@@ -192,7 +194,7 @@ def estimate(
             clock.work(newton_schulz[bucket])
             if load.scatters:
                 exchanged[bucket] = clock.start(exchange(load.scatter_out, load.scatter_in), exchanges)
-            held_back = held_back and bucket + 1 < len(loads)
+            held_back = held_back and bucket < last_exchange
         else:
             clock.work(after[bucket])
             ready = bucket + 1 if not held_back else 0

@@ -277,6 +277,8 @@ def test_the_three_orders_by_hand() -> None:
     assert in_order(last(3), *plain[1:], order="exchange_group") == pytest.approx((7, 4))
     # Held back: exchange 0-1, Newton-Schulz 1-4, scatter 4-5, all-gathers 5-9-13-14.
     assert in_order(last(3), *plain[1:], order="gathers_last") == pytest.approx((9, 5))
+    # Nothing to hold back for: the exchange is over with the first bucket.
+    assert in_order(*plain, last(0), order="gathers_last") == in_order(*plain, last(0), order="one_group")
 
 
 def test_staged_parameters_are_copied_in_the_step() -> None:
