@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import distmuon
 from benchmarks.newton_schulz import others
+from distmuon.collectives import DataParallelGroup
 from distmuon.step_time import Hardware
 
 LAYERS, VOCABULARY, BUCKETS = 4, 4096, 4
@@ -80,26 +81,26 @@ def time_of(work: Callable[[], object]) -> float:
 
 def rates() -> Hardware:
     """What one process gets, while the others measure the same. The link is the slower of the two collectives."""
-    ranks = dist.get_world_size()
-    flops = {}
+    group = DataParallelGroup(None, lambda stage, sent: None)
+    ranks, flops = group.dp_size, {}
     for dtype in (torch.bfloat16, torch.float32):
         pair = torch.randn(SIDE, SIDE).to(dtype), torch.randn(SIDE, 4 * SIDE).to(dtype)
         flops[dtype] = 2 * SIDE * SIDE * 4 * SIDE / seconds(partial(torch.matmul, *pair))
     source, target = torch.ones(LARGE), torch.empty(LARGE)
     memory = 2 * source.nbytes / seconds(lambda: target.copy_(source))
-    whole, small = torch.empty(ranks * LARGE), torch.zeros(64, dtype=torch.float64)
-    sent, received = torch.ones(ranks * LARGE), torch.empty(ranks * LARGE)
+    whole, small, each = torch.empty(ranks * LARGE), torch.zeros(64, dtype=torch.float64), [LARGE] * ranks
+    received = torch.empty(ranks * LARGE)
     link = (
         (ranks - 1)
         * source.nbytes
         / max(
-            seconds(lambda: dist.all_gather(list(whole.chunk(ranks)), source)),
-            seconds(lambda: dist.all_to_all_single(received, sent)),
+            seconds(lambda: group.start_all_gather(whole, source, stage="").wait()),
+            seconds(lambda: group.start_all_to_all(received, whole, each, each, stage="").wait()),
         )
     )
     return Hardware(
         flops=flops[torch.bfloat16], memory=memory, nvlink=link, network=link, flops_share=1.0, memory_share=1.0,
-        link_share=1.0, latency_s=seconds(lambda: dist.all_reduce(small)),
+        link_share=1.0, latency_s=seconds(lambda: group.start_all_reduce(small, stage="").wait()),
         float32_share=flops[torch.float32] / flops[torch.bfloat16],
     )  # fmt: skip
 
@@ -168,8 +169,8 @@ def main() -> None:
             worker.join()
     rounds = sorted(rounds, key=lambda one: one.others)[: max(2, len(rounds) // 2)]
     share = statistics.median(one.others for one in rounds)
-    print(f"{len(rounds)} of {arguments.rounds} rounds, {arguments.processes} processes of {arguments.threads} threads; "
-          f"others took {share:.0%} of the machine")  # fmt: skip
+    threads = f"{arguments.processes} processes of {arguments.threads} threads"
+    print(f"{len(rounds)} of {arguments.rounds} rounds, {threads}; others took {share:.0%} of the machine")
     units = {"flops": (1e9, "GFLOP/s, bf16"), "float32_share": (1, "of it in fp32"), "memory": (1e9, "GB/s"),
              "nvlink": (1e9, "GB/s, loopback"), "latency_s": (1e-3, "ms")}  # fmt: skip
     median = {}

@@ -90,10 +90,12 @@ def guard_bytes(layout: Layout) -> int:
 def _load(layout: Layout, options: Options) -> list[BucketLoad]:
     """One pass over segments and matrices."""
     others, loads = layout.dp_size - 1, []
+    first_layer = min((min(bucket.params) for bucket in layout.buckets if len(bucket.params) > 1), default=0)
     reduce = options.reduce_dtype.itemsize if options.grad_reduction == "reduce_scatter" else 0
     for bucket in layout.buckets:
         moved = others * bucket.shard_size
         load = BucketLoad(layout.dp_size, moved * reduce, moved * bucket.dtype.itemsize)
+        load.ready_last = min(bucket.params) <= first_layer  # an embedding alone before it costs nothing
         apart = [param for param in bucket.params if layout.contiguous_start(param) is None]
         load.staged = sum(layout.specs[param].numel for param in apart) * bucket.dtype.itemsize
         for segment in bucket.segments:

@@ -65,6 +65,7 @@ class BucketLoad:
     scatter_in: list[int] = field(init=False)
     ns_flops: list[int] = field(init=False)  # of one Newton-Schulz step
     ns_matrices: list[int] = field(init=False)
+    ready_last: bool = False  # with the first layer: backward is over, nothing hides its reduce-scatter
     staged: int = 0  # bytes of parameters that every rank copies out of the flat buffer after the all-gather
     gathers: bool = False  # whether the collective takes place at all
     scatters: bool = False
@@ -168,8 +169,9 @@ def estimate(
     guard = passes([sum(both) for both in zip(*(load.muon for load in loads), *(load.adamw for load in loads))], GUARD)
 
     clock, exchanges = _Clock(dp_size), int(order == "exchange_group")
-    if dp_size > 1 and loads[0].reduce_scatter:
-        clock.wait(clock.start(loads[0].reduce_scatter / ring + latency))  # the others ran under backward
+    for load in loads:
+        if load.ready_last and load.reduce_scatter:  # the others ran under backward
+            clock.wait(clock.start(load.reduce_scatter / ring + latency))
     clock.work(guard)
     clock.wait(clock.start(guard_bytes / ring + 2 * latency))
     exchanged: dict[int, _Collective] = {}  # by bucket, the exchange under way

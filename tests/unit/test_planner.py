@@ -16,6 +16,7 @@ from torch import nn
 import distmuon
 from distmuon import layout
 from distmuon.config import Options
+from distmuon.counts import count
 from distmuon.layout import make_layout
 from distmuon.planner import describe, plan, plan_rank, sent_bytes, whole_matrix_layout
 from distmuon.routing import ParamSpec, route
@@ -208,6 +209,7 @@ def test_the_old_face_still_counts_one_rank() -> None:
 
 def _load(**counts: Any) -> BucketLoad:
     load = BucketLoad(2, counts.pop("reduce_scatter", 0), counts.pop("all_gather", 0))
+    load.ready_last = True
     for name, value in counts.items():
         setattr(load, name, value)
     return load
@@ -279,6 +281,19 @@ def test_the_three_orders_by_hand() -> None:
     assert in_order(last(3), *plain[1:], order="gathers_last") == pytest.approx((9, 5))
     # Nothing to hold back for: the exchange is over with the first bucket.
     assert in_order(*plain, last(0), order="gathers_last") == in_order(*plain, last(0), order="one_group")
+
+
+def test_what_is_ready_last_is_reduced_in_the_open() -> None:
+    """The buckets of the embedding and of the first layers, the latter with all attention of a mixture of experts."""
+    for name in ("llama-8b", "moonlight"):
+        made = make_layout(shape_table(name), 8)
+        loads = count(made, Options())[1]
+        last = [bucket for bucket, load in zip(made.buckets, loads) if load.ready_last]
+        assert [min(bucket.params) for bucket in last] == [1, 0]
+        before = estimate(loads, FLAT, guard_bytes=0, ns_bytes=2, ns_steps=1, overlap=True).step_s
+        loads[-2].ready_last = False
+        after = estimate(loads, FLAT, guard_bytes=0, ns_bytes=2, ns_steps=1, overlap=True).step_s
+        assert before - after == pytest.approx(loads[-2].reduce_scatter / FLAT.nvlink)
 
 
 def test_staged_parameters_are_copied_in_the_step() -> None:
