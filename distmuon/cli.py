@@ -21,8 +21,14 @@ from distmuon.errors import problem
 from distmuon.planner import HARDWARE, STAGES, Plan, plan
 from distmuon.routing import ParamSpec
 from distmuon.shapes import TABLES, shape_table
+from distmuon.step_time import Order
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ORDERS: dict[Order, str] = {  # labels
+    "one_group": "one group",
+    "exchange_group": "exchange group",
+    "gathers_last": "gathers last",
+}
 _NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -66,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--param-dtype", default="bfloat16", type=lambda name: _NAMES.get(name, name), choices=tuple(_DTYPES))
     add("--ns-steps", default=5, type=int, help="Newton-Schulz steps")
     add("--hardware", default="h100", choices=(*HARDWARE, "none"), help="for the estimated times")
+    add("--exchange-group", action="store_true", help="exchanges in a process group of their own (estimated times)")
     add("--routes", choices=("adamw",), help="adamw: every parameter, on purpose")
     add("--no-compare", action="store_true", help="plan distmuon alone")
     add("--ranks", action="store_true", help="also every single rank")
@@ -104,6 +111,7 @@ def _plans(arguments: argparse.Namespace) -> list[Plan]:
             reduce_dtype=torch.float32 if arguments.grad_bytes == 4 else torch.bfloat16,
             param_dtype=_DTYPES[arguments.param_dtype],
             ns_steps=arguments.ns_steps,
+            exchange_group=arguments.exchange_group,
             hardware=None if arguments.hardware == "none" else arguments.hardware,
             compare=not arguments.no_compare,
         )
@@ -150,7 +158,7 @@ def _text(found: Plan, model: str, ranks: bool) -> str:
     title = f"{model}, dp_size {found.dp_size}: {found.num_elements:,} parameters, {found.num_matrices:,} matrices"
     shape = f"{found.num_buckets} buckets, the largest {found.largest_bucket:.1%}; staged {found.staged:.1%}"
     lines = [f"{title}; {shape}"]
-    lines += [f"bucket_mb auto, estimated step by size: {found.why}"] if found.why else []
+    lines += [f"bucket_mb auto: {found.why}"] if found.why else []
     ways = (found, *found.others)
     lines.append(f"{'':34}" + "".join(f"{way.way:>16}" for way in ways))
 
@@ -178,6 +186,9 @@ def _text(found: Plan, model: str, ranks: bool) -> str:
         row("  elementwise, slowest rank", [f"{1e3 * time.elementwise_s:.2f}" for time in times])
         row("  exposed communication", [f"{1e3 * time.exposed_s:.2f}" for time in times])
         row("  all-gathers left to hide", [f"{1e3 * time.left_s:.2f}" for time in times])
+        for order, label in _ORDERS.items() if len(found.orders) > 1 else ():
+            at = [way.orders[order] for way in ways]
+            row(f"step + left, {label}", [f"{1e3 * time.step_s:.2f} + {1e3 * time.left_s:.2f}" for time in at])
     for number, rank in enumerate(found.ranks if ranks else ()):
         sent = ", ".join(f"{stage} {n}" for stage, n in rank.sent_bytes.items())
         lines.append(f"rank {number}: sends {sent or 'nothing'}; holds {rank.state_bytes} of state; "

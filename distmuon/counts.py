@@ -91,6 +91,7 @@ def guard_bytes(layout: Layout) -> int:
 def _load(layout: Layout, options: Options) -> list[BucketLoad]:
     """One pass over segments and matrices."""
     others, loads = layout.dp_size - 1, []
+    first_layer = min((min(bucket.params) for bucket in layout.buckets if len(bucket.params) > 1), default=0)
     reduce = options.reduce_dtype.itemsize if options.grad_reduction == "reduce_scatter" else 0
     for bucket in layout.buckets:
         moved = others * bucket.shard_size
@@ -98,6 +99,9 @@ def _load(layout: Layout, options: Options) -> list[BucketLoad]:
         if options.param_gather == "updates" and others:
             gathered = layout.message_bytes(bucket, options.travels.itemsize)
         load = BucketLoad(layout.dp_size, moved * reduce, others * gathered)
+        load.ready_last = min(bucket.params) <= first_layer  # an embedding alone before it costs nothing
+        apart = [param for param in bucket.params if layout.contiguous_start(param) is None]
+        load.staged = sum(layout.specs[param].numel for param in apart) * bucket.dtype.itemsize
         for segment in bucket.segments:
             by_rank = load.muon if layout.specs[segment.param].rule == "muon" else load.adamw
             by_rank[segment.rank] += segment.length
@@ -108,13 +112,15 @@ def _load(layout: Layout, options: Options) -> list[BucketLoad]:
             load.ns_flops[worker] += ns_cost(placed.matrix)
             load.ns_matrices[worker] += len(placed.matrix.logical_shapes)
             load.stacked[worker] += placed.matrix.numel
+            load.gather_in[worker] += placed.matrix.numel
         for piece in placed.pieces:
-            for worker in workers:
-                if worker != piece.rank:
-                    load.gathers = True
-                    load.gather_out[piece.rank] += piece.length
-                    load.gather_in[worker] += piece.length
-            if piece.rank not in workers:
+            works = piece.rank in workers
+            others = len(workers) - works
+            load.gathers = load.gathers or others > 0
+            load.gather_out[piece.rank] += others * piece.length
+            if works:
+                load.gather_in[piece.rank] -= piece.length
+            else:
                 load.scatters = True
                 load.scatter_out[workers[0]] += piece.length
                 load.scatter_in[piece.rank] += piece.length
@@ -128,15 +134,15 @@ def _by_rank(loads: Sequence[BucketLoad], name: str) -> list[int]:
 
 def _held(layout: Layout, options: Options, loads: Sequence[BucketLoad]) -> Iterator[HeldBytes]:
     """Bytes held, rank by rank. All ranks hold the same but state and what a step allocates."""
-    specs, dp_size = layout.specs, layout.dp_size
+    dp_size = layout.dp_size
     parameters = dp_size * sum(bucket.shard_size * bucket.dtype.itemsize for bucket in layout.buckets)
     gradients = sum(_gradient_bytes(layout, options, bucket) for bucket in layout.buckets)
     scales = [0] * dp_size
     if options.momentum_dtype == torch.int8:
         for segment in (s for bucket in layout.buckets for s in bucket.segments):
-            if specs[segment.param].rule == "muon":
+            if layout.specs[segment.param].rule == "muon":
                 scales[segment.rank] += num_blocks(segment.length)
-    staged = sum(s.numel * s.dtype.itemsize for i, s in enumerate(specs) if layout.contiguous_start(i) is None)
+    staged = sum(load.staged for load in loads)
     beside = [options.master_bytes(bucket.dtype) for bucket in layout.buckets]
     for rank in range(dp_size):
         muon, adamw = [load.muon[rank] for load in loads], [load.adamw[rank] for load in loads]
@@ -174,7 +180,7 @@ def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, ra
             peak, gathered, computing = max(peak, computing), 0, 0
         early += finished + updates if options.overlap == "backward" else 0
         if options.param_gather == "updates" and layout.dp_size > 1:
-            messages.append(layout.dp_size * layout.message_bytes(bucket, options.travels.itemsize))
+            messages.append(load.all_gather + load.all_gather // (layout.dp_size - 1))
     flat = [layout.dp_size * bucket.shard_size * options.reduce_dtype.itemsize for bucket in layout.buckets]
     released = _two(flat) if options.release_grads else 0  # in backward
     return max(peak, computing + last, released) + early + _two(messages)

@@ -22,7 +22,7 @@ from distmuon.routing import Matrix, ParamSpec
 
 _MIN_BUCKET_ELEMENTS = 8 << 20
 _offset = attrgetter("offset")
-_PARTS = (16, 14, 12, 10, 8, 6)  # bucket sizes tried, as parts of the model
+_PARTS = (16, 14, 12, 11, 10, 9, 8.5, 8, 7.5, 7, 6.5, 6, 5.5, 5, 4.5)  # bucket sizes tried, as parts of the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,25 +142,29 @@ def make_layout(
 ) -> Layout:
     """Cut `specs` (registration order) for `dp_size` ranks. Pure and deterministic.
 
-    `bucket_mb`: size of a bucket in MiB of float32 gradients. None: between a sixteenth and a sixth of the model, by
+    `bucket_mb`: size of a bucket in MiB of float32 gradients. None: between a sixteenth and two ninths of the model, by
     `_regret`, but not below 32 MiB; smaller buckets win a tie, for they overlap better.
     """
     if bucket_mb is not None:
         size = max(1, int(bucket_mb * (1 << 20) / 4))
-        return _cut(specs, dp_size, packing, placement, size, size)
+        return _cut(specs, dp_size, packing, placement, _bucket_params(specs, size, size))
     total = sum(spec.numel for spec in specs)
-    sizes = dict.fromkeys(max(_MIN_BUCKET_ELEMENTS, total // parts) for parts in _PARTS)
-    layouts = (_cut(specs, dp_size, packing, placement, size, _MIN_BUCKET_ELEMENTS) for size in sizes)
-    return min(layouts, key=_regret)
+    cuts: list[list[list[int]]] = []  # many sizes may cut alike: where experts have buckets of their own, all do
+    for parts in _PARTS:
+        cut = _bucket_params(specs, max(_MIN_BUCKET_ELEMENTS, int(total / parts)), _MIN_BUCKET_ELEMENTS)
+        if cut not in cuts:
+            cuts.append(cut)
+    layouts = (_cut(specs, dp_size, packing, placement, cut) for cut in cuts)
+    return next(layouts) if len(cuts) == 1 else min(layouts, key=_regret)
 
 
 def _cut(
-    specs: Sequence[ParamSpec], dp_size: int, packing: Packing, placement: Placement, target: int, own_bucket: int
+    specs: Sequence[ParamSpec], dp_size: int, packing: Packing, placement: Placement, params_of: list[list[int]]
 ) -> Layout:
-    """One layout with buckets of about `target` elements; sand and stacks from `own_bucket` on have their own."""
+    """The layout whose buckets hold these parameters."""
     loads = Loads([0] * dp_size, [0] * dp_size)
     buckets = []
-    for index, params in enumerate(_bucket_params(specs, target, own_bucket)):
+    for index, params in enumerate(params_of):
         shard_size, shards = _pack(specs, params, dp_size, packing, loads)
         segments = tuple(_split_at_units(specs, shards))
         buckets.append(Bucket(index, specs[params[0]].dtype, tuple(params), shard_size, segments))
@@ -168,26 +172,31 @@ def _cut(
 
 
 def _regret(layout: Layout) -> float:
-    """How far a layout is from the ideal, the worse of two: the busiest rank's exchanged elements as a share of what it
-    moves anyway, in units of 0.5 %, and its Newton-Schulz work above the mean, in units of 3 %."""
-    cost, exchanged = [0] * layout.dp_size, [0] * layout.dp_size
+    """How far a layout is from the ideal. The worse of two: the elements that the busiest rank sends beyond AdamW's
+    bytes, in units of 0.5 %, and its Newton-Schulz work above the mean, in units of 3 %. To that, in units of 5 %, what
+    the exchanges take: all ranks wait for the busiest of each bucket, which favours few straddlers in few buckets."""
+    cost, sent = [0] * layout.dp_size, [0] * layout.dp_size
+    busy: list[dict[int, int]] = [{} for _ in layout.buckets]  # by bucket and rank, elements sent and received
     for placed in layout.matrices:
         for worker in placed.workers:
             cost[worker] += ns_cost(placed.matrix)
+        owner, of_bucket = placed.workers[0], busy[placed.bucket]
         for piece in placed.pieces:
-            if piece.rank != placed.workers[0]:
-                exchanged[piece.rank] += piece.length
-                exchanged[placed.workers[0]] += piece.length
+            if piece.rank != owner:  # there and back
+                for rank in (piece.rank, owner):
+                    sent[rank] += piece.length
+                    of_bucket[rank] = of_bucket.get(rank, 0) + 2 * piece.length
     moved = max(1, (layout.dp_size - 1) * sum(bucket.shard_size for bucket in layout.buckets))
-    extra = max(exchanged) * 4 / (moved * 6)  # bf16 there and back; fp32 gradients and bf16 parameters
+    traffic = max(sent) * 2 / (moved * 6)  # bf16; fp32 gradients and bf16 parameters
+    stalled = sum(max(of_bucket.values(), default=0) for of_bucket in busy) * 2 / (moved * 6)
     imbalance = max(cost) * layout.dp_size / max(1, sum(cost)) - 1
-    return max(extra / 0.005, imbalance / 0.03)
+    return max(traffic / 0.005, imbalance / 0.03) + stalled / 0.05
 
 
 def _bucket_params(specs: Sequence[ParamSpec], target: int, own_bucket: int) -> list[list[int]]:
     """Runs of parameters of one dtype, last registered first, as backward finishes them; a bucket is ready with its
     first registered parameter. A large embedding, head or stack has a bucket of its own: cut evenly, it stays
-    contiguous."""
+    contiguous. The run around it goes on, so that what lies between stacks shares few buckets and few exchanges."""
 
     def alone(spec: ParamSpec) -> bool:
         return spec.numel >= own_bucket and len(spec.matrices) != 1
@@ -197,12 +206,16 @@ def _bucket_params(specs: Sequence[ParamSpec], target: int, own_bucket: int) -> 
         bucket: list[int] = []
         filled = 0
         for param in (p for p in reversed(range(len(specs))) if specs[p].dtype == dtype):
-            if bucket and (filled >= target or alone(specs[param])):
+            if alone(specs[param]):
+                buckets.append([param])
+                continue
+            if filled >= target:
                 buckets.append(bucket)
                 bucket, filled = [], 0
             bucket.append(param)
-            filled = target if alone(specs[param]) else filled + specs[param].numel
-        buckets.append(bucket)
+            filled += specs[param].numel
+        if bucket:
+            buckets.append(bucket)
     return sorted(buckets, key=lambda params: -min(params))
 
 

@@ -22,7 +22,7 @@ from distmuon.layout import Bucket, Layout, PlacedMatrix, Segment, make_layout
 from distmuon.packing import ALIGNMENT, Item, pack_evenly
 from distmuon.routing import ParamSpec, Route, route_params
 from distmuon.shapes import TABLES, shape_table
-from distmuon.step_time import HARDWARE, Hardware, StepTime, estimate
+from distmuon.step_time import HARDWARE, ORDERS, Hardware, Order, StepTime, estimate
 
 __all__ = ["HARDWARE", "STAGES", "HeldBytes", "Plan", "RankPlan", "describe", "plan", "plan_rank", "routing_table",
            "sent_bytes", "whole_matrix_layout"]  # fmt: skip
@@ -45,7 +45,8 @@ class Plan:
     staged: float
     straddlers: int
     ranks: tuple[RankPlan, ...]
-    time: StepTime | None
+    time: StepTime | None  # in the order of collectives that was asked for
+    orders: dict[Order, StepTime]  # in each order; one where nothing overlaps, none without hardware
     others: tuple[Plan, ...] = ()
     why: str = ""
 
@@ -79,12 +80,13 @@ class Plan:
 
     def to_dict(self, *, ranks: bool = False) -> dict[str, object]:
         """Everything, fit for JSON; `ranks`: also the long list of what each rank does and holds."""
-        kept = [name for name in self.__slots__ if name not in ("ranks", "others", "time")]
+        kept = [name for name in self.__slots__ if name not in ("ranks", "others", "time", "orders")]
         found = {name: getattr(self, name) for name in (*kept, "traffic", "ns_balance", "state_balance")}
         found["busiest_sent_bytes"] = {stage: self.stage_bytes(stage) for stage in STAGES} | {"total": self.sent}
         found["fullest_held_bytes"] = asdict(self.fullest) | {"state": self.fullest.state, "total": self.fullest.total}
         found["busiest_ns_flops"] = max(rank.ns_flops for rank in self.ranks)
         found["time"] = asdict(self.time) if self.time else None
+        found["orders"] = {order: asdict(time) for order, time in self.orders.items()}
         found["ranks"] = [asdict(rank) for rank in self.ranks] if ranks else None
         return found | {"others": [other.to_dict(ranks=ranks) for other in self.others]}
 
@@ -108,6 +110,7 @@ def plan(
     ns_steps: int = 5,
     param_dtype: torch.dtype | None = None,
     overlap: Overlap = True,
+    exchange_group: bool = False,
     hardware: str | Hardware | None = "h100",
     compare: bool = True,
 ) -> Plan:
@@ -115,8 +118,10 @@ def plan(
 
     `model`: a module (the meta device is enough), `ParamSpec`s, or the name of a table in `shapes.py`. `routes`: as for
     `DistMuon`; specs and tables are routed already and take only "adamw". `param_dtype`: None: as the parameters are.
-    `bucket_mb`: as for `DistMuon`, or "auto", the size with the shortest estimated step. `compare`: plan also ZeRO-1
-    AdamW, the paper's placement, and whole matrices in padded shards. Raises ValueError where `DistMuon` would.
+    `bucket_mb`: as for `DistMuon`, or "auto": the size with the shortest estimated step, None where none is shorter.
+    `exchange_group`: of the estimates, take the one in which exchanges have a process group of their own. `compare`:
+    plan also ZeRO-1 AdamW, the paper's placement, and whole matrices in padded shards. Raises ValueError where
+    `DistMuon` would.
     """
     if isinstance(dp_size, bool) or dp_size < 1:
         raise problem("dp_size", f"found {dp_size}", "1 rank or more is needed", "correct dp_size")
@@ -133,7 +138,7 @@ def plan(
         raise problem("model", "no trainable parameter", "one at least is needed", "pass the whole model")
     given_mb = None if isinstance(bucket_mb, str) else bucket_mb
     size_mb = sum(spec.numel for spec in specs) * 4 / (1 << 20)
-    tried = [max(32.0, size_mb / part) for part in _AUTO_PARTS] if auto else [given_mb]
+    tried = [None, *(max(32.0, size_mb / part) for part in _AUTO_PARTS)] if auto else [given_mb]
     options = Options(
         packing=packing, placement=placement, grad_reduction=grad_reduction, param_gather=param_gather,
         bucket_mb=given_mb, reduce_dtype=reduce_dtype, release_grads=release_grads, master_format=master_format,
@@ -143,7 +148,7 @@ def plan(
     machine = HARDWARE[hardware] if isinstance(hardware, str) else hardware
 
     def way(name: str, layout: Layout) -> Plan:
-        return _plan_layout(name, layout, options, ns_steps, machine)
+        return _plan_layout(name, layout, options, ns_steps, machine, exchange_group)
 
     def cut(specs: Sequence[ParamSpec], packing: Packing, placement: Placement, mb: float | None) -> Layout:
         return make_layout(specs, dp_size, packing=packing, placement=placement, bucket_mb=mb)
@@ -158,7 +163,9 @@ def plan(
             others.append(way("adamw", cut(_all_adamw(specs), "contiguous", "owner", mb)))
             others.append(way("paper", cut(specs, "contiguous", "replicated", mb)))
             others.append(way("whole matrices", whole_matrix_layout(specs, dp_size, mb)))
-    why = ", ".join(f"{mb:.0f} MiB {1e3 * step:.2f} ms" for mb, step in steps.items() if mb and len(steps) > 1)
+    sizes = {mb: f"{mb:.0f} MiB" if mb else "None" for mb in found}
+    why = ", ".join(f"{sizes[mb]} {1e3 * step:.2f} ms" for mb, step in steps.items())
+    why = f"{sizes[best]} has the shortest estimated step of {why}" if auto else ""
     return replace(found[best], others=tuple(others), why=why)
 
 
@@ -241,11 +248,19 @@ def routing_table(layout: Layout) -> str:
     return "\n".join(f"{s.fqn:<{width}}  {s.shape!s:<20} {s.rule:<6} {s.reason}" for s in layout.specs)
 
 
-def _plan_layout(way: str, layout: Layout, options: Options, ns_steps: int, hardware: Hardware | None) -> Plan:
+def _plan_layout(
+    way: str, layout: Layout, options: Options, ns_steps: int, hardware: Hardware | None, exchange_group: bool = False
+) -> Plan:
     ranks, loads = count(layout, options, ns_steps)
     sizes = [spec.numel for spec in layout.specs]
     total = sum(sizes)
-    numbers = {"guard_bytes": guard_bytes(layout), "ns_bytes": options.ns_dtype.itemsize, "ns_steps": ns_steps}
+    times: dict[Order, StepTime] = {}
+    for order in ORDERS if options.overlap else ORDERS[:1]:
+        if hardware is not None:
+            times[order] = estimate(
+                loads, hardware, guard_bytes=guard_bytes(layout), ns_bytes=options.ns_dtype.itemsize,
+                ns_steps=ns_steps, overlap=bool(options.overlap), order=order,
+            )  # fmt: skip
     return Plan(
         way=way,
         dp_size=layout.dp_size,
@@ -257,7 +272,8 @@ def _plan_layout(way: str, layout: Layout, options: Options, ns_steps: int, hard
         staged=sum(n for i, n in enumerate(sizes) if layout.contiguous_start(i) is None) / total,
         straddlers=sum(placed.straddling for placed in layout.matrices),
         ranks=ranks,
-        time=None if hardware is None else estimate(loads, hardware, overlap=bool(options.overlap), **numbers),
+        time=times.get("exchange_group" if exchange_group and options.overlap else "one_group"),
+        orders=times,
     )
 
 

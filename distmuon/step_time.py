@@ -6,20 +6,28 @@ docs/planner.md; every assumed number stands here, with its source or the word "
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil, log2
+from math import ceil, inf, log2
+from typing import Literal
+
+# When parameters travel: each bucket's all-gather at once, in one queue with the exchanges; the same, the exchanges in
+# a process group of their own; none before the last scatter of the step was started.
+Order = Literal["one_group", "exchange_group", "gathers_last"]
+ORDERS: tuple[Order, ...] = ("one_group", "exchange_group", "gathers_last")
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """Peak rates of one GPU, each link in one direction, and the shares of them that we assume are reached."""
 
-    flops: float  # a second, dense, 16-bit; other dtypes of Newton-Schulz are taken at half the rate
+    flops: float  # a second, dense, 16-bit
     memory: float  # bytes a second
     nvlink: float  # bytes a second to the GPUs of the same node
     network: float = 50e9  # bytes a second out of the node: one 400 Gb/s card a GPU, as in DGX H100 and B200
     node_size: int = 8
+    float32_share: float = 0.5  # assumption: of `flops`, where Newton-Schulz is not 16-bit
     flops_share: float = 0.6  # assumption: stacked matrices with short sides of 1k and more
     memory_share: float = 0.8  # assumption
     link_share: float = 0.8  # assumption: what NCCL reaches of a wire with large messages
@@ -57,6 +65,8 @@ class BucketLoad:
     scatter_in: list[int] = field(init=False)
     ns_flops: list[int] = field(init=False)  # of one Newton-Schulz step
     ns_matrices: list[int] = field(init=False)
+    ready_last: bool = False  # with the first layer: backward is over, nothing hides its reduce-scatter
+    staged: int = 0  # bytes of parameters that every rank copies out of the flat buffer after the all-gather
     gathers: bool = False  # whether the collective takes place at all
     scatters: bool = False
 
@@ -68,7 +78,8 @@ class BucketLoad:
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Estimated seconds. `step_s` runs from the last gradient until the next forward can begin on every rank."""
+    """Estimated seconds. `step_s` runs from the last gradient until the next forward can begin on every rank, and has
+    all copies of staged parameters in it, those of the forward too, which nothing hides."""
 
     step_s: float
     newton_schulz_s: float  # the slowest rank's
@@ -78,36 +89,72 @@ class StepTime:
     left_s: float  # all-gathers still on the wire after that, for the next forward to hide
 
 
+@dataclass(slots=True, eq=False)
+class _Collective:
+    begin: float  # not before
+    left: float  # seconds of the wire, alone
+    end: float = 0.0
+
+
 class _Clock:
-    """One compute stream a rank and one communication stream that all share; collectives run in order of start."""
+    """One compute stream a rank, and the wire that all share, with one queue of collectives or two.
+
+    The collectives of a queue run one after another, in order of start, as those of one NCCL communicator do. While
+    both queues are busy each runs at half its speed: they share the wire equally.
+    """
 
     def __init__(self, dp_size: int) -> None:
         self.compute = [0.0] * dp_size
-        self.wire, self.busy = 0.0, 0.0
+        self.busy = 0.0
+        self._now = 0.0  # up to here the wire has been followed
+        self._queues: tuple[deque[_Collective], ...] = (deque(), deque())
 
     def work(self, seconds: Sequence[float]) -> None:
         self.compute = [now + more for now, more in zip(self.compute, seconds)]
 
-    def start(self, seconds: float) -> float:
-        """A collective begins when the last rank has come to it; returns when it is over."""
-        self.wire = max(self.wire, max(self.compute)) + seconds
+    def start(self, seconds: float, queue: int = 0) -> _Collective:
+        """A collective begins when the last rank has come to it, and its turn has."""
         self.busy += seconds
-        return self.wire
+        self._queues[queue].append(found := _Collective(max(self.compute), seconds))
+        return found
 
-    def wait(self, until: float) -> None:
+    def wait(self, collective: _Collective) -> None:
+        until = self.end(collective)
         self.compute = [max(now, until) for now in self.compute]
+
+    def end(self, collective: _Collective) -> float:
+        """When it is over. What is started later than a `wait` for it cannot slow it down, so nothing is missing."""
+        while collective.left:
+            heads = [queue[0] for queue in self._queues if queue]
+            running = [head for head in heads if head.begin <= self._now]
+            later = min((head.begin for head in heads if head.begin > self._now), default=inf)
+            if not running:
+                self._now = later
+                continue
+            pace = len(running)
+            span = min(min(head.left for head in running) * pace, later - self._now)
+            self._now += span
+            for queue in self._queues:
+                if queue and queue[0] in running:
+                    head = queue[0]
+                    head.left = head.left - span / pace if head.left * pace > span else 0.0
+                    if not head.left:
+                        head.end = self._now
+                        queue.popleft()
+        return collective.end
 
 
 def estimate(
-    loads: Sequence[BucketLoad], hardware: Hardware, *, guard_bytes: int, ns_bytes: int, ns_steps: int, overlap: bool
-) -> StepTime:
+    loads: Sequence[BucketLoad], hardware: Hardware, *, guard_bytes: int, ns_bytes: int, ns_steps: int, overlap: bool,
+    order: Order = "one_group",
+) -> StepTime:  # fmt: skip
     """Walk the buckets as the optimizer does, the first layers' first. `ns_bytes`: of an orthogonalized element."""
     dp_size, h, loads = loads[0].dp_size, hardware, loads[::-1]
     one_node = dp_size <= h.node_size
     latency = h.latency_s * (1 + log2(max(1, ceil(dp_size / h.node_size)))) if dp_size > 1 else 0.0
     ring = h.link_share * (h.nvlink if one_node else min(h.nvlink, h.node_size * h.network))
     direct = h.link_share * (h.nvlink if one_node else h.network)
-    flops = h.flops * h.flops_share * (1.0 if ns_bytes == 2 else 0.5)
+    flops = h.flops * h.flops_share * (1.0 if ns_bytes == 2 else h.float32_share)
     memory = h.memory * h.memory_share
 
     def passes(elements: Sequence[int], each: int) -> list[float]:
@@ -121,32 +168,44 @@ def estimate(
     after = [[a + b for a, b in zip(passes(load.muon, MUON_AFTER), passes(load.adamw, ADAMW_AFTER))] for load in loads]
     guard = passes([sum(both) for both in zip(*(load.muon for load in loads), *(load.adamw for load in loads))], GUARD)
 
-    clock, done = _Clock(dp_size), [0.0] * len(loads)
-    if dp_size > 1 and loads[0].reduce_scatter:
-        clock.wait(clock.start(loads[0].reduce_scatter / ring + latency))  # the others ran under backward
+    clock, exchanges = _Clock(dp_size), int(order == "exchange_group")
+    for load in loads:
+        if load.ready_last and load.reduce_scatter:  # the others ran under backward
+            clock.wait(clock.start(load.reduce_scatter / ring + latency))
     clock.work(guard)
     clock.wait(clock.start(guard_bytes / ring + 2 * latency))
+    exchanged: dict[int, _Collective] = {}  # by bucket, the exchange under way
+    gathers: list[_Collective] = []  # of parameters, by bucket
     stages = range(3)
-    order = [(tick - stage, stage) for tick in range(len(loads) + 2) for stage in stages]
+    walk = [(tick - stage, stage) for tick in range(len(loads) + 2) for stage in stages]
     if not overlap:
-        order = [(bucket, stage) for bucket in range(len(loads)) for stage in stages]
-    for bucket, stage in order:
+        walk = [(bucket, stage) for bucket in range(len(loads)) for stage in stages]
+    last_exchange = max((number for number, load in enumerate(loads) if load.gathers or load.scatters), default=-1)
+    held_back = order == "gathers_last" and last_exchange >= 0
+    for bucket, stage in walk:
         if not 0 <= bucket < len(loads):
             continue
         load = loads[bucket]
+        if stage and bucket in exchanged:
+            clock.wait(exchanged.pop(bucket))
         if stage == 0:
             clock.work(before[bucket])
-            done[bucket] = clock.start(exchange(load.gather_out, load.gather_in)) if load.gathers else 0.0
+            if load.gathers:
+                exchanged[bucket] = clock.start(exchange(load.gather_out, load.gather_in), exchanges)
         elif stage == 1:
-            clock.wait(done[bucket])
             clock.work(newton_schulz[bucket])
-            done[bucket] = clock.start(exchange(load.scatter_out, load.scatter_in)) if load.scatters else 0.0
+            if load.scatters:
+                exchanged[bucket] = clock.start(exchange(load.scatter_out, load.scatter_in), exchanges)
+            held_back = held_back and bucket < last_exchange
         else:
-            clock.wait(done[bucket])
             clock.work(after[bucket])
-            done[bucket] = clock.start(load.all_gather / ring + latency)
-    step = max(done[0] if overlap else clock.wire, *clock.compute)
+            ready = bucket + 1 if not held_back else 0
+            gathers += [clock.start(earlier.all_gather / ring + latency) for earlier in loads[len(gathers) : ready]]
+    last = clock.end(gathers[-1])
+    step = max(gathers[0].end if overlap else last, *clock.compute)
     ns_of = [sum(of_rank) for of_rank in zip(*newton_schulz)]
-    rest_of = [sum(of_rank) for of_rank in zip(guard, *before, *after)]
+    copies = 2 * sum(load.staged for load in loads) / memory
+    rest_of = [sum(of_rank) + copies for of_rank in zip(guard, *before, *after)]
     computing = max(a + b for a, b in zip(ns_of, rest_of))
-    return StepTime(step, max(ns_of), max(rest_of), clock.busy, step - computing, max(0.0, clock.wire - step))
+    exposed, left = step + copies - computing, max(0.0, last - step - copies)
+    return StepTime(step + copies, max(ns_of), max(rest_of), clock.busy, exposed, left)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import re
 import time
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +14,14 @@ import torch
 from torch import nn
 
 import distmuon
+from distmuon import layout
 from distmuon.config import Options
+from distmuon.counts import count
 from distmuon.layout import make_layout
 from distmuon.planner import describe, plan, plan_rank, sent_bytes, whole_matrix_layout
 from distmuon.routing import ParamSpec, route
 from distmuon.shapes import TABLES, shape_table
-from distmuon.step_time import HARDWARE, BucketLoad, estimate
+from distmuon.step_time import HARDWARE, BucketLoad, Order, estimate
 from tests.standing import Standing, routes
 
 # Sums of the shapes in the published safetensors (the number that each model's page on huggingface.co shows), without
@@ -111,6 +115,7 @@ def test_a_table_is_what_routing_makes_of_the_published_config(name: str) -> Non
 
 # (model, dp_size, traffic, Newton-Schulz balance): issue 3, item 1. The other bounds are the same for all.
 TARGETS = [
+    ("gpt2", 4, 1.005, 1.03),
     ("llama-8b", 8, 1.005, 1.03),
     ("llama-8b", 64, 1.012, 1.10),
     ("llama-70b", 8, 1.005, 1.03),
@@ -119,18 +124,17 @@ TARGETS = [
     ("moonlight", 8, 1.005, 1.03),
     ("moonlight", 64, 1.012, 1.10),
 ]
-MISSED = {("llama-8b", 8)}  # Newton-Schulz 1.057
 
 
 @pytest.mark.parametrize(("name", "dp_size", "traffic", "balance"), TARGETS)
 def test_targets(name: str, dp_size: int, traffic: float | None, balance: float) -> None:
-    """Busiest rank, fp32 gradients, bf16 parameters. A target in MISSED must leave the list when it is met."""
+    """Busiest rank, fp32 gradients, bf16 parameters."""
     found = plan(name, dp_size=dp_size)
     assert found.traffic is not None and (traffic is None or found.traffic <= traffic)
     assert found.padding <= 0.001
     assert found.state_balance <= 1.02
-    assert found.largest_bucket <= 0.30
-    assert (found.ns_balance <= balance) == ((name, dp_size) not in MISSED), found.ns_balance
+    assert found.largest_bucket <= (0.30 if name != "gpt2" else 0.32)  # GPT-2's embedding alone is 31 %
+    assert found.ns_balance <= balance
 
 
 def test_70b_on_1024_ranks_is_planned_in_seconds() -> None:
@@ -184,20 +188,20 @@ def test_whole_matrices_are_laid_largest_first() -> None:
     """By hand: 9, 7, 5, 4 rows of 64 on two ranks make shards of 13 rows' blocks, one of 12; padded to the taller."""
     model = nn.Sequential(*(nn.Linear(64, rows, bias=False) for rows in (4, 9, 5, 7)))
     specs = [spec for spec, _ in route(model)]
-    layout = whole_matrix_layout(specs, 2, 1.0)
-    assert [bucket.shard_size for bucket in layout.buckets] == [13 * 64]
-    assert {(s.length // 64, s.rank) for s in layout.buckets[0].segments} == {(9, 0), (7, 1), (5, 1), (4, 0)}
+    made = whole_matrix_layout(specs, 2, 1.0)
+    assert [bucket.shard_size for bucket in made.buckets] == [13 * 64]
+    assert {(s.length // 64, s.rank) for s in made.buckets[0].segments} == {(9, 0), (7, 1), (5, 1), (4, 0)}
 
 
 def test_the_old_face_still_counts_one_rank() -> None:
     """`plan_rank`, `sent_bytes` and `describe` on a layout."""
     specs = shape_table("gpt2")
-    layout = make_layout(specs, 8)
+    made = make_layout(specs, 8)
     found = plan("gpt2", dp_size=8, compare=False)
-    assert plan_rank(layout, Options(), 3) == found.ranks[3]
-    assert sent_bytes(layout, Options(), 3) == found.ranks[3].sent_bytes
-    assert f"{found.num_buckets} buckets, {found.straddlers} straddlers" in describe(layout)
-    assert f"Newton-Schulz max/mean {found.ns_balance:.3f}" in describe(layout)
+    assert plan_rank(made, Options(), 3) == found.ranks[3]
+    assert sent_bytes(made, Options(), 3) == found.ranks[3].sent_bytes
+    assert f"{found.num_buckets} buckets, {found.straddlers} straddlers" in describe(made)
+    assert f"Newton-Schulz max/mean {found.ns_balance:.3f}" in describe(made)
 
 
 # ------------------------------------------------------------------------------------------------------------- times
@@ -205,6 +209,7 @@ def test_the_old_face_still_counts_one_rank() -> None:
 
 def _load(**counts: Any) -> BucketLoad:
     load = BucketLoad(2, counts.pop("reduce_scatter", 0), counts.pop("all_gather", 0))
+    load.ready_last = True
     for name, value in counts.items():
         setattr(load, name, value)
     return load
@@ -247,6 +252,58 @@ def test_the_next_forward_hides_all_gathers_but_the_first() -> None:
     assert (both.step_s, both.left_s) == pytest.approx((1 + 3 + 2, 0))
 
 
+def in_order(*loads: BucketLoad, order: Order) -> tuple[float, float]:
+    found = estimate(loads, FLAT, guard_bytes=0, ns_bytes=2, ns_steps=1, overlap=True, order=order)
+    return found.step_s, found.left_s
+
+
+def test_the_three_orders_by_hand() -> None:
+    """Buckets with all-gathers of 4 s; the last one to walk exchanges, 1 s each way, and gathers for 1 s."""
+
+    def last(ns_seconds: int) -> BucketLoad:
+        there = {"gathers": True, "gather_out": [10**9 // 2, 0], "gather_in": [0, 10**9 // 2]}
+        back = {"scatters": True, "scatter_out": [0, 10**9 // 2], "scatter_in": [10**9 // 2, 0]}
+        return _load(all_gather=10**9, ns_flops=[ns_seconds * 10**12] * 2, **there, **back)
+
+    plain = [_load(all_gather=4 * 10**9) for _ in range(3)]
+    # One queue: all-gather 0-4, exchange 4-5, all-gather 5-9, scatter 9-10, all-gathers 10-14-15.
+    assert in_order(last(0), *plain, order="one_group") == pytest.approx((10, 5))
+    # Two: exchange 0-2 and scatter 2-4 at half speed, the first all-gather 0-6, the others 6-15.
+    assert in_order(last(0), *plain, order="exchange_group") == pytest.approx((6, 9))
+    # Held back: exchange 0-1, scatter 1-2, all-gathers 2-6-15.
+    assert in_order(last(0), *plain, order="gathers_last") == pytest.approx((6, 9))
+    # 3 s of Newton-Schulz between the exchanges, and one bucket less. One queue: exchange 0-1, all-gather 1-5,
+    # scatter 5-6, all-gathers 6-10-11.
+    assert in_order(last(3), *plain[1:], order="one_group") == pytest.approx((6, 5))
+    # Two: exchange 0-2, Newton-Schulz 2-5, scatter 5-7; all-gathers 0-5, 5-10 and 10-11.
+    assert in_order(last(3), *plain[1:], order="exchange_group") == pytest.approx((7, 4))
+    # Held back: exchange 0-1, Newton-Schulz 1-4, scatter 4-5, all-gathers 5-9-13-14.
+    assert in_order(last(3), *plain[1:], order="gathers_last") == pytest.approx((9, 5))
+    # Nothing to hold back for: the exchange is over with the first bucket.
+    assert in_order(*plain, last(0), order="gathers_last") == in_order(*plain, last(0), order="one_group")
+
+
+def test_what_is_ready_last_is_reduced_in_the_open() -> None:
+    """The buckets of the embedding and of the first layers, the latter with all attention of a mixture of experts."""
+    for name in ("llama-8b", "moonlight"):
+        made = make_layout(shape_table(name), 8)
+        loads = count(made, Options())[1]
+        last = [bucket for bucket, load in zip(made.buckets, loads) if load.ready_last]
+        assert [min(bucket.params) for bucket in last] == [1, 0]
+        before = estimate(loads, FLAT, guard_bytes=0, ns_bytes=2, ns_steps=1, overlap=True).step_s
+        loads[-2].ready_last = False
+        after = estimate(loads, FLAT, guard_bytes=0, ns_bytes=2, ns_steps=1, overlap=True).step_s
+        assert before - after == pytest.approx(loads[-2].reduce_scatter / FLAT.nvlink)
+
+
+def test_staged_parameters_are_copied_in_the_step() -> None:
+    """Read and written once: 1 GB at 1 GB/s takes 2 s, and nothing hides it."""
+    slow = replace(FLAT, memory=1e9)
+    loads = [_load(staged=10**9), _load()]
+    found = estimate(loads, slow, guard_bytes=0, ns_bytes=2, ns_steps=1, overlap=True)
+    assert (found.step_s, found.elementwise_s, found.exposed_s) == pytest.approx((2, 2, 0))
+
+
 def test_estimates_of_real_models_are_in_order() -> None:
     """More hardware is faster, fewer steps are, and AdamW, which has no Newton-Schulz, is faster than any Muon."""
     h100, b200 = (plan("llama-8b", dp_size=8, hardware=name) for name in ("h100", "b200"))
@@ -259,9 +316,30 @@ def test_estimates_of_real_models_are_in_order() -> None:
 
 def test_auto_takes_the_bucket_size_with_the_shortest_step_and_says_why() -> None:
     found = plan("llama-1b", dp_size=16, bucket_mb="auto", compare=False)
-    shown = {float(part.split()[0]): float(part.split()[2]) for part in found.why.split(", ")}
-    assert len(shown) > 2 and found.time
-    assert min(shown.values()) == pytest.approx(1e3 * found.time.step_s, abs=0.006)
+    best, _, sizes = found.why.partition(" has the shortest estimated step of ")
+    shown = {size: float(step) for size, step in re.findall(r"(\d+ MiB|None) ([\d.]+) ms", sizes)}
+    assert len(shown) > 3 and found.time and min(shown, key=lambda size: shown[size]) == best
+    assert shown[best] == pytest.approx(1e3 * found.time.step_s, abs=0.006)
+    given = None if best == "None" else float(best.split()[0])
+    again = plan("llama-1b", dp_size=16, bucket_mb=given, compare=False)
+    assert again.time and again.time.step_s == pytest.approx(found.time.step_s, rel=0.02)  # its MiB are rounded
+
+
+@pytest.mark.parametrize(("name", "dp_size"), [("llama-8b", 8), ("llama-8b", 64), ("llama-70b", 64), ("moonlight", 64)])
+def test_the_default_is_near_the_best_size(name: str, dp_size: int) -> None:
+    """What `bucket_mb=None` chooses by integers alone takes hardly longer than the best that "auto" finds."""
+    default = plan(name, dp_size=dp_size, compare=False).time
+    auto = plan(name, dp_size=dp_size, compare=False, bucket_mb="auto").time
+    assert default and auto and auto.step_s <= default.step_s <= 1.15 * auto.step_s
+
+
+def test_sizes_that_cut_alike_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where stacks of experts have buckets of their own, all sizes cut alike: a trillion parameters in one pass."""
+    packed = []
+    pack = layout._pack
+    monkeypatch.setattr(layout, "_pack", lambda *given: packed.append(given[1]) or pack(*given))
+    made = make_layout(shape_table("moonlight"), 8)
+    assert len(packed) == len(made.buckets)
 
 
 @pytest.mark.parametrize(
