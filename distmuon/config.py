@@ -36,6 +36,7 @@ class Options:
     ns_dtype: torch.dtype = torch.bfloat16
     max_grad_norm: float | None = None
     overlap: bool = True
+    ns_kernels: bool = False
 
     def __post_init__(self) -> None:
         one_of("packing", self.packing, get_args(Packing))

@@ -18,6 +18,7 @@ apart and so unrounded; in bfloat16 that makes two first steps in one as exact a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf, isqrt
@@ -86,14 +87,20 @@ def form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, device
 
 
 def orthogonalize(
-    matrices: Tensor, *, steps: int, coefficients: Coefficients, dtype: torch.dtype | None = None
+    matrices: Tensor,
+    *,
+    steps: int,
+    coefficients: Coefficients,
+    dtype: torch.dtype | None = None,
+    kernel: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """(B, m, n), floating-point -> (B, m, n) in `dtype` (None: bfloat16): each U S V^T becomes U p(S / |S|) V^T.
 
     The input is never written; the result is new memory, for m > n a transposed view of it. The input's scale, 1e-20 to
     1e20, does not matter; a matrix of zeros gives zeros; each matrix gives the bits that it gives alone (k >= 16 in
     float32 and bfloat16; below, a library may batch with another kernel, and the last bit may differ). Raises
-    ValueError as `resolve` does, and for anything but a stack of floating-point matrices.
+    ValueError as `resolve` does, and for anything but a stack of floating-point matrices. `kernel`: evaluates this very
+    polynomial in our place (`ns_kernels.decide`), of float32 matrices with norm 1; then these promises are its own.
     """
     if matrices.dim() != 3 or not matrices.is_floating_point():
         found = f"{tuple(matrices.shape)} of {matrices.dtype} found"
@@ -101,6 +108,8 @@ def orthogonalize(
         raise problem("matrices", found, "a floating-point stack (B, m, n) is needed", cure)
     dtype = torch.bfloat16 if dtype is None else dtype
     triples = resolve(coefficients, steps)
+    if kernel is not None and matrices.numel():
+        return kernel(_normalized(matrices.detach(), torch.float32)).to(dtype)
     how = form(matrices.size(1), matrices.size(2), triples, dtype, matrices.device.type)
     return evaluate(matrices.detach(), triples, how).to(dtype)
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from distmuon import checkpoint, guards, planner, rules
+from distmuon import checkpoint, guards, ns_kernels, planner, rules
 from distmuon.buffers import Buffers
 from distmuon.collectives import DataParallelGroup
 from distmuon.config import AdjustLrFn, GradReduction, Hyperparameters, Options, Packing, Placement, check_groups
@@ -54,9 +54,8 @@ class DistMuon(torch.optim.Optimizer):
         packing: "balanced" (whole matrices where they fit) or "contiguous" (even cuts, Megatron's way).
         placement: "owner" (each matrix orthogonalized once) or "replicated" (by all that hold a piece).
         grad_reduction: "reduce_scatter" (here, under backward) or "external" (gradients arrive averaged).
-        reduce_dtype: of the gradient buffers and their reduction. None: float32.
-        momentum_dtype: of the momentum buffer.
-        ns_dtype: of Newton-Schulz and of the exchange of matrix pieces. None: bfloat16.
+        reduce_dtype, momentum_dtype: of gradient buffers and their reduction; of the momentum buffer. None: float32.
+        ns_dtype, ns_kernels: of Newton-Schulz and of the exchange of pieces, None: bfloat16; `ns_kernels.decide`.
         max_grad_norm: clip every step's averaged gradient to this global norm. None: only on `clip_grad_norm_`.
         overlap: reduce under backward, pipeline the buckets in `step`, gather parameters under the next forward.
 
@@ -93,11 +92,12 @@ class DistMuon(torch.optim.Optimizer):
         ns_dtype: torch.dtype | None = None,
         max_grad_norm: float | None = None,
         overlap: bool = True,
+        ns_kernels: bool = False,
     ) -> None:
         self.options = Options(
             packing=packing, placement=placement, grad_reduction=grad_reduction, bucket_mb=bucket_mb,
             reduce_dtype=reduce_dtype or torch.float32, momentum_dtype=momentum_dtype,
-            ns_dtype=ns_dtype or torch.bfloat16, max_grad_norm=max_grad_norm, overlap=overlap,
+            ns_dtype=ns_dtype or torch.bfloat16, max_grad_norm=max_grad_norm, overlap=overlap, ns_kernels=ns_kernels,
         )  # fmt: skip
         start = Hyperparameters(
             lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps,
@@ -148,14 +148,15 @@ class DistMuon(torch.optim.Optimizer):
         """
         self.layout = self._make_layout()
         lines = [f"{s.fqn} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
-        guards.agree_on_plan(self.layout.fingerprint() + repr(self.options), lines, self.group)
+        kernels = ns_kernels.summary(self.options, self._params[0].device, self.param_groups, reasons=False)
+        guards.agree_on_plan(self.layout.fingerprint() + repr(self.options) + kernels, lines, self.group)
         if values_used:
             guards.agree_on_values([spec.fqn for spec in self._specs], self._params, self.group)
         for tensor in self._params if self._model is None else [*self._model.parameters(), *self._model.buffers()]:
             self.group.broadcast(tensor.data)
         buffers = Buffers(self.layout, self._params, self.group.dp_rank, self.options)
         self._source = make_source(buffers, self.group, self.options)
-        shared = (self.layout, self.group, self._group_of, self.options.ns_dtype, self._metrics)
+        shared = (self.layout, self.group, self._group_of, self.options, self._metrics)
         self._walks = [BucketWalk(bucket, *shared) for bucket in buffers.buckets]
         self._param_gather = ParamGather(buffers, self.group)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self._params[0].device)
@@ -314,5 +315,6 @@ class DistMuon(torch.optim.Optimizer):
 
     def report(self, *, full: bool = False) -> str:
         """What went where, in a few lines; `full`: and one line a parameter with the reason."""
-        text = planner.describe(self.layout, len(self._frozen))
+        kernels = ns_kernels.summary(self.options, self._params[0].device, self.param_groups)
+        text = f"{planner.describe(self.layout, len(self._frozen))}\n{kernels}"
         return f"{text}\n{planner.routing_table(self.layout)}" if full else text

@@ -16,12 +16,15 @@ from torch import Tensor
 
 from distmuon import rules
 from distmuon.buffers import BucketBuffers, ShardPiece
+from distmuon.coefficients import resolve
 from distmuon.collectives import DataParallelGroup
+from distmuon.config import Options
 from distmuon.guards import Verdict
 from distmuon.layout import Layout
 from distmuon.matrix_gather import MatrixGather, StackKey
 from distmuon.metrics import Metrics
 from distmuon.newton_schulz import orthogonalize
+from distmuon.ns_kernels import decide
 
 
 class BucketWalk:
@@ -33,15 +36,18 @@ class BucketWalk:
         layout: Layout,
         group: DataParallelGroup,
         group_of: Sequence[int],
-        ns_dtype: torch.dtype,
+        options: Options,
         metrics: Metrics,
     ) -> None:
-        self._bucket, self._metrics, self._ns_dtype = bucket, metrics, ns_dtype
+        self._bucket, self._metrics, self._ns_dtype = bucket, metrics, options.ns_dtype
+        self._ns_kernels = options.ns_kernels
         self._group_of = group_of
         self._param_groups: Sequence[dict[str, Any]] = ()
         self._shapes = [layout.unit_of(piece.segment).logical_shapes[0] for piece in bucket.muon]
         matrices = [matrix for matrix in layout.matrices if matrix.bucket == bucket.bucket.index]
-        self._exchange = MatrixGather(matrices, bucket.muon, group_of, group, ns_dtype, bucket.param_flat.device)
+        self._exchange = MatrixGather(
+            matrices, bucket.muon, group_of, group, options.ns_dtype, bucket.param_flat.device
+        )
 
     def run(
         self, verdict: Verdict, param_groups: Sequence[dict[str, Any]], start_all_gather: Callable[[int], None]
@@ -90,7 +96,10 @@ class BucketWalk:
         blocks = torch.split(stack, list(key.column_split), dim=2) if key.column_split else (stack,)
         self._metrics.ns_matrices += len(blocks) * stack.size(0)
         steps, coefficients, dtype = group["ns_steps"], group["ns_coefficients"], self._ns_dtype
-        polar = [orthogonalize(block, steps=steps, coefficients=coefficients, dtype=dtype) for block in blocks]
+        kernel = decide(self._ns_kernels, stack.device, dtype, resolve(coefficients, steps)).kernel
+        polar = [
+            orthogonalize(block, steps=steps, coefficients=coefficients, dtype=dtype, kernel=kernel) for block in blocks
+        ]
         if not key.column_split:
             return polar[0].contiguous()
         # One piece has one scale, that of the first block; the others' ratio to it goes in here.
