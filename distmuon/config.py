@@ -42,6 +42,7 @@ class Options:
     exchange_dtype: torch.dtype | None = None
     max_grad_norm: float | None = None
     overlap: Overlap = True
+    ns_kernels: bool = False
 
     def __post_init__(self) -> None:
         one_of("packing", self.packing, get_args(Packing))

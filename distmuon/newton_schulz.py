@@ -18,6 +18,7 @@ apart and so unrounded; in bfloat16 that makes two first steps in one as exact a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf, isqrt
@@ -47,9 +48,14 @@ class Form:
 
 # Bounds of [Note: segments], of the first segment and of later ones. A dtype that is not here keeps the standard form.
 _GROWTH = {torch.float32: (250.0, 250.0), torch.float16: (70.0, 70.0), torch.bfloat16: (17.0, 0.0)}
+_SAVED = {torch.bfloat16: 2e7}  # the least multiply-adds that two steps in one must save, against the calls they add
 _TINY = 2**19  # CPU: products of no more multiply-adds run in float32: calling the bfloat16 kernel takes longer
 _LEAST = 128  # the least k of the Gram form, and width of a panel. p panels save (p-1)/2p of a product and cost p calls
 _PANEL_WORK = {torch.bfloat16: 5e7, torch.float32: 1.1e7}  # and copies: p = sqrt(the product's multiply-adds / these)
+_ALONE = (
+    32  # a stack of one matrix with no smaller k is multiplied as a matrix: the bits of a batch, 2 us sooner a call
+)
+_SMALL = 2**16  # elements of a matrix whose norm is taken in float64
 _COLUMNS = 1024  # X is updated in place, in panels of about so many columns, whose old values stay in cache
 
 
@@ -66,7 +72,8 @@ def form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, device
     short, long = min(m, n), max(m, n)
     if device_type == "cpu" and (dtype == torch.float16 or short * short * long <= _TINY):
         dtype = torch.promote_types(dtype, torch.float32)
-    gram = 2 * long >= 3 * short >= 3 * _LEAST and (dtype != torch.bfloat16 or device_type == "cpu")
+    gram = 2 * long >= 3 * short >= 3 * _LEAST and short * short * (2 * long - 3 * short) >= _SAVED.get(dtype, 0.0)
+    gram = gram and (dtype != torch.bfloat16 or device_type == "cpu")
     segments, growth, bounds = [1], 1.0, _GROWTH.get(dtype, (0.0, 0.0))
     for (a, _, _), top in zip(triples[:-1], reach(triples)):
         growth *= (a * top) ** 2
@@ -80,13 +87,20 @@ def form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, device
 
 
 def orthogonalize(
-    matrices: Tensor, *, steps: int, coefficients: Coefficients, dtype: torch.dtype | None = None
+    matrices: Tensor,
+    *,
+    steps: int,
+    coefficients: Coefficients,
+    dtype: torch.dtype | None = None,
+    kernel: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """(B, m, n), floating-point -> (B, m, n) in `dtype` (None: bfloat16): each U S V^T becomes U p(S / |S|) V^T.
 
     The input is never written; the result is new memory, for m > n a transposed view of it. The input's scale, 1e-20 to
-    1e20, does not matter; a matrix of zeros gives zeros; each matrix gives the bits that it gives alone. Raises
-    ValueError as `resolve` does, and for anything but a stack of floating-point matrices.
+    1e20, does not matter; a matrix of zeros gives zeros; each matrix gives the bits that it gives alone (k >= 16 in
+    float32 and bfloat16; below, a library may batch with another kernel, and the last bit may differ). Raises
+    ValueError as `resolve` does, and for anything but a stack of floating-point matrices. `kernel`: evaluates this very
+    polynomial in our place (`ns_kernels.decide`), of float32 matrices with norm 1; then these promises are its own.
     """
     if matrices.dim() != 3 or not matrices.is_floating_point():
         found = f"{tuple(matrices.shape)} of {matrices.dtype} found"
@@ -94,6 +108,8 @@ def orthogonalize(
         raise problem("matrices", found, "a floating-point stack (B, m, n) is needed", cure)
     dtype = torch.bfloat16 if dtype is None else dtype
     triples = resolve(coefficients, steps)
+    if kernel is not None and matrices.numel():
+        return kernel(_normalized(matrices.detach(), torch.float32)).to(dtype)
     how = form(matrices.size(1), matrices.size(2), triples, dtype, matrices.device.type)
     return evaluate(matrices.detach(), triples, how).to(dtype)
 
@@ -105,41 +121,47 @@ def evaluate(matrices: Tensor, triples: tuple[Triple, ...], how: Form) -> Tensor
     unit = _normalized(matrices, torch.promote_types(how.dtype, torch.float32))
     tall = unit.size(1) > unit.size(2)  # then all that follows works on the transpose, contiguous too
     x = (unit.mT if tall else unit).to(how.dtype, memory_format=torch.contiguous_format).contiguous()  # (B, k, l)
-    if not how.stacked:
+    if how.stacked:
+        alone = x.size(0) == 1 and x.size(1) >= _ALONE
+        x = x[0] if alone else x
+        x = _standard(x, triples) if max(how.segments) == 1 else _segmented(x, torch.empty_like(x), triples, how)
+        x = x.unsqueeze(0) if alone else x
+    else:
         old = x.new_empty(x.size(1), -(-x.size(2) // -(-x.size(2) // _COLUMNS)))
         for matrix in x:  # (k, l), in place
             _segmented(matrix, old, triples, how)
-    else:
-        x = _standard(x, triples) if max(how.segments) == 1 else _segmented(x, torch.empty_like(x), triples, how)
     return x.mT if tall else x
 
 
 def _normalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """X / |X|, Frobenius, in new memory. By way of X / max|X|, whose squares cannot overflow, and of the rows' norms: a
-    float32 sum over a large matrix stagnates (1e-4 off at 1024 x 4096)."""
+    """X / |X|, Frobenius, contiguous, in new memory. Small matrices, where calls count: the norm in float64, which the
+    squares of float32 cannot leave. Large ones, where passes count: by way of X / max|X|, whose squares cannot overflow
+    either, and of the rows' norms, as a float32 sum over a large matrix stagnates (1e-4 off at 1024 x 4096)."""
+    vector_norm = torch.linalg.vector_norm
+    if matrices.size(1) * matrices.size(2) <= _SMALL:
+        norm = vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float64).clamp_(min=2.0**-126)
+        return torch.div(matrices, norm.to(dtype)).contiguous()
     wide = matrices.to(dtype)
     peak = torch.maximum(wide.amax((1, 2), True), wide.amin((1, 2), True).neg_()).clamp_(min=2.0**-126)
     unit = torch.div(wide, peak, out=None if wide is matrices else wide)
-    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(unit, dim=2, keepdim=True), dim=1, keepdim=True)
+    norm = vector_norm(vector_norm(unit, dim=2, keepdim=True), dim=1, keepdim=True)
     return unit.div_(norm.clamp_(min=1.0)).contiguous()  # below 1 is only the norm of zeros
 
 
 def _standard(x: Tensor, triples: tuple[Triple, ...]) -> Tensor:
-    """The formula as it stands, three batched products a step. x (B, k, l) is overwritten."""
-    spare, (gram, square) = torch.empty_like(x), x.new_empty(2, x.size(0), x.size(1), x.size(1))
+    """The formula as it stands, three products a step. x is (k, l) or (B, k, l)."""
+    multiply, accumulate = (torch.mm, torch.addmm) if x.dim() == 2 else (torch.bmm, torch.baddbmm)
     for a, b, c in triples:
-        torch.bmm(x, x.mT, out=gram)
+        gram = multiply(x, x.mT)
         if c:
-            torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=square)
-            torch.baddbmm(x, square, x, beta=a, out=spare)
+            x = accumulate(x, accumulate(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         else:
-            torch.baddbmm(x, gram, x, beta=a, alpha=b, out=spare)
-        x, spare = spare, x
+            x = accumulate(x, gram, x, beta=a, alpha=b)
     return x
 
 
 def _segmented(x: Tensor, spare: Tensor, triples: tuple[Triple, ...], how: Form) -> Tensor:
-    """[Note: segments], with panels. x (k, l) in place by column panels as wide as spare, or x (B, k, l) like spare."""
+    """[Note: segments]. x, (k, l) or (B, k, l), like spare, is overwritten; not stacked: (k, l) in place, by panels."""
     gram, square, factor, half, other = x.new_empty(5, *x.shape[:-1], x.size(-2))
     panels, remaining = how.square_panels, iter(triples)
     apart = 0.0  # the multiple of I that factor, which is Q, lacks
@@ -151,7 +173,7 @@ def _segmented(x: Tensor, spare: Tensor, triples: tuple[Triple, ...], how: Form)
             if c:
                 _symmetric(gram, gram, square, panels, gram, b, c)
             if length == 1:
-                x, spare = _advance(x, spare, p, a, scale)
+                x, spare = _advance(x, spare, p, a, scale, how.stacked)
             elif number == 1:
                 apart = 0.0 if index else a
                 torch.mul(p, scale, out=factor).diagonal(dim1=-2, dim2=-1).add_(a - apart)
@@ -165,13 +187,13 @@ def _segmented(x: Tensor, spare: Tensor, triples: tuple[Triple, ...], how: Form)
                 _symmetric(p, half, other, panels, half, a, scale)
                 gram, other = other, gram
         if length > 1:
-            x, spare = _advance(x, spare, factor, apart, 1.0)
+            x, spare = _advance(x, spare, factor, apart, 1.0, how.stacked)
     return x
 
 
-def _advance(x: Tensor, spare: Tensor, p: Tensor, beta: float, alpha: float) -> tuple[Tensor, Tensor]:
-    """X <- beta*X + alpha * p X; returns the new X and the new spare."""
-    if x.dim() == 3:
+def _advance(x: Tensor, spare: Tensor, p: Tensor, beta: float, alpha: float, whole: bool) -> tuple[Tensor, Tensor]:
+    """X <- beta*X + alpha * p X; returns the new X and the new spare. Not whole: in place, in panels wide as spare."""
+    if whole:
         _product(p, x, spare, x, beta, alpha)
         return spare, x
     for low in range(0, x.size(1), spare.size(1)):

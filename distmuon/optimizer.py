@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from distmuon import checkpoint, guards, planner, rules
+from distmuon import checkpoint, guards, ns_kernels, planner, rules
 from distmuon.collectives import DataParallelGroup
 from distmuon.conductor import Conductor
 from distmuon.config import (
@@ -68,7 +68,7 @@ class DistMuon(torch.optim.Optimizer):
             (parameters must be float32; three quarters of AdamW's traffic in bfloat16).
         master_format: "float32", or "remainder": the 16 bits that a bfloat16 parameter lacks, lossless.
         momentum_dtype: of the momentum buffer: float32, bfloat16 or int8 (blocks of 256 with a scale each).
-        ns_dtype: of Newton-Schulz. None: bfloat16.
+        ns_dtype, ns_kernels: of Newton-Schulz, None: bfloat16; `ns_kernels.decide`.
         exchange_dtype: of what the exchange of matrix pieces sends. None: ns_dtype.
         exchange_group: a second group of the same ranks for that exchange, so that on NCCL it does not queue behind
             all-gathers. None: process_group.
@@ -114,12 +114,14 @@ class DistMuon(torch.optim.Optimizer):
         exchange_group: dist.ProcessGroup | None = None,
         max_grad_norm: float | None = None,
         overlap: Overlap = True,
+        ns_kernels: bool = False,
     ) -> None:
         self.options = Options(
             packing=packing, placement=placement, grad_reduction=grad_reduction, param_gather=param_gather,
             bucket_mb=bucket_mb, reduce_dtype=reduce_dtype or torch.float32, release_grads=release_grads,
             master_format=master_format, momentum_dtype=momentum_dtype, ns_dtype=ns_dtype or torch.bfloat16,
             exchange_dtype=exchange_dtype, max_grad_norm=max_grad_norm, overlap=overlap,
+            ns_kernels=ns_kernels,
         )  # fmt: skip
         start = Hyperparameters(
             lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps,
@@ -172,7 +174,8 @@ class DistMuon(torch.optim.Optimizer):
         """
         self.layout = self._make_layout()
         lines = [f"{s.fqn} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
-        guards.agree_on_plan(self.layout.fingerprint() + repr(self.options), lines, self.group)
+        kernels = ns_kernels.summary(self.options, self._params[0].device, self.param_groups, reasons=False)
+        guards.agree_on_plan(self.layout.fingerprint() + repr(self.options) + kernels, lines, self.group)
         if values_used:
             guards.agree_on_values([spec.fqn for spec in self._specs], self._params, self.group)
         for tensor in self._params if self._model is None else [*self._model.parameters(), *self._model.buffers()]:
@@ -331,5 +334,6 @@ class DistMuon(torch.optim.Optimizer):
 
     def report(self, *, full: bool = False) -> str:
         """What went where, in a few lines; `full`: and one line a parameter with the reason."""
-        text = planner.describe(self.layout, len(self._frozen))
+        kernels = ns_kernels.summary(self.options, self._params[0].device, self.param_groups)
+        text = f"{planner.describe(self.layout, len(self._frozen))}\n{kernels}"
         return f"{text}\n{planner.routing_table(self.layout)}" if full else text

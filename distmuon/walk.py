@@ -17,11 +17,13 @@ from torch import Tensor
 
 from distmuon import rules
 from distmuon.buffers import BucketBuffers, Buffers, ShardPiece
+from distmuon.coefficients import resolve
 from distmuon.collectives import DataParallelGroup
 from distmuon.guards import Verdict
 from distmuon.matrix_gather import MatrixGather, StackKey
 from distmuon.metrics import Metrics
 from distmuon.newton_schulz import orthogonalize
+from distmuon.ns_kernels import decide
 from distmuon.param_gather import ParamGather, Updates
 
 
@@ -51,7 +53,7 @@ class BucketWalk:
     ) -> None:
         layout, options = buffers.layout, buffers.options
         self._bucket, self._param_gather, self._metrics = bucket, param_gather, metrics
-        self._group_of, self._ns_dtype = group_of, options.ns_dtype
+        self._group_of, self._ns_dtype, self._ns_kernels = group_of, options.ns_dtype, options.ns_kernels
         self._step = Step(())
         # One shape a parameter: a piece has one scale, that of its matrix's first column block.
         self._shapes = {
@@ -129,7 +131,10 @@ class BucketWalk:
         blocks = torch.split(stack, list(key.column_split), dim=2) if key.column_split else (stack,)
         self._metrics.ns_matrices += len(blocks) * stack.size(0)
         steps, coefficients, dtype = group["ns_steps"], group["ns_coefficients"], self._ns_dtype
-        polar = [orthogonalize(block, steps=steps, coefficients=coefficients, dtype=dtype) for block in blocks]
+        kernel = decide(self._ns_kernels, stack.device, dtype, resolve(coefficients, steps)).kernel
+        polar = [
+            orthogonalize(block, steps=steps, coefficients=coefficients, dtype=dtype, kernel=kernel) for block in blocks
+        ]
         if key.column_split:
             # One piece has one scale, that of the first block; the others' ratio to it goes in here.
             scales = [rules.lr_scale(key.rows, n, group["adjust_lr_fn"]) for n in key.column_split]

@@ -253,14 +253,16 @@ def _train_with_fault(group: dist.ProcessGroup, fault: str, config: dict[str, An
         elif fault == "wrong_scale":
             patch.setattr(distmuon.rules, "lr_scale", lambda m, n, fn: 0.2 * min(m, n) ** 0.5)
         elif fault == "no_momentum":
-            patch.setattr(distmuon.rules, "commit", lambda ok, old, new: None if old is new else _forget(old, new))
+            patch.setattr(distmuon.rules, "muon_momentum", _forgetful)
         return _train_all(group, 1, [config])
 
 
-def _forget(old: Tensor, new: Tensor) -> None:
-    """Commits weights and loses every momentum: a buffer of zeros stays zeros."""
-    if old.any():
-        old.copy_(new)
+_momentum = distmuon.rules.muon_momentum
+
+
+def _forgetful(grad: Tensor, buffer: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+    """As if every step were the first."""
+    return _momentum(grad, torch.zeros_like(buffer), **{**rest, "out": None})
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=["balanced", "contiguous"])
