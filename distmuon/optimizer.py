@@ -58,7 +58,7 @@ class DistMuon(torch.optim.Optimizer):
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: the AdamW part; None: the same as Muon's.
         routes: decisions that go before the defaults, first match wins; ``"adamw"``: no Muon, on purpose.
         process_group: the data-parallel group. None: the default group, or one rank without torch.distributed.
-        bucket_mb: size of a bucket in MiB of float32 gradients. None: chosen from model and dp_size.
+        bucket_mb: size of a bucket in MiB of float32 gradients. None: chosen; `distmuon.plan` compares ("auto").
         packing: "balanced" (whole matrices where they fit) or "contiguous" (even cuts, Megatron's way).
         placement: "owner" (each matrix orthogonalized once) or "replicated" (by all that hold a piece).
         grad_reduction: "reduce_scatter" (here, under backward) or "external" (gradients arrive averaged).

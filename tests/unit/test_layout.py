@@ -148,6 +148,13 @@ def test_buckets_are_runs_in_the_order_of_backward(layout: Layout) -> None:
         assert {layout.specs[param].dtype for param in bucket.params} == {bucket.dtype}
 
 
+def test_the_run_around_stacks_goes_on() -> None:
+    """Matrices of three layers share one bucket although a stack of each layer, alone in its own, lies between."""
+    layer = [("muon", (64, 64), torch.float32, None), ("muon", (4, 64, 64), torch.float32, None)]
+    layout = make_layout(specs_of(*layer * 3), 2, bucket_mb=4 * 3 * 64 * 64 / (1 << 20))
+    assert [bucket.params for bucket in layout.buckets] == [(5,), (3,), (1,), (4, 2, 0)]
+
+
 @given(cuts())
 @settings(max_examples=100, deadline=None)
 def test_contiguous_start_is_true(layout: Layout) -> None:

@@ -312,6 +312,15 @@ def test_estimates_of_real_models_are_in_order() -> None:
     assert b200.time.step_s < h100.time.step_s and short.time.step_s < h100.time.step_s
     assert h100.others[0].time.step_s < h100.time.step_s < h100.others[1].time.step_s
     assert plan("gpt2", dp_size=2, hardware=None).time is None
+    cpu = plan("gpt2", dp_size=2, hardware="cpu", ns_dtype=torch.float32, compare=False).time
+    assert cpu and cpu.step_s > 1.0, "a processor takes seconds for what a GPU does in milliseconds"
+
+
+def test_the_order_asked_for_is_the_one_that_is_shown() -> None:
+    own = plan("llama-8b", dp_size=64, exchange_group=True, compare=False)
+    one = plan("llama-8b", dp_size=64, compare=False)
+    assert own.orders == one.orders and own.time == own.orders["exchange_group"] != one.time == one.orders["one_group"]
+    assert list(plan("gpt2", dp_size=2, overlap=False, compare=False).orders) == ["one_group"]
 
 
 def test_auto_takes_the_bucket_size_with_the_shortest_step_and_says_why() -> None:
