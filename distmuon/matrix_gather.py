@@ -74,13 +74,13 @@ class MatrixGather:
         self._gather_in = listed(lambda m, p, peer: p.rank == peer != me and me in m.workers)
         self._scatter_out = listed(lambda m, p, peer: p.rank == peer not in m.workers and m.workers[0] == me)
         self._scatter_in = listed(lambda m, p, peer: p.rank == me not in m.workers and m.workers[0] == peer)
-        self._exchanges = any({p.rank for p in m.pieces} != set(m.workers) or len(m.workers) > 1 for m in matrices)
+        self.exchanges = any({p.rank for p in m.pieces} != set(m.workers) or len(m.workers) > 1 for m in matrices)
         self._scatters = any(p.rank not in m.workers for m in matrices for p in m.pieces)
 
     def start_gather(self, updates: Sequence[Tensor]) -> Callable[[], dict[StackKey, Tensor]]:
         """Send `updates` (one 1-D tensor a muon piece) on their way. Call the result to get the whole stacks."""
         pending = None
-        if self._exchanges:
+        if self.exchanges:
             outgoing = [updates[self._number[s.param, s.param_offset]] for peer in self._gather_out for s in peer]
             pending = self._start(outgoing, self._gather_out, self._gather_in, "dp_gather")
         stacks = {

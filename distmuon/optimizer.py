@@ -182,7 +182,7 @@ class DistMuon(torch.optim.Optimizer):
             self.group.broadcast(tensor.data)
         self._conductor = Conductor(
             self.layout, self._params, self.group, self._exchange_group, self.options, self._group_of,
-            self._hyperparameters, self._metrics,
+            self._hyperparameters, self._metrics, self._gathers_in_forward and self._exchange_group is self.group,
         )  # fmt: skip
 
     def _built(self, *, values_used: bool = False) -> Conductor:

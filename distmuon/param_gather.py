@@ -53,13 +53,27 @@ class ParamGather:
         self._group = group
         self._pending: dict[int, Pending] = {}
         self._updates: dict[int, Updates] = {}
+        self._held: list[int] | None = None  # buckets that are ready, while all-gathers are held back
         self._dtype = buffers.options.travels
         self.updates_travel = buffers.options.param_gather == "updates" and group.dp_size > 1
 
     def start(self, index: int) -> None:
         """All-gather the parameters of bucket `index`, in place in its flat buffer."""
+        if self._held is not None:
+            self._held.append(index)
+            return
         bucket = self._buffers.buckets[index]
         self._start(index, bucket.param_flat, bucket.param_shard)
+
+    def hold(self) -> None:
+        """Until `let_go`, only note what `start` is asked for; see [Note: all-gathers come last] in conductor.py."""
+        self._held = []
+
+    def let_go(self) -> None:
+        """Start what was held back, in the order in which it was asked for."""
+        held, self._held = self._held, None
+        for index in held or ():
+            self.start(index)
 
     def start_updates(self, index: int, updates: Updates, polar_pieces: Sequence[Tensor]) -> None:
         """All-gather what all ranks need for `updates`; `polar_pieces`: one 1-D tensor a muon piece of this rank.

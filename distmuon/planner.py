@@ -255,11 +255,13 @@ def _plan_layout(
     sizes = [spec.numel for spec in layout.specs]
     total = sum(sizes)
     times: dict[Order, StepTime] = {}
-    for order in ORDERS if options.overlap else ORDERS[:1]:
+    order: Order = "exchange_group" if exchange_group else "gathers_last"
+    order = order if options.overlap and options.param_gather == "parameters" else "one_group"
+    for each in ORDERS if options.overlap else ORDERS[:1]:
         if hardware is not None:
-            times[order] = estimate(
+            times[each] = estimate(
                 loads, hardware, guard_bytes=guard_bytes(layout), ns_bytes=options.ns_dtype.itemsize,
-                ns_steps=ns_steps, overlap=bool(options.overlap), order=order,
+                ns_steps=ns_steps, overlap=bool(options.overlap), order=each,
             )  # fmt: skip
     return Plan(
         way=way,
@@ -272,7 +274,7 @@ def _plan_layout(
         staged=sum(n for i, n in enumerate(sizes) if layout.contiguous_start(i) is None) / total,
         straddlers=sum(placed.straddling for placed in layout.matrices),
         ranks=ranks,
-        time=times.get("exchange_group" if exchange_group and options.overlap else "one_group"),
+        time=times.get(order),
         orders=times,
     )
 

@@ -37,6 +37,7 @@ class Step:
 
     param_groups: Sequence[dict[str, Any]]
     verdict: Verdict | None = None
+    exchanges_to_come: int = 0  # walks that have not sent their polar factors yet; after the last all-gathers may start
 
 
 class BucketWalk:
@@ -65,6 +66,11 @@ class BucketWalk:
         device = bucket.param_flat.device
         self._exchange = MatrixGather(matrices, bucket.muon, group_of, exchange_group, options.travels, device)
 
+    @property
+    def exchanges(self) -> bool:
+        """Pieces of this bucket's matrices travel."""
+        return self._exchange.exchanges
+
     def run(self, step: Step) -> Iterator[None]:
         """Lines 2 to 7 of the walk. At each `yield` this bucket's bytes travel and another bucket may compute."""
         self._step = step
@@ -82,6 +88,9 @@ class BucketWalk:
         with stage("start_scatter", index):
             finish_scatter = self._exchange.start_scatter(polar_factors)
             del finish_gather, stacks
+            step.exchanges_to_come -= self.exchanges
+            if not step.exchanges_to_come:
+                self._param_gather.let_go()
         yield
         with stage("scatter", index):
             polar_pieces = finish_scatter()

@@ -278,6 +278,7 @@ def test_the_order_of_starts_and_waits(spawn) -> None:
     started = [event for event in in_backward if "+" in event]
     assert started == [f"reduce_scatter+{k}" for k in range(buckets)] and not any("-" in e for e in in_backward)
     at = _position(in_step)
+    print(in_step)
     exchanges = sum(event.startswith("dp_gather+") for event in in_step)
     assert exchanges > 4
     for k in range(exchanges - 1):
@@ -285,7 +286,32 @@ def test_the_order_of_starts_and_waits(spawn) -> None:
         assert at[f"scatter+{k + 1}"] < at[f"scatter-{k}"]  # ... and that of k + 1 here
     gathers = [event for event in in_step if event.startswith("all_gather")]
     assert gathers == [f"all_gather+{k}" for k in range(buckets)]
-    assert at[f"all_gather+{buckets // 2 - 1}"] < at["dp_gather+4"], "they travel under the rest"
+    first = at["all_gather+0"]
+    assert at[f"scatter+{exchanges - 1}"] < first < at[f"scatter-{exchanges - 1}"], "nothing queues behind them"
+
+
+def _gather_order(group: dist.ProcessGroup, own_group: bool) -> tuple[list[int], list[str]]:
+    """Buckets in the order of their all-gathers, and what starts in the step."""
+    options = {"exchange_group": group} if own_group else {}
+    model, optimizer = make(group, packing="contiguous", **options)
+    train(group, model, optimizer, range(1))
+    optimizer.synchronize()
+    watch, order = _Watch(optimizer.group), []
+    sent = Buffers.sent
+    loss_fn(model, make_batch(2, dist.get_rank(group), 0)).backward()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Buffers, "sent", lambda self, index: (order.append(index), sent(self, index))[1])
+        optimizer.step()
+    return order, [event for event in watch.events if event[-2] == "+" and not event.startswith("reduce")]
+
+
+def test_all_gathers_start_in_the_order_of_the_next_forward(spawn) -> None:
+    """Held back or not. With an exchange group of its own nothing is held back: all-gathers start at once."""
+    for own_group in (False, True):
+        (order, starts), other = spawn(_gather_order, 2, own_group=own_group)
+        assert order == sorted(order, reverse=True) and (order, starts) == other
+        early = [event for event in starts[: starts.index("all_gather+0") + 1] if "all_gather" not in event]
+        assert (early == []) == own_group  # the exchange group's own starts are not watched
 
 
 def test_with_overlap_backward_pieces_travel_and_factors_are_made_under_backward(spawn) -> None:
