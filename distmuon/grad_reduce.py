@@ -128,7 +128,9 @@ class BackwardReducer:
         if self._finished:
             return self._has_grad
         for index, param in enumerate(self._buffers.params):
-            if param.grad is not None and not self._has_grad[index]:  # set by hand, not by backward
+            if param.grad is not None and self._has_grad[index]:
+                raise _written_after(self._buffers.layout.specs[index].fqn)
+            if param.grad is not None:  # set by hand, not by backward
                 self.accept(index, param, sync=False)
             if not self._has_grad[index]:
                 for flat, _ in self._places[index]:
@@ -144,6 +146,16 @@ class BackwardReducer:
         if self._synced and not self._finished:
             self.finish()  # a discarded backward: ranks may have started different buckets, so start them all
         self._clear()
+
+
+def _written_after(fqn: str) -> ValueError:
+    """The refusal of gradients that somebody put where distmuon has taken its own away: clipping would see those."""
+    return problem(
+        fqn, "param.grad was written after backward had handed its gradient to the reduction",
+        "a second reduction (DDP, DeepSpeed) averages and clips what distmuon does not read",
+        "do not wrap the model, or take the trainer's own line from distmuon.integrations, "
+        'or pass grad_reduction="external"',
+    )  # fmt: skip
 
 
 class ReducedGrads:

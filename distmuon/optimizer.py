@@ -26,10 +26,11 @@ from distmuon.layout import Layout, make_layout
 from distmuon.metrics import Metrics
 from distmuon.param_gather import ParamGather
 from distmuon.routing import Route, make_groups, route_params
+from distmuon.trainer_face import TrainerFace
 from distmuon.walk import BucketWalk, pipeline
 
 
-class DistMuon(torch.optim.Optimizer):
+class DistMuon(TrainerFace):
     r"""Muon for hidden matrices and AdamW for the rest, sharded over the data-parallel group (ZeRO-1).
 
     For each matrix ``W`` of logical shape (m, n), stored (out, in), with averaged gradient ``G``
@@ -162,7 +163,7 @@ class DistMuon(torch.optim.Optimizer):
         self._buffers = buffers
 
     def _built(self, *, values_used: bool = False) -> Buffers:
-        self._hooks.check_active()
+        self._hooks.check_active(self)
         if self._buffers is None:
             with torch.inference_mode(False):
                 self._build(values_used=values_used)
@@ -218,6 +219,7 @@ class DistMuon(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, also those already accumulated or reduced but not yet used by a step."""
         super().zero_grad(set_to_none)
+        self._hooks.check_self(self)
         if self._buffers is not None:
             self._source.reset()
             self._verdict = None
@@ -231,6 +233,7 @@ class DistMuon(torch.optim.Optimizer):
         guards.check_held(self.param_groups, self._params)
         guards.check_frozen(self._frozen)
         self._param_gather.wait()
+        self._consolidated = None
         self.reduce_gradients()
         verdict, self._verdict = self._verdict, None
         assert verdict is not None and self._skipped is not None
@@ -269,11 +272,6 @@ class DistMuon(torch.optim.Optimizer):
         if self._buffers is not None:
             self._param_gather.wait()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if hasattr(self, "layout"):
-            raise guards.late_group()
-        super().add_param_group(param_group)
-
     def full_state_dict(self) -> dict[str, Any]:
         """`state_dict`, of what is built here if need be."""
         self._built()
@@ -285,6 +283,8 @@ class DistMuon(torch.optim.Optimizer):
         packed = super().state_dict()
         if self._buffers is None:
             return packed
+        if (known := self._consolidated_state(packed)) is not None:
+            return known
         self.synchronize()
         return checkpoint.full_state_dict(self._buffers, self.group, self.param_groups, packed["param_groups"])
 
@@ -297,6 +297,7 @@ class DistMuon(torch.optim.Optimizer):
         buffers = self._built()
         self.synchronize()
         buffers.adopt()
+        self._consolidated = None
         checkpoint.load_full_state(buffers, self.param_groups, state_dict["state"])
         for bucket in range(len(buffers.buckets)):
             self._param_gather.start(bucket)
