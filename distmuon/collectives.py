@@ -22,14 +22,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch._dynamo  # see [Note: clean exit]
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from distmuon.errors import problem
+
+ROLL_CALL_S = 300.0  # how much later than the first a rank may come to a roll call
 
 Count = Callable[[str, int], None]
 T = TypeVar("T")
@@ -159,3 +163,24 @@ class DataParallelGroup:
         if self.dp_size > 1:
             dist.all_gather_object(values, value, group=self.process_group)
         return values
+
+    def missing_ranks(self, what: str) -> list[int]:
+        """The ranks that do not come to `what` within `ROLL_CALL_S` of this one: none, once all have. Blocking.
+
+        The roll is kept in the group's store, so that a rank that came alone leaves no collective half done.
+        """
+        if self.dp_size == 1:
+            return []
+        pg = self.process_group if self.process_group is not None else c10d._get_default_group()
+        store = c10d.PrefixStore(f"distmuon/{what}", c10d._get_process_group_store(pg))
+        turn = store.add(f"rank {self.dp_rank}", 1)
+        if store.add(f"turn {turn}", 1) == self.dp_size:
+            store.set(f"complete {turn}", "")
+        try:
+            store.wait([f"complete {turn}"], timedelta(seconds=ROLL_CALL_S))
+        except RuntimeError:  # a DistStoreError, or a plain one from a FileStore
+            store.add(f"turn {turn}", -1)
+            store.add(f"rank {self.dp_rank}", -1)
+            others = (rank for rank in range(self.dp_size) if rank != self.dp_rank)
+            return [rank for rank in others if store.add(f"rank {rank}", 0) < turn]
+        return []

@@ -162,6 +162,9 @@ class BackwardReducer:
     def finish(self) -> Sequence[bool]:
         if self._finished:
             return self._has_grad
+        for index, param in enumerate(self._buffers.params):
+            if param.grad is not None and self._has_grad[index]:
+                raise _written_after(self._buffers.layout.specs[index].fqn)
         while len(self._pending) < len(self._waiting_for):
             self._start_next()
         for bucket in range(len(self._pending)):
@@ -173,6 +176,16 @@ class BackwardReducer:
         if self._synced and not self._finished:
             self.finish()  # a discarded backward: ranks may have started different buckets, so start them all
         self._clear()
+
+
+def _written_after(fqn: str) -> ValueError:
+    """The refusal of gradients that somebody put where distmuon has taken its own away: clipping would see those."""
+    return problem(
+        fqn, "param.grad was written after backward had handed its gradient to the reduction",
+        "a second reduction (DDP, DeepSpeed) averages and clips what distmuon does not read",
+        "do not wrap the model, or take the trainer's own line from distmuon.integrations, "
+        'or pass grad_reduction="external"',
+    )  # fmt: skip
 
 
 class ReducedGrads:

@@ -39,8 +39,8 @@ def unwrap(params: Any, grad_reduction: str) -> Any:
             raise problem(
                 "params", "a model wrapped in DistributedDataParallel, which averages the gradients itself",
                 "one reduction of the gradients is needed",
-                'pass grad_reduction="external", or pass the unwrapped model (and give DDP a no-op hook: '
-                "register_comm_hook with a function that returns the bucket's buffer unchanged)",
+                'pass grad_reduction="external", or pass the unwrapped model (and silence the wrapper: '
+                "distmuon.integrations.ddp.silence)",
             )  # fmt: skip
         return params.module
     if type(params).__module__.startswith("torch.distributed.fsdp"):
@@ -85,6 +85,15 @@ def late_group() -> ValueError:
     return problem(
         "add_param_group", "called after construction", "the layout is fixed by all parameters together",
         "make a new DistMuon with all parameters",
+    )  # fmt: skip
+
+
+def asked_alone(dp_rank: int, missing: Sequence[int]) -> ValueError:
+    """The refusal of a `state_dict` that not all ranks call."""
+    return problem(
+        f"state_dict on rank {dp_rank}", f"ranks {list(missing)} did not call it within the time limit",
+        "the state is spread over the ranks, so all must call it",
+        "call optimizer.consolidate_state_dict() on all ranks first; then one rank alone may ask",
     )  # fmt: skip
 
 

@@ -10,6 +10,10 @@ A parameter that a container uses before any of its children is called is notice
 changed after it was saved (`Buffers.arrived`), or its gradient comes while its bucket is in flight. What saves nothing,
 such as an addition, is not noticed: call `synchronize` before such a forward.
 
+[Note: one storage a tensor] Parameters are views of flat buffers. Whoever writes a state dict may take tensors of one
+storage for copies of each other and keep the first alone (accelerate's `save_state` and `save_model` do, with a mere
+warning). So `state_dict` hands out the same memory as tensors with storages of their own; tied ones still share theirs.
+
 [Note: compiled models] A hook waits, builds, talks to other ranks: dynamo must not trace it. Hooks are disabled for
 it, so a compiled model breaks its graph at the modules that wait.
 """
@@ -18,9 +22,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
@@ -58,8 +63,17 @@ class Hooks:
                 self._wait_in_forward(model, {id(param): index for index, param in enumerate(params)})
         weakref.finalize(listener, _remove, self._handles)
 
-    def check_active(self) -> None:
-        """Raise once a newer optimizer has taken the parameters over."""
+    def check_self(self, caller: object) -> None:
+        """Raise for an object that borrows the optimizer's methods: what it writes would stay in itself."""
+        if self._listener() is not caller:
+            raise problem(
+                type(caller).__name__, "it runs DistMuon's methods on itself instead of on the optimizer it wraps",
+                "the optimizer must be called itself", "Fabric: use distmuon.integrations.fabric.setup",
+            )  # fmt: skip
+
+    def check_active(self, caller: object) -> None:
+        """Raise once a newer optimizer has taken the parameters over, and for a wrapper that is not the optimizer."""
+        self.check_self(caller)
         if not self._handles:
             raise problem(
                 "DistMuon", "its parameters were taken over by a newer DistMuon", "one optimizer manages a parameter",
@@ -101,6 +115,7 @@ class Hooks:
         for module in model.modules():  # a part of the model may be saved or loaded by itself
             self._handles.append(module.register_state_dict_pre_hook(on_state))  # type: ignore[no-untyped-call]
             self._handles.append(module.register_load_state_dict_pre_hook(on_state))  # type: ignore[no-untyped-call]
+            self._handles.append(module.register_state_dict_post_hook(_own_storages))  # type: ignore[no-untyped-call]
 
     def _wait_in_forward(self, model: nn.Module, index_of: Mapping[int, int]) -> None:
         """Let each module wait for its parameters, see [Note: which modules wait]; `index_of`: by id(parameter)."""
@@ -122,6 +137,16 @@ def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
     """See [Note: compiled models]."""
     untraced: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return untraced
+
+
+def _own_storages(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
+    """See [Note: one storage a tensor]. Nothing is copied."""
+    for name in module._parameters:
+        tensor = state.get(prefix + name)
+        if not isinstance(tensor, Tensor) or isinstance(tensor, nn.Parameter):  # keep_vars=True wants them as they are
+            continue
+        if tensor.untyped_storage().nbytes() != tensor.nbytes and tensor.is_contiguous():
+            state[prefix + name] = torch.utils.dlpack.from_dlpack(tensor)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from distmuon import checkpoint, guards, ns_kernels, planner, rules
+from distmuon import guards, ns_kernels, planner, rules
 from distmuon.collectives import DataParallelGroup
 from distmuon.conductor import Conductor
 from distmuon.config import (
@@ -35,9 +35,10 @@ from distmuon.hooks import Hooks
 from distmuon.layout import Layout, make_layout
 from distmuon.metrics import Metrics
 from distmuon.routing import Route, make_groups, route_params
+from distmuon.trainer_face import TrainerFace
 
 
-class DistMuon(torch.optim.Optimizer):
+class DistMuon(TrainerFace):
     r"""Muon for hidden matrices and AdamW for the rest, sharded over the data-parallel group (ZeRO-1).
 
     For each matrix ``W`` of logical shape (m, n), stored (out, in), with averaged gradient ``G``
@@ -146,7 +147,7 @@ class DistMuon(torch.optim.Optimizer):
             self._exchange_group.check_same_ranks(self.group)
         self.layout = self._make_layout()
         self._conductor: Conductor | None = None
-        self._sync, self.loss_scaling = True, False
+        self._sync = True
         self._gathers_in_forward = self._model is not None and bool(overlap) and self.group.dp_size > 1
         self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward)
 
@@ -186,7 +187,7 @@ class DistMuon(torch.optim.Optimizer):
         )  # fmt: skip
 
     def _built(self, *, values_used: bool = False) -> Conductor:
-        self._hooks.check_active()
+        self._hooks.check_active(self)
         if self._conductor is None:
             with torch.inference_mode(False):
                 self._build(values_used=values_used)
@@ -225,16 +226,6 @@ class DistMuon(torch.optim.Optimizer):
         return present is not None
 
     @torch.no_grad()
-    def unscale_grads(self, inverse_scale: Tensor) -> Tensor:
-        """For `distmuon.GradScaler`: reduce, undo the loss scale, clip. 1.0 if any rank's gradient was not finite."""
-        if not self._reduce() and self.options.max_grad_norm is not None:
-            raise guards.clipped_before_unscaling()
-        found_inf = self._built().unscale(inverse_scale)
-        if self.options.max_grad_norm is not None:
-            self.clip_grad_norm_(self.options.max_grad_norm)
-        return found_inf
-
-    @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """`torch.nn.utils.clip_grad_norm_` of the averaged gradient of the whole model; returns the norm before."""
         self.reduce_gradients()
@@ -243,6 +234,7 @@ class DistMuon(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, also those already accumulated or reduced but not yet used by a step."""
         super().zero_grad(set_to_none)
+        self._hooks.check_self(self)
         if self._conductor is not None:
             self._conductor.forget()
 
@@ -255,6 +247,7 @@ class DistMuon(torch.optim.Optimizer):
         guards.check_held(self.param_groups, self._params)
         guards.check_frozen(self._frozen)
         self.synchronize()
+        self._consolidated = None
         self.reduce_gradients()
         conductor.update()
         if not self._gathers_in_forward or self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
@@ -274,52 +267,10 @@ class DistMuon(torch.optim.Optimizer):
         if self._conductor is not None and self._conductor.param_gather.any_in_flight:
             self._conductor.param_gather.wait({self.layout.bucket_of[index] for index in params})
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """torch.amp.GradScaler asks this before it steps, and must not go on; ours has announced itself."""
-        if not self.loss_scaling:
-            raise guards.no_loss_scaling()
-        return False
-
     def synchronize(self) -> None:
         """Wait for the parameter all-gathers that `step` left under way. Forwards do so by themselves."""
         if self._conductor is not None:
             self._conductor.param_gather.wait()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if hasattr(self, "layout"):
-            raise guards.late_group()
-        super().add_param_group(param_group)
-
-    def full_state_dict(self) -> dict[str, Any]:
-        """`state_dict`, of what is built here if need be."""
-        self._built()
-        return self.state_dict()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Whole state of every parameter, on the CPU of every rank, in torch.optim's format; empty before the first
-        step or forward. Collective."""
-        packed = super().state_dict()
-        if self._conductor is None:
-            return packed
-        self.synchronize()
-        buffers = self._conductor.buffers
-        buffers.adopt()
-        return checkpoint.full_state_dict(buffers, self.group, self.param_groups, packed["param_groups"])
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any], **_ignored: object) -> None:
-        """Load a full state saved at any dp_size. State keeps its own dtype; masters, if any, become the parameters."""
-        checkpoint.load_groups(state_dict["param_groups"], self.param_groups)
-        if not any(state_dict["state"].values()):
-            return
-        conductor = self._built()
-        self.synchronize()
-        conductor.buffers.adopt()
-        checkpoint.load_full_state(conductor.buffers, self.param_groups, state_dict["state"])
-        for bucket in range(len(self.layout.buckets)):
-            conductor.param_gather.start(bucket)
-        self.synchronize()
 
     def metrics(self) -> dict[str, Any]:
         """This rank's last step in numbers; ``grad_norm`` before clipping. Reads the device: not for the hot loop."""

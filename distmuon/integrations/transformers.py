@@ -1,0 +1,81 @@
+"""transformers.Trainer: `attach` after the Trainer was made, and nothing else changes.
+
+    trainer = Trainer(model=model, args=args, train_dataset=data)
+    distmuon.integrations.transformers.attach(trainer, momentum=0.95)
+    trainer.train()
+
+Learning rate, weight decay and betas come from `TrainingArguments`, the rest from `attach`. The optimizer is made when
+the Trainer would make its own. `max_grad_norm` clips the averaged gradient; `grad_norm` in the logs is its norm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from distmuon.errors import problem
+from distmuon.integrations import need
+from distmuon.integrations.accelerate import check, route
+from distmuon.optimizer import DistMuon
+
+transformers: Any = need("transformers", "transformers")
+
+
+def attach(trainer: Any, **options: Any) -> None:
+    """Let `trainer` train with DistMuon. `options`: arguments of `DistMuon`, before those of the Trainer.
+
+    Raises `ValueError` for fp16, several GPUs in one process, FSDP, DeepSpeed, `save_strategy="best"`, and if the
+    Trainer has an optimizer already.
+    """
+    args = trainer.args
+    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+        raise problem(
+            "Trainer", "it was given an optimizer", "attach makes it",
+            "leave optimizers and optimizer_cls_and_kwargs out",
+        )  # fmt: skip
+    if trainer.is_deepspeed_enabled:
+        raise problem(
+            "Trainer", "args.deepspeed is set", "the engine makes the optimizer there",
+            "call distmuon.integrations.deepspeed.register() instead of attach and name DistMuon in the JSON",
+        )  # fmt: skip
+    if args.n_gpu > 1:
+        raise problem(
+            "Trainer", f"{args.n_gpu} GPUs in one process (DataParallel)", "one process a GPU is needed",
+            "launch with torchrun",
+        )  # fmt: skip
+    if str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
+        raise problem(
+            "Trainer", 'save_strategy="best", which decides on a save after the callbacks',
+            "all ranks must gather the state before one of them saves it",
+            'use save_strategy="steps" with load_best_model_at_end=True',
+        )  # fmt: skip
+    given = {
+        "lr": args.learning_rate, "weight_decay": args.weight_decay,
+        "adamw_betas": (args.adam_beta1, args.adam_beta2), "adamw_eps": args.adam_epsilon, **options,
+    }  # fmt: skip
+
+    class Factory:
+        """The form of optimizer class that the Trainer calls with the model, so that names and modules are seen."""
+
+        def __call__(self, model: nn.Module, **kwargs: Any) -> DistMuon:
+            optimizer = DistMuon(model, **kwargs)
+            route(trainer.accelerator, optimizer)
+            return optimizer
+
+    check(trainer.accelerator)  # now, not when training starts
+    trainer.optimizer_cls_and_kwargs = (Factory, given)
+    trainer.add_callback(_consolidate_before_saves())
+
+
+def _consolidate_before_saves() -> Any:
+    """A TrainerCallback: only the saving rank asks for the state, so all gather it when a save was decided on."""
+
+    class Consolidate(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+            if control.should_save and not args.save_only_model:
+                getattr(optimizer, "optimizer", optimizer).consolidate_state_dict()
+
+        on_epoch_end = on_step_end
+
+    return Consolidate()

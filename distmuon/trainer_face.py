@@ -1,0 +1,148 @@
+"""What trainers ask of an optimizer beyond a step: its state, which one rank alone may fetch, loss scaling, norms and
+skips to report.
+
+Decides nothing about the algorithm. `DistMuon` inherits it; the integrations and the trainers themselves call it.
+
+[Note: who may ask for the state] `state_dict` gathers the shards, so all ranks must call it. A trainer that lets one
+rank save calls `consolidate_state_dict` on all ranks first; from then to the next step or load `state_dict` answers
+from what was gathered, on any rank, without talking to others. A rank that asks alone without it is told so: before
+anything is gathered the ranks call the roll in the group's store, which no other collective waits for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmuon import checkpoint, guards
+from distmuon.collectives import DataParallelGroup
+from distmuon.conductor import Conductor
+from distmuon.config import Options
+from distmuon.layout import Layout
+
+
+class TrainerFace(torch.optim.Optimizer):
+    """Base of `DistMuon`; the annotated attributes are its own."""
+
+    group: DataParallelGroup
+    layout: Layout
+    options: Options
+    loss_scaling = False  # set by `distmuon.GradScaler`
+    _conductor: Conductor | None
+    _sync: bool
+    _consolidated: dict[int, dict[str, Tensor]] | None = None
+    _skips_seen = 0
+
+    def _built(self) -> Conductor:
+        raise NotImplementedError
+
+    def _reduce(self) -> bool:
+        raise NotImplementedError
+
+    def reduce_gradients(self, **_ignored: object) -> None:
+        raise NotImplementedError
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        raise NotImplementedError
+
+    def synchronize(self) -> None:
+        raise NotImplementedError
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """`state_dict`, of what is built here if need be."""
+        self._built()
+        return self.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whole state of every parameter, on the CPU of every rank, in torch.optim's format; empty before the first
+        step or forward. Collective."""
+        packed = super().state_dict()
+        if self._conductor is None:
+            return packed
+        if (known := self._consolidated_state(packed)) is not None:
+            return known
+        self.synchronize()
+        buffers = self._conductor.buffers
+        buffers.adopt()
+        return checkpoint.full_state_dict(buffers, self.group, self.param_groups, packed["param_groups"])
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any], **_ignored: object) -> None:
+        """Load a full state saved at any dp_size. State keeps its own dtype; masters, if any, become the parameters."""
+        checkpoint.load_groups(state_dict["param_groups"], self.param_groups)
+        if not any(state_dict["state"].values()):
+            return
+        conductor = self._built()
+        self.synchronize()
+        conductor.buffers.adopt()
+        self._consolidated = None
+        checkpoint.load_full_state(conductor.buffers, self.param_groups, state_dict["state"])
+        for bucket in range(len(self.layout.buckets)):
+            conductor.param_gather.start(bucket)
+        self.synchronize()
+
+    def consolidate_state_dict(self) -> None:
+        """Gather the whole state on the CPU of every rank, for later calls of `state_dict`. Collective.
+
+        Every rank keeps it to the next step or load: as many bytes as all ranks' state together.
+        """
+        self._consolidated = None
+        state = self.state_dict()["state"]
+        if any(state.values()):
+            self._consolidated = state
+
+    def _consolidated_state(self, packed: dict[str, Any]) -> dict[str, Any] | None:
+        """`packed` with the consolidated state, or None once all ranks have come to gather it."""
+        if self._consolidated is not None:
+            return {"state": dict(self._consolidated), "param_groups": packed["param_groups"]}
+        if missing := self.group.missing_ranks("state_dict"):
+            raise guards.asked_alone(self.group.dp_rank, missing)
+        return None
+
+    def set_requires_gradient_sync(self, requires: bool) -> None:
+        """Whether the following backwards end an optimizer step; `no_sync` for callers that hold no context open.
+
+        With False for every backward the reduction starts in `reduce_gradients`, with no overlap.
+        """
+        self._sync = requires
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "layout"):
+            raise guards.late_group()
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def unscale_grads(self, inverse_scale: Tensor) -> Tensor:
+        """For `distmuon.GradScaler`: reduce, undo the loss scale, clip. 1.0 if any rank's gradient was not finite."""
+        if not self._reduce() and self.options.max_grad_norm is not None:
+            raise guards.clipped_before_unscaling()
+        found_inf = self._built().unscale(inverse_scale)
+        if self.options.max_grad_norm is not None:
+            self.clip_grad_norm_(self.options.max_grad_norm)
+        return found_inf
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """torch.amp.GradScaler asks this before it steps, and must not go on; ours has announced itself."""
+        if not self.loss_scaling:
+            raise guards.no_loss_scaling()
+        return False
+
+    def get_grads_for_reduction(self) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """DeepSpeed asks at the last micro-batch which gradients it must average: none, that is done here."""
+        self.reduce_gradients()
+        return [], {}
+
+    @property
+    def _global_grad_norm(self) -> Tensor | None:
+        """DeepSpeed's name for the norm of the last averaged gradient before clipping; 0-dim, on the device."""
+        return self._conductor.grad_norm if self._conductor is not None else None
+
+    @property
+    def overflow(self) -> bool:
+        """DeepSpeed's name for a step that was skipped since the last question. Reads the device."""
+        skips, before = int(self._conductor.skipped) if self._conductor is not None else 0, self._skips_seen
+        self._skips_seen = skips
+        return skips > before

@@ -1,0 +1,111 @@
+"""Every trainer against the plain loop: the same bits, norms and collectives; save and resume, also elsewhere.
+
+Each trainer runs all its cases in one torchrun of `tests.integrations.worker`, which is what costs time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = {
+    "ddp": "torch", "accelerate": "accelerate", "trainer": "accelerate", "deepspeed": "deepspeed",
+    "fabric": "lightning_fabric",
+}  # fmt: skip
+FIRST, REST = {"last": 2, "save": True, "tied": False}, {"first": 2, "tied": False}
+CASES: list[dict[str, Any]] = [
+    {"num_micro": 3, "clip": 1.0},
+    {"dtype": "bfloat16", "tied": False},
+    FIRST,
+    REST,
+]
+MATRIX = [
+    {"dtype": dtype, "num_micro": num_micro, "clip": clip}
+    for dtype in ("float32", "bfloat16")
+    for num_micro in (1, 3)
+    for clip in (0.0, 1.0)
+]
+
+
+def torchrun(trainer: str, folder: Path, cases: list[dict[str, Any]], nproc: int) -> list[dict[str, Any]]:
+    """What the worker found, a dict a case."""
+    pytest.importorskip(
+        PACKAGE[trainer], reason=f"{PACKAGE[trainer]} is not installed: pip install distmuon[{trainer}]"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    command += ["-m", "tests.integrations.worker", trainer, str(folder), json.dumps(cases)]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja, for DeepSpeed
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    results: list[dict[str, Any]] = torch.load(folder / "results.pt")
+    return results
+
+
+def check_case(trainer: str, result: dict[str, Any], case: dict[str, Any]) -> None:
+    ours, plain = result[trainer], result["plain"]
+    of_weights, of_state, norms, calls, all_reduces = zip(*ours["ranks"])
+    wanted_weights, wanted_state, wanted_norms, *_ = zip(*plain["ranks"])
+    assert set(of_weights) == set(wanted_weights) and len(set(of_weights)) == 1, "weights, bit for bit, on all ranks"
+    assert set(of_state) == set(wanted_state) and len(set(of_state)) == 1, "optimizer state, bit for bit"
+    assert norms == wanted_norms and len(norms[0]) == case.get("last", 3) - case.get("first", 0)
+    for step in calls[0]:
+        assert step["reduce_scatter"] == ours["num_buckets"], "one reduction of each bucket a step"
+        assert step["guard"] == 1
+    assert all_reduces == (0,) * len(all_reduces), "no gradient is all-reduced"
+
+
+@pytest.mark.parametrize("trainer", PACKAGE)
+def test_a_trainer_equals_the_plain_loop(trainer: str, tmp_path: Path) -> None:
+    """Accumulation, clipping, bfloat16, and a run cut in two that must end as the unbroken plain one."""
+    cases = CASES if trainer != "ddp" else CASES[:2]
+    results = torchrun(trainer, tmp_path, cases, nproc=2)
+    for result, case in zip(results, cases, strict=True):
+        check_case(trainer, result, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [2, 3])
+@pytest.mark.parametrize("trainer", PACKAGE)
+def test_the_whole_matrix(trainer: str, nproc: int, tmp_path: Path) -> None:
+    """fp32 and bf16, accumulation 1 and 3, clip off and on; and what was saved goes on, on as many ranks."""
+    cases = MATRIX + ([FIRST, REST] if trainer != "ddp" else [])
+    for result, case in zip(torchrun(trainer, tmp_path, cases, nproc), cases, strict=True):
+        check_case(trainer, result, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", [name for name in PACKAGE if name != "ddp"])
+def test_a_run_goes_on_with_another_number_of_ranks(trainer: str, tmp_path: Path) -> None:
+    """Saved by 2 ranks, loaded by 3: the same weights as the plain loop that does the same."""
+    torchrun(trainer, tmp_path, [FIRST], nproc=2)
+    (result,) = torchrun(trainer, tmp_path, [REST], nproc=3)
+    check_case(trainer, result, REST)
+
+
+def test_the_counter_sees_an_all_reduce_by_ddp() -> None:
+    """The zero that `check_case` wants must be able to be another number."""
+    import torch.distributed as dist
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+
+    from tests.integrations.worker import Seen
+
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(nn.Linear(64, 64))
+        seen = Seen()
+        with seen.watching():
+            model(torch.ones(1, 64)).sum().backward()
+        assert seen.all_reduces > 0
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,345 @@
+"""Runs inside torchrun: one trainer, all cases of one list in one process, results written by rank 0.
+
+    torchrun --standalone --nproc_per_node 2 -m tests.integrations.worker TRAINER FOLDER '[{"dtype": ...}, ...]'
+
+Every trainer drives the standing model over the same batches; "plain" is the loop of the README that the others must
+equal.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import distmuon
+from tests.standing import Batch, Standing, loss_fn, make_batch, routes
+from tests.training import EXACT, digest, state_tensors, weights
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. `autocast`: float32 weights under the trainer's own bfloat16 autocast."""
+
+    dtype: str = "float32"
+    num_micro: int = 1
+    clip: float = 0.0
+    autocast: bool = False
+    first: int = 0
+    """Step to start at, from the state saved in `folder`."""
+    last: int = STEPS
+    save: bool = False
+    tied: bool = True
+    """Trainer saves models that are not transformers' own through safetensors, which refuses tied weights."""
+
+
+class WithLoss(nn.Module):
+    """The standing model as trainers want it: tensors in, loss out."""
+
+    def __init__(self, seed: int, tied: bool = True) -> None:
+        super().__init__()
+        self.standing = Standing(seed)
+        self.standing.temperature = nn.Parameter(self.standing.temperature.detach().view(1))  # DeepSpeed needs one
+        if not tied:
+            self.standing.head.weight = nn.Parameter(self.standing.head.weight.detach().clone())
+
+    def forward(self, tokens: Tensor, targets: Tensor, values: Tensor, image: Tensor) -> dict[str, Tensor]:
+        return {"loss": loss_fn(self.standing, Batch(tokens, targets, values, image))}
+
+
+def make_model(case: Case) -> WithLoss:
+    """Ranks start from different weights on purpose: rank 0's must be taken."""
+    return WithLoss(dist.get_rank(), case.tied).to(getattr(torch, case.dtype))
+
+
+def options() -> dict[str, Any]:
+    renamed = [distmuon.Route(f"standing.{r.pattern}", r.rule, r.split, r.split_dim) for r in routes()]
+    return {**EXACT, "routes": renamed}
+
+
+def inputs(step: int, micro: int) -> dict[str, Tensor]:
+    return {key: value for key, value in asdict(make_batch(step, dist.get_rank(), micro)).items()}
+
+
+class Seen:
+    """What every trainer must show of its steps: norms, own collectives, and every all-reduce on the wire."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self.calls: list[dict[str, int]] = []
+        self.all_reduces = 0
+
+    def step(self, optimizer: distmuon.DistMuon, norm: Any) -> None:
+        self.norms.append(float(norm))
+        self.calls.append(dict(optimizer.metrics()["calls"]))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Counts all-reduces of more than a thousand elements: gradients, not losses and verdicts."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+            yield
+        raw = profile.profiler.kineto_results.events()  # type: ignore[union-attr]  # events() takes seconds to sort them
+        self.all_reduces += sum(e.name() == "gloo:all_reduce" and _elements(e.shapes()) > 1000 for e in raw)
+
+
+def _elements(shapes: Any) -> int:
+    """The largest of an operator's inputs; tensor lists are recorded as lists of shapes."""
+    sizes = [1]
+    for shape in shapes:
+        if shape and isinstance(shape[0], (list, tuple)):
+            sizes.append(_elements(shape))
+        elif shape:
+            sizes.append(int(torch.Size(shape).numel()))
+    return max(sizes)
+
+
+def autocast(case: Case) -> Any:
+    return torch.autocast("cpu", torch.bfloat16) if case.autocast else nullcontext()
+
+
+Runner = Callable[[Case, Path, Seen], tuple[nn.Module, distmuon.DistMuon]]
+
+
+def plain(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistMuon]:
+    """The loop of the README."""
+    model = make_model(case)
+    optimizer = distmuon.DistMuon(model, **options())
+    if case.first:
+        saved = torch.load(folder / "plain.pt")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    for step in range(case.first, case.last):
+        for micro in range(case.num_micro):
+            with nullcontext() if micro == case.num_micro - 1 else optimizer.no_sync():
+                with autocast(case):
+                    loss = model(**inputs(step, micro))["loss"]
+                (loss / case.num_micro).backward()
+        norm = optimizer.clip_grad_norm_(case.clip or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.step(optimizer, norm)
+    if case.save:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        if dist.get_rank() == 0:
+            torch.save(state, folder / "plain.pt")
+        dist.barrier()
+    return model, optimizer
+
+
+def ddp(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistMuon]:
+    """DDP kept as a wrapper, silenced; the user holds only its no_sync open."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from distmuon.integrations.ddp import silence
+
+    inner = make_model(case)
+    optimizer = distmuon.DistMuon(inner, **options())
+    model = silence(DistributedDataParallel(inner, bucket_cap_mb=0.05), optimizer)
+    for step in range(case.first, case.last):
+        for micro in range(case.num_micro):
+            with nullcontext() if micro == case.num_micro - 1 else model.no_sync():
+                with autocast(case):
+                    loss = model(**inputs(step, micro))["loss"]
+                (loss / case.num_micro).backward()
+        assert all(p.grad is None for p in inner.parameters()), "DDP's buckets were dropped"
+        norm = optimizer.clip_grad_norm_(case.clip or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.step(optimizer, norm)
+    return inner, optimizer
+
+
+def accelerate(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistMuon]:
+    from accelerate import Accelerator
+
+    from distmuon.integrations.accelerate import prepare
+
+    accelerator = Accelerator(
+        cpu=True, gradient_accumulation_steps=case.num_micro, mixed_precision="bf16" if case.autocast else "no"
+    )
+    inner = make_model(case)
+    optimizer = distmuon.DistMuon(inner, **options())
+    model, wrapped = prepare(accelerator, inner, optimizer)
+    if case.first:
+        accelerator.load_state(str(folder / "accelerate"))
+    for step in range(case.first, case.last):
+        for micro in range(case.num_micro):
+            with accelerator.accumulate(model):
+                loss = model(**inputs(step, micro))["loss"]
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), case.clip or float("inf"))
+                wrapped.step()
+                wrapped.zero_grad()
+        seen.step(optimizer, norm)
+    if case.save:
+        accelerator.save_state(str(folder / "accelerate"))
+    return inner, optimizer
+
+
+def trainer(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistMuon]:
+    import transformers
+    from torch.utils.data import SequentialSampler
+
+    from distmuon.integrations.transformers import attach
+
+    world = dist.get_world_size()
+
+    class Data(torch.utils.data.Dataset[dict[str, Tensor]]):
+        """Item i goes to rank i % world."""
+
+        def __len__(self) -> int:
+            return STEPS * case.num_micro * world
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            micro, rank = divmod(index, world)
+            step, micro = divmod(micro, case.num_micro)
+            return asdict(make_batch(step, rank, micro))
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return SequentialSampler(Data())
+
+    class Record(transformers.TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "grad_norm" in logs:
+                seen.step(opt(), logs["grad_norm"])
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop |= state.global_step >= case.last
+
+    inner = make_model(case)
+    args = transformers.TrainingArguments(
+        output_dir=str(folder / "trainer"), per_device_train_batch_size=1, gradient_accumulation_steps=case.num_micro,
+        max_steps=STEPS, max_grad_norm=case.clip, learning_rate=EXACT["lr"], weight_decay=0.1, adam_beta2=0.95,
+        lr_scheduler_type="constant", logging_steps=1, report_to="none", use_cpu=True, bf16=case.autocast,
+        disable_tqdm=True, save_strategy="steps" if case.save else "no", save_steps=case.last, seed=0,
+    )  # fmt: skip
+    hf = InOrder(
+        model=inner, args=args, train_dataset=Data(), data_collator=lambda items: items[0], callbacks=[Record()]
+    )
+    hf.remove_callback(transformers.PrinterCallback)
+    attach(hf, **{key: value for key, value in options().items() if key != "lr"})
+
+    def opt() -> distmuon.DistMuon:
+        return getattr(hf.optimizer, "optimizer", hf.optimizer)
+
+    hf.train(resume_from_checkpoint=str(folder / "trainer" / f"checkpoint-{case.first}") if case.first else None)
+    return inner, opt()
+
+
+def deepspeed(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistMuon]:
+    from distmuon.integrations.deepspeed import initialize
+
+    given = {**options(), "ns_dtype": "float32"}
+    given["routes"] = [asdict(route) for route in given["routes"]]
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": case.num_micro,
+        "gradient_clipping": case.clip,
+        "zero_optimization": {"stage": 0},
+        "optimizer": {"type": "DistMuon", "params": given},
+        "bf16": {"enabled": case.dtype == "bfloat16"},
+        "torch_autocast": {"enabled": case.autocast, "dtype": "bfloat16"},
+    }
+    inner = WithLoss(dist.get_rank(), case.tied)  # the bf16 block casts
+    engine, optimizer, _, _ = initialize(model=inner, config=config)
+    if case.first:
+        engine.load_checkpoint(str(folder / "deepspeed"))
+    for step in range(case.first, case.last):
+        for micro in range(case.num_micro):
+            loss = engine(**inputs(step, micro))["loss"]
+            engine.backward(loss)
+            engine.step()
+        seen.step(optimizer, engine.get_global_grad_norm())
+    assert engine.skipped_steps == 0 and engine.global_steps == case.last
+    if case.save:
+        engine.save_checkpoint(str(folder / "deepspeed"))
+    return inner, optimizer
+
+
+def fabric(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistMuon]:
+    from lightning_fabric import Fabric
+
+    from distmuon.integrations.fabric import DistMuonStrategy, setup
+
+    lightning = Fabric(
+        accelerator="cpu", devices=dist.get_world_size(), strategy=DistMuonStrategy(),
+        precision="bf16-mixed" if case.autocast else "32-true",
+    )  # fmt: skip
+    lightning.launch()
+    inner = make_model(case)
+    optimizer = distmuon.DistMuon(inner, **options())
+    model, wrapped = setup(lightning, inner, optimizer)
+    if case.first:
+        lightning.load(folder / "fabric.ckpt", {"model": model, "optimizer": wrapped})
+    for step in range(case.first, case.last):
+        for micro in range(case.num_micro):
+            with lightning.no_backward_sync(model, enabled=micro < case.num_micro - 1):
+                loss = model(**inputs(step, micro))["loss"]
+                lightning.backward(loss / case.num_micro)
+        norm = lightning.clip_gradients(model, wrapped, max_norm=case.clip or float("inf"))
+        wrapped.step()
+        wrapped.zero_grad()
+        seen.step(optimizer, norm)
+    if case.save:
+        lightning.save(folder / "fabric.ckpt", {"model": model, "optimizer": wrapped})
+    return inner, optimizer
+
+
+RUNNERS: dict[str, Runner] = {f.__name__: f for f in (plain, ddp, accelerate, trainer, deepspeed, fabric)}
+
+
+def _reset(name: str) -> None:
+    """Trainers keep their state in singletons."""
+    if name in ("accelerate", "trainer"):
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        PartialState._reset_state()
+
+
+def main() -> None:
+    """Each case under the trainer and, unless it resumes, under the plain loop too."""
+    name, folder, cases = sys.argv[1], Path(sys.argv[2]), [Case(**case) for case in json.loads(sys.argv[3])]
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(500, exit=True)  # a hang names its place
+    warnings.simplefilter("ignore")  # the trainers' own
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results = []
+    for case in cases:
+        of_case = {}
+        for who in (name, "plain"):
+            seen = Seen()
+            with seen.watching():
+                model, optimizer = RUNNERS[who](case, folder, seen)
+            ends, state = weights(model, optimizer), state_tensors(optimizer)
+            everyone: list[Any] = [None] * dist.get_world_size()
+            mine = (digest(ends), digest(state), seen.norms, seen.calls, seen.all_reduces)
+            dist.all_gather_object(everyone, mine)
+            of_case[who] = {"ranks": everyone, "weights": ends, "num_buckets": len(optimizer.layout.buckets)}
+            del model, optimizer
+            _reset(who)
+        results.append(of_case)
+    if dist.get_rank() == 0:
+        torch.save(results, folder / "results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
