@@ -294,13 +294,14 @@ class DistMuon(torch.optim.Optimizer):
         checkpoint.load_groups(state_dict["param_groups"], self.param_groups)
         if not any(state_dict["state"].values()):
             return
-        buffers = self._built()
-        self.synchronize()
-        buffers.adopt()
-        checkpoint.load_full_state(buffers, self.param_groups, state_dict["state"])
-        for bucket in range(len(buffers.buckets)):
-            self._param_gather.start(bucket)
-        self.synchronize()
+        gather = self.at_rest()
+        checkpoint.load_full_state(gather.buffers, self.param_groups, state_dict["state"])
+        gather.publish()
+
+    def at_rest(self) -> ParamGather:
+        """For who reads or writes all state: nothing is in flight, foreign writes are taken over. Collective."""
+        self._built()
+        return self._param_gather.settled()
 
     def metrics(self) -> dict[str, Any]:
         """This rank's last step in numbers; ``grad_norm`` before clipping. Reads the device: not for the hot loop."""

@@ -19,19 +19,31 @@ class ParamGather:
     """The all-gathers under way, by bucket."""
 
     def __init__(self, buffers: Buffers, group: DataParallelGroup) -> None:
-        self._buffers = buffers
+        self.buffers = buffers
         self._group = group
         self._pending: dict[int, Pending] = {}
 
     def start(self, index: int) -> None:
         """All-gather bucket `index`, in place in its flat buffer."""
-        bucket = self._buffers.buckets[index]
+        bucket = self.buffers.buckets[index]
         bucket.publish_master()
-        self._buffers.sent(index)
+        self.buffers.sent(index)
         with torch.profiler.record_function(f"distmuon::all_gather/{index}"):
             self._pending[index] = self._group.start_all_gather(
                 bucket.param_flat, bucket.param_shard, stage="all_gather"
             )
+
+    def settled(self) -> ParamGather:
+        """Itself, once nothing is in flight and foreign writes to parameters are in the masters."""
+        self.wait()
+        self.buffers.adopt()
+        return self
+
+    def publish(self) -> None:
+        """The masters were written: they become the parameters of all ranks. Blocking."""
+        for index in range(len(self.buffers.buckets)):
+            self.start(index)
+        self.wait()
 
     @property
     def any_in_flight(self) -> bool:
@@ -54,5 +66,5 @@ class ParamGather:
             pending = self._pending.pop(index, None)
             if pending is not None:
                 pending.wait()
-                self._buffers.buckets[index].stage_out()
-                self._buffers.arrived(index)
+                self.buffers.buckets[index].stage_out()
+                self.buffers.arrived(index)
