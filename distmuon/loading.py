@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,28 +68,29 @@ def load_checkpoint(
     buffers = gather.buffers
     others = others_of(model, buffers.params)
 
-    def check() -> tuple[Manifest, sharded.Reader, set[str], dict[str, Any], dict[str, Any]]:
+    def check() -> tuple[Manifest, sharded.Reader, set[str], set[str], dict[str, Any], dict[str, Any]]:
         manifest = read_manifest(found)
         reader = sharded.Reader(found, manifest)
         same = manifest.dp_size == group.dp_size
         shared, own = unpacked(found / "shared.pt"), unpacked(found / own_file(group.dp_rank if same else 0))
-        fresh = _changed_routes(manifest, reader, buffers.layout.specs, others, on_route_change)
+        changed = _changed_routes(manifest, reader, buffers.layout.specs, others, on_route_change)
+        fresh = {spec.fqn for spec in buffers.layout.specs if spec.fqn in changed}
         missing = sharded.missing_from(reader, buffers, fresh, others)
         if missing:
             raise problem(
                 names(missing), f"{len(missing)} tensors do not fit", "the model of the save is needed", _SAME
             )
-        if not fresh:
-            load_groups(shared["param_groups"], deepcopy(_bare(optimizer.param_groups)))
-        return manifest, reader, fresh, shared, own
+        if not changed:
+            load_groups(shared["param_groups"], _bare(optimizer.param_groups))
+        return manifest, reader, changed, fresh, shared, own
 
-    manifest, reader, fresh, shared, own = together(group, check)
+    manifest, reader, changed, fresh, shared, own = together(group, check)
 
     def load() -> None:
         for bucket in buffers.buckets:
             sharded.load_bucket(reader, buffers, bucket, fresh)
         sharded.load_others(reader, others)
-        if fresh:
+        if changed:
             _take_groups_by_name(shared["param_groups"], optimizer.param_groups)
         else:
             load_groups(shared["param_groups"], optimizer.param_groups)
@@ -158,7 +158,7 @@ def _changed_routes(
             f"{len(changed)} parameters have another rule than in the checkpoint", "the same routing is needed",
             'make the optimizer with the routes it was saved with, or pass on_route_change="reset"',
         )  # fmt: skip
-    return {fqn for fqn in changed if ours[fqn] != "none"}
+    return set(changed)
 
 
 def _take_groups_by_name(saved: Sequence[Mapping[str, Any]], current: Sequence[dict[str, Any]]) -> None:
@@ -175,5 +175,5 @@ def _take_groups_by_name(saved: Sequence[Mapping[str, Any]], current: Sequence[d
 
 
 def _bare(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Groups with parameters as numbers: cheap to copy."""
+    """A copy to try a load on."""
     return [{**group, "params": list(range(len(group["params"])))} for group in groups]

@@ -85,9 +85,12 @@ class SummedFile:
             if kind is None:
                 self._file.flush()
                 os.fsync(self._file.fileno())
+        except OSError as full:
+            self._error = self._error or full
+        try:
             self._file.close()
-        except OSError as closing:
-            self._error = self._error or closing
+        except OSError as full:  # it flushes again
+            self._error = self._error or full
         if self._error is not None:
             raise self._problem(self._error) from self._error
 

@@ -39,10 +39,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from distmuon import snapshot
 from distmuon.boxes import Box, boxes
 from distmuon.buffers import BucketBuffers, Buffers, ShardPiece
 from distmuon.manifest import FileSum, Manifest, SummedFile, damaged, sum_of, table_file
-from distmuon.snapshot import reached
 
 Others = Mapping[str, Tensor]
 
@@ -125,7 +125,7 @@ def write_parts(path: Path, parts: Iterable[Part]) -> tuple[FileSum, dict[str, A
     tensors: dict[str, Any] = {}
     with SummedFile(path) as file:
         for part in parts:
-            reached("in data")
+            snapshot.reached("in data")
             value = part.read().reshape(-1)
             entry = {"name": part.name, "shape": part.shape, "dtype": str(value.dtype), "boxes": []}
             entry = tensors.setdefault(".".join(part.name), entry)

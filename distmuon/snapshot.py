@@ -146,7 +146,7 @@ def steps_in(folder: Path) -> list[Path]:
 
 def candidates(root: Path) -> tuple[list[Path], list[Path]]:
     """What may be loaded from `root`: itself, or the folders in it, the newest first; and what killed saves left."""
-    if not root.is_dir() or (root / MANIFEST).exists():
+    if not root.is_dir() or any((root / name).exists() for name in (MANIFEST, MARKER, ".metadata")):
         return ([root] if root.exists() else []), []
     return steps_in(root), sorted(root.glob(".*.saving"))
 
