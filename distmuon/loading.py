@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from distmuon import sharded, snapshot
 from distmuon.agreement import agree_on_bits, names, together
-from distmuon.checkpoint import load_groups
-from distmuon.config import check_groups, one_of
+from distmuon.checkpoint import load_groups, rerouted
+from distmuon.config import one_of
 from distmuon.errors import problem
 from distmuon.manifest import Manifest, check_files, own_file, read_manifest
 from distmuon.optimizer import DistMuon
@@ -68,7 +68,7 @@ def load_checkpoint(
     buffers = gather.buffers
     others = others_of(model, buffers.params)
 
-    def check() -> tuple[Manifest, sharded.Reader, set[str], set[str], dict[str, Any], dict[str, Any]]:
+    def check() -> tuple[Manifest, sharded.Reader, set[str], dict[str, Any], dict[str, Any]]:
         manifest = read_manifest(found)
         reader = sharded.Reader(found, manifest)
         same = manifest.dp_size == group.dp_size
@@ -80,20 +80,19 @@ def load_checkpoint(
             raise problem(
                 names(missing), f"{len(missing)} tensors do not fit", "the model of the save is needed", _SAME
             )
-        if not changed:
-            load_groups(shared["param_groups"], _bare(optimizer.param_groups))
-        return manifest, reader, changed, fresh, shared, own
+        if changed:
+            saved = {"state": {}, "param_groups": shared["param_groups"]}
+            shared["param_groups"] = rerouted(saved, optimizer.param_groups)["param_groups"]
+        load_groups(shared["param_groups"], _bare(optimizer.param_groups))
+        return manifest, reader, fresh, shared, own
 
-    manifest, reader, changed, fresh, shared, own = together(group, check)
+    manifest, reader, fresh, shared, own = together(group, check)
 
     def load() -> None:
         for bucket in buffers.buckets:
             sharded.load_bucket(reader, buffers, bucket, fresh)
         sharded.load_others(reader, others)
-        if changed:
-            _take_groups_by_name(shared["param_groups"], optimizer.param_groups)
-        else:
-            load_groups(shared["param_groups"], optimizer.param_groups)
+        load_groups(shared["param_groups"], optimizer.param_groups)
         if scheduler is not None and shared["scheduler"] is not None:
             scheduler.load_state_dict(shared["scheduler"])
 
@@ -159,19 +158,6 @@ def _changed_routes(
             'make the optimizer with the routes it was saved with, or pass on_route_change="reset"',
         )  # fmt: skip
     return set(changed)
-
-
-def _take_groups_by_name(saved: Sequence[Mapping[str, Any]], current: Sequence[dict[str, Any]]) -> None:
-    """After a reset: hyperparameters of the saved group that has the same rule and the group's first parameter that it
-    can find; a group of which nothing is found keeps its own."""
-    for group in current:
-        shared = (
-            g for name in group["param_names"] for g in saved if g["rule"] == group["rule"] and name in g["param_names"]
-        )
-        theirs = next(shared, {})
-        taken = {k: v for k, v in theirs.items() if k not in ("params", "param_names")}
-        check_groups([{**group, **taken}])
-        group.update(taken)
 
 
 def _bare(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

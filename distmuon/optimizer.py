@@ -289,14 +289,15 @@ class DistMuon(torch.optim.Optimizer):
         return checkpoint.full_state_dict(self._buffers, self.group, self.param_groups, packed["param_groups"])
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any], **_ignored: object) -> None:
-        """Load a full state saved at any dp_size. State keeps its own dtype; masters, if any, become the parameters."""
+    def load_state_dict(self, state_dict: dict[str, Any], on_route_change: str = "raise", **_ignored: object) -> None:
+        """Load a full state saved at any dp_size. State keeps its own dtype; masters, if any, become the parameters.
+        A parameter under another rule than then raises, or with "reset" begins with no state."""
+        state_dict = checkpoint.routed(state_dict, self.param_groups, on_route_change)
         checkpoint.load_groups(state_dict["param_groups"], self.param_groups)
-        if not any(state_dict["state"].values()):
-            return
-        gather = self.at_rest()
-        checkpoint.load_full_state(gather.buffers, self.param_groups, state_dict["state"])
-        gather.publish()
+        if not checkpoint.is_empty(state_dict):
+            gather = self.at_rest()
+            checkpoint.load_full_state(gather.buffers, self.param_groups, state_dict)
+            gather.publish()
 
     def at_rest(self) -> ParamGather:
         """For who reads or writes all state: nothing is in flight, foreign writes are taken over. Collective."""
