@@ -98,12 +98,22 @@ def load_checkpoint(
 
     together(group, load)
     gather.publish()
-    held = {**{spec.fqn: p for spec, p in zip(buffers.layout.specs, buffers.params)}, **others}
-    agree_on_bits(list(held), list(held.values()), group)
+    verify_parameters(model, optimizer)
     same = manifest.dp_size == group.dp_size
     if same:
         restore_rng(own["rng"], buffers.device)
     return Loaded(found, manifest.dp_size, own["extra"], same, tuple(skipped))
+
+
+def verify_parameters(model: nn.Module, optimizer: DistMuon) -> None:
+    """Raise `ValueError` on all ranks, naming tensor and ranks, unless every parameter has the same bits everywhere.
+
+    Collective; waits for what is in flight and reads every parameter once. Module buffers are left out: each rank's own
+    statistics (BatchNorm) may differ.
+    """
+    optimizer.synchronize()
+    held = dict(model.named_parameters())
+    agree_on_bits(list(held), list(held.values()), optimizer.group)
 
 
 def _newest_whole(root: Path, optimizer: DistMuon) -> tuple[Path, list[str]]:

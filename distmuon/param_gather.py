@@ -23,15 +23,13 @@ class ParamGather:
         self._group = group
         self._pending: dict[int, Pending] = {}
 
-    def start(self, index: int) -> None:
-        """All-gather bucket `index`, in place in its flat buffer."""
+    def start(self, index: int, stage: str = "all_gather") -> None:
+        """All-gather bucket `index`, in place in its flat buffer; counted under `stage`."""
         bucket = self.buffers.buckets[index]
         bucket.publish_master()
         self.buffers.sent(index)
         with torch.profiler.record_function(f"distmuon::all_gather/{index}"):
-            self._pending[index] = self._group.start_all_gather(
-                bucket.param_flat, bucket.param_shard, stage="all_gather"
-            )
+            self._pending[index] = self._group.start_all_gather(bucket.param_flat, bucket.param_shard, stage=stage)
 
     def settled(self) -> ParamGather:
         """Itself, once nothing is in flight and foreign writes to parameters are in the masters."""
@@ -42,7 +40,7 @@ class ParamGather:
     def publish(self) -> None:
         """The masters were written: they become the parameters of all ranks. Blocking."""
         for index in range(len(self.buffers.buckets)):
-            self.start(index)
+            self.start(index, stage="state_dict")
         self.wait()
 
     @property
