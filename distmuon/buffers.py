@@ -92,6 +92,23 @@ class BucketBuffers:
             if self.has_master:
                 self.param_shard.copy_(self.master_shard)
 
+    def master_of(self, piece: ShardPiece) -> Tensor:
+        """(length,) float32: the master of one piece, a view where it is kept as such."""
+        if self.remainder is not None:
+            return formats.join(piece.cut(self.param_shard), piece.cut(self.remainder))
+        assert self.master_shard is not None
+        return piece.cut(self.master_shard)
+
+    def write_master(self, piece: ShardPiece, value: Tensor) -> None:
+        """(length,) any dtype and device: the new master of one piece, and its parameter rounded from it."""
+        if self.remainder is not None:
+            parameters, remainder = formats.split(value.to(self.remainder.device, torch.float32))
+            piece.cut(self.remainder).copy_(remainder)
+            piece.cut(self.param_shard).copy_(parameters)
+        else:
+            self.master_of(piece).copy_(value)
+            piece.cut(self.param_shard).copy_(self.master_of(piece))
+
     def stage_out(self) -> None:
         """Copy parameters that are no views out of the gathered buffer."""
         for flat, own in self.staged + self.staged_here:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distmuon.buffers import BucketBuffers, Buffers, ShardPiece
 from distmuon.collectives import DataParallelGroup
-from distmuon.config import check_groups
+from distmuon.config import check_groups, one_of
 from distmuon.errors import problem
 
 
@@ -61,10 +61,14 @@ def full_state_dict(
     return {"state": {number: full[index] for number, index in enumerate(order)}, "param_groups": packed_groups}
 
 
-def load_full_state(
-    buffers: Buffers, param_groups: Sequence[Mapping[str, Any]], states: Mapping[int, Mapping[str, Any]]
-) -> None:
-    """Take this rank's part of `states` (by torch.optim's numbers). Missing entries start from zero."""
+def load_full_state(buffers: Buffers, param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> None:
+    """Take this rank's part of `state_dict`. Missing entries start from zero.
+
+    As in torch.optim, a parameter's state stands under whatever key its group holds in its place: a number, or the
+    fqn that `torch.distributed.checkpoint.state_dict.set_optimizer_state_dict` writes there.
+    """
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    states = _by_number(state_dict["state"], keys)
     _check_states(buffers, param_groups, states)
     of_param = {index: states.get(number, {}) for number, index in enumerate(_torch_numbering(param_groups, buffers))}
     for bucket in buffers.buckets:
@@ -87,18 +91,25 @@ def load_full_state(
                     piece.cut(masters).copy_(mine["master"])
 
 
+def _by_number(states: Mapping[Any, Mapping[str, Any]], keys: Sequence[Any]) -> dict[int, Mapping[str, Any]]:
+    """`states` under the positions of their keys in the saved groups."""
+    numbers = {key: number for number, key in enumerate(keys)}
+    for key in states:
+        if key not in numbers:
+            raise problem(
+                "load_state_dict", f"the state has an entry {key!r}", f"one of the {len(keys)} in its groups is needed",
+                "pass what state_dict() returned",
+            )  # fmt: skip
+    return {numbers[key]: state for key, state in states.items()}
+
+
 def _check_states(
     buffers: Buffers, param_groups: Sequence[Mapping[str, Any]], states: Mapping[int, Mapping[str, Any]]
 ) -> None:
-    """Raise for states that are not numbered as torch.optim does, or that lack what their parameter's rule needs."""
+    """Raise for states that lack what their parameter's rule needs."""
     order = _torch_numbering(param_groups, buffers)
     for number, state in states.items():
-        if number not in range(len(order)):
-            raise problem(
-                "load_state_dict", f"the state has an entry {number!r}", f"numbers below {len(order)} are needed",
-                "pass what state_dict() returned",
-            )  # fmt: skip
-        missing = [key for key in _keys(buffers, order[number]) if state and key not in state]
+        missing = [key for key in _keys(buffers, order[number]) if state.keys() - {"master"} and key not in state]
         if missing:
             raise problem(
                 buffers.layout.specs[order[number]].fqn, f"its state has {sorted(state)}, not {missing}",
@@ -115,6 +126,7 @@ def _torch_numbering(param_groups: Sequence[Mapping[str, Any]], buffers: Buffers
 def load_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[dict[str, Any]]) -> None:
     """Take over the hyperparameters of `saved`. Raises, before anything is changed, unless it has the groups of
     `current`, the same rules and parameters in the same order, with legal values."""
+    _check_routes(saved, current)
     if len(saved) != len(current):
         raise problem(
             "load_state_dict", f"the state has {len(saved)} param groups, this optimizer has {len(current)}",
@@ -138,6 +150,69 @@ def load_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[dict[str, 
     check_groups([{**ours, **theirs} for ours, theirs in zip(current, taken)])
     for ours, theirs in zip(current, taken):
         ours.update(theirs)
+
+
+def _check_routes(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]) -> None:
+    """Raise naming the parameters that are under another rule in `saved`, where it has names and rules at all."""
+    theirs = {name: group.get("rule") for group in saved for name in group.get("param_names") or ()}
+    ours = {name: group["rule"] for group in current for name in group["param_names"]}
+    changed = [f"{n} ({theirs[n]} -> {rule})" for n, rule in ours.items() if theirs.get(n, rule) not in (rule, None)]
+    if changed:
+        raise problem(
+            ", ".join(changed[:5]), f"{len(changed)} parameters have another rule than in the state",
+            "the same routing is needed",
+            'make the optimizer with the routes it was saved with, or pass on_route_change="reset"',
+        )  # fmt: skip
+
+
+def routed(state_dict: dict[str, Any], current: Sequence[Mapping[str, Any]], on_route_change: str) -> dict[str, Any]:
+    """`state_dict` itself, or with "reset" as `rerouted`."""
+    one_of("on_route_change", on_route_change, ("raise", "reset"))
+    return rerouted(state_dict, current) if on_route_change == "reset" else state_dict
+
+
+def rerouted(state_dict: Mapping[str, Any], current: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`state_dict` by name, as an optimizer with the groups `current` would have saved it.
+
+    A parameter under another rule keeps its master and loses its state. A group takes the hyperparameters of the saved
+    group of its rule that holds the first of its parameters to be found; where none is, it keeps its own.
+    """
+    home = {name: (group, key) for group in state_dict["param_groups"] for name, key in _named(group)}
+    states: dict[int, Mapping[str, Any]] = {}
+    groups: list[dict[str, Any]] = []
+    for ours in current:
+        numbers = list(range(len(states), len(states) + len(ours["param_names"])))
+        kin = [home[n][0] for n in ours["param_names"] if n in home and home[n][0]["rule"] == ours["rule"]]
+        groups.append({**ours, **(kin[0] if kin else {}), "params": numbers, "param_names": ours["param_names"]})
+        for number, name in zip(numbers, ours["param_names"]):
+            group, key = home.get(name, ({"rule": None}, None))
+            state = state_dict["state"].get(key, {})
+            kept = state if group["rule"] == ours["rule"] else {k: v for k, v in state.items() if k == "master"}
+            states[number] = kept
+    return {"state": states, "param_groups": groups}
+
+
+def _named(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    if not group.get("param_names") or "rule" not in group:
+        raise problem(
+            "load_state_dict", "the state's groups have no param_names and rules", 'on_route_change="reset" needs them',
+            "pass what a DistMuon saved",
+        )  # fmt: skip
+    return list(zip(group["param_names"], group["params"]))
+
+
+def is_empty(state_dict: Mapping[str, Any]) -> bool:
+    """Nothing to load: it was saved before the first step. Raises for torch's flattened form, which has lost it."""
+    states = state_dict["state"]
+    if any(states.values()):
+        return False
+    if any(isinstance(key, str) for key in states):
+        raise problem(
+            "load_state_dict", "the state of every parameter is empty (torch unflattens only what it finds in "
+            "optimizer.state, where distmuon keeps nothing)", "a state dict that is not flattened is needed",
+            "leave flatten_optimizer_state_dict=False, or use distmuon.save_checkpoint",
+        )  # fmt: skip
+    return True
 
 
 def _keys(buffers: Buffers, index: int) -> tuple[str, ...]:

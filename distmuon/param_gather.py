@@ -49,7 +49,7 @@ class ParamGather:
     """The all-gathers under way, by bucket."""
 
     def __init__(self, buffers: Buffers, group: DataParallelGroup) -> None:
-        self._buffers = buffers
+        self.buffers = buffers
         self._group = group
         self._pending: dict[int, Pending] = {}
         self._updates: dict[int, Updates] = {}
@@ -57,13 +57,13 @@ class ParamGather:
         self._dtype = buffers.options.travels
         self.updates_travel = buffers.options.param_gather == "updates" and group.dp_size > 1
 
-    def start(self, index: int) -> None:
-        """All-gather the parameters of bucket `index`, in place in its flat buffer."""
+    def start(self, index: int, stage: str = "all_gather") -> None:
+        """All-gather the parameters of bucket `index`, in place in its flat buffer; counted under `stage`."""
         if self._held is not None:
             self._held.append(index)
             return
-        bucket = self._buffers.buckets[index]
-        self._start(index, bucket.param_flat, bucket.param_shard)
+        bucket = self.buffers.buckets[index]
+        self._start(index, bucket.param_flat, bucket.param_shard, stage)
 
     def hold(self) -> None:
         """Until `let_go`, only note what `start` is asked for; see [Note: all-gathers come last] in conductor.py."""
@@ -82,13 +82,25 @@ class ParamGather:
         """
         self.wait(list(self._updates)[:-1])
         self._updates[index] = updates
-        message = self._message(self._buffers.buckets[index], polar_pieces)
-        self._start(index, message.new_empty(self._group.dp_size * message.numel()), message)
+        message = self._message(self.buffers.buckets[index], polar_pieces)
+        self._start(index, message.new_empty(self._group.dp_size * message.numel()), message, "all_gather")
 
-    def _start(self, index: int, output: Tensor, input: Tensor) -> None:
-        self._buffers.sent(index)
+    def _start(self, index: int, output: Tensor, input: Tensor, stage: str) -> None:
+        self.buffers.sent(index)
         with torch.profiler.record_function(f"distmuon::all_gather/{index}"):
-            self._pending[index] = self._group.start_all_gather(output, input, stage="all_gather")
+            self._pending[index] = self._group.start_all_gather(output, input, stage=stage)
+
+    def settled(self) -> ParamGather:
+        """Itself, once nothing is in flight and foreign writes to parameters are in the masters."""
+        self.wait()
+        self.buffers.adopt()
+        return self
+
+    def publish(self) -> None:
+        """The masters were written: they become the parameters of all ranks. Blocking."""
+        for index in range(len(self.buffers.buckets)):
+            self.start(index, stage="state_dict")
+        self.wait()
 
     @property
     def any_in_flight(self) -> bool:
@@ -113,12 +125,12 @@ class ParamGather:
             if pending is not None:
                 arrived, updates = pending.wait(), self._updates.pop(index, None)
                 if updates is not None:
-                    self._apply(self._buffers.buckets[index], arrived, updates)
-                self._buffers.buckets[index].stage_out()
-                self._buffers.arrived(index)
+                    self._apply(self.buffers.buckets[index], arrived, updates)
+                self.buffers.buckets[index].stage_out()
+                self.buffers.arrived(index)
 
     def _message(self, bucket: BucketBuffers, polar_pieces: Sequence[Tensor]) -> Tensor:
-        size = self._buffers.layout.message_bytes(bucket.bucket, self._dtype.itemsize)
+        size = self.buffers.layout.message_bytes(bucket.bucket, self._dtype.itemsize)
         message = torch.zeros(size, dtype=torch.uint8, device=bucket.param_flat.device)
         places = self._places(message, [p.segment for p in bucket.adamw], [p.segment for p in bucket.muon])
         for place, elements in zip(places, [*(p.cut(bucket.param_shard) for p in bucket.adamw), *polar_pieces]):
@@ -127,7 +139,7 @@ class ParamGather:
 
     def _apply(self, bucket: BucketBuffers, messages: Tensor, updates: Updates) -> None:
         """Line 6 of the walk on the shards of all ranks, and AdamW's elements of the others into their places."""
-        specs, shard_size, me = self._buffers.layout.specs, bucket.bucket.shard_size, self._group.dp_rank
+        specs, shard_size, me = self.buffers.layout.specs, bucket.bucket.shard_size, self._group.dp_rank
         of_rank: list[tuple[list[Segment], list[Segment]]] = [([], []) for _ in range(self._group.dp_size)]
         for segment in bucket.bucket.segments:
             of_rank[segment.rank][specs[segment.param].rule == "muon"].append(segment)

@@ -21,6 +21,7 @@ from distmuon.collectives import DataParallelGroup
 from distmuon.conductor import Conductor
 from distmuon.config import Options
 from distmuon.layout import Layout
+from distmuon.param_gather import ParamGather
 
 
 class TrainerFace(torch.optim.Optimizer):
@@ -63,25 +64,24 @@ class TrainerFace(torch.optim.Optimizer):
             return packed
         if (known := self._consolidated_state(packed)) is not None:
             return known
-        self.synchronize()
-        buffers = self._conductor.buffers
-        buffers.adopt()
+        buffers = self.at_rest().buffers
         return checkpoint.full_state_dict(buffers, self.group, self.param_groups, packed["param_groups"])
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any], **_ignored: object) -> None:
-        """Load a full state saved at any dp_size. State keeps its own dtype; masters, if any, become the parameters."""
+    def load_state_dict(self, state_dict: dict[str, Any], on_route_change: str = "raise", **_ignored: object) -> None:
+        """Load a full state saved at any dp_size. State keeps its own dtype; masters, if any, become the parameters.
+        A parameter under another rule than then raises, or with "reset" begins with no state."""
+        state_dict = checkpoint.routed(state_dict, self.param_groups, on_route_change)
         checkpoint.load_groups(state_dict["param_groups"], self.param_groups)
-        if not any(state_dict["state"].values()):
-            return
-        conductor = self._built()
-        self.synchronize()
-        conductor.buffers.adopt()
-        self._consolidated = None
-        checkpoint.load_full_state(conductor.buffers, self.param_groups, state_dict["state"])
-        for bucket in range(len(self.layout.buckets)):
-            conductor.param_gather.start(bucket)
-        self.synchronize()
+        if not checkpoint.is_empty(state_dict):
+            gather = self.at_rest()
+            self._consolidated = None
+            checkpoint.load_full_state(gather.buffers, self.param_groups, state_dict)
+            gather.publish()
+
+    def at_rest(self) -> ParamGather:
+        """For who reads or writes all state: nothing is in flight, foreign writes are taken over. Collective."""
+        return self._built().param_gather.settled()
 
     def consolidate_state_dict(self) -> None:
         """Gather the whole state on the CPU of every rank, for later calls of `state_dict`. Collective.

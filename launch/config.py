@@ -86,6 +86,8 @@ class TrainConfig:
     """Global batches of validation windows, the same ones every time."""
     seed: int = 0
     """Of the weights and of the order of the data."""
+    verify_every: int = 0
+    """Steps between two comparisons of all parameters' bits across ranks; 0: never. It reads every parameter once."""
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step."""
@@ -158,6 +160,18 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """A run with checkpoints resumes by itself from the newest complete one in `<log.dir>/checkpoints`."""
+
+    every: int = 0
+    """Steps between checkpoints; there is one after the last step and one at SIGTERM, too. 0: none, and no resuming."""
+    keep_last: int = 2
+    """Older complete ones are deleted."""
+    asynchronous: bool = False
+    """Copy the state out and write it behind the next steps; costs a copy of each rank's shard in host memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
 
@@ -166,6 +180,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         train, data = self.train, self.data
@@ -177,10 +192,17 @@ class Config:
             "train.eval_every": train.eval_every,
             "train.eval_batches": train.eval_batches,
             "log.every": self.log.every,
+            "checkpoint.keep_last": self.checkpoint.keep_last,
         }
         for name, value in positive.items():
             if value < 1:
                 raise ValueError(f"{name}: found {value}; at least 1 is needed; correct {name}")
+        for name, value in {
+            "train.verify_every": train.verify_every,
+            "checkpoint.every": self.checkpoint.every,
+        }.items():
+            if value < 0:
+                raise ValueError(f"{name}: found {value}; a number of steps is needed; 0 switches it off")
         if train.schedule == "three_stage" and not train.cooldown_rise_steps < train.cooldown_steps:
             raise ValueError(
                 f"train.cooldown_steps: found {train.cooldown_steps} with a rise of {train.cooldown_rise_steps}; "

@@ -42,7 +42,21 @@ class JsonlSink:
     """One JSON object a line, flushed at once. What JSON cannot say (nan, inf) is null."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+        self._path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def rewind(self, step: int) -> None:
+        """Begin after `step`: what an earlier start recorded later is dropped, everything if `step` is 0."""
+        kept = (
+            [r for r in read_records(self._path) if r["kind"] == "run" or r.get("step", step + 1) <= step]
+            if step
+            else []
+        )
+        self._file.close()
+        whole = self._path.with_suffix(".new")
+        whole.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")
+        whole.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         print(json.dumps(_json_safe(record), allow_nan=False), file=self._file, flush=True)
@@ -126,6 +140,12 @@ class RunLog:
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = sinks
 
+    def rewind(self, step: int) -> None:
+        """The run goes on after `step`: records of later steps were of a start that did not live to save them."""
+        for sink in self._sinks:
+            if isinstance(sink, JsonlSink):
+                sink.rewind(step)
+
     def write(self, kind: str, **fields: Any) -> None:
         for sink in self._sinks:
             sink.write({"kind": kind, **fields})
@@ -133,7 +153,7 @@ class RunLog:
 
 @contextmanager
 def open_log(config: LogConfig, *, rank: int, steps: int) -> Iterator[RunLog]:
-    """The log of this rank; rank 0 creates the folder and overwrites the metrics of an earlier run in it."""
+    """The log of this rank; rank 0 creates the folder."""
     if rank != 0:
         yield RunLog([])
         return

@@ -5,8 +5,12 @@
         --optimizer.name adamw --optimizer.lr 2e-3 --log.dir runs/adamw
     python -m launch.pretrain --config configs/quickstart.yaml        # one process, no process group
 
+With `--checkpoint.every N` the run resumes by itself, at any number of ranks, from the newest complete checkpoint in
+its folder; so `torchrun --max-restarts 3 --nnodes 2:4 ...` needs nothing else.
+
 This file conducts: `train` is the whole run, `train_step` one optimizer step. What a key means stands in
-`launch.config`, the data order in `launch.data`, the schedules in `launch.schedules`, the records in `launch.logs`.
+`launch.config`, the data order in `launch.data`, the schedules in `launch.schedules`, the records in `launch.logs`,
+resuming and stopping in `launch.resume`.
 """
 
 from __future__ import annotations
@@ -28,11 +32,12 @@ from launch.data import TokenWindows, open_corpus
 from launch.logs import RunLog, StepMeter, open_log
 from launch.models import build_model, next_token_loss, num_parameters
 from launch.ranks import Ranks, launched_ranks
+from launch.resume import Checkpoints, Progress, StopRequest
 from launch.schedules import lr_lambda
 
 
-def train(config: Config, ranks: Ranks, log: RunLog) -> None:
-    """One run, from random weights to the summary record."""
+def train(config: Config, ranks: Ranks, log: RunLog, stop: StopRequest) -> None:
+    """One run, from random weights or its newest checkpoint to the summary record, or to a checkpoint at `stop`."""
     cfg = config.train
     accumulation = cfg.accumulation(ranks.world_size)
     torch.manual_seed(cfg.seed)
@@ -41,6 +46,9 @@ def train(config: Config, ranks: Ranks, log: RunLog) -> None:
     optimizer = build_optimizer(config.optimizer, model)
     scheduler = LambdaLR(optimizer, lr_lambda(cfg))
     torch.manual_seed(cfg.seed + 1 + ranks.rank)  # dropout, if the model has any, differs by rank
+    checkpoints = Checkpoints(config, model, optimizer, scheduler, corpus.train)
+    begin = checkpoints.resume(ranks)
+    log.rewind(begin.step)
 
     meter = StepMeter(
         tokens_per_step=cfg.global_batch * config.model.seq_len,
@@ -48,7 +56,9 @@ def train(config: Config, ranks: Ranks, log: RunLog) -> None:
     )
     val_indices = corpus.val.spread(cfg.eval_batches * cfg.global_batch)
     start = time.perf_counter()
-    val_loss = validate(model, corpus.val, val_indices, cfg.micro_batch, ranks)
+    train_loss, val_loss = begin.train_loss, begin.val_loss
+    if begin.step == 0:
+        val_loss = validate(model, corpus.val, val_indices, cfg.micro_batch, ranks)
     report = optimizer.report()
     log.write(
         "run",
@@ -60,17 +70,18 @@ def train(config: Config, ranks: Ranks, log: RunLog) -> None:
         num_parameters=num_parameters(model),
         data=corpus.about,
         report=report,
+        resumed_from=begin.step,
     )
     if ranks.rank == 0:
         print(
             f"{config.model.arch}: {num_parameters(model):,} parameters on {ranks.world_size} ranks\n{report}",
             flush=True,
         )
-    log.write("val", step=0, loss=val_loss)
+    if begin.step == 0:
+        log.write("val", step=0, loss=val_loss)
 
-    train_loss = float("nan")
     meter.restart()
-    for step in range(1, cfg.steps + 1):
+    for step in range(begin.step + 1, cfg.steps + 1):
         rows = corpus.train.next_batch(cfg.global_batch, ranks.rank, ranks.world_size)
         batches = rows.to(ranks.device).split(cfg.micro_batch)
         lr = learning_rates(optimizer)
@@ -79,7 +90,9 @@ def train(config: Config, ranks: Ranks, log: RunLog) -> None:
         meter.add(step, loss=loss, lr=lr, grad_norm=grad_norm)
 
         validating = step % cfg.eval_every == 0 or step == cfg.steps
+        stopping = False
         if validating or step % config.log.every == 0:
+            stopping = config.checkpoint.every > 0 and stop.agreed(ranks)
             stage_bytes = optimizer.metrics()["bytes"]
             for record in meter.flush():
                 train_loss = record["loss"]
@@ -88,6 +101,17 @@ def train(config: Config, ranks: Ranks, log: RunLog) -> None:
             val_loss = validate(model, corpus.val, val_indices, cfg.micro_batch, ranks)
             log.write("val", step=step, loss=val_loss)
             meter.restart()
+        if cfg.verify_every and step % cfg.verify_every == 0:
+            distmuon.verify_parameters(model, optimizer)
+        if checkpoints.due(step, stopping):
+            checkpoints.save(Progress(step=step, train_loss=train_loss, val_loss=val_loss))
+            meter.restart()
+        if stopping and step < cfg.steps:
+            checkpoints.finish()
+            if ranks.rank == 0:
+                print(f"stopped after step {step}, as SIGTERM asked; the same command goes on from there", flush=True)
+            return
+    checkpoints.finish()
 
     metrics = optimizer.metrics()
     log.write(
@@ -164,8 +188,12 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     """Run what the command line describes."""
     config = parse(argv)
-    with launched_ranks() as ranks, open_log(config.log, rank=ranks.rank, steps=config.train.steps) as log:
-        train(config, ranks, log)
+    with (
+        launched_ranks() as ranks,
+        open_log(config.log, rank=ranks.rank, steps=config.train.steps) as log,
+        StopRequest().listening(config.checkpoint.every > 0) as stop,
+    ):
+        train(config, ranks, log, stop)
 
 
 if __name__ == "__main__":

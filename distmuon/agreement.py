@@ -1,0 +1,85 @@
+"""What ranks do together outside of a step: one raises, all raise; and whether all hold the same bits.
+
+Decides nothing about training. Blocking, and slow beside a step: for checkpoints and for checks from time to time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from distmuon.collectives import DataParallelGroup
+from distmuon.errors import problem
+
+_BLOCK = 1 << 20  # elements summed at once: the sums need 8 bytes for each
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+T = TypeVar("T")
+
+
+def together(group: DataParallelGroup, action: Callable[[], T]) -> T:
+    """This rank's `action()`; what it raises on any rank, all raise, as a `ValueError`. Blocking.
+
+    A `ValueError` keeps its message; any other error is wrapped and names the rank.
+    """
+    failure, cause = None, None
+    try:
+        value = action()
+    except Exception as error:  # of whatever kind: the other ranks must not wait for this one
+        failure, cause = f"{type(error).__name__}: {error}", error
+        if isinstance(error, ValueError):
+            failure = str(error)
+    outcomes = group.gather_objects((failure, isinstance(cause, ValueError)))
+    for rank, (text, clear) in enumerate(outcomes):
+        if text is not None:
+            if clear:
+                raise ValueError(text) from cause
+            raise problem(f"rank {rank}", text, "all ranks must succeed", "see that rank's traceback") from cause
+    return value
+
+
+def bit_sums(tensor: Tensor) -> Tensor:
+    """Two int64 sums of the bits of `tensor`, on its device: plain, and weighted by position. No host sync.
+
+    One changed bit always changes the first (by a power of two, and sums wrap around at 2**64); elements that changed
+    places change the second.
+    """
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    bits = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
+    sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    for start in range(0, bits.numel(), _BLOCK):
+        block = bits[start : start + _BLOCK].to(torch.int64)
+        sums[0] += block.sum()
+        sums[1] += (block * torch.arange(start + 1, start + 1 + block.numel(), device=tensor.device)).sum()
+    return sums
+
+
+def agree_on_bits(fqns: Sequence[str], tensors: Sequence[Tensor], group: DataParallelGroup) -> None:
+    """Raise on all ranks, naming the first tensor that differs and the ranks, unless all hold the same bits."""
+    if group.dp_size == 1 or not tensors:
+        return
+    mine = torch.stack([bit_sums(tensor) for tensor in tensors]).tolist()
+    everyone = group.gather_objects(mine)
+    differing = [number for number in range(len(fqns)) if any(sums[number] != mine[number] for sums in everyone)]
+    if not differing:
+        return
+    values = [tuple(sums[differing[0]]) for sums in everyone]
+    usual = Counter(values).most_common(1)[0][0]
+    odd = [rank for rank, value in enumerate(values) if value != usual]
+    raise problem(
+        fqns[differing[0]],
+        f"its bits on ranks {odd} are not those on ranks {[r for r, v in enumerate(values) if v == usual]}"
+        f" ({len(differing)} of {len(fqns)} tensors differ)",
+        "all ranks must hold the same parameters",
+        "go back to the last checkpoint; if it happens again, test the memory of the machine of these ranks",
+    )
+
+
+def names(paths: Sequence[object], most: int = 5) -> str:
+    """The first few of a long list, for messages."""
+    shown = ", ".join(map(str, paths[:most]))
+    return shown if len(paths) <= most else f"{shown} and {len(paths) - most} more"

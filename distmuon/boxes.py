@@ -1,0 +1,37 @@
+"""A flat range of a tensor as boxes of it: the seam between segments and n-dimensional chunks. Integers only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
+
+
+def boxes(shape: Sequence[int], start: int, length: int) -> list[Box]:
+    """Elements [start, start + length) of a tensor of `shape`, flattened, as boxes in that order; 2*ndim - 1 at most.
+
+    Each box is a contiguous range by itself::
+
+        . . . s s      partial first row    (recursively, in the shape of a row)
+        s s s s s      whole rows           one box
+        s s . . .      partial last row
+    """
+    if length == 0:
+        return []
+    if not shape:
+        return [((), ())]
+    row, inner = prod(shape[1:]), shape[1:]
+    first, stop = start // row, start + length
+    if length < row and (stop - 1) // row == first:
+        return [((first, *offsets), (1, *sizes)) for offsets, sizes in boxes(inner, start - first * row, length)]
+    found: list[Box] = []
+    if start % row:
+        head = boxes(inner, start % row, row - start % row)
+        found += [((first, *offsets), (1, *sizes)) for offsets, sizes in head]
+        first += 1
+    last = stop // row
+    if last > first:
+        found.append(((first, *[0] * len(inner)), (last - first, *inner)))
+    found += [((last, *offsets), (1, *sizes)) for offsets, sizes in boxes(inner, 0, stop % row)]
+    return found

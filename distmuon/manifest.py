@@ -1,0 +1,202 @@
+"""The list of a checkpoint's files with their sizes and sums, and the files it sums.
+
+Decides what makes a file or a list damaged, and says so by name. Knows no tensor, no rank, and no order of writing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from distmuon.errors import problem
+
+FORMAT = 1
+MANIFEST, MARKER = "manifest.json", "COMPLETE"
+INTACT = "free space or choose another folder; checkpoints saved before are intact"
+
+
+def own_file(rank: int) -> str:
+    """What differs by rank beside tensors."""
+    return f"rank-{rank:05d}.pt"
+
+
+def table_file(rank: int) -> str:
+    """Where in that rank's data which box lies."""
+    return f"rank-{rank:05d}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class FileSum:
+    """What a file must be."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`manifest.json`. `parameters`: {fqn: {"shape", "dtype", "rule"}} of the trainable ones."""
+
+    format: int
+    dp_size: int
+    versions: dict[str, str]
+    options: str
+    parameters: dict[str, dict[str, Any]]
+    files: dict[str, FileSum]
+
+
+class SummedFile:
+    """A new file, summed while it is written, on the disk when it is left. Its errors name it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self._sha256 = hashlib.sha256()
+        self._error: OSError | None = None
+
+    def __enter__(self) -> SummedFile:
+        try:
+            self._file = self.path.open("xb")
+        except OSError as error:
+            raise self._problem(error) from error
+        return self
+
+    def write(self, data: Any) -> int:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self._error = error  # torch.save turns it into a message about its own format
+            raise
+        self._sha256.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """torch.save asks for it; leaving the file does it."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        except OSError as full:
+            self._error = self._error or full
+        try:
+            self._file.close()
+        except OSError as full:  # it flushes again
+            self._error = self._error or full
+        if self._error is not None:
+            raise self._problem(self._error) from self._error
+
+    def _problem(self, error: OSError) -> ValueError:
+        return problem(
+            str(self.path), f"it could not be written ({error.strerror})", "space and the right to write are needed",
+            INTACT,
+        )  # fmt: skip
+
+    @property
+    def sum(self) -> FileSum:
+        return FileSum(self.size, self._sha256.hexdigest())
+
+
+def write_file(path: Path, data: bytes) -> FileSum:
+    """A whole small file, on the disk when this returns."""
+    with SummedFile(path) as file:
+        file.write(data)
+    return file.sum
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Raises `ValueError` naming the file, unless `path` is a checkpoint that was completed, of a format known here."""
+    text, marker = _read_small(path / MANIFEST), _read_small(path / MARKER)
+    found = hashlib.sha256(text).hexdigest()
+    if marker.decode("ascii", "replace") != found:
+        raise damaged(path / MANIFEST, f"its sha256 is {found[:12]}..., {MARKER} says {marker[:12]!r}")
+    return parse_manifest(path / MANIFEST, text)
+
+
+def parse_manifest(where: Path, text: bytes) -> Manifest:
+    """The manifest in `text`. Whatever is wrong with it, a `ValueError` that names `where`."""
+    try:
+        raw = json.loads(text)
+        version = raw["format"]
+        if version != FORMAT:
+            raise problem(
+                str(where), f"the checkpoint has format {version!r}", f"format {FORMAT} is read here",
+                "load it with the version of distmuon that wrote it, or a later one",
+            )  # fmt: skip
+        files = {
+            _plain(name): FileSum(_count(entry["size"]), str(entry["sha256"])) for name, entry in raw["files"].items()
+        }
+        parameters = {
+            str(fqn): {"shape": [_count(n) for n in p["shape"]], "dtype": str(p["dtype"]), "rule": str(p["rule"])}
+            for fqn, p in raw["parameters"].items()
+        }
+        versions = {str(name): str(value) for name, value in raw["versions"].items()}
+        return Manifest(FORMAT, _count(raw["dp_size"]), versions, str(raw["options"]), parameters, files)
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise damaged(where, f"it cannot be understood ({type(error).__name__}: {error})") from error
+
+
+def check_files(path: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> None:
+    """Compare the sums of every `parts`-th file from `part` on. Raises `ValueError` naming the file that differs."""
+    for name in sorted(manifest.files)[part::parts]:
+        check_size(path, manifest, name)
+        if sum_of(path / name) != manifest.files[name]:
+            raise damaged(path / name, "its sha256 is not the one of the manifest")
+
+
+def sum_of(path: Path) -> FileSum:
+    """Reads the whole file."""
+    with path.open("rb") as file:
+        sha256, size = hashlib.sha256(), 0
+        while block := file.read(1 << 22):
+            sha256.update(block)
+            size += len(block)
+    return FileSum(size, sha256.hexdigest())
+
+
+def check_size(path: Path, manifest: Manifest, name: str) -> None:
+    """Raise `ValueError` unless file `name` is there with its size."""
+    try:
+        size = (path / name).stat().st_size
+    except OSError as error:
+        raise damaged(path / name, f"it cannot be read ({error.strerror})") from error
+    if size != manifest.files[name].size:
+        raise damaged(path / name, f"it has {size} bytes of {manifest.files[name].size}")
+
+
+def _read_small(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise damaged(path, f"it cannot be read ({error.strerror})") from error
+
+
+def _plain(name: str) -> str:
+    """A file of the folder itself: a manifest must not lead anywhere else."""
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise TypeError(f"file name {name!r}")
+    return name
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r} where a count is needed")
+    return value
+
+
+def damaged(path: Path, found: str) -> ValueError:
+    """The error for a file that is not what the manifest says, or a manifest that says nothing."""
+    return problem(str(path), found, "a complete checkpoint is needed", "load an earlier checkpoint")
+
+
+def merge_sums(tables: Sequence[Mapping[str, Any]]) -> dict[str, FileSum]:
+    """The sums that the ranks' tables hold of their own files."""
+    return {name: FileSum(**entry) for table in tables for name, entry in table["files"].items()}

@@ -1,0 +1,146 @@
+"""How a run survives: it resumes from its newest complete checkpoint, saves on schedule, and stops when it is told to.
+
+Decides when to save and what must not change between two starts of one run. What a checkpoint is, and that only whole
+ones are loaded, is `distmuon`'s business. Works at any number of ranks, so under `torchrun --max-restarts` and
+`--nnodes MIN:MAX` a restart is simply a start.
+
+[Note: preemption] SIGTERM reaches ranks at different moments, or only some of them. So the handler only takes note; the
+ranks agree where they read the device anyway (every `log.every` steps), save, and leave together with status 0. That
+takes `log.every` steps and one save; torchrun kills what has not left 30 s after it passed a SIGTERM on.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+import distmuon
+from launch.config import Config, as_dict
+from launch.data import TrainingWindows
+from launch.ranks import Ranks
+
+FOLDER = "checkpoints"
+# What may change from one start to the next: how fast, how often looked at, and how it is cut; and how long.
+FREE = (
+    "log.", "checkpoint.", "train.steps", "train.micro_batch", "train.eval_", "train.verify_every", "model.dtype",
+    "model.compile", "model.gradient_checkpointing", "optimizer.packing", "optimizer.placement", "optimizer.overlap",
+    "optimizer.bucket_mb", "optimizer.reduce_dtype", "optimizer.momentum_dtype", "optimizer.ns_dtype",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands: steps taken, and the last losses it recorded."""
+
+    step: int = 0
+    train_loss: float = float("nan")
+    val_loss: float = float("nan")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `<log.dir>/checkpoints`; none at all where `checkpoint.every` is 0."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        optimizer: distmuon.DistMuon,
+        scheduler: LRScheduler,
+        windows: TrainingWindows,
+    ) -> None:
+        self._config, self._model, self._optimizer = config, model, optimizer
+        self._scheduler, self._windows = scheduler, windows
+        self.folder = Path(config.log.dir) / FOLDER
+        self._saved_step = 0
+
+    def resume(self, ranks: Ranks) -> Progress:
+        """Load the newest complete checkpoint, if there is one. Collective."""
+        some = ranks.gather(self._config.checkpoint.every > 0 and distmuon.latest_checkpoint(self.folder) is not None)
+        if not some[0]:
+            return Progress()
+        found = distmuon.load_checkpoint(self.folder, self._model, self._optimizer, scheduler=self._scheduler)
+        check_same_run(found.extra["config"], as_dict(self._config))
+        self._windows.load_state_dict(found.extra["data"])
+        progress = Progress(**found.extra["progress"])
+        self._saved_step = progress.step
+        if ranks.rank == 0:
+            sizes = "" if found.dp_size == ranks.world_size else f", saved by {found.dp_size} ranks"
+            print(f"resumed from {found.path}{sizes}", flush=True)
+        return progress
+
+    def due(self, step: int, stop: bool) -> bool:
+        every = self._config.checkpoint.every
+        return (
+            every > 0 and step != self._saved_step and (stop or step % every == 0 or step == self._config.train.steps)
+        )
+
+    def save(self, progress: Progress) -> None:
+        """Collective."""
+        extra = {"config": as_dict(self._config), "data": self._windows.state_dict(), "progress": vars(progress)}
+        distmuon.save_checkpoint(
+            self.folder / f"step-{progress.step:08d}",
+            self._model,
+            self._optimizer,
+            scheduler=self._scheduler,
+            extra=extra,
+            keep_last=self._config.checkpoint.keep_last,
+            asynchronous=self._config.checkpoint.asynchronous,
+        )
+        self._saved_step = progress.step
+
+    def finish(self) -> None:
+        """Wait for what is still being written. Collective."""
+        distmuon.finish_saves(self._optimizer)
+
+
+def check_same_run(saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise, naming the first key, where this start describes another run than the one in the folder."""
+    theirs, mine = dict(_leaves(saved)), dict(_leaves(ours))
+    for key in sorted(theirs.keys() | mine.keys()):
+        if theirs.get(key) != mine.get(key) and not key.startswith(FREE):
+            raise ValueError(
+                f"{key}: found {mine.get(key)!r}, the checkpoints in log.dir are of a run with {theirs.get(key)!r}; "
+                "a resumed run goes on as it began; change it back, or give log.dir another folder"
+            )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+class StopRequest:
+    """Whether somebody asked this run to stop; see [Note: preemption]."""
+
+    def __init__(self) -> None:
+        self._received = False
+
+    @contextmanager
+    def listening(self, active: bool) -> Iterator[StopRequest]:
+        """Take note of SIGTERM inside, if `active`; otherwise it ends the process as ever."""
+        if not active:
+            yield self
+            return
+        before = signal.signal(signal.SIGTERM, self._note)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _note(self, *_: object) -> None:
+        self._received = True
+
+    def agreed(self, ranks: Ranks) -> bool:
+        """The same answer on all ranks: whether any of them was asked. Collective; reads the device."""
+        return bool(ranks.sum(torch.tensor(float(self._received), device=ranks.device)) > 0)

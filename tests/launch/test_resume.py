@@ -1,0 +1,199 @@
+"""Runs that are interrupted: they go on by themselves, bit for bit where the number of ranks is the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import distmuon
+from launch import pretrain
+from launch.resume import StopRequest, check_same_run
+from tests.launch.test_pretrain import ROOT, SHORT, TINY, numbers, records
+
+RUN = [*TINY, *SHORT, "--checkpoint.every=2", "--train.verify_every=3", "--optimizer.ns_dtype=float32"]
+
+
+def start(folder: Path, *arguments: str, nproc: int = 2, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """torchrun with the tiny run, in the background."""
+    command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", *(launcher or ("--standalone",))]
+    command += [f"--nproc_per_node={nproc}", "-m", "launch.pretrain", "--config", "configs/quickstart.yaml", *RUN]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [*command, f"--log.dir={folder}", *arguments],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def alone(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """The same run in this process."""
+    pretrain.main(["--config", str(ROOT / "configs/quickstart.yaml"), *RUN, f"--log.dir={folder}", *arguments])
+    return records(folder)
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 240.0) -> str:
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output
+    return output
+
+
+def history(run: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """What must be the same however often a run was interrupted; the load's own all-gather is counted as state."""
+    for record in run:
+        record.get("bytes", {}).pop("state_dict", None)
+    return numbers(run)
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that this torchrun started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == process.pid:
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the record of `step` is written."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        path = folder / "metrics.jsonl"
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(
+        f"step {step} was not reached: {process.communicate()[0] if process.poll() is not None else ''}"
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    finish(start(folder, "--train.steps=8"))
+    return records(folder)
+
+
+def test_a_killed_worker_is_restarted_and_the_run_ends_as_if_nothing_had_happened(
+    unbroken: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """SIGKILL of one worker under torchrun --max-restarts: every loss of the record is the unbroken run's."""
+    process = start(tmp_path, "--train.steps=8", launcher=("--standalone", "--max-restarts=2"))
+    wait_for_step(tmp_path, 5, process)
+    os.kill(workers_of(process)[-1], signal.SIGKILL)
+    output = finish(process)
+    assert "resumed from" in output
+    assert history(records(tmp_path)) == history(unbroken)
+    assert records(tmp_path)[-1]["val_loss"] == unbroken[-1]["val_loss"]
+    assert [record["resumed_from"] for record in records(tmp_path) if record["kind"] == "run"][-1] >= 4
+
+
+def test_sigterm_to_one_rank_stops_all_with_a_checkpoint_and_status_0(
+    unbroken: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    process = start(tmp_path, "--train.steps=8", "--checkpoint.every=100")
+    wait_for_step(tmp_path, 3, process)
+    asked = time.monotonic()
+    os.kill(workers_of(process)[-1], signal.SIGTERM)
+    output = finish(process)
+    assert "as SIGTERM asked" in output and time.monotonic() - asked < 30
+    saved = distmuon.latest_checkpoint(tmp_path / "checkpoints")
+    assert saved is not None and 3 <= int(saved.name.removeprefix("step-")) < 8
+    finish(start(tmp_path, "--train.steps=8", "--checkpoint.every=100"))
+    assert history(records(tmp_path)) == history(unbroken)
+
+
+def test_a_run_goes_on_at_another_number_of_ranks(unbroken: list[dict[str, Any]], tmp_path: Path) -> None:
+    """1 -> 2 -> 1 ranks: the same losses as two ranks throughout, up to the order of sums."""
+    alone(tmp_path, "--train.steps=3")
+    output = finish(start(tmp_path, "--train.steps=5", "--checkpoint.asynchronous=true"))
+    assert "step-00000003, saved by 1 ranks" in output
+    run = alone(tmp_path, "--train.steps=8")
+    losses = [(r["kind"], r["step"], r["loss"]) for r in run if r["kind"] == "train"]
+    wanted = [(r["kind"], r["step"], r["loss"]) for r in unbroken if r["kind"] == "train"]
+    assert [loss[:2] for loss in losses] == [loss[:2] for loss in wanted]
+    assert [loss[2] for loss in losses] == pytest.approx([loss[2] for loss in wanted], rel=1e-4)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    first = alone(tmp_path, "--train.steps=4")
+    again = alone(tmp_path, "--train.steps=4")
+    assert numbers(again) == numbers(first)
+    assert again[-1]["val_loss"] == first[-1]["val_loss"] and again[-1]["train_loss"] == first[-1]["train_loss"]
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000004"]
+
+
+def test_without_checkpoints_a_run_starts_afresh_and_saves_nothing(tmp_path: Path) -> None:
+    first = alone(tmp_path, "--train.steps=2", "--checkpoint.every=0")
+    again = alone(tmp_path, "--train.steps=2", "--checkpoint.every=0")
+    assert numbers(again) == numbers(first) and len(again) == len(first)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_another_run_in_the_same_folder_is_refused_by_key(tmp_path: Path) -> None:
+    alone(tmp_path, "--train.steps=2")
+    with pytest.raises(
+        ValueError, match=r"optimizer\.lr: found 0\.5, the checkpoints in log\.dir are of a run with 0\.01"
+    ):
+        alone(tmp_path, "--train.steps=4", "--optimizer.lr=0.5")
+    alone(tmp_path, "--train.steps=3", "--optimizer.packing=contiguous", "--train.micro_batch=4")
+    check_same_run({"train": {"steps": 1, "seed": 0}}, {"train": {"steps": 2, "seed": 0}})
+
+
+def test_sigterm_is_noted_only_while_listening() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest().listening(active=False):
+        assert signal.getsignal(signal.SIGTERM) is before
+    with StopRequest().listening(active=True) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop._received
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ------------------------------------------------------------------------------------------- elastic
+
+
+@pytest.mark.slow
+def test_nodes_come_and_go(tmp_path: Path) -> None:
+    """Three agents of one worker each, one of which is killed and replaced: 3 -> 2 -> 3 ranks, one run."""
+    port = 29517 + os.getpid() % 1000
+    launcher = (
+        "--nnodes=1:3", "--max-restarts=9", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}",
+        "--rdzv-id=elastic", "--rdzv-conf=last_call_timeout=3,join_timeout=120,keep_alive_interval=1",
+    )  # fmt: skip
+    steps = "--train.steps=60"
+    batch = ("--train.global_batch=12", "--train.micro_batch=2", "--checkpoint.every=1")
+
+    def agent() -> subprocess.Popen[str]:
+        return start(tmp_path / "elastic", steps, *batch, nproc=1, launcher=launcher)
+
+    agents = [agent() for _ in range(3)]
+    try:
+        wait_for_step(tmp_path / "elastic", 5, agents[0])
+        for pid in [*workers_of(agents[2]), agents[2].pid]:
+            os.kill(pid, signal.SIGKILL)
+        agents[2].communicate()
+        wait_for_step(tmp_path / "elastic", 25, agents[0])
+        agents[2] = agent()
+        outputs = [finish(process) for process in agents]
+    finally:
+        for process in agents:
+            if process.poll() is None:
+                process.kill()
+    run = records(tmp_path / "elastic")
+    sizes = [record["world_size"] for record in run if record["kind"] == "run"]
+    assert sizes[0] == 3 and 2 in sizes and sizes[-1] == 3, (sizes, outputs)
+    whole = alone(tmp_path / "whole", steps, *batch)
+    losses = [[r["loss"] for r in found if r["kind"] == "train"] for found in (run, whole)]
+    assert len(losses[0]) == 60
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
