@@ -49,6 +49,9 @@ class Form:
 _GROWTH = {torch.float32: (250.0, 250.0), torch.float16: (70.0, 70.0), torch.bfloat16: (17.0, 0.0)}
 _TINY = 2**19  # CPU: products of no more multiply-adds run in float32: calling the bfloat16 kernel takes longer
 _LEAST = 128  # the least k of the Gram form, and width of a panel. p panels save (p-1)/2p of a product and cost p calls
+_PAIR = (
+    384  # bfloat16 on a CPU: from this k on two panels at least. Batches of k = 384 to 512 take 1.2 of a loop's time
+)
 _PANEL_WORK = {torch.bfloat16: 5e7, torch.float32: 1.1e7}  # and copies: p = sqrt(the product's multiply-adds / these)
 _COLUMNS = 1024  # X is updated in place, in panels of about so many columns, whose old values stay in cache
 
@@ -75,7 +78,8 @@ def form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, device
         else:
             segments, growth = [*segments, 1], 1.0
     work = _PANEL_WORK.get(dtype, inf) if device_type == "cpu" else inf
-    panels = [max(1, min(short // _LEAST, isqrt(int(short * short * length / work)))) for length in (long, short)]
+    least = 2 if device_type == "cpu" and dtype == torch.bfloat16 and short >= _PAIR else 1
+    panels = [max(least, min(short // _LEAST, isqrt(int(short * short * length / work)))) for length in (long, short)]
     return Form(tuple(segments), dtype, panels[0] == 1, *panels)
 
 
