@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import hashlib
 import importlib
 import os
 import random
@@ -46,6 +47,7 @@ COLUMNS = {
 }
 
 
+LEFT_OUT = "left out by the command"
 TIMES = ("sync_step", "blocked", "processor")
 
 
@@ -57,12 +59,14 @@ class Ranks:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if on else (0, 1)
         self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=15)) if on else None
 
-    def gather(self, value: Any) -> list[Any]:
-        """`value` of every rank; a barrier as well."""
-        values = [value] * self.size
+    def gather(self, value: Any, what: str = "") -> list[Any]:
+        """`value` of every rank; a barrier as well. Ends the run if the ranks have come to different places."""
+        values = [(what, value)] * self.size
         if self._group is not None:
-            dist.all_gather_object(values, value, group=self._group)
-        return values
+            dist.all_gather_object(values, (what, value), group=self._group)
+        if len({place for place, _ in values}) > 1:
+            raise SystemExit(f"rank {self.rank}: one rank failed alone, so the others cannot go on: {values}")
+        return [value for _, value in values]
 
 
 def timed(ranks: Ranks, device: torch.device, work: Callable[[], object]) -> tuple[float, float, float]:
@@ -153,8 +157,8 @@ class _Bench:
         row: dict[str, Any] = {"name": peer.name, "rule": peer.rule, "equal": peer.equal, "note": peer.note}
         if self.check_steps:
             weights = system.weights()
-            sums = self.ranks.gather([float(w.double().sum()) for w in weights.values()])
-            row["replicas_equal"] = all(other == sums[0] for other in sums)
+            bits = b"".join(w.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for w in weights.values())
+            row["replicas_equal"] = len(set(self.ranks.gather(hashlib.sha256(bits).digest()))) == 1
             oracles = self.oracle(peer.rule)
             row["distance"] = {name: distance(weights, wanted, self.start) for name, wanted in oracles.items()}
         self.sync_step(system, self.given())  # the first step on given gradients may allocate or compile
@@ -172,7 +176,7 @@ class _Bench:
 
 def measure(
     peers: Sequence[Peer], setting: Setting, *, rounds: int, check_steps: int, device: torch.device, wire: bool,
-    say: Callable[[str], None] = lambda line: None,
+    minutes: float = 60.0, say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """{"rows", "plain", "not_run", "others"}: samples in ms by row and round; reasons; others' share of the machine."""
     bench = _Bench(setting, device, check_steps, wire)
@@ -183,7 +187,7 @@ def measure(
             made = bench.enter(peer)
         except Exception as problem:  # whatever it is, it is this row's reason
             error = f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:300]
-        errors = [e for e in ranks.gather(error) if e]
+        errors = [e for e in ranks.gather(error, "made") if e]
         say(f"{peer.name}: {errors[0] if errors else f'ready in {time.perf_counter() - start:.1f} s'}")
         if errors or made is None:
             not_run.append({"name": peer.name, "reason": errors[0], "note": peer.note})
@@ -195,6 +199,8 @@ def measure(
     before = ranks.gather(_processor_seconds())
     began = time.perf_counter()
     for number in range(rounds):
+        if ranks.gather(time.perf_counter() - began)[0] > 60 * minutes:
+            break
         order = [-1, *range(len(rows))]
         random.Random(number).shuffle(order)
         gc.collect()

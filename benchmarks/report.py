@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import COLUMNS
+from benchmarks.measure import COLUMNS, LEFT_OUT
 from benchmarks.scaling import scaling_text
 
 ROOT = Path(__file__).parents[1]
@@ -70,8 +70,8 @@ def _conditions(found: dict[str, Any]) -> list[str]:
         f"`{c['command']}`",
         "",
         f"{c['machine']}; {c['backend']}, {c['ranks']} ranks, {c['threads']} thread(s) each; {c['date']}; "
-        f"{c['rounds']} rounds; load average {c['load_before']} before, {c['load_after']} after; other processes took "
-        f"{others} during the rounds. {packages}.",
+        f"{len(found['plain'])} rounds; load average {c['load_before']} before, {c['load_after']} after; other "
+        f"processes took {others} during the rounds. {packages}.",
     ]
     if not is_quiet(found):
         lines += ["", "**The machine was not alone with this run: its times are no evidence, its counts are.**"]
@@ -157,9 +157,10 @@ def verdicts(found: dict[str, Any]) -> list[str]:
 
 
 def _not_run(found: dict[str, Any]) -> list[str]:
-    if not found["not_run"]:
-        return []
-    return ["Could not run here:", "", *[f"- {p['name']}: {_plain(p['reason'])}" for p in found["not_run"]], ""]
+    lines = [f"- {p['name']}: {_plain(p['reason'])}" for p in found["not_run"] if p["reason"] != LEFT_OUT]
+    left_out = [p["name"] for p in found["not_run"] if p["reason"] == LEFT_OUT]
+    lines += [f"- {LEFT_OUT}: {'; '.join(left_out)}"] if left_out else []
+    return ["Did not run here:", "", *lines, ""] if lines else []
 
 
 def _notes(found: dict[str, Any]) -> list[str]:

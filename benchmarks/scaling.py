@@ -97,6 +97,7 @@ def predict(model: str, dp_sizes: Sequence[int]) -> list[dict[str, Any]]:
             "dp_size": dp_size, "sent": p.sent, "adamw": adamw.sent, "state": max(r.state_bytes for r in p.ranks),
             "others": {other.way: other.sent for other in p.others}, "ns_balance": p.ns_balance,
             "ns_flops": max(r.ns_flops for r in p.ranks), "straddlers": p.straddlers,
+            "matrices": p.num_matrices,
         })  # fmt: skip
         print(f"{model} dp {dp_size}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     return found
@@ -129,7 +130,8 @@ def scaling_text(found: dict[str, Any]) -> list[str]:
     for model, entries in found["predicted"].items():
         lines += [
             "", f"Planned: {model}, bfloat16 parameters, float32 gradients. Traffic is the busiest rank's, relative to "
-            "ZeRO-1 AdamW of the same model.", "",
+            f"ZeRO-1 AdamW of the same model. It has {entries[0]['matrices']:,} matrices of several sizes and each is "
+            "orthogonalized by one rank, so beyond some dp the busiest rank's Newton-Schulz shrinks no more.", "",
             "| dp | traffic | the paper's | whole matrices, padded | straddlers | Newton-Schulz balance "
             "| state, fullest rank, GB |",
             "|---|---|---|---|---|---|---|",

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 import warnings
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 import distmuon  # noqa: F401  (before the process group, see its [Note: clean exit])
-from benchmarks.measure import measure
+from benchmarks.measure import LEFT_OUT, measure
 from benchmarks.peers import Peer, all_peers
 from benchmarks.processes import namespace, run_ranks
 from benchmarks.setting import Setting
@@ -46,6 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("d_model", "layers", "vocabulary", "batch", "seq_len"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Setting, name))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no further round after so long")
     parser.add_argument("--check-steps", type=int, default=3, help="before the rounds, compared to the oracle; 0: none")
     parser.add_argument("--rows", default="", help="comma-separated; a row runs if its name is one; empty: all")
     parser.add_argument("--skip", default="", help="comma-separated names of rows to leave out, listed as such")
@@ -86,7 +88,6 @@ def conditions(arguments: argparse.Namespace, device: torch.device, argv: list[s
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2),
         "packages": versions,
-        "rounds": arguments.rounds,
         "check_steps": arguments.check_steps,
         "wire": arguments.wire,
     }
@@ -99,9 +100,7 @@ def choose(arguments: argparse.Namespace) -> tuple[list[Peer], list[dict[str, st
     if unknown := (rows | skip) - named.keys():
         raise SystemExit(f"--rows, --skip: no row is called {sorted(unknown)}; without commas: {', '.join(named)}")
     out = {name for name in named if name in skip or (rows and name not in rows)}
-    left_out = [
-        {"name": named[name].name, "reason": "left out by the command", "note": ""} for name in named if name in out
-    ]
+    left_out = [{"name": named[name].name, "reason": LEFT_OUT, "note": ""} for name in named if name in out]
     return [peer for name, peer in named.items() if name not in out], left_out
 
 
@@ -114,16 +113,19 @@ def work(arguments: argparse.Namespace, argv: list[str]) -> None:
         arguments.wire = arguments.wire or "NCCL does not use the loopback device"
     else:
         torch.set_num_threads(arguments.threads)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", os.environ.get("BENCH_RENDEZVOUS"),
-                            rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))  # fmt: skip
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", os.environ.get("BENCH_RENDEZVOUS"), rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(minutes=10),
+    )  # fmt: skip
     setting = Setting(**{name: getattr(arguments, name) for name in ("d_model", "layers", "vocabulary", "batch")},
                       seq_len=arguments.seq_len)  # fmt: skip
     peers, left_out = choose(arguments)
     found = {"conditions": conditions(arguments, device, argv), "setting": setting.to_dict()}
     first = dist.get_rank() == 0
     found |= measure(
-        peers, setting, rounds=arguments.rounds, check_steps=arguments.check_steps, device=device,
-        wire=not arguments.wire, say=lambda line: print(line, file=sys.stderr, flush=True) if first else None,
+        peers, setting, rounds=arguments.rounds, minutes=arguments.minutes, check_steps=arguments.check_steps,
+        device=device, wire=not arguments.wire,
+        say=lambda line: print(line, file=sys.stderr, flush=True) if first else None,
     )  # fmt: skip
     found["not_run"] += left_out
     found["conditions"]["load_after"] = round(os.getloadavg()[0], 2)

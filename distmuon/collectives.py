@@ -12,6 +12,9 @@ starts a collective keeps the `Pending`; nothing else is needed, no `record_stre
 every other rank its slice (`all_to_all_single`) and sums what arrives in rank order in float32: the floor's bytes
 exactly, and the same bits whatever the timing.
 
+[Note: all-gather on gloo] torch's own goes through a flat copy of the whole output in new memory. A broadcast of each
+rank's slice writes where it belongs: the same bytes in all.
+
 [Note: clean exit] Making any torch optimizer imports torch._dynamo, and what that imports keeps the default group as
 a default argument if it exists by then. The group would outlive `destroy_process_group`, and a gloo thread that drops
 its last tensor while Python shuts down aborts the process (1 exit in 6, seen with torch 2.13). So it is imported
@@ -124,8 +127,25 @@ class DataParallelGroup:
         if self.dp_size == 1:
             return Pending(output.copy_(input) if output.data_ptr() != input.data_ptr() else output)
         self.count(stage, (self.dp_size - 1) * input.numel() * input.element_size())
+        if self._gloo:
+            return self._broadcast_all(output, input)
         work = _all_gather(output, input, group=self.process_group, async_op=True)
         return Pending(output, work, (input,))
+
+    def _broadcast_all(self, output: Tensor, input: Tensor) -> Pending:
+        """See [Note: all-gather on gloo]."""
+        slices = output.view(self.dp_size, -1)
+        if slices[self.dp_rank].data_ptr() != input.data_ptr():
+            slices[self.dp_rank].copy_(input)
+        works = []
+        for rank, part in enumerate(slices):
+            works.append(dist.broadcast(part, group=self.process_group, group_src=rank, async_op=True))
+
+        def wait_for_the_rest() -> None:
+            for work in works[1:]:
+                work.wait()
+
+        return Pending(output, works[0], (input,), wait_for_the_rest)
 
     def start_all_to_all(
         self, output: Tensor, input: Tensor, receive_counts: list[int], send_counts: list[int], *, stage: str

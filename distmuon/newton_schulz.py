@@ -51,6 +51,7 @@ _GROWTH = {torch.float32: (250.0, 250.0), torch.float16: (70.0, 70.0), torch.bfl
 _SAVED = {torch.bfloat16: 2e7}  # the least multiply-adds that two steps in one must save, against the calls they add
 _TINY = 2**19  # CPU: products of no more multiply-adds run in float32: calling the bfloat16 kernel takes longer
 _LEAST = 128  # the least k of the Gram form, and width of a panel. p panels save (p-1)/2p of a product and cost p calls
+_PAIR = 384  # bfloat16 on a CPU: two panels at least from this k on: batched products take 1.2 of a loop's time there
 _PANEL_WORK = {torch.bfloat16: 5e7, torch.float32: 1.1e7}  # and copies: p = sqrt(the product's multiply-adds / these)
 _ALONE = (
     32  # a stack of one matrix with no smaller k is multiplied as a matrix: the bits of a batch, 2 us sooner a call
@@ -82,7 +83,8 @@ def form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, device
         else:
             segments, growth = [*segments, 1], 1.0
     work = _PANEL_WORK.get(dtype, inf) if device_type == "cpu" else inf
-    panels = [max(1, min(short // _LEAST, isqrt(int(short * short * length / work)))) for length in (long, short)]
+    least = 2 if device_type == "cpu" and dtype == torch.bfloat16 and short >= _PAIR else 1
+    panels = [max(least, min(short // _LEAST, isqrt(int(short * short * length / work)))) for length in (long, short)]
     return Form(tuple(segments), dtype, panels[0] == 1, *panels)
 
 

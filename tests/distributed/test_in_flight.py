@@ -150,8 +150,8 @@ def _orders(group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
 def test_gathers_start_in_the_order_in_which_the_forward_waits(spawn) -> None:
     """They started in backward's order: on NCCL, one stream, the first layer's wait was a wait for all."""
     for started, waited in spawn(_orders, 2):
-        assert len(started) > 3 and started == sorted(started, reverse=True)
-        assert waited[0] == started[0] and waited[-1] == started[-2], "table, mid, then out and its bias"
+        assert len(started) > 2 and started == sorted(started, reverse=True)
+        assert waited[-len(started) :] == started, "table, mid, out"
 
 
 # ------------------------------------------------------------------------------------- foreign writes and masters
