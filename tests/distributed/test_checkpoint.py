@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distmuon
+from distmuon import snapshot
 from distmuon.boxes import boxes
 from tests.standing import Standing, make_batch
 from tests.training import (
@@ -189,11 +192,16 @@ def _unbroken(group: dist.ProcessGroup, folder: str, asynchronous: bool) -> Any:
     run = _Run(group)
     run.train(2)
     extra = {"position": run.position, "rank": run.rank}
+    trained, reached = threading.Event(), snapshot.reached
+    if asynchronous:  # nothing is written before the later steps are done, which the save must not see
+        snapshot.reached = lambda stage: trained.wait(60) and None
     saving = distmuon.save_checkpoint(
         folder, run.model, run.optimizer, scheduler=run.scheduler, extra=extra, asynchronous=asynchronous
     )
-    run.train(3)  # steps that an asynchronous save must not see
+    run.train(3)
+    trained.set()
     saving.wait()
+    snapshot.reached = reached
     return run.end()
 
 
@@ -298,6 +306,16 @@ def test_other_readers_of_the_format_see_whole_tensors(spawn, tmp_path: Path) ->
         assert torch.equal(plain["model"][fqn], master.bfloat16())
         assert torch.equal(state[fqn]["master"], master)
         assert {"master", "momentum_buffer"} == set(state[fqn]) or float(state[fqn]["step"]) == 2.0
+
+
+def test_a_box_takes_its_own_bytes_in_the_file_and_little_more(spawn, tmp_path: Path) -> None:
+    """Saved as a view, each would bring the whole shard along."""
+    spawn(_save, 2, folder=str(tmp_path / "step-2"), precision="float32")
+    for rank in range(2):
+        table = json.loads((tmp_path / "step-2" / f"rank-{rank:05d}.json").read_text())
+        for name, entry in table["tensors"].items():
+            for _, sizes, _, length in entry["boxes"]:
+                assert length <= 4 * torch.Size(sizes).numel() + 2048, name
 
 
 class _Peak(TorchDispatchMode):
