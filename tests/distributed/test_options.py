@@ -435,3 +435,50 @@ def _with_fault(group: dist.ProcessGroup, fault: str) -> bool:
 )
 def test_the_comparison_sees_planted_faults(spawn, fault: str) -> None:
     assert not any(spawn(_with_fault, 2, fault=fault))
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _saved_and_loaded(
+    group: dist.ProcessGroup, folder: str, dtypes: str, before: dict[str, Any], after: dict[str, Any]
+) -> dict[str, bool]:
+    """Three steps with the options `before`, a checkpoint, and what an optimizer with `after` makes of it."""
+    model, optimizer = make(group, _model(dtypes), **before)
+    train(group, model, optimizer, range(3))
+    saved, values = state_tensors(optimizer), weights(model, optimizer)
+    distmuon.save_checkpoint(folder, model, optimizer)
+    other_model, other = make(group, _model(dtypes), **after)
+    distmuon.load_checkpoint(folder, other_model, other)
+    loaded, other_values = state_tensors(other), weights(other_model, other)
+    plain, plain_optimizer = make(group, _model(dtypes), **after)
+    plain.load_state_dict(values, strict=False)
+    plain_optimizer.load_state_dict(optimizer.full_state_dict())
+    for each, its in ((other_model, other), (plain, plain_optimizer)):
+        train(group, each, its, range(3, 4))
+    return {
+        "state": digest(saved) == digest(loaded),
+        "masters": all(torch.equal(value, loaded[key]) for key, value in saved.items() if key.endswith(".master")),
+        "weights": digest(values) == digest(other_values),
+        "plain": digest(weights(other_model, other)) == digest(weights(plain, plain_optimizer)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "before", "after", "same"),
+    [
+        ("float32", {"momentum_dtype": torch.int8}, {"momentum_dtype": torch.int8, "overlap": "backward"}, True),
+        ("float32", {"momentum_dtype": torch.int8}, {"param_gather": "updates"}, True),
+        ("bfloat16", {"master_format": "remainder"}, {"master_format": "remainder"}, True),
+        ("bfloat16", {}, {"master_format": "remainder", "momentum_dtype": torch.int8}, False),
+        ("bfloat16", {"master_format": "remainder"}, {"release_grads": True}, True),
+    ],
+)
+def test_checkpoints_hold_values_not_formats(
+    spawn, tmp_path, dtypes: str, before: dict[str, Any], after: dict[str, Any], same: bool
+) -> None:
+    """Bit-equal state where the new format can hold it; masters always; and the plain state dict says the same."""
+    for found in spawn(_saved_and_loaded, 3, folder=str(tmp_path / "step"), dtypes=dtypes, before=before, after=after):
+        halves = dtypes == "bfloat16" and before.get("master_format") != after.get("master_format")
+        wanted = {"state": same, "masters": True, "weights": True, "plain": True}
+        assert found == {**wanted, "weights": found["weights"] if halves else True}, found
