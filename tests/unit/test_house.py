@@ -23,7 +23,7 @@ FLOORS = {
     "buffers": 6, "counts": 6,
     "grad_reduce": 7, "matrix_gather": 7, "param_gather": 7, "checkpoint": 7, "hooks": 7, "planner": 7,
     "walk": 8, "trainer_face": 8,
-    "optimizer": 9, "__init__": 9,
+    "optimizer": 9, "doctor": 9, "__init__": 9,
     "integrations": 10, "cli": 10, "__main__": 10,
 }  # fmt: skip
 FACES = {"integrations", "cli", "__main__"}
