@@ -1,10 +1,10 @@
-"""`python -m distmuon`: see `cli.py`."""
+"""`python -m distmuon plan`: see `cli.py`; `python -m distmuon doctor`: see `doctor.py`."""
 
 from __future__ import annotations
 
 import sys
 
-from distmuon.cli import main
+from distmuon import cli, doctor
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(doctor.main() if sys.argv[1:] == ["doctor"] else cli.main())

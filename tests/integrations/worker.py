@@ -9,7 +9,9 @@ equal.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -337,8 +339,11 @@ def main() -> None:
         results.append(of_case)
     if dist.get_rank() == 0:
         torch.save(results, folder / "results.pt")
+    gc.collect()  # trainers keep the optimizer in reference cycles; it must go before the process group does
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # what the trainers have imported keeps the group, whose threads may abort the interpreter's farewell
 
 
 if __name__ == "__main__":

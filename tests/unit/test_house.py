@@ -27,7 +27,7 @@ FLOORS = {
     "walk": 8,
     "conductor": 9,
     "trainer_face": 10,
-    "optimizer": 11, "__init__": 11,
+    "optimizer": 11, "doctor": 11, "__init__": 11,
     "saving": 12, "loading": 12, "interchange": 12, "integrations": 12, "cli": 12, "__main__": 12,
 }  # fmt: skip
 GUESTS = {("ns_kernels", "gram_newton_schulz")}  # asked for by name, on one kind of GPU, and checked before use
@@ -230,7 +230,7 @@ PARTS = {  # what a reader may leave out, and how long each part may be; all els
     "planning": (1200, {"planner", "counts", "shapes", "step_time", "cli"}),
     "saving": (1700, {"checkpoint", "interchange", "saving", "loading", "sharded", "boxes", "snapshot", "manifest",
                       "run_state", "agreement"}),
-    "integrations": (1200, {"integrations", "trainer_face"}),
+    "integrations": (1200, {"integrations", "trainer_face", "doctor"}),
 }  # fmt: skip
 
 

@@ -1,0 +1,101 @@
+"""The recipe of `launch.pretrain` under transformers.Trainer. Two CPU processes, or one a GPU:
+
+    torchrun --standalone --nproc_per_node=2 -m launch.trainer_train --config configs/quickstart.yaml
+    torchrun --standalone --nproc_per_node=8 -m launch.trainer_train --config configs/llama_1b_gpu.yaml
+
+The Trainer gets this rank's micro-batches from the recipe's own reader, so the data are those of the other recipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import distmuon
+from distmuon.integrations.transformers import attach
+from launch.models import next_token_loss
+from launch.under_trainer import Run, open_run
+
+OWN = ("name", "routes", "lr", "weight_decay", "adamw_betas")  # these go another way
+
+
+class RecipeTrainer(transformers.Trainer):
+    """`run`'s batches and loss."""
+
+    run: Run
+
+    def get_train_dataloader(self) -> Any:
+        return _MicroBatches(self.run)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        return next_token_loss(model, inputs["tokens"])
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        self.lr_scheduler = self.run.scheduler(self.optimizer)
+        return self.lr_scheduler
+
+
+class _MicroBatches:
+    """Sized and iterable, as the Trainer asks of a loader."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __len__(self) -> int:
+        return self.run.config.train.steps * self.run.accumulation
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for _, batches in self.run.batches():
+            yield from ({"tokens": tokens} for tokens in batches)
+
+
+class _Record(transformers.TrainerCallback):
+    """The Trainer's own log, in the recipe's records. Its loss is the mean over the ranks already."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any) -> None:
+        if "grad_norm" in logs:
+            norm = torch.as_tensor(logs["grad_norm"], device=self.run.ranks.device)
+            loss = torch.as_tensor(logs["loss"], device=self.run.ranks.device)
+            self.run.record(state.global_step, loss, getattr(optimizer, "optimizer", optimizer), norm)
+
+
+def train(run: Run) -> None:
+    """One run."""
+    train, given = run.config.train, asdict(run.config.optimizer)
+    options = {key: value for key, value in given.items() if key not in OWN}
+    for key in ("reduce_dtype", "momentum_dtype", "ns_dtype"):
+        options[key] = None if options[key] is None else getattr(torch, options[key])
+    if given["name"] == "adamw":
+        options["routes"] = "adamw"
+    elif given["routes"]:
+        options["routes"] = [distmuon.Route(**route) for route in given["routes"]]
+    args = transformers.TrainingArguments(
+        output_dir=run.config.log.dir, max_steps=train.steps, gradient_accumulation_steps=run.accumulation,
+        max_grad_norm=train.max_grad_norm or 0.0, learning_rate=given["lr"], weight_decay=given["weight_decay"],
+        adam_beta1=given["adamw_betas"][0], adam_beta2=given["adamw_betas"][1], logging_steps=1, report_to="none",
+        save_strategy="no", use_cpu=run.ranks.device.type == "cpu", disable_tqdm=True, seed=train.seed,
+    )  # fmt: skip
+    trainer = RecipeTrainer(model=run.model, args=args, callbacks=[_Record(run)])
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.run = run
+    attach(trainer, **options)
+    trainer.train()
+    run.validate(train.steps)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what the command line describes."""
+    with open_run("transformers", argv) as run:
+        train(run)
+
+
+if __name__ == "__main__":
+    main()
