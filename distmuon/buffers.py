@@ -204,9 +204,8 @@ class Buffers:
         return bucket.grad_flat
 
     def release_grads(self, index: int) -> None:
-        """Bucket `index` is reduced: with `release_grads`, let go of all but its shard."""
-        if self.options.release_grads:
-            self.buckets[index].grad_flat = None
+        """Bucket `index` is reduced: let go of all but its shard."""
+        self.buckets[index].grad_flat = None
 
     @torch.no_grad()
     def adopt(self) -> None:

@@ -154,10 +154,11 @@ class BackwardReducer:
     def wait(self, bucket: int) -> None:
         """Wait for bucket `bucket`, whose reduction has started."""
         self._pending[bucket].wait()
-        for stream in self._streams[bucket]:  # they may get the buffer's memory next
-            stream.wait_stream(torch.cuda.current_stream(stream.device))
+        if self._buffers.options.release_grads:
+            for stream in self._streams[bucket]:  # they may get the buffer's memory next
+                stream.wait_stream(torch.cuda.current_stream(stream.device))
+            self._buffers.release_grads(bucket)
         self._streams[bucket].clear()
-        self._buffers.release_grads(bucket)
 
     def finish(self) -> Sequence[bool]:
         if self._finished:
