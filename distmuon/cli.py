@@ -12,11 +12,12 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import nn
 
+from distmuon.config import MasterFormat, ParamGather
 from distmuon.errors import problem
 from distmuon.planner import HARDWARE, STAGES, Plan, plan
 from distmuon.routing import ParamSpec
@@ -24,6 +25,7 @@ from distmuon.shapes import TABLES, shape_table
 from distmuon.step_time import Order
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MOMENTUM = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _ORDERS: dict[Order, str] = {  # labels
     "one_group": "one group",
     "exchange_group": "exchange group",
@@ -70,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--placement", default="owner", choices=("owner", "replicated"))
     add("--grad-bytes", default=4, type=int, choices=(2, 4), help="4: float32 reduction, 2: bfloat16")
     add("--param-dtype", default="bfloat16", type=lambda name: _NAMES.get(name, name), choices=tuple(_DTYPES))
+    add("--release-grads", action="store_true", help="gradient buffers go as soon as they are reduced")
+    add("--param-gather", default="parameters", choices=get_args(ParamGather), help="what all-gathers carry")
+    add("--master-format", default="float32", choices=get_args(MasterFormat))
+    add("--momentum-dtype", default="float32", choices=tuple(_MOMENTUM))
+    add("--overlap", default="step", choices=("step", "backward", "none"), help="where updates begin, and travel")
     add("--ns-steps", default=5, type=int, help="Newton-Schulz steps")
     add("--hardware", default="h100", choices=(*HARDWARE, "none"), help="for the estimated times")
     add("--exchange-group", action="store_true", help="exchanges in a process group of their own (estimated times)")
@@ -110,6 +117,11 @@ def _plans(arguments: argparse.Namespace) -> list[Plan]:
             bucket_mb=arguments.bucket_mb,
             reduce_dtype=torch.float32 if arguments.grad_bytes == 4 else torch.bfloat16,
             param_dtype=_DTYPES[arguments.param_dtype],
+            release_grads=arguments.release_grads,
+            param_gather=arguments.param_gather,
+            master_format=arguments.master_format,
+            momentum_dtype=_MOMENTUM[arguments.momentum_dtype],
+            overlap="backward" if arguments.overlap == "backward" else arguments.overlap == "step",
             ns_steps=arguments.ns_steps,
             exchange_group=arguments.exchange_group,
             hardware=None if arguments.hardware == "none" else arguments.hardware,

@@ -64,6 +64,8 @@ def test_options_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         ("--packing", "contiguous"), ("--bucket-mb", "40"), ("--grad-bytes", "2"), ("--param-dtype", "fp32"),
         ("--hardware", "h200"), ("--hardware", "none"), ("--ns-steps", "3"), ("--routes", "adamw"), ("--ranks",),
         ("--bucket-mb", "auto"), ("--exchange-group",),
+        ("--release-grads",), ("--param-gather", "updates", "--param-dtype", "fp32"), ("--master-format", "remainder"),
+        ("--momentum-dtype", "int8"), ("--overlap", "backward"), ("--overlap", "none"),
     ):  # fmt: skip
         status, out, err = run(capsys, "gpt2", "--dp", "8", "--no-compare", *option)
         assert (status, err) == (0, "") and out != plain, option
