@@ -40,17 +40,17 @@ HARDWARE: Mapping[str, Hardware] = {
     "h100": Hardware(flops=989e12, memory=3.35e12, nvlink=450e9),
     "h200": Hardware(flops=989e12, memory=4.8e12, nvlink=450e9),
     "b200": Hardware(flops=2250e12, memory=8.0e12, nvlink=900e9),
-    # Measured, so without shares: 2 processes of 1 thread on a shared 2-core virtual machine whose other processes took
-    # 75 % of it. `python -m benchmarks.hardware` prints the row of yours; the links are gloo's on loopback.
+    # Measured, so without shares: 2 processes of 1 thread on an idle 2-core virtual machine (AMD Zen 5).
+    # `python -m benchmarks.hardware` prints the row of yours; the links are gloo's on loopback.
     "cpu": Hardware(
-        flops=1.09e11, memory=3.32e10, nvlink=2.38e8, network=2.38e8, float32_share=0.179, flops_share=1.0,
-        memory_share=1.0, link_share=1.0, latency_s=3.3e-4,
+        flops=4.01e11, memory=2.54e10, nvlink=1.36e9, network=1.36e9, float32_share=0.232, flops_share=1.0,
+        memory_share=1.0, link_share=1.0, latency_s=3.7e-4,
     ),
 }  # fmt: skip
 
 # Memory traffic of the rules, bytes an element of the shard, counted from rules.py with fp32 state and bf16 exchange.
 MUON_BEFORE = 42  # two lerps and a commit, 12 each; a copy into the stack, 6
-MUON_AFTER = 36  # decay 8, add 10, commit 12, publish 6
+MUON_AFTER = 52  # widen 6, scale 8, decay 8, add 12, commit 12, publish 6; a CPU saves the commits
 ADAMW_AFTER = 34  # fused: reads 16, writes 12; publish 6
 GUARD = 4  # the norm reads the gradient shard
 
