@@ -44,7 +44,7 @@ from distmuon.metrics import Metrics
 from distmuon.param_gather import ParamGather
 from distmuon.walk import BucketWalk, Step, pipeline
 
-_USED_EARLY = ("momentum", "nesterov", "ns_steps", "ns_coefficients")
+_USED_EARLY = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "adjust_lr_fn")
 
 
 class Conductor:
@@ -83,6 +83,8 @@ class Conductor:
     def accept(self, index: int, param: nn.Parameter, sync: bool) -> None:
         """Autograd has finished the gradient of parameter `index`; `sync`: in the step's last micro-batch."""
         layout = self.buffers.layout
+        if self._options.grad_reduction == "external" and self._verdict is not None:
+            self.forget()  # a step was left out: what was read of its gradients is stale
         self.param_gather.check_arrived(layout.bucket_of[index], layout.specs[index].fqn)
         self.source.accept(index, param, sync)
 
@@ -93,6 +95,7 @@ class Conductor:
         """
         if self._verdict is not None:
             return None
+        self.param_gather.wait()  # `adopt` reads staged parameters, and a forward need not have used them all
         self.buffers.adopt()
         with self._metrics.stage("finish_reduce_scatter"):
             present = self.source.finish()
@@ -159,11 +162,23 @@ class Conductor:
 
     def forget(self) -> None:
         """Drop the gradients of this step, accumulated or reduced, and what was computed from them."""
-        if self._step is not None:  # what travels must arrive before its buffers go
-            self.source.finish()
-            self._finish_early()
+        self.settle()  # what travels must arrive before its buffers go
         self.source.reset()
         self._step, self._early, self._verdict = None, [], None
+
+    def settle(self) -> None:
+        """Finish what a backward has begun to reduce, on all ranks alike, before collectives of another kind follow.
+
+        Ranks may differ in the parameters that had a gradient, and so in the reductions that have started.
+        """
+        if self._options.overlap and self.source.synced:
+            self.source.finish()
+            self._finish_early()
+
+    @property
+    def has_begun(self) -> bool:
+        """Early walks have made updates from the state as it was."""
+        return bool(self._early)
 
     def _on_reduce_started(self, index: int) -> None:
         """See [Note: early walks]."""

@@ -182,7 +182,8 @@ def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, ra
         if options.param_gather == "updates" and layout.dp_size > 1:
             messages.append(load.all_gather + load.all_gather // (layout.dp_size - 1))
     flat = [layout.dp_size * bucket.shard_size * options.reduce_dtype.itemsize for bucket in layout.buckets]
-    released = _two(flat) if options.release_grads else 0  # in backward
+    at_once = _two(flat) if options.overlap else sum(flat)  # in backward
+    released = at_once if options.release_grads else 0
     return max(peak, computing + last, released) + early + _two(messages)
 
 

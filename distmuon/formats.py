@@ -43,11 +43,14 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
     """float32 -> (bfloat16 parameter, int16 remainder), any shape; see [Note: remainder]."""
-    bits = master.view(torch.int32)
+    bits = torch.where(master.isnan(), 0x7FC00000, master.view(torch.int32))  # some NaNs would round to -0.0
     upper = (bits + 0x8000) >> 16
     return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
 
 
 def join(parameter: Tensor, remainder: Tensor) -> Tensor:
     """The inverse of `split`, bit for bit. With a parameter written by somebody else: a master that rounds to it."""
+    remainder = torch.where(
+        parameter == 0, remainder.clamp(min=0), remainder
+    )  # below the bits of 0 there are only NaNs
     return ((parameter.view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)

@@ -39,6 +39,10 @@ class GradSource(Protocol):
     def reset(self) -> None:
         """Forget this step's gradients."""
 
+    @property
+    def synced(self) -> bool:
+        """A last micro-batch's backward has begun, so that reductions may have started."""
+
 
 def make_source(
     buffers: Buffers, group: DataParallelGroup, options: Options, on_started: Callable[[int], None]
@@ -176,7 +180,14 @@ class BackwardReducer:
     def reset(self) -> None:
         if self._synced and not self._finished:
             self.finish()  # a discarded backward: ranks may have started different buckets, so start them all
+        if self._buffers.options.release_grads:
+            for bucket in range(len(self._waiting_for)):
+                self._buffers.release_grads(bucket)
         self._clear()
+
+    @property
+    def synced(self) -> bool:
+        return self._synced
 
 
 def _written_after(fqn: str) -> ValueError:
@@ -220,3 +231,7 @@ class ReducedGrads:
 
     def reset(self) -> None:
         self._has_grad = None
+
+    @property
+    def synced(self) -> bool:
+        return False

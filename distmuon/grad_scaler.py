@@ -16,7 +16,7 @@ class GradScaler(torch.amp.GradScaler):
     """Drop-in for `torch.amp.GradScaler` (same arguments and state) around `DistMuon` and other optimizers.
 
     ``scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update()``, with ``scaler.unscale_(optimizer)`` and
-    ``optimizer.clip_grad_norm_`` in between if wanted. As with torch's, `step` reads the overflow flag on the host.
+    ``optimizer.clip_grad_norm_`` in between if wanted. `DistMuon.step` is called in any case and skips by itself.
     """
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
@@ -24,6 +24,15 @@ class GradScaler(torch.amp.GradScaler):
         if hasattr(optimizer, "loss_scaling"):
             optimizer.loss_scaling = True
         return super().step(optimizer, *args, **kwargs)
+
+    def _maybe_opt_step(
+        self, optimizer: torch.optim.Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> float | None:
+        """DistMuon skips by the verdict of all ranks, counts it, and lets go of the gradients: it must be called."""
+        if hasattr(optimizer, "unscale_grads"):
+            loss: float | None = optimizer.step(*args, **kwargs)
+            return loss
+        return super()._maybe_opt_step(optimizer, optimizer_state, *args, **kwargs)
 
     def _unscale_grads_(
         self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool

@@ -88,6 +88,14 @@ def late_group() -> ValueError:
     )  # fmt: skip
 
 
+def loaded_under_updates() -> ValueError:
+    """The refusal to load state between a backward and its step, once updates have begun from the old state."""
+    return problem(
+        "load", 'found overlap="backward" between backward and step, where updates have begun from the state as it was',
+        "a moment without gradients is needed", "call optimizer.zero_grad() first",
+    )  # fmt: skip
+
+
 def asked_alone(dp_rank: int, missing: Sequence[int]) -> ValueError:
     """The refusal of a `state_dict` that not all ranks call."""
     return problem(

@@ -40,6 +40,7 @@ class Listener(Protocol):
     def on_gradient(self, index: int) -> None: ...
     def wait_for(self, params: Iterable[int]) -> None: ...
     def synchronize(self) -> None: ...
+    def on_load(self) -> None: ...
     def release(self) -> None: ...
 
 
@@ -111,10 +112,14 @@ class Hooks:
             if (listener := listener_ref()) is not None:
                 listener.synchronize()
 
+        def on_load(*_: object) -> None:
+            if (listener := listener_ref()) is not None:
+                listener.on_load()
+
         self._handles.append(model.register_forward_pre_hook(on_forward, prepend=True))
         for module in model.modules():  # a part of the model may be saved or loaded by itself
             self._handles.append(module.register_state_dict_pre_hook(on_state))  # type: ignore[no-untyped-call]
-            self._handles.append(module.register_load_state_dict_pre_hook(on_state))  # type: ignore[no-untyped-call]
+            self._handles.append(module.register_load_state_dict_pre_hook(on_load))  # type: ignore[no-untyped-call]
             self._handles.append(module.register_state_dict_post_hook(_own_storages))  # type: ignore[no-untyped-call]
 
     def _wait_in_forward(self, model: nn.Module, index_of: Mapping[int, int]) -> None:

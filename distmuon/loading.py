@@ -64,7 +64,7 @@ def load_checkpoint(
     one_of("on_route_change", on_route_change, ("raise", "reset"))
     group = optimizer.group
     found, skipped = _newest_whole(Path(path), optimizer)
-    gather = optimizer.at_rest()
+    gather = optimizer.at_rest(to_write=True)
     buffers = gather.buffers
     others = others_of(model, buffers.params)
 

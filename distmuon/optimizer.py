@@ -183,7 +183,8 @@ class DistMuon(TrainerFace):
             self.group.broadcast(tensor.data)
         self._conductor = Conductor(
             self.layout, self._params, self.group, self._exchange_group, self.options, self._group_of,
-            self._hyperparameters, self._metrics, self._gathers_in_forward and self._exchange_group is self.group,
+            self._hyperparameters, self._metrics,
+            self._gathers_in_forward and self._exchange_group.process_group is self.group.process_group,
         )  # fmt: skip
 
     def _built(self, *, values_used: bool = False) -> Conductor:
@@ -266,6 +267,11 @@ class DistMuon(TrainerFace):
         """Called by a module's forward."""
         if self._conductor is not None and self._conductor.param_gather.any_in_flight:
             self._conductor.param_gather.wait({self.layout.bucket_of[index] for index in params})
+
+    def on_load(self) -> None:
+        """Called before a module's state is loaded."""
+        self.synchronize()
+        self._consolidated = None
 
     def synchronize(self) -> None:
         """Wait for the parameter all-gathers that `step` left under way. Forwards do so by themselves."""

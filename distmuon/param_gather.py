@@ -98,6 +98,7 @@ class ParamGather:
 
     def publish(self) -> None:
         """The masters were written: they become the parameters of all ranks. Blocking."""
+        self._held = None  # a step that raised may have left it
         for index in range(len(self.buffers.buckets)):
             self.start(index, stage="state_dict")
         self.wait()

@@ -62,6 +62,7 @@ class TrainerFace(torch.optim.Optimizer):
         packed = super().state_dict()
         if self._conductor is None:
             return packed
+        self._conductor.settle()  # a rank that has begun to reduce may wait for the others in its backward
         if (known := self._consolidated_state(packed)) is not None:
             return known
         buffers = self.at_rest().buffers
@@ -74,14 +75,19 @@ class TrainerFace(torch.optim.Optimizer):
         state_dict = checkpoint.routed(state_dict, self.param_groups, on_route_change)
         checkpoint.load_groups(state_dict["param_groups"], self.param_groups)
         if not checkpoint.is_empty(state_dict):
-            gather = self.at_rest()
-            self._consolidated = None
+            gather = self.at_rest(to_write=True)
             checkpoint.load_full_state(gather.buffers, self.param_groups, state_dict)
             gather.publish()
 
-    def at_rest(self) -> ParamGather:
+    def at_rest(self, *, to_write: bool = False) -> ParamGather:
         """For who reads or writes all state: nothing is in flight, foreign writes are taken over. Collective."""
-        return self._built().param_gather.settled()
+        conductor = self._built()
+        conductor.settle()
+        if to_write:
+            self._consolidated = None
+            if conductor.has_begun:
+                raise guards.loaded_under_updates()
+        return conductor.param_gather.settled()
 
     def consolidate_state_dict(self) -> None:
         """Gather the whole state on the CPU of every rank, for later calls of `state_dict`. Collective.

@@ -37,8 +37,15 @@ def test_the_parameter_is_the_nearest_bfloat16() -> None:
 
 def test_a_written_parameter_makes_a_master_that_rounds_to_it() -> None:
     remainder = torch.tensor([-(2**15), -1, 0, 1, 2**15 - 1], dtype=torch.int16)
-    written = torch.tensor([1.0, -0.3, 1e-20, 3e38]).bfloat16().unsqueeze(1).expand(4, 5).contiguous()
-    assert torch.equal(split(join(written, remainder.expand(4, 5)))[0], written)
+    written = torch.tensor([1.0, -0.3, 0.0, -0.0]).bfloat16().unsqueeze(1).expand(4, 5).contiguous()
+    master = join(written, remainder.expand(4, 5))
+    assert master.isfinite().all() and torch.equal(split(master)[0], written), "zeros too: below them lie NaNs"
+
+
+def test_a_nan_stays_one() -> None:
+    """CUDA's, 0x7FFFFFFF, would round to -0.0."""
+    nans = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1], dtype=torch.int32).view(torch.float32)
+    assert split(nans)[0].isnan().all()
 
 
 @settings(deadline=None, max_examples=60)
