@@ -89,8 +89,8 @@ def test_a_killed_worker_is_restarted_and_the_run_ends_as_if_nothing_had_happene
 ) -> None:
     """SIGKILL of one worker under torchrun --max-restarts: every loss of the record is the unbroken run's.
 
-    Six, because gloo now and then refuses the first connection after a restart, which costs one more. Slow, because once
-    in half a dozen runs gloo's own set-up of the group hung after the restart, before any of our code had a say.
+    Six, because gloo now and then refuses the first connection after a restart, which costs one more. Slow, because
+    once in half a dozen runs gloo's set-up of the group hung after the restart, before any of our code had a say.
     """
     process = start(tmp_path, "--train.steps=8", launcher=("--standalone", "--max-restarts=6"))
     wait_for_step(tmp_path, 5, process)
