@@ -139,11 +139,11 @@ class Conductor:
             bucket.grad_shard.mul_(coefficient)
         self._verdict = replace(self._verdict, total_norm=self._verdict.total_norm * coefficient)
 
-    def update(self) -> None:
-        """The walks of all buckets, or what is left of them. Leaves the all-gathers under way."""
+    def update(self, numbers: Sequence[dict[str, Any]]) -> None:
+        """The walks of all buckets, or what is left of them, by the hyperparameters `numbers`. Leaves the all-gathers
+        under way."""
         verdict, self._verdict = self._verdict, None
         assert verdict is not None
-        numbers = self._hyperparameters()
         step, walks = self._step or Step(numbers), self._early
         _check_unchanged(step.param_groups, numbers)
         step.param_groups, step.verdict = numbers, verdict

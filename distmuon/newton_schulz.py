@@ -53,9 +53,7 @@ _TINY = 2**19  # CPU: products of no more multiply-adds run in float32: calling 
 _LEAST = 128  # the least k of the Gram form, and width of a panel. p panels save (p-1)/2p of a product and cost p calls
 _PAIR = 384  # bfloat16 on a CPU: two panels at least from this k on: batched products take 1.2 of a loop's time there
 _PANEL_WORK = {torch.bfloat16: 5e7, torch.float32: 1.1e7}  # and copies: p = sqrt(the product's multiply-adds / these)
-_ALONE = (
-    32  # a stack of one matrix with no smaller k is multiplied as a matrix: the bits of a batch, 2 us sooner a call
-)
+_ALONE = 32  # a stack of one matrix from this k on is multiplied as a matrix: the bits of a batch, 2 us sooner a call
 _SMALL = 2**16  # elements of a matrix whose norm is taken in float64
 _COLUMNS = 1024  # X is updated in place, in panels of about so many columns, whose old values stay in cache
 

@@ -244,13 +244,13 @@ class DistMuon(TrainerFace):
         """One update on all ranks. `closure` re-evaluates the model and returns the loss."""
         loss = torch.enable_grad()(closure)() if closure is not None else None
         conductor = self._built()
-        check_groups(self.param_groups)
+        numbers = self._hyperparameters()
         guards.check_held(self.param_groups, self._params)
         guards.check_frozen(self._frozen)
         self.synchronize()
         self._consolidated = None
         self.reduce_gradients()
-        conductor.update()
+        conductor.update(numbers)
         if not self._gathers_in_forward or self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
             self.synchronize()
         self._metrics.close_step()
