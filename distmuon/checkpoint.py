@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distmuon.buffers import BucketBuffers, Buffers, ShardPiece
+from distmuon.buffers import BucketBuffers, Buffers
 from distmuon.collectives import DataParallelGroup
-from distmuon.config import check_groups, one_of
+from distmuon.config import check_groups, is_number, one_of
 from distmuon.errors import problem
 
 
@@ -61,22 +61,31 @@ def full_state_dict(
     return {"state": {number: full[index] for number, index in enumerate(order)}, "param_groups": packed_groups}
 
 
-def load_full_state(buffers: Buffers, param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> None:
-    """Take this rank's part of `state_dict`. Missing entries start from zero.
+def states_of(
+    buffers: Buffers, param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
+) -> dict[int, Mapping[str, Any]]:
+    """Per parameter its state in `state_dict`, if it has any. Raises for what `load_full_state` could not take.
 
     As in torch.optim, a parameter's state stands under whatever key its group holds in its place: a number, or the
     fqn that `torch.distributed.checkpoint.state_dict.set_optimizer_state_dict` writes there.
     """
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    states = _by_number(state_dict["state"], keys)
-    _check_states(buffers, param_groups, states)
-    of_param = {index: states.get(number, {}) for number, index in enumerate(_torch_numbering(param_groups, buffers))}
+    states, order = _by_number(state_dict["state"], keys), _torch_numbering(param_groups, buffers)
+    of_param = {order[number]: state for number, state in states.items()}
+    for index, state in of_param.items():
+        _check_state(buffers, index, state)
+    return of_param
+
+
+def load_full_state(buffers: Buffers, of_param: Mapping[int, Mapping[str, Any]]) -> None:
+    """Take this rank's part of what `states_of` found. Missing entries start from zero."""
     for bucket in buffers.buckets:
         with bucket.masters() as masters:
             for piece in bucket.muon + bucket.adamw:
-                state = of_param[piece.segment.param]
+                state = of_param.get(piece.segment.param, {})
                 whole = {key: value for key, value in state.items() if key != "step"}
-                mine = {key: _cut(buffers, piece.segment.param, key, value, piece) for key, value in whole.items()}
+                start = piece.segment.param_offset
+                mine = {key: t.reshape(-1)[start : start + piece.segment.length] for key, t in whole.items()}
                 if "momentum_buffer" in mine:
                     momentum = mine["momentum_buffer"].to(masters.device, torch.float32)
                     mine.update(piece.encoded(momentum))
@@ -103,18 +112,30 @@ def _by_number(states: Mapping[Any, Mapping[str, Any]], keys: Sequence[Any]) -> 
     return {numbers[key]: state for key, state in states.items()}
 
 
-def _check_states(
-    buffers: Buffers, param_groups: Sequence[Mapping[str, Any]], states: Mapping[int, Mapping[str, Any]]
-) -> None:
-    """Raise for states that lack what their parameter's rule needs."""
-    order = _torch_numbering(param_groups, buffers)
-    for number, state in states.items():
-        missing = [key for key in _keys(buffers, order[number]) if state.keys() - {"master"} and key not in state]
-        if missing:
+def _check_state(buffers: Buffers, index: int, state: Mapping[str, Any]) -> None:
+    """Raise for a state that has not all and only what its parameter's rule needs, in tensors of its shape."""
+    spec, needed = buffers.layout.specs[index], set(_keys(buffers, index))
+    if state.keys() - {"master"} not in (set(), needed):
+        raise problem(
+            spec.fqn, f"its state has {sorted(state)}, not {sorted(needed)}",
+            "the state of the same rule is needed", "make the optimizer with the routes it was saved with",
+        )  # fmt: skip
+    for key, value in state.items():
+        if key == "step" and is_number(value):
+            value = torch.tensor(float(value))
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_complex():
+            found = f"{value.layout} {value.dtype} on {value.device}" if isinstance(value, Tensor) else repr(value)
             raise problem(
-                buffers.layout.specs[order[number]].fqn, f"its state has {sorted(state)}, not {missing}",
-                "the state of the same rule is needed", "make the optimizer with the routes it was saved with",
+                f"{spec.fqn}.{key}", f"found {found:.80}", "a dense real tensor is needed", "pass what was saved"
+            )
+        shape = spec.shape if key != "step" else (1,) * value.ndim  # older torch has steps of shape (1,)
+        if tuple(value.shape) != shape:
+            raise problem(
+                f"{spec.fqn}.{key}", f"the state has shape {tuple(value.shape)}", f"{shape} is needed",
+                "load it into the model it was saved from",
             )  # fmt: skip
+        if key == "step" and not 0 <= float(value) < float("inf"):
+            raise problem(f"{spec.fqn}.step", f"found {float(value)}", "a count is needed", "pass what was saved")
 
 
 def _torch_numbering(param_groups: Sequence[Mapping[str, Any]], buffers: Buffers) -> list[int]:
@@ -163,6 +184,28 @@ def _check_routes(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[
             "the same routing is needed",
             'make the optimizer with the routes it was saved with, or pass on_route_change="reset"',
         )  # fmt: skip
+
+
+def check_form(state_dict: object) -> None:
+    """Raise unless it has the form of a state dict of torch.optim; what stands in it is checked later."""
+    entry = state_dict if isinstance(state_dict, Mapping) else {}
+    states, groups = entry.get("state"), entry.get("param_groups")
+    if not isinstance(states, Mapping) or not all(isinstance(state, Mapping) for state in states.values()):
+        found = "no dict of states under 'state'"
+    elif not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
+        found = "no list of groups under 'param_groups'"
+    elif not all(isinstance(group.get("params"), (list, tuple)) for group in groups):
+        found = "a group without a list of 'params'"
+    elif any(len(names) != len(group["params"]) for group in groups if (names := _names(group)) is not None):
+        found = "a group with other 'param_names' than 'params'"
+    else:
+        return
+    raise problem("load_state_dict", found, "torch.optim's form is needed", "pass what state_dict() returned")
+
+
+def _names(group: Mapping[str, Any]) -> Sequence[str] | None:
+    names = group.get("param_names")
+    return names if isinstance(names, (list, tuple)) else None if names is None else ()
 
 
 def routed(state_dict: dict[str, Any], current: Sequence[Mapping[str, Any]], on_route_change: str) -> dict[str, Any]:
@@ -238,14 +281,3 @@ def _assemble(buffers: Buffers, index: int, flat: Tensor) -> Tensor:
         start = segment.rank * shard_size + segment.shard_offset
         parts.append(flat[start : start + segment.length].cpu())
     return torch.cat(parts).view(buffers.layout.specs[index].shape)
-
-
-def _cut(buffers: Buffers, index: int, key: str, whole: Tensor, piece: ShardPiece) -> Tensor:
-    spec = buffers.layout.specs[index]
-    if tuple(whole.shape) != spec.shape:
-        raise problem(
-            f"{spec.fqn}.{key}", f"the state has shape {tuple(whole.shape)}", f"{spec.shape} is needed",
-            "load it into the model it was saved from",
-        )  # fmt: skip
-    start = piece.segment.param_offset
-    return whole.reshape(-1)[start : start + piece.segment.length]

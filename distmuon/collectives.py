@@ -76,6 +76,11 @@ class DataParallelGroup:
         # The default group stays None: a reference of ours would keep it alive past `destroy_process_group`.
         self.process_group = process_group
         self.count = count
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise problem(
+                "process_group", f"found {process_group!r}", "a group that this rank is in, or None, is needed",
+                "pass what torch.distributed.new_group(ranks) returned on these ranks",
+            )  # fmt: skip
         distributed = process_group is not None or (dist.is_available() and dist.is_initialized())
         self.dp_size = dist.get_world_size(process_group) if distributed else 1
         self.dp_rank = dist.get_rank(process_group) if distributed else 0

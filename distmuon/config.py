@@ -1,4 +1,4 @@
-"""The options that are fixed for the life of an optimizer, and the defaults of what lives in its param groups.
+"""What users decide: options for the life of an optimizer, the start of what lives in its param groups, routes.
 
 Decides what is a legal value and says so; allocates nothing. Everything a scheduler may change (lr, weight decay,
 momentum, betas, ...) is a param-group entry instead and is read anew at every step.
@@ -6,9 +6,9 @@ momentum, betas, ...) is a param-group entry instead and is read anew at every s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 
@@ -52,19 +52,15 @@ class Options:
         one_of("master_format", self.master_format, get_args(MasterFormat))
         one_of("overlap", self.overlap, get_args(Overlap))
         one_of("release_grads", self.release_grads, (False, True))
-        if self.bucket_mb is not None and not self.bucket_mb > 0:
-            raise problem("bucket_mb", f"found {self.bucket_mb}", "a positive size is needed", "leave it None")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise problem(
-                "max_grad_norm",
-                f"found {self.max_grad_norm}",
-                "a positive norm is needed",
-                "None: no clipping",
-            )
+        one_of("ns_kernels", self.ns_kernels, (False, True))
+        for name, value in (("bucket_mb", self.bucket_mb), ("max_grad_norm", self.max_grad_norm)):
+            most = 2.0**40 if name == "bucket_mb" else float("inf")
+            if value is not None and not (is_number(value) and 0 < value <= most):
+                raise problem(name, f"found {value!r}", "a positive number is needed", "or leave it None")
         one_of("reduce_dtype", self.reduce_dtype, (torch.float32, torch.bfloat16, torch.float16))
         one_of("momentum_dtype", self.momentum_dtype, (torch.float32, torch.bfloat16, torch.int8))
         one_of("ns_dtype", self.ns_dtype, (torch.bfloat16, torch.float32, torch.float64))
-        one_of("exchange_dtype", self.travels, (torch.bfloat16, torch.float32, torch.float64))
+        one_of("exchange_dtype", self.exchange_dtype, (None, torch.bfloat16, torch.float32, torch.float64))
         if self.overlap == "backward" and (self.max_grad_norm is not None or self.grad_reduction == "external"):
             found = "max_grad_norm" if self.max_grad_norm is not None else 'grad_reduction="external"'
             raise problem(
@@ -142,6 +138,21 @@ class Hyperparameters:
         }
 
 
+_KEYS: dict[object, tuple[str, ...]] = {
+    "muon": ("lr", "weight_decay", "momentum", "nesterov", "ns_steps", "ns_coefficients", "adjust_lr_fn"),
+    "adamw": ("lr", "weight_decay", "betas", "eps"),
+}
+
+
+def hyperparameters(param_groups: Sequence[dict[str, Any]]) -> list[str]:
+    """One text a hyperparameter, what ranks must agree on; without what users and schedulers keep in the groups."""
+    return [
+        f"param_groups[{number}].{key} = {group[key]}"
+        for number, group in enumerate(param_groups)
+        for key in ("rule", *_KEYS[group["rule"]])
+    ]
+
+
 def check_groups(param_groups: Sequence[dict[str, Any]]) -> None:
     """Raise for the first hyperparameter that no rule can work with."""
     for number, group in enumerate(param_groups):
@@ -154,19 +165,22 @@ def _check_group(name: str, group: dict[str, Any]) -> None:
         if isinstance(value, torch.Tensor):
             if value.numel() != 1:
                 raise problem(f"{name}.{key}", f"a tensor of {value.numel()} elements", "one is needed", "pass one")
-            if value.device.type != "cpu" or value < 0:
-                raise problem(
-                    f"{name}.{key}", f"found {value!r}", "a tensor >= 0 on the CPU is needed", "move it there"
-                )
-            return
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < below:
+            if value.device.type != "cpu":
+                raise problem(f"{name}.{key}", f"a tensor on {value.device}", "one on the CPU is needed", "move it")
+            value = value.item()
+        if not is_number(value) or not 0.0 <= value < below:
             needed = "a number >= 0 is needed" if below == float("inf") else f"a number in [0, {below}) is needed"
             raise problem(f"{name}.{key}", f"found {value!r}", needed, f"correct {key}")
 
+    one_of(f"{name}.rule", group.get("rule"), ("muon", "adamw"))
+    missing = [key for key in _KEYS[group["rule"]] if key not in group]
+    if missing:
+        raise problem(f"{name}.{missing[0]}", "missing", "each rule needs all of its own", f"put {missing[0]} back")
     bound("lr", group["lr"])
     bound("weight_decay", group["weight_decay"])
     if group["rule"] == "muon":
         bound("momentum", group["momentum"], 1.0)
+        one_of(f"{name}.nesterov", group["nesterov"], (False, True))
         one_of(f"{name}.adjust_lr_fn", group["adjust_lr_fn"], get_args(AdjustLrFn))
         steps = group["ns_steps"]
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < 100:
@@ -181,7 +195,51 @@ def _check_group(name: str, group: dict[str, Any]) -> None:
         bound("betas", beta, 1.0)
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is a number of Python, and not True or False."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raise unless `value` is one of `allowed`."""
-    if value not in allowed:
+    """Raise unless `value` is one of `allowed`, of its type: 0 is not False."""
+    if not any(isinstance(value, type(one)) and value == one for one in allowed):
         raise problem(name, f"found {value!r}", f"one of {', '.join(map(str, allowed))} is needed", f"correct {name}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Route:
+    """A user's decision: parameters whose fqn matches `pattern` (shell-style) take `rule`.
+
+    `split`: sizes of the logical matrices fused along `split_dim` of the (out, in) weight; they must sum to it.
+    `options`: param-group entries for these parameters, such as ``{"lr": 1e-4, "weight_decay": 0.0}``.
+    """
+
+    pattern: str
+    rule: Rule
+    split: Sequence[int] | None = None
+    split_dim: int = 0
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        split, options = () if self.split is None else self.split, self.options
+        right = isinstance(self.pattern, str) and isinstance(split, (list, tuple)) and isinstance(options, Mapping)
+        if (
+            not right
+            or not all(isinstance(part, int) for part in split)
+            or not all(isinstance(k, str) for k in options)
+        ):
+            needed = "a text as pattern, whole numbers as split and a dict as options are needed"
+            raise problem("Route", f"found {self}", needed, "correct it")
+        one_of(f"Route({self.pattern!r}).rule", self.rule, ("muon", "adamw"))
+        one_of(f"Route({self.pattern!r}).split_dim", self.split_dim, (0, 1))
+
+
+def checked_routes(routes: Sequence[Route] | str | None) -> tuple[Route, ...]:
+    """`routes` as a tuple; "adamw" is the route that sends everything there."""
+    if isinstance(routes, str):
+        one_of("routes", routes, ("adamw",))
+        return (Route("*", "adamw"),)
+    given = tuple(routes) if isinstance(routes, Iterable) else (routes,) if routes is not None else ()
+    if not all(isinstance(entry, Route) for entry in given):
+        raise problem("routes", f"found {routes!r}", 'a list of distmuon.Route or "adamw" is needed', "correct it")
+    return given

@@ -108,11 +108,7 @@ class BackwardReducer:
     def _move_in(self, index: int, param: nn.Parameter) -> None:
         grad = param.grad
         assert grad is not None
-        if grad.layout != torch.strided:
-            raise problem(
-                self._buffers.layout.specs[index].fqn, f"its gradient is {grad.layout}", "dense gradients are needed",
-                "build the embedding with sparse=False",
-            )  # fmt: skip
+        _check_dense(self._buffers.layout.specs[index].fqn, grad)
         elements, bucket = grad.reshape(-1), self._bucket_of[index]
         flat = self._open(bucket)
         for start, offset, length in self._places[index]:
@@ -200,6 +196,13 @@ def _written_after(fqn: str) -> ValueError:
     )  # fmt: skip
 
 
+def _check_dense(fqn: str, grad: Tensor | None) -> None:
+    if grad is not None and grad.layout != torch.strided:
+        raise problem(
+            fqn, f"its gradient is {grad.layout}", "dense gradients are needed", "build the embedding with sparse=False"
+        )
+
+
 class ReducedGrads:
     """Takes this rank's shard out of `param.grad`, which somebody else has averaged over the ranks."""
 
@@ -214,6 +217,8 @@ class ReducedGrads:
     def finish(self) -> Sequence[bool]:
         if self._has_grad is None:
             self._has_grad = [param.grad is not None for param in self._buffers.params]
+            for spec, param in zip(self._buffers.layout.specs, self._buffers.params):
+                _check_dense(spec.fqn, param.grad)
             for bucket in self._buffers.buckets:
                 for piece in bucket.muon + bucket.adamw:
                     self._read(piece.grad, piece.segment.param, piece.segment.param_offset)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -64,6 +65,8 @@ def check_parameters(
             found = "partitioned by DeepSpeed (zero.Init or stage 3)"
         elif param.is_complex() or not param.is_floating_point():
             found = f"of dtype {param.dtype}"
+        elif param.is_meta:
+            found = "on the meta device, without values"
         elif param.device != first.device:
             found = f"on {param.device} while {first_fqn} is on {first.device}"
         elif tuple(param.shape) != shape:
@@ -78,6 +81,13 @@ def check_parameters(
             fqn, f"the parameter is {found}", "whole real ones on one device, unchanged since then, are needed",
             "make DistMuon from the complete plain model (ZeRO stage 0)",
         )  # fmt: skip
+    known = {id(param) for _, param in named}
+    for fqn, param in model.named_parameters() if model is not None else ():
+        if param.requires_grad and param.numel() and id(param) not in known:
+            raise problem(
+                fqn, "it is trainable now, and was not in the model or frozen when the optimizer was made",
+                "the layout holds no state for it", "make a new DistMuon once the model is complete",
+            )  # fmt: skip
 
 
 def late_group() -> ValueError:
@@ -93,6 +103,14 @@ def loaded_under_updates() -> ValueError:
     return problem(
         "load", 'found overlap="backward" between backward and step, where updates have begun from the state as it was',
         "a moment without gradients is needed", "call optimizer.zero_grad() first",
+    )  # fmt: skip
+
+
+def loaded_unlike(empty: Sequence[int]) -> ValueError:
+    """The refusal of a `load_state_dict` that not all ranks were given."""
+    return problem(
+        "load_state_dict", f"the state of ranks {list(empty)} is empty, that of the others is not",
+        "every rank needs the whole state", "read the same file on every rank",
     )  # fmt: skip
 
 
@@ -122,13 +140,25 @@ def clipped_before_unscaling() -> ValueError:
     )  # fmt: skip
 
 
-def check_held(param_groups: Sequence[dict[str, Any]], params: Sequence[nn.Parameter]) -> None:
-    """Raise if somebody exchanged the parameters in the param groups: updates would miss what they hold now."""
-    held = {id(param) for group in param_groups for param in group["params"]}
-    if len(held) != len(params) or not all(id(param) in held for param in params):
+Held = list[tuple[object, list[int]]]
+
+
+def held_by(param_groups: Sequence[dict[str, Any]]) -> Held:
+    """(rule, ids of its parameters) of each group."""
+    lists = [group.get("params") for group in param_groups]
+    of_each = [[id(param) for param in params] if isinstance(params, list) else [] for params in lists]
+    return [(group.get("rule"), ids) for group, ids in zip(param_groups, of_each)]
+
+
+def check_held(param_groups: Sequence[dict[str, Any]], made: Held) -> None:
+    """Raise if somebody exchanged the parameters, rules or order of the groups that were `made`: updates would miss
+    what they hold now."""
+    held = held_by(param_groups)
+    if held != made:
+        now, then = ([f"{len(ids)} under {rule!r}" for rule, ids in groups] for groups in (held, made))
         raise problem(
-            "param_groups", f"they hold {len(held)} parameters that are not the {len(params)} of construction",
-            "distmuon keeps its own masters and needs the model's own parameters",
+            "param_groups", f"they hold parameters that are not those of construction ({now}, then {then})",
+            "distmuon keeps its own masters and needs the model's own parameters, under their rules, in order",
             "keep other optimizers' wrappers away (DeepSpeed: ZeRO stage 0, cast the model itself)",
         )  # fmt: skip
 
@@ -166,7 +196,7 @@ def known_on_host(ok: Tensor) -> bool | None:
 def agree_on_plan(fingerprint: str, items: Sequence[str], group: DataParallelGroup) -> None:
     """Raise the same `ValueError` on all ranks unless they made the same layout. Blocking, once.
 
-    `items`: one text a parameter, in order, to name the first difference.
+    `items`: one text a parameter or option, in order, to name the first difference.
     """
     digest = hashlib.sha256(fingerprint.encode()).hexdigest()
     if len(set(group.gather_objects(digest))) == 1:
@@ -178,16 +208,33 @@ def agree_on_plan(fingerprint: str, items: Sequence[str], group: DataParallelGro
             if ours != other:
                 raise problem(
                     f"rank {rank}",
-                    f"parameter {position} is {other}, on rank 0 it is {ours}",
+                    f"found {other}, on rank 0 {ours}",
                     "all ranks must build the same model and options in the same order",
-                    "make model construction independent of the rank",
+                    "make the model, the arguments and the learning rate independent of the rank",
                 )
     raise problem(
         "plan",
-        "ranks agree on the parameters but not on the layout",
-        "all ranks need the same options and versions",
-        "pass the same arguments to DistMuon on every rank",
+        "ranks agree on parameters and options but not on the layout or the kernels",
+        "all ranks need the same versions of distmuon and of its kernels",
+        "install the same everywhere",
     )
+
+
+def not_finite(fqns: Sequence[str], params: Sequence[nn.Parameter]) -> list[str]:
+    """The names of `params` that hold NaN or inf. Reads the device once."""
+    if not params:
+        return []
+    largest = torch.stack([torch.linalg.vector_norm(p.detach(), ord=float("inf")) for p in params])
+    return [fqn for fqn, finite in zip(fqns, torch.isfinite(largest).tolist()) if not finite]
+
+
+def check_finite(broken: Sequence[str], where: str = "") -> None:
+    """Raise if training would start from weights that are `broken`: every gradient would be NaN, every step skipped."""
+    if broken:
+        raise problem(
+            ", ".join(broken[:5]), f"{len(broken)} parameters hold NaN or inf{where} before the first step",
+            "finite values are needed to start from", "initialize the model, or load its weights, before training",
+        )  # fmt: skip
 
 
 def agree_on_values(fqns: Sequence[str], params: Sequence[nn.Parameter], group: DataParallelGroup) -> None:
@@ -197,6 +244,8 @@ def agree_on_values(fqns: Sequence[str], params: Sequence[nn.Parameter], group: 
     """
     sums = [[float(p.detach().double().sum()), float(p.detach().double().square().sum())] for p in params]
     everyone = group.gather_objects(sums)
+    for rank, theirs in enumerate(everyone):
+        check_finite([fqn for fqn, of_each in zip(fqns, theirs) if not isfinite(of_each[1])], f" on rank {rank}")
     for number, fqn in enumerate(fqns):
         for rank, theirs in enumerate(everyone):
             if theirs[number] != everyone[0][number]:

@@ -20,7 +20,7 @@ from distmuon.config import one_of
 from distmuon.errors import problem
 from distmuon.manifest import Manifest, check_files, own_file, read_manifest
 from distmuon.optimizer import DistMuon
-from distmuon.run_state import others_of, restore_rng, unpacked
+from distmuon.run_state import check_given, check_path, others_of, restore_rng, unpacked
 
 _SAME = "make model and optimizer as they were for the save"
 
@@ -62,6 +62,8 @@ def load_checkpoint(
     until all checks have passed nothing is changed.
     """
     one_of("on_route_change", on_route_change, ("raise", "reset"))
+    check_path(path, new=False)
+    check_given(model, optimizer)
     group = optimizer.group
     found, skipped = _newest_whole(Path(path), optimizer)
     gather = optimizer.at_rest(to_write=True)
@@ -84,6 +86,8 @@ def load_checkpoint(
             saved = {"state": {}, "param_groups": shared["param_groups"]}
             shared["param_groups"] = rerouted(saved, optimizer.param_groups)["param_groups"]
         load_groups(shared["param_groups"], _bare(optimizer.param_groups))
+        if scheduler is not None and shared["scheduler"] is None:
+            raise problem("scheduler", "none is in the checkpoint", "the one of the save is needed", "pass None")
         return manifest, reader, fresh, shared, own
 
     manifest, reader, fresh, shared, own = together(group, check)
@@ -93,7 +97,7 @@ def load_checkpoint(
             sharded.load_bucket(reader, buffers, bucket, fresh)
         sharded.load_others(reader, others)
         load_groups(shared["param_groups"], optimizer.param_groups)
-        if scheduler is not None and shared["scheduler"] is not None:
+        if scheduler is not None:
             scheduler.load_state_dict(shared["scheduler"])
 
     together(group, load)
@@ -106,12 +110,15 @@ def load_checkpoint(
 
 
 def verify_parameters(model: nn.Module, optimizer: DistMuon) -> None:
-    """Raise `ValueError` on all ranks, naming tensor and ranks, unless every parameter has the same bits everywhere.
+    """Raise `ValueError` on all ranks, naming tensor and ranks, unless every parameter has the same bits everywhere,
+    and all ranks the same options and hyperparameters.
 
     Collective; waits for what is in flight and reads every parameter once. Module buffers are left out: each rank's own
     statistics (BatchNorm) may differ.
     """
+    check_given(model, optimizer)
     optimizer.synchronize()
+    optimizer.verify_options()
     held = dict(model.named_parameters())
     agree_on_bits(list(held), list(held.values()), optimizer.group)
 

@@ -119,8 +119,10 @@ class DistMuon(TrainerFace):
     ) -> None:
         self.options = Options(
             packing=packing, placement=placement, grad_reduction=grad_reduction, param_gather=param_gather,
-            bucket_mb=bucket_mb, reduce_dtype=reduce_dtype or torch.float32, release_grads=release_grads,
-            master_format=master_format, momentum_dtype=momentum_dtype, ns_dtype=ns_dtype or torch.bfloat16,
+            bucket_mb=bucket_mb, reduce_dtype=torch.float32 if reduce_dtype is None else reduce_dtype,
+            release_grads=release_grads,
+            master_format=master_format, momentum_dtype=momentum_dtype,
+            ns_dtype=torch.bfloat16 if ns_dtype is None else ns_dtype,
             exchange_dtype=exchange_dtype, max_grad_norm=max_grad_norm, overlap=overlap,
             ns_kernels=ns_kernels,
         )  # fmt: skip
@@ -137,6 +139,7 @@ class DistMuon(TrainerFace):
         groups, self._group_of = make_groups(routed, start)
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         check_groups(self.param_groups)
+        self._held = guards.held_by(self.param_groups)
         self.state.update((param, {}) for param in self._params)  # torch's helpers step an optimizer without any
 
         self._metrics = Metrics()
@@ -168,30 +171,34 @@ class DistMuon(TrainerFace):
             self._specs, self.group.dp_size, packing=o.packing, placement=o.placement, bucket_mb=o.bucket_mb
         )
 
-    def _build(self, *, values_used: bool = False) -> None:
+    def _build(self, *, values_used: bool, to_train: bool) -> None:
         """Check that the ranks agree, take rank 0's values, make the buffers. Collective, once.
 
-        `values_used`: a forward has run already, so the ranks must hold the same values.
+        `values_used`: a forward has run already, so the ranks must hold the same values. `to_train`: with these values,
+        and not with those of a checkpoint.
         """
         self.layout = self._make_layout()
         lines = [f"{s.fqn} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
+        guards.agree_on_plan(repr(lines), lines, self.group)
         kernels = ns_kernels.summary(self.options, self._params[0].device, self.param_groups, reasons=False)
-        guards.agree_on_plan(self.layout.fingerprint() + repr(self.options) + kernels, lines, self.group)
+        self.verify_options(also=self.layout.fingerprint() + kernels)
         if values_used:
             guards.agree_on_values([spec.fqn for spec in self._specs], self._params, self.group)
         for tensor in self._params if self._model is None else [*self._model.parameters(), *self._model.buffers()]:
             self.group.broadcast(tensor.data)
+        if to_train:
+            guards.check_finite(guards.not_finite([spec.fqn for spec in self._specs], self._params))
         self._conductor = Conductor(
             self.layout, self._params, self.group, self._exchange_group, self.options, self._group_of,
             self._hyperparameters, self._metrics,
             self._gathers_in_forward and self._exchange_group.process_group is self.group.process_group,
         )  # fmt: skip
 
-    def _built(self, *, values_used: bool = False) -> Conductor:
+    def _built(self, *, values_used: bool = False, to_train: bool = True) -> Conductor:
         self._hooks.check_active(self)
         if self._conductor is None:
             with torch.inference_mode(False):
-                self._build(values_used=values_used)
+                self._build(values_used=values_used, to_train=to_train)
         assert self._conductor is not None
         return self._conductor
 
@@ -245,7 +252,7 @@ class DistMuon(TrainerFace):
         loss = torch.enable_grad()(closure)() if closure is not None else None
         conductor = self._built()
         numbers = self._hyperparameters()
-        guards.check_held(self.param_groups, self._params)
+        guards.check_held(self.param_groups, self._held)
         guards.check_frozen(self._frozen)
         self.synchronize()
         self._consolidated = None

@@ -123,13 +123,12 @@ def plan(
     plan also ZeRO-1 AdamW, the paper's placement, and whole matrices in padded shards. Raises ValueError where
     `DistMuon` would.
     """
-    if isinstance(dp_size, bool) or dp_size < 1:
-        raise problem("dp_size", f"found {dp_size}", "1 rank or more is needed", "correct dp_size")
-    if isinstance(ns_steps, bool) or ns_steps < 1:
-        raise problem("ns_steps", f"found {ns_steps}", "1 step or more is needed", "5 is the usual number")
-    if isinstance(hardware, str) and hardware not in HARDWARE:
+    for name, value, most in (("dp_size", dp_size, 1 << 17), ("ns_steps", ns_steps, 99)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise problem(name, f"found {value!r}", f"a whole number from 1 to {most} is needed", f"correct {name}")
+    if not (hardware is None or isinstance(hardware, Hardware) or hardware in [*HARDWARE]):
         raise problem("hardware", f"found {hardware!r}", f"one of {', '.join(HARDWARE)} is needed", "or pass Hardware")
-    auto = bucket_mb == "auto"
+    auto = isinstance(bucket_mb, str) and bucket_mb == "auto"
     if isinstance(bucket_mb, str) and (not auto or hardware is None):
         raise problem("bucket_mb", f"found {bucket_mb!r}", 'MiB, None, or "auto" and hardware is needed', "correct it")
     specs = _routed(model, routes)
@@ -283,13 +282,15 @@ def _routed(model: nn.Module | Iterable[ParamSpec] | str, routes: Sequence[Route
     """The parameters as training sees them, in registration order."""
     if isinstance(model, nn.Module):
         return [spec for spec, _ in route_params(model, routes)]
-    if routes not in (None, "adamw"):
+    if routes is not None and not (isinstance(routes, str) and routes == "adamw"):
         raise problem(
             "routes", "patterns for parameters that are routed already", 'None or "adamw" is needed', "pass the module"
         )
     try:
-        specs = list(shape_table(model)) if isinstance(model, str) else list(model)
-    except KeyError as error:
+        specs = list(shape_table(model) if isinstance(model, str) else model)
+        if not all(isinstance(spec, ParamSpec) for spec in specs):
+            raise TypeError("no specs")
+    except (KeyError, TypeError) as error:
         raise problem(
             "model", f"found {model!r}", f"a module, specs or one of {', '.join(TABLES)} is needed", "correct the name"
         ) from error

@@ -17,7 +17,7 @@ are not contiguous: they stay one unit and are told apart only when it is orthog
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from glob import escape
 from math import prod
@@ -25,8 +25,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from distmuon.config import Hyperparameters, Rule, one_of
+from distmuon.config import Hyperparameters, Rule, checked_routes
+from distmuon.config import Route as Route
 from distmuon.errors import problem
 
 _HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "embed_out", "output", "unembed", "fc"})
@@ -38,25 +40,6 @@ _KNOWN_NAMES: tuple[tuple[str, Rule, int], ...] = (
     ("*.mlp.gate.weight", "muon", 1),  # routers: Moonlight trains them with Muon (arXiv 2502.16982, section 3.4)
     ("*.router.weight", "muon", 1),
 )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Route:
-    """A user's decision: parameters whose fqn matches `pattern` (shell-style) take `rule`.
-
-    `split`: sizes of the logical matrices fused along `split_dim` of the (out, in) weight; they must sum to it.
-    `options`: param-group entries for these parameters, such as ``{"lr": 1e-4, "weight_decay": 0.0}``.
-    """
-
-    pattern: str
-    rule: Rule
-    split: Sequence[int] | None = None
-    split_dim: int = 0
-    options: Mapping[str, object] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        one_of(f"Route({self.pattern!r}).rule", self.rule, ("muon", "adamw"))
-        one_of(f"Route({self.pattern!r}).split_dim", self.split_dim, (0, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +87,7 @@ def route(model: nn.Module | Iterable[tuple[str, nn.Parameter]], routes: Sequenc
     `routes="adamw"` gives every parameter to AdamW on purpose. Raises `ValueError` for a route that matches nothing, a
     split that does not fit, and for weights that no rule decides (all of them named).
     """
-    if isinstance(routes, str):
-        one_of("routes", routes, ("adamw",))
-        routes = (Route("*", "adamw"),)
-    routes = tuple(routes or ())
+    routes = checked_routes(routes)
     named = model.named_parameters() if isinstance(model, nn.Module) else model
     owners = _owners(model) if isinstance(model, nn.Module) else {}
     heads = _head_weights(model) if isinstance(model, nn.Module) else set()
@@ -115,6 +95,8 @@ def route(model: nn.Module | Iterable[tuple[str, nn.Parameter]], routes: Sequenc
     routed, undecided = [], []
     used: set[Route | None] = set()
     for fqn, param in named:
+        if is_lazy(param):
+            raise problem(fqn, "a lazy parameter without a shape", "shapes are needed", "run one forward first")
         chosen = next((r for r in routes if fnmatchcase(fqn, r.pattern)), None)
         used.add(chosen)
         if not param.requires_grad or not param.numel():
@@ -132,15 +114,12 @@ def route(model: nn.Module | Iterable[tuple[str, nn.Parameter]], routes: Sequenc
         routed.append((spec, param))
     if undecided:
         raise problem(
-            ", ".join(undecided),
-            f"{len(undecided)} weights that neither module type nor name decides",
-            "each needs a rule",
-            'add routes=[distmuon.Route(pattern, "muon" or "adamw")] for them',
-        )
+            ", ".join(undecided), f"{len(undecided)} weights that neither module type nor name decides",
+            "each needs a rule", 'add routes=[distmuon.Route(pattern, "muon" or "adamw")] for them',
+        )  # fmt: skip
     for unused in (r for r in routes if r not in used):
-        raise problem(
-            f"Route({unused.pattern!r})", "matched no parameter", "every route must decide one", "correct the pattern"
-        )
+        needed = "every route must decide one"
+        raise problem(f"Route({unused.pattern!r})", "matched no parameter", needed, "correct the pattern")
     return routed
 
 
@@ -152,9 +131,10 @@ def route_params(params: nn.Module | Iterable[Any], routes: Sequence[Route] | st
     if isinstance(params, nn.Module):
         return _with_muon(route(params, routes), routes)
     pairs, stated = [], []
-    for entry in params:
+    for entry in params if isinstance(params, Iterable) else (params,):
         if isinstance(entry, Mapping):
-            named = list(entry["params"])
+            held = entry.get("params")
+            named: list[Any] = list(held) if isinstance(held, Iterable) else [held]
             options = {key: value for key, value in entry.items() if key not in ("params", "rule")}
             rule = entry.get("rule", "unstated")
             stated += [Route(escape(pair[0]), rule, options=options) for pair in named if _is_pair(pair)]
@@ -166,11 +146,18 @@ def route_params(params: nn.Module | Iterable[Any], routes: Sequence[Route] | st
                 "pass the model itself, model.named_parameters(), or dicts of named parameters with a rule",
             )  # fmt: skip
         pairs += named
-    return _with_muon(route(pairs, routes if isinstance(routes, str) else [*(routes or ()), *stated]), routes)
+    seen: set[object] = set()
+    for fqn, param in pairs:
+        if seen & {fqn, id(param)}:
+            raise problem(fqn, "its name or parameter was given before", "each is needed once", "leave the second out")
+        seen |= {fqn, id(param)}
+    return _with_muon(route(pairs, routes if isinstance(routes, str) else [*checked_routes(routes), *stated]), routes)
 
 
 def _with_muon(routed: Routed, routes: Sequence[Route] | str | None) -> Routed:
     """`routed`, if some parameter is Muon's or none was meant to be; else raises with the reason of each."""
+    if not routed:
+        raise problem("params", "no trainable parameter", "one at least is needed", "unfreeze some")
     if routes != "adamw" and not any(spec.rule == "muon" for spec, _ in routed):
         reasons = ", ".join(f"{spec.fqn} ({spec.reason})" for spec, _ in routed[:20])
         raise problem(
@@ -190,9 +177,9 @@ def make_groups(
         key = repr((spec.rule, spec.options))
         known = start.group(spec.rule)
         for option, _ in spec.options:
-            if option not in known:
+            if option not in known or option == "rule":
                 raise problem(
-                    spec.fqn, f"option {option!r} in its route", f"one of {', '.join(known)} is needed",
+                    spec.fqn, f"option {option!r} in its route", f"one of {', '.join([*known][1:])} is needed",
                     "correct the route's options",
                 )  # fmt: skip
         group = groups.setdefault(key, {**start.group(spec.rule), **dict(spec.options), "params": []})
@@ -202,7 +189,8 @@ def make_groups(
 
 
 def _is_pair(entry: object) -> bool:
-    return isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
+    pair = isinstance(entry, tuple) and len(entry) == 2 and all(map(isinstance, entry, (str, torch.Tensor)))
+    return pair and entry[1].is_leaf  # type: ignore[index]
 
 
 def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
@@ -281,9 +269,8 @@ def _fuses_rows(gate_up: nn.Parameter, owners: list[nn.Module]) -> bool:
 def _matrices(fqn: str, shape: tuple[int, ...], chosen: Route, is_conv: bool) -> tuple[Matrix, ...]:
     """Cut a Muon parameter into units, see [Note: logical matrices]."""
     if len(shape) < 2 or 0 in shape:
-        raise problem(
-            fqn, f"shape {shape} was routed to muon", "a matrix is needed (2 dimensions or more)", 'route it to "adamw"'
-        )
+        needed = "a matrix is needed (2 dimensions or more)"
+        raise problem(fqn, f"shape {shape} was routed to muon", needed, 'route it to "adamw"')
     if is_conv:
         shape = (shape[0], prod(shape[1:]))
     if len(shape) > 3:

@@ -6,6 +6,7 @@ Decides what of it a checkpoint keeps and in which form: only what `torch.load(w
 from __future__ import annotations
 
 import io
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from distmuon.errors import problem
+
+
+def check_given(model: object, optimizer: object) -> None:
+    """Raise for a model or an optimizer that is none of ours."""
+    held = {id(param) for param in model.parameters()} if isinstance(model, nn.Module) else set()
+    params = getattr(optimizer, "_params", None) if hasattr(optimizer, "at_rest") else None
+    if params is None:
+        raise problem("optimizer", f"a {type(optimizer).__name__}", "a DistMuon is needed", "pass the one that trains")
+    if not held.issuperset(map(id, params)):
+        found = f"a {type(model).__name__} without some of the optimizer's parameters"
+        raise problem("model", found, "the model that the optimizer was made from is needed", "pass that one")
+
+
+def check_path(path: object, *, new: bool) -> None:
+    """Raise for what names no folder; a `new` one needs a name of its own."""
+    if not isinstance(path, (str, os.PathLike)) or "\0" in str(path) or (new and not Path(path).name):
+        raise problem("path", f"found {path!r}", "a folder's name is needed", "write 'runs/a/step-100'")
 
 
 def others_of(model: nn.Module, trained: Sequence[nn.Parameter]) -> dict[str, Tensor]:

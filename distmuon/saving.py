@@ -26,10 +26,11 @@ from torch import nn
 
 from distmuon import sharded, snapshot
 from distmuon.agreement import together
+from distmuon.config import one_of
 from distmuon.errors import problem
 from distmuon.manifest import FORMAT, Manifest, merge_sums, own_file, sum_of, table_file, write_file
 from distmuon.optimizer import DistMuon
-from distmuon.run_state import others_of, packed, rng_states, versions
+from distmuon.run_state import check_given, check_path, others_of, packed, rng_states, versions
 
 PEER_S = 1800.0  # how long rank 0's thread waits for the other ranks' files
 
@@ -108,6 +109,9 @@ def save_checkpoint(
     """
     if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
         raise problem("keep_last", f"found {keep_last!r}", "1 or more is needed", "None: delete nothing")
+    one_of("asynchronous", asynchronous, (False, True))
+    check_path(path, new=True)
+    check_given(model, optimizer)
     finish_saves(optimizer)
     final, group, buffers = Path(path), optimizer.group, optimizer.at_rest().buffers
     rank, number = group.dp_rank, group.gather_objects(uuid4().hex[:8])[0]

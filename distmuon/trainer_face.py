@@ -11,15 +11,17 @@ anything is gathered the ranks call the roll in the group's store, which no othe
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from distmuon import checkpoint, guards
+from distmuon.agreement import together
 from distmuon.collectives import DataParallelGroup
 from distmuon.conductor import Conductor
-from distmuon.config import Options
+from distmuon.config import Options, check_groups, hyperparameters
 from distmuon.layout import Layout
 from distmuon.param_gather import ParamGather
 
@@ -36,24 +38,17 @@ class TrainerFace(torch.optim.Optimizer):
     _consolidated: dict[int, dict[str, Tensor]] | None = None
     _skips_seen = 0
 
-    def _built(self) -> Conductor:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # what `DistMuon` defines
 
-    def _reduce(self) -> bool:
-        raise NotImplementedError
-
-    def reduce_gradients(self, **_ignored: object) -> None:
-        raise NotImplementedError
-
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        raise NotImplementedError
-
-    def synchronize(self) -> None:
-        raise NotImplementedError
+        def _built(self, *, to_train: bool = True) -> Conductor: ...
+        def _reduce(self) -> bool: ...
+        def reduce_gradients(self, **_ignored: object) -> None: ...
+        def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor: ...
+        def synchronize(self) -> None: ...
 
     def full_state_dict(self) -> dict[str, Any]:
         """`state_dict`, of what is built here if need be."""
-        self._built()
+        self._built(to_train=False)
         return self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
@@ -71,17 +66,36 @@ class TrainerFace(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any], on_route_change: str = "raise", **_ignored: object) -> None:
         """Load a full state saved at any dp_size. State keeps its own dtype; masters, if any, become the parameters.
-        A parameter under another rule than then raises, or with "reset" begins with no state."""
-        state_dict = checkpoint.routed(state_dict, self.param_groups, on_route_change)
-        checkpoint.load_groups(state_dict["param_groups"], self.param_groups)
-        if not checkpoint.is_empty(state_dict):
+        A parameter under another rule than then raises, or with "reset" begins with no state. Collective; what raises,
+        raises on all ranks and before anything is changed."""
+
+        def check() -> tuple[dict[str, Any], bool]:
+            checkpoint.check_form(state_dict)
+            taken = checkpoint.routed(state_dict, self.param_groups, on_route_change)
+            checkpoint.load_groups(taken["param_groups"], [dict(group) for group in self.param_groups])
+            return taken, checkpoint.is_empty(taken)
+
+        taken, empty = together(self.group, check)
+        if len(set(emptiness := self.group.gather_objects(empty))) > 1:
+            raise guards.loaded_unlike([rank for rank, is_empty in enumerate(emptiness) if is_empty])
+        if not empty:
             gather = self.at_rest(to_write=True)
-            checkpoint.load_full_state(gather.buffers, self.param_groups, state_dict)
+            states = together(self.group, lambda: checkpoint.states_of(gather.buffers, self.param_groups, taken))
+            checkpoint.load_full_state(gather.buffers, states)
             gather.publish()
+        checkpoint.load_groups(taken["param_groups"], self.param_groups)
+
+    def verify_options(self, also: str = "") -> None:
+        """Raise on all ranks, naming the first difference, unless all have the same options and hyperparameters now: a
+        scheduler fed with each rank's own loss sets another lr on each. Collective."""
+        check_groups(self.param_groups)
+        items = [f"{field.name} = {getattr(self.options, field.name)}" for field in fields(self.options)]
+        items += hyperparameters(self.param_groups)
+        guards.agree_on_plan(repr(items) + also, items, self.group)
 
     def at_rest(self, *, to_write: bool = False) -> ParamGather:
         """For who reads or writes all state: nothing is in flight, foreign writes are taken over. Collective."""
-        conductor = self._built()
+        conductor = self._built(to_train=False)
         conductor.settle()
         if to_write:
             self._consolidated = None
