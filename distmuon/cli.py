@@ -155,14 +155,17 @@ def _model(name: str) -> nn.Module | tuple[ParamSpec, ...]:
         if model_type not in CONFIG_MAPPING:
             known = "a model_type that transformers knows is needed"
             raise problem(str(path), f"its model_type is {model_type!r}", known, "correct it or update transformers")
-        config = AutoConfig.for_model(**entries)
     elif name in CONFIG_MAPPING:
-        config = AutoConfig.for_model(name)
+        entries = {"model_type": name}
     else:
         raise problem("model", f"found {name!r}", needed, "correct the name or the path")
-    with torch.device("meta"):
-        build: Any = AutoModelForCausalLM.from_config
-        model: nn.Module = build(config)
+    build: Any = AutoModelForCausalLM.from_config
+    try:
+        with torch.device("meta"):
+            model: nn.Module = build(AutoConfig.for_model(**entries))
+    except Exception as error:  # of whatever kind a model's code raises for values that it cannot use
+        found = f"transformers makes no causal language model of it ({type(error).__name__}: {error})"
+        raise problem(name, found.partition("\n")[0][:300], "a model's own config is needed", "correct it") from error
     return model
 
 

@@ -15,7 +15,7 @@ from heapq import heapreplace
 import torch
 from torch import nn
 
-from distmuon.config import GradReduction, MasterFormat, Options, Overlap, Packing, ParamGather, Placement
+from distmuon.config import GradReduction, MasterFormat, Options, Overlap, Packing, ParamGather, Placement, one_of
 from distmuon.counts import HeldBytes, RankPlan, count, guard_bytes, plan_rank, sent_bytes
 from distmuon.errors import problem
 from distmuon.layout import Bucket, Layout, PlacedMatrix, Segment, make_layout
@@ -131,6 +131,7 @@ def plan(
     auto = isinstance(bucket_mb, str) and bucket_mb == "auto"
     if isinstance(bucket_mb, str) and (not auto or hardware is None):
         raise problem("bucket_mb", f"found {bucket_mb!r}", 'MiB, None, or "auto" and hardware is needed', "correct it")
+    one_of("param_dtype", param_dtype, (None, torch.float32, torch.bfloat16, torch.float16))
     specs = _routed(model, routes)
     specs = specs if param_dtype is None else [replace(spec, dtype=param_dtype) for spec in specs]
     if not specs:

@@ -240,7 +240,7 @@ def test_the_library_stays_small() -> None:
     for room, source in _rooms().values():
         part = next((part for part, (_, rooms) in PARTS.items() if room in rooms), "training")
         lines[part] += len(source.splitlines())
-    bounds = {"training": 4000, **{part: bound for part, (bound, _) in PARTS.items()}}
+    bounds = {"training": 4200, **{part: bound for part, (bound, _) in PARTS.items()}}
     assert all(0 < lines[part] < bound for part, bound in bounds.items()), lines
 
 
