@@ -43,6 +43,7 @@ class Options:
     max_grad_norm: float | None = None
     overlap: Overlap = True
     ns_kernels: bool = False
+    verify_every: int = 0
 
     def __post_init__(self) -> None:
         one_of("packing", self.packing, get_args(Packing))
@@ -54,6 +55,9 @@ class Options:
         one_of("release_grads", self.release_grads, (False, True))
         if self.bucket_mb is not None and not self.bucket_mb > 0:
             raise problem("bucket_mb", f"found {self.bucket_mb}", "a positive size is needed", "leave it None")
+        if type(self.verify_every) is not int or self.verify_every < 0:
+            found = f"found {self.verify_every!r}"
+            raise problem("verify_every", found, "a number of steps is needed", "0: never")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise problem(
                 "max_grad_norm",
