@@ -253,7 +253,8 @@ class DistMuon(TrainerFace):
         guards.check_frozen(self._frozen)
         self.synchronize()
         if self.options.verify_every and (self._metrics.steps + 1) % self.options.verify_every == 0:
-            self._verify()
+            with self._metrics.stage("verify"):
+                self._verify()
         self._consolidated = None
         self.reduce_gradients()
         conductor.update(numbers)

@@ -112,6 +112,7 @@ class RollCall:
                 answers.append(self._listen(store, to_all=bool(own.raised)))
             except Exception as error:
                 answers.append(error)
+                told.set()
 
         thread = threading.Thread(target=ask, name="roll call", daemon=True)
         thread.start()
