@@ -1,4 +1,4 @@
-"""What ranks do together outside of a step: one raises, all raise; and whether all hold the same bits.
+"""What ranks do together: one raises, all raise; and whether all hold the same bits.
 
 Decides nothing about training. Blocking, and slow beside a step: for checkpoints and for checks from time to time.
 """
@@ -6,14 +6,18 @@ Decides nothing about training. Blocking, and slow beside a step: for checkpoint
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from distmuon.collectives import DataParallelGroup
+from distmuon.collectives import DataParallelGroup, hang_up
 from distmuon.errors import problem
+from distmuon.roll_call import LostRanks, RollCall
 
 _BLOCK = 1 << 20  # elements summed at once: the sums need 8 bytes for each
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -32,13 +36,32 @@ def together(group: DataParallelGroup, action: Callable[[], T]) -> T:
         failure, cause = f"{type(error).__name__}: {error}", error
         if isinstance(error, ValueError):
             failure = str(error)
-    outcomes = group.gather_objects((failure, isinstance(cause, ValueError)))
+    outcomes = group.gather_objects((failure, isinstance(cause, ValueError)), stage="checkpoint")
     for rank, (text, clear) in enumerate(outcomes):
         if text is not None:
             if clear:
                 raise ValueError(text) from cause
             raise problem(f"rank {rank}", text, "all ranks must succeed", "see that rank's traceback") from cause
     return value
+
+
+@contextmanager
+def shared_fate(process_group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """An exception that leaves the block on one rank ends the others too, each with that rank's message.
+
+    Put it around the training loop. What a rank raises is left in the group's store; on gloo its connections are
+    closed, so the others fail at their next (or present) collective with `LostRanks`, which quotes it, also where the
+    process that raised lives on; it waits up to `roll_call.GRACE_S` for them. On NCCL ranks that wait on the device
+    cannot be told: there the launcher ends them. `process_group`: the optimizer's. Costs nothing while all goes well.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = process_group is not None or (dist.is_available() and dist.is_initialized())
+        if known and not isinstance(error, LostRanks) and dist.get_world_size(process_group) > 1:
+            roll = RollCall(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
+            roll.tell(error, partial(hang_up, process_group))
+        raise
 
 
 def bit_sums(tensor: Tensor) -> Tensor:
@@ -58,16 +81,22 @@ def bit_sums(tensor: Tensor) -> Tensor:
     return sums
 
 
-def agree_on_bits(fqns: Sequence[str], tensors: Sequence[Tensor], group: DataParallelGroup) -> None:
-    """Raise on all ranks, naming the first tensor that differs and the ranks, unless all hold the same bits."""
+def agree_on_bits(
+    fqns: Sequence[str], tensors: Sequence[Tensor], group: DataParallelGroup, *, stage: str = "state_dict"
+) -> None:
+    """Raise on all ranks, naming the first tensor that differs and the ranks, unless all hold the same bits.
+
+    Blocking. Counted under `stage`: one all-gather, 16 bytes a tensor. The tensors are on one device.
+    """
     if group.dp_size == 1 or not tensors:
         return
-    mine = torch.stack([bit_sums(tensor) for tensor in tensors]).tolist()
-    everyone = group.gather_objects(mine)
-    differing = [number for number in range(len(fqns)) if any(sums[number] != mine[number] for sums in everyone)]
+    mine = torch.stack([bit_sums(tensor) for tensor in tensors]).view(-1)
+    gathered = group.start_all_gather(mine.new_empty(group.dp_size * mine.numel()), mine, stage=stage).wait()
+    everyone = gathered.view(group.dp_size, len(tensors), 2)
+    differing = (everyone != everyone[0]).any(2).any(0).nonzero().view(-1).tolist()
     if not differing:
         return
-    values = [tuple(sums[differing[0]]) for sums in everyone]
+    values = [tuple(sums) for sums in everyone[:, differing[0]].tolist()]
     usual = Counter(values).most_common(1)[0][0]
     odd = [rank for rank, value in enumerate(values) if value != usual]
     raise problem(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from distmuon import formats
+from distmuon.agreement import names
 from distmuon.config import Options
 from distmuon.errors import problem
 from distmuon.layout import Bucket, Layout, Segment
@@ -61,6 +62,7 @@ class BucketBuffers:
     """`param_flat` (dp_size * shard_size,), its shard, the gradients likewise, and the pieces by rule."""
 
     bucket: Bucket
+    about: str  # for messages: its number and its first parameters
     param_flat: Tensor
     param_shard: Tensor
     grad_flat: Tensor | None  # (dp_size * shard_size,), reduce dtype; None: reduced by others, or released
@@ -163,9 +165,10 @@ class Buffers:
             _allocate_state(adamw, key, [piece.segment.length for piece in adamw], torch.float32, device)
         for piece in adamw:
             piece.state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        about = f"bucket {bucket.index} ({names([self.layout.specs[index].fqn for index in bucket.params], 3)})"
         return BucketBuffers(
-            bucket, param_flat, param_shard, grad_flat, grad_shard, master_shard, remainder, muon, adamw, staged,
-            staged_here,
+            bucket, about, param_flat, param_shard, grad_flat, grad_shard, master_shard, remainder, muon, adamw,
+            staged, staged_here,
         )  # fmt: skip
 
     @torch.no_grad()

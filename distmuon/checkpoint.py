@@ -35,7 +35,7 @@ def gather_full_state(buffers: Buffers, group: DataParallelGroup) -> list[dict[s
             if shard is None:
                 continue
             flat = shard.new_empty(group.dp_size * shard.numel())
-            group.start_all_gather(flat, shard, stage="state_dict").wait()
+            group.start_all_gather(flat, shard, stage="state_dict", about=bucket.about).wait()
             for index in bucket.bucket.params:
                 if key == "master" or key in _keys(buffers, index):
                     full[index][key] = _assemble(buffers, index, flat)

@@ -43,6 +43,7 @@ class Options:
     max_grad_norm: float | None = None
     overlap: Overlap = True
     ns_kernels: bool = False
+    verify_every: int = 0
 
     def __post_init__(self) -> None:
         one_of("packing", self.packing, get_args(Packing))
@@ -57,6 +58,9 @@ class Options:
             most = 2.0**40 if name == "bucket_mb" else float("inf")
             if value is not None and not (is_number(value) and 0 < value <= most):
                 raise problem(name, f"found {value!r}", "a positive number is needed", "or leave it None")
+        if type(self.verify_every) is not int or self.verify_every < 0:
+            found = f"found {self.verify_every!r}"
+            raise problem("verify_every", found, "a number of steps is needed", "0: never")
         one_of("reduce_dtype", self.reduce_dtype, (torch.float32, torch.bfloat16, torch.float16))
         one_of("momentum_dtype", self.momentum_dtype, (torch.float32, torch.bfloat16, torch.int8))
         one_of("ns_dtype", self.ns_dtype, (torch.bfloat16, torch.float32, torch.float64))

@@ -146,7 +146,9 @@ class BackwardReducer:
         for stream in self._streams[index]:
             torch.cuda.current_stream(flat.device).wait_stream(stream)
         with torch.profiler.record_function(f"distmuon::reduce_scatter/{index}"):
-            self._pending.append(self._group.start_reduce_scatter(bucket.grad_shard, flat, stage="reduce_scatter"))
+            shard, about = bucket.grad_shard, bucket.about
+            pending = self._group.start_reduce_scatter(shard, flat, stage="reduce_scatter", about=about)
+            self._pending.append(pending)
         if buffers.options.release_grads and index:  # the bucket before makes room for the next
             self.wait(index - 1)
         self._on_started(index)

@@ -199,9 +199,9 @@ def agree_on_plan(fingerprint: str, items: Sequence[str], group: DataParallelGro
     `items`: one text a parameter or option, in order, to name the first difference.
     """
     digest = hashlib.sha256(fingerprint.encode()).hexdigest()
-    if len(set(group.gather_objects(digest))) == 1:
+    if len(set(group.gather_objects(digest, stage="comparison of the plans"))) == 1:
         return
-    everyone = group.gather_objects(list(items))
+    everyone = group.gather_objects(list(items), stage="comparison of the plans")
     for rank, theirs in enumerate(everyone):
         for position in range(max(len(theirs), len(everyone[0]))):
             ours, other = (dict(enumerate(texts)).get(position, "nothing") for texts in (everyone[0], theirs))
@@ -243,7 +243,7 @@ def agree_on_values(fqns: Sequence[str], params: Sequence[nn.Parameter], group: 
     For a start in the middle of a step, when rank 0's values can no longer be taken before the forward has used them.
     """
     sums = [[float(p.detach().double().sum()), float(p.detach().double().square().sum())] for p in params]
-    everyone = group.gather_objects(sums)
+    everyone = group.gather_objects(sums, stage="comparison of the first values")
     for rank, theirs in enumerate(everyone):
         check_finite([fqn for fqn, of_each in zip(fqns, theirs) if not isfinite(of_each[1])], f" on rank {rank}")
     for number, fqn in enumerate(fqns):
@@ -264,7 +264,7 @@ def agree_on_reduced(grads: Sequence[Tensor], group: DataParallelGroup) -> None:
     total = float(
         sum((torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads), torch.zeros(()))
     )
-    totals = group.gather_objects(total)
+    totals = group.gather_objects(total, stage="comparison of the first gradients")
     if max(totals) - min(totals) > 1e-5 * max(map(abs, totals)):
         raise problem(
             'grad_reduction="external"',

@@ -127,7 +127,7 @@ def _newest_whole(root: Path, optimizer: DistMuon) -> tuple[Path, list[str]]:
     """The checkpoint to load, its sums compared by all ranks together; and why newer ones were skipped."""
     group, skipped = optimizer.group, list[str]()
     candidates, unfinished = together(group, lambda: snapshot.candidates(root) if group.dp_rank == 0 else ([], []))
-    candidates, unfinished = group.gather_objects((candidates, unfinished))[0]
+    candidates, unfinished = group.gather_objects((candidates, unfinished), stage="checkpoint")[0]
     for candidate in candidates:
 
         def check(path: Path = candidate) -> None:

@@ -46,10 +46,11 @@ class MatrixGather:
         group: DataParallelGroup,
         dtype: torch.dtype,
         device: torch.device,
+        about: str = "",
     ) -> None:
         """`matrices`: all of the bucket; `muon_pieces`: this rank's, in the order in which updates will be handed in;
-        `group_of`: param group of each parameter; `dtype`: of the stacks and of what travels."""
-        self._group, self.dtype, self._device = group, dtype, device
+        `group_of`: param group of each parameter; `dtype`: of the stacks and of what travels; `about`: for messages."""
+        self._group, self.dtype, self._device, self._about = group, dtype, device, about
         me, ranks = group.dp_rank, range(group.dp_size)
         self._mine = [piece.segment for piece in muon_pieces]
         self._number = {(s.param, s.param_offset): i for i, s in enumerate(self._mine)}
@@ -121,7 +122,7 @@ class MatrixGather:
         for place, piece in zip(torch.split(sent, [piece.numel() for piece in outgoing]), outgoing):
             place.copy_(piece)
         received = torch.empty(sum(receive_counts), dtype=self.dtype, device=self._device)
-        return self._group.start_all_to_all(received, sent, receive_counts, send_counts, stage=stage)
+        return self._group.start_all_to_all(received, sent, receive_counts, send_counts, stage=stage, about=self._about)
 
     @staticmethod
     def _arrived(pending: Pending, into: list[list[Segment]]) -> list[tuple[Segment, Tensor]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from distmuon import guards, ns_kernels, planner, rules
+from distmuon.agreement import agree_on_bits
 from distmuon.collectives import DataParallelGroup
 from distmuon.conductor import Conductor
 from distmuon.config import (
@@ -76,6 +77,7 @@ class DistMuon(TrainerFace):
         max_grad_norm: clip every step's averaged gradient to this global norm. None: only on `clip_grad_norm_`.
         overlap: reduce under backward, pipeline the buckets in `step`, gather parameters under the next forward.
             "backward": updates begin under backward too, up to their polar factors; no clipping then.
+        verify_every: compare the bits of all parameters across ranks before every such step writes; 0: never.
 
     Buffers are built at the first forward in training, gradient, step or state call, on all ranks together: rank 0's
     parameters and module buffers are broadcast, then parameters live in flat storage and must not be moved. After
@@ -116,6 +118,7 @@ class DistMuon(TrainerFace):
         max_grad_norm: float | None = None,
         overlap: Overlap = True,
         ns_kernels: bool = False,
+        verify_every: int = 0,
     ) -> None:
         self.options = Options(
             packing=packing, placement=placement, grad_reduction=grad_reduction, param_gather=param_gather,
@@ -124,7 +127,7 @@ class DistMuon(TrainerFace):
             master_format=master_format, momentum_dtype=momentum_dtype,
             ns_dtype=torch.bfloat16 if ns_dtype is None else ns_dtype,
             exchange_dtype=exchange_dtype, max_grad_norm=max_grad_norm, overlap=overlap,
-            ns_kernels=ns_kernels,
+            ns_kernels=ns_kernels, verify_every=verify_every,
         )  # fmt: skip
         start = Hyperparameters(
             lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps,
@@ -148,6 +151,7 @@ class DistMuon(TrainerFace):
         if exchange_group is not None:
             self._exchange_group = DataParallelGroup(exchange_group, self._metrics.count)
             self._exchange_group.check_same_ranks(self.group)
+            self._exchange_group.roll = self.group.roll
         self.layout = self._make_layout()
         self._conductor: Conductor | None = None
         self._sync = True
@@ -255,13 +259,24 @@ class DistMuon(TrainerFace):
         guards.check_held(self.param_groups, self._held)
         guards.check_frozen(self._frozen)
         self.synchronize()
+        if self.options.verify_every and (self._metrics.steps + 1) % self.options.verify_every == 0:
+            with self._metrics.stage("verify"):
+                self._verify()
         self._consolidated = None
         self.reduce_gradients()
         conductor.update(numbers)
         if not self._gathers_in_forward or self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
             self.synchronize()
         self._metrics.close_step()
+        self.group.step = self._exchange_group.step = self._metrics.steps + 1
         return loss
+
+    def _verify(self) -> None:
+        """The parameters as this step's forwards used them: an update and its all-gather heal or spread a bit."""
+        conductor = self._built()
+        conductor.settle()
+        named = [*((spec.fqn, param) for spec, param in zip(self._specs, self._params)), *self._frozen]
+        agree_on_bits([fqn for fqn, _ in named], [param for _, param in named], self.group, stage="verify")
 
     def on_forward(self) -> None:
         """Called by the model's forward. In training the first one builds; evaluation waits for all parameters."""

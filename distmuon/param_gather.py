@@ -88,7 +88,8 @@ class ParamGather:
     def _start(self, index: int, output: Tensor, input: Tensor, stage: str) -> None:
         self.buffers.sent(index)
         with torch.profiler.record_function(f"distmuon::all_gather/{index}"):
-            self._pending[index] = self._group.start_all_gather(output, input, stage=stage)
+            about = self.buffers.buckets[index].about
+            self._pending[index] = self._group.start_all_gather(output, input, stage=stage, about=about)
 
     def settled(self) -> ParamGather:
         """Itself, once nothing is in flight and foreign writes to parameters are in the masters."""

@@ -114,7 +114,7 @@ def save_checkpoint(
     check_given(model, optimizer)
     finish_saves(optimizer)
     final, group, buffers = Path(path), optimizer.group, optimizer.at_rest().buffers
-    rank, number = group.dp_rank, group.gather_objects(uuid4().hex[:8])[0]
+    rank, number = group.dp_rank, group.gather_objects(uuid4().hex[:8], stage="checkpoint")[0]
 
     def begin() -> dict[str, bytes]:
         small = {own_file(rank): packed(extra=extra, rng=rng_states(buffers.device))}

@@ -64,7 +64,9 @@ class BucketWalk:
         }
         matrices = [matrix for matrix in layout.matrices if matrix.bucket == bucket.bucket.index]
         device = bucket.param_flat.device
-        self._exchange = MatrixGather(matrices, bucket.muon, group_of, exchange_group, options.travels, device)
+        self._exchange = MatrixGather(
+            matrices, bucket.muon, group_of, exchange_group, options.travels, device, bucket.about
+        )
 
     @property
     def exchanges(self) -> bool:

@@ -87,7 +87,7 @@ class TrainConfig:
     seed: int = 0
     """Of the weights and of the order of the data."""
     verify_every: int = 0
-    """Steps between two comparisons of all parameters' bits across ranks; 0: never. It reads every parameter once."""
+    """The optimizer's: steps between two comparisons of all parameters' bits across ranks; 0: never."""
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step."""

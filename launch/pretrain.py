@@ -43,7 +43,7 @@ def train(config: Config, ranks: Ranks, log: RunLog, stop: StopRequest) -> None:
     torch.manual_seed(cfg.seed)
     corpus = open_corpus(config)
     model = build_model(config.model, corpus.vocab_size).to(ranks.device)
-    optimizer = build_optimizer(config.optimizer, model)
+    optimizer = build_optimizer(config.optimizer, model, verify_every=cfg.verify_every)
     scheduler = LambdaLR(optimizer, lr_lambda(cfg))
     torch.manual_seed(cfg.seed + 1 + ranks.rank)  # dropout, if the model has any, differs by rank
     checkpoints = Checkpoints(config, model, optimizer, scheduler, corpus.train)
@@ -101,8 +101,6 @@ def train(config: Config, ranks: Ranks, log: RunLog, stop: StopRequest) -> None:
             val_loss = validate(model, corpus.val, val_indices, cfg.micro_batch, ranks)
             log.write("val", step=step, loss=val_loss)
             meter.restart()
-        if cfg.verify_every and step % cfg.verify_every == 0:
-            distmuon.verify_parameters(model, optimizer)
         if checkpoints.due(step, stopping):
             checkpoints.save(Progress(step=step, train_loss=train_loss, val_loss=val_loss))
             meter.restart()
@@ -164,7 +162,7 @@ def validate(model: nn.Module, windows: TokenWindows, indices: Sequence[int], mi
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: nn.Module, process_group: dist.ProcessGroup | None = None
+    config: OptimizerConfig, model: nn.Module, process_group: dist.ProcessGroup | None = None, verify_every: int = 0
 ) -> distmuon.DistMuon:
     """`DistMuon` as configured. The baseline is the same class with every parameter sent to AdamW."""
     kwargs: dict[str, Any] = {key: value for key, value in asdict(config).items() if key not in ("name", "routes")}
@@ -174,7 +172,7 @@ def build_optimizer(
         kwargs["routes"] = "adamw"
     elif config.routes:
         kwargs["routes"] = [distmuon.Route(**asdict(route)) for route in config.routes]
-    return distmuon.DistMuon(model, process_group=process_group, **kwargs)
+    return distmuon.DistMuon(model, process_group=process_group, verify_every=verify_every, **kwargs)
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:

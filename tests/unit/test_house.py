@@ -15,6 +15,7 @@ import pytest
 
 LIBRARY = Path(__file__).parents[2] / "distmuon"
 FLOORS = {
+    "roll_call": 0,
     "errors": 1, "coefficients": 1, "rules": 1, "formats": 1, "metrics": 1, "collectives": 1, "step_time": 1,
     "grad_scaler": 1, "boxes": 1,
     "config": 2, "guards": 2, "newton_schulz": 2, "agreement": 2, "manifest": 2, "run_state": 2,
@@ -230,6 +231,7 @@ PARTS = {  # what a reader may leave out, and how long each part may be; all els
     "planning": (1200, {"planner", "counts", "shapes", "step_time", "cli"}),
     "saving": (1700, {"checkpoint", "interchange", "saving", "loading", "sharded", "boxes", "snapshot", "manifest",
                       "run_state", "agreement"}),
+    "lost ranks": (200, {"roll_call"}),
     "integrations": (1200, {"integrations", "trainer_face", "doctor"}),
 }  # fmt: skip
 
@@ -240,7 +242,7 @@ def test_the_library_stays_small() -> None:
     for room, source in _rooms().values():
         part = next((part for part, (_, rooms) in PARTS.items() if room in rooms), "training")
         lines[part] += len(source.splitlines())
-    bounds = {"training": 4200, **{part: bound for part, (bound, _) in PARTS.items()}}
+    bounds = {"training": 4300, **{part: bound for part, (bound, _) in PARTS.items()}}
     assert all(0 < lines[part] < bound for part, bound in bounds.items()), lines
 
 

@@ -1,0 +1,178 @@
+"""What ranks tell one another when a collective has failed: where each stood, what it raised, who is missing.
+
+Decides who is named in the error, and its words. Knows the group's store and no collective, for those are broken by
+then.
+
+[Note: roll call] While all goes well nothing is written. A rank whose collective fails leaves a word in the store of
+the group (where it stood and why), hangs up, so that ranks which wait for it fail now and not at their own time limit,
+and listens for `GRACE_S`. Then it knows: who left no word is missing, it hangs or is dead; who stood at another
+collective went another way; who raised is the cause. The store may be gone, or its host hang, with the rank that holds
+it: so the store is asked from a thread of its own, which is given up after `STORE_S`.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+
+from distmuon.errors import problem
+
+GRACE_S = 5.0  # how long a rank listens for the others' words
+STORE_S = 10.0  # how much longer the store may take to answer
+
+
+class LostRanks(RuntimeError):
+    """A collective failed on this rank. The message says at which, and which ranks are missing, gone or elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank stands: the stage, what it is about (a bucket and its first parameters), the step."""
+
+    stage: str
+    about: str
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.about and ' of '}{self.about}, step {self.step}"
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """What one rank left in the store: where it stood, and the error it raised of its own, or why it failed there."""
+
+    at: str
+    raised: str = ""
+    why: str = ""
+
+
+class RollCall:
+    """The ranks of one group. `process_group` None: the default group, looked up when it is needed."""
+
+    def __init__(self, process_group: dist.ProcessGroup | None, dp_rank: int, dp_size: int) -> None:
+        self._process_group, self._dp_rank, self._dp_size = process_group, dp_rank, dp_size
+        self._lost = ""
+
+    def store(self, what: str) -> c10d.Store:
+        """The group's store, under keys of its own for `what`."""
+        pg = self._process_group if self._process_group is not None else c10d._get_default_group()
+        return c10d.PrefixStore(f"distmuon/{what}", c10d._get_process_group_store(pg))
+
+    def stand(self, at: str) -> None:
+        """Leave word beforehand that this rank waits at `at`, in the store and not in a collective; "": no more."""
+        self.store("lost").set(f"stands {self._dp_rank}", at)
+
+    def someone_spoke(self) -> bool:
+        """A rank has failed, or the store cannot say."""
+        try:
+            return bool(self.store("lost").add("words", 0))
+        except RuntimeError:
+            return True
+
+    def lost(self, place: Place, error: RuntimeError, hang_up: Callable[[], None]) -> LostRanks:
+        """The error of a rank whose collective at `place` failed with `error`; the first one's, where others follow."""
+        if not self._lost:
+            why = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
+            where = f"{self._named([self._dp_rank])} at {place}"
+            try:
+                words, standing = self._exchange(Word(str(place), why=why), hang_up)
+                self._lost = str(self._finding(where, str(place), why, words, standing))
+            except (RuntimeError, TimeoutError) as silence:
+                answer = str(silence).partition("\n")[0]
+                self._lost = str(problem(
+                    where, f"{why}, and the group's store cannot say which rank is missing ({answer})",
+                    "the process that holds the store must live (rank 0, or torchrun's agent)",
+                    "see the output and the machine of that process first",
+                ))  # fmt: skip
+        return LostRanks(self._lost)
+
+    def tell(self, error: Exception, hang_up: Callable[[], None]) -> None:
+        """This rank goes down with `error` of its own: all others shall say so. Waits until they have failed, too."""
+        with suppress(RuntimeError, TimeoutError):  # nobody can be told then; the error itself goes on its way
+            self._exchange(Word("", raised=f"{type(error).__name__}: {error}"), hang_up)
+
+    def _exchange(self, own: Word, hang_up: Callable[[], None]) -> tuple[dict[int, Word], dict[int, str]]:
+        """Leave `own` and hang up; then the others' words, and where ranks without a word stand, if that is known."""
+        told, answers = threading.Event(), list[tuple[dict[int, Word], dict[int, str]] | Exception]()
+
+        def ask() -> None:
+            try:
+                store = self.store("lost")
+                if not store.check([f"rank {self._dp_rank}"]):  # the first word counts: later errors follow from it
+                    store.set(f"rank {self._dp_rank}", json.dumps(asdict(own)))
+                    store.add("words", 1)
+                told.set()
+                answers.append(self._listen(store, to_all=bool(own.raised)))
+            except Exception as error:
+                answers.append(error)
+                told.set()
+
+        thread = threading.Thread(target=ask, name="roll call", daemon=True)
+        thread.start()
+        told.wait(STORE_S)
+        hang_up()
+        thread.join(GRACE_S + STORE_S)
+        if not answers:
+            raise TimeoutError(f"no answer for {GRACE_S + STORE_S:g} s")
+        if isinstance(answers[0], Exception):
+            raise answers[0]
+        return answers[0]
+
+    def _listen(self, store: c10d.Store, to_all: bool) -> tuple[dict[int, Word], dict[int, str]]:
+        """Until all have spoken, or (not `to_all`) one has raised, or the grace is over."""
+        others, words = [rank for rank in range(self._dp_size) if rank != self._dp_rank], dict[int, Word]()
+        heard, deadline = 0, time.monotonic() + GRACE_S
+        while len(words) < len(others) and (to_all or not any(word.raised for word in words.values())):
+            if heard != (heard := store.add("words", 0)):
+                known = [rank for rank in others if rank not in words and store.check([f"rank {rank}"])]
+                words.update((rank, Word(**json.loads(store.get(f"rank {rank}")))) for rank in known)
+            elif time.monotonic() > deadline:
+                break
+            else:
+                time.sleep(0.05)
+        silent = [rank for rank in others if rank not in words and store.check([f"stands {rank}"])]
+        return words, {rank: at for rank in silent if (at := store.get(f"stands {rank}").decode())}
+
+    def _finding(
+        self, where: str, place: str, why: str, words: dict[int, Word], standing: dict[int, str]
+    ) -> ValueError:
+        raised = [rank for rank, word in words.items() if word.raised]
+        if raised:
+            found = "; ".join(f"{self._named([rank])} raised {words[rank].raised}" for rank in sorted(raised))
+            remedy = f"see the traceback of {self._named(raised)}"
+            return problem(where, found, "all ranks must go on for one to go on", remedy)
+        missing = [r for r in range(self._dp_size) if r not in (self._dp_rank, *words, *standing)]
+        at = {**{rank: word.at for rank, word in words.items()}, **standing}
+        elsewhere = {p: [r for r in sorted(at) if at[r] == p] for p in at.values()}
+        here = elsewhere.pop(place, [])
+        findings = [f"{self._named(missing)} missing, without a word for {GRACE_S:g} s"] if missing else []
+        findings += [f"{self._named(ranks)} stood at {p}" for p, ranks in elsewhere.items()]
+        findings += [f"{self._named(here)} waited here, too"] if here else []
+        if missing:
+            remedy = f"see the output and the machine of {self._named(missing)}: it hangs, has died or is cut off"
+        elif elsewhere:
+            remedy = "let all ranks take the same steps, and call what is collective (state_dict, a save) on all"
+        else:
+            findings += ["none is missing, so one was late or a connection broke"]
+            remedy = (
+                "look for the slow rank or the broken link; init_process_group(timeout=...) sets how long ranks wait"
+            )
+        return problem(
+            where, f"{', '.join(findings)} ({why})", "every rank must come to every collective, in time", remedy
+        )
+
+    def _named(self, ranks: Sequence[int]) -> str:
+        """Ranks of this group, and where they differ those that the launcher knows."""
+        pg = self._process_group
+        of_world = list(ranks) if pg is None else [dist.get_process_group_ranks(pg)[rank] for rank in ranks]
+        text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
+        if of_world == list(ranks):
+            return text
+        return f"{text} (of all processes: {of_world[0] if len(ranks) == 1 else of_world})"
