@@ -34,7 +34,9 @@ class Verdict:
 
 
 def unwrap(params: Any, grad_reduction: str) -> Any:
-    """The module to route. Refuses wrappers that would average a second time or that hold no whole parameters."""
+    """The module to route, under its own names: not as `torch.compile` or DDP wraps it. Refuses wrappers that would
+    average a second time or that hold no whole parameters."""
+    params = _uncompiled(params)
     if isinstance(params, nn.parallel.DistributedDataParallel):
         if grad_reduction == "reduce_scatter":
             raise problem(
@@ -43,13 +45,19 @@ def unwrap(params: Any, grad_reduction: str) -> Any:
                 'pass grad_reduction="external", or pass the unwrapped model (and silence the wrapper: '
                 "distmuon.integrations.ddp.silence)",
             )  # fmt: skip
-        return params.module
+        return _uncompiled(params.module)
     if type(params).__module__.startswith("torch.distributed.fsdp"):
         raise problem(
             "params", f"a model wrapped in {type(params).__name__}", "whole parameters are needed (ZeRO-1)",
             "pass the plain module: distmuon shards optimizer state and gradients by itself",
         )  # fmt: skip
     return params
+
+
+def _uncompiled(params: Any) -> Any:
+    """Told by its name: torch._dynamo takes seconds to import."""
+    is_compiled = (type(params).__module__, type(params).__name__) == ("torch._dynamo.eval_frame", "OptimizedModule")
+    return params._orig_mod if is_compiled else params
 
 
 def check_parameters(

@@ -5,7 +5,8 @@ a parameter has one manager: a newer optimizer takes over, the older one is told
 
 [Note: which modules wait] A module that holds parameters of its own may also use those of its children without
 calling them (nn.MultiheadAttention reads `out_proj.weight`). So such a module waits for its whole subtree; pure
-containers wait for nothing and leave it to their children. Without gradients (evaluation) the model waits for all.
+containers wait for nothing and leave it to their children. A ParameterList or ParameterDict is never called: what it
+holds is its parent's own. Without gradients (evaluation) the model waits for all.
 A parameter that a container uses before any of its children is called is noticed in backward: autograd finds that it
 changed after it was saved (`Buffers.arrived`), or its gradient comes while its bucket is in flight. What saves nothing,
 such as an addition, is not noticed: call `synchronize` before such a forward.
@@ -21,7 +22,7 @@ it, so a compiled model breaks its graph at the modules that wait.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -126,7 +127,7 @@ class Hooks:
         """Let each module wait for its parameters, see [Note: which modules wait]; `index_of`: by id(parameter)."""
         listener_ref = self._listener
         for module in model.modules():
-            if not any(id(param) in index_of for param in module.parameters(recurse=False)):
+            if not any(id(param) in index_of for param in _own_parameters(module)):
                 continue
             needed = frozenset(index_of[id(p)] for p in module.parameters() if id(p) in index_of)
 
@@ -136,6 +137,14 @@ class Hooks:
                     listener.wait_for(needed)
 
             self._handles.append(module.register_forward_pre_hook(pre_hook, prepend=True))
+
+
+def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Those that no child's forward stands for, see [Note: which modules wait]."""
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if isinstance(child, (nn.ParameterList, nn.ParameterDict)):
+            yield from _own_parameters(child)
 
 
 def _untraced(hook: Callable[..., None]) -> Callable[..., None]:

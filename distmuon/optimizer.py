@@ -136,7 +136,8 @@ class DistMuon(TrainerFace):
         )  # fmt: skip
         params = guards.unwrap(params, grad_reduction)
         self._model, routed = (params if isinstance(params, nn.Module) else None), route_params(params, routes)
-        self._frozen = [(n, p) for n, p in (self._model or nn.Module()).named_parameters() if not p.requires_grad]
+        named = () if self._model is None else self._model.named_parameters()
+        self._frozen = [(fqn, param) for fqn, param in named if not param.requires_grad]
         self._specs = tuple(spec for spec, _ in routed)
         self._params = [param for _, param in routed]
         groups, self._group_of = make_groups(routed, start)

@@ -35,6 +35,9 @@ _HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "embed_out", 
 # Raw parameters of well-known models, (pattern, rule, number of equal parts their rows fuse).
 _KNOWN_NAMES: tuple[tuple[str, Rule, int], ...] = (
     ("*.lora_[AB].*", "adamw", 1),  # peft: adapters are fine-tuned, where Muon's case is weak
+    ("*.lora_embedding_[AB].*", "adamw", 1),
+    ("*.lora_magnitude_vector.*", "adamw", 1),  # DoRA; (1, out, 1, 1) for a convolution
+    ("*.trainable_tokens_delta.*", "adamw", 1),
     ("*.experts.gate_up_proj", "muon", 2),  # transformers: (E, 2I, H), gate and up fused
     ("*.experts.down_proj", "muon", 1),
     ("*.mlp.gate.weight", "muon", 1),  # routers: Moonlight trains them with Muon (arXiv 2502.16982, section 3.4)
@@ -204,15 +207,16 @@ def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
 
 def _head_weights(model: nn.Module) -> set[int]:
     """ids of output-head weights: what the model itself names as its head, else linear layers outside the repeated
-    blocks: those called like one, and the last if it maps to the vocabulary of the largest embedding."""
+    blocks: those called like one, and the last if it maps to the vocabulary of the largest embedding. A head may be
+    wrapped: peft trains a copy of it, `modules_to_save`."""
     own_head = getattr(model, "get_output_embeddings", lambda: None)()
     if isinstance(own_head, nn.Module):
-        return {id(p) for p in own_head.parameters(recurse=False) if p.ndim > 1}
+        return {id(p) for p in own_head.parameters() if p.ndim > 1}
     vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=None)
     heads = set()
     last = None
     for name, module in model.named_modules():
-        parts = name.split(".")
+        parts = name.split(".modules_to_save.")[0].split(".")
         if not isinstance(module, nn.Linear) or any(part.isdigit() for part in parts):
             continue
         last = module
