@@ -135,6 +135,7 @@ class Conductor:
 
     def _scale(self, coefficient: Tensor) -> None:
         assert self._verdict is not None
+        coefficient = torch.where(self._verdict.ok, coefficient, 1.0)  # or else nan times padding would stay there
         for bucket in self.buffers.buckets:
             bucket.grad_shard.mul_(coefficient)
         self._verdict = replace(self._verdict, total_norm=self._verdict.total_norm * coefficient)
