@@ -122,8 +122,7 @@ class TrainerFace(torch.optim.Optimizer):
     @torch.no_grad()
     def unscale_grads(self, inverse_scale: Tensor) -> Tensor:
         """For `distmuon.GradScaler`: reduce, undo the loss scale, clip. 1.0 if any rank's gradient was not finite."""
-        if not self._reduce() and self.options.max_grad_norm is not None:
-            raise guards.clipped_before_unscaling()
+        self._reduce()
         found_inf = self._built().unscale(inverse_scale)
         if self.options.max_grad_norm is not None:
             self.clip_grad_norm_(self.options.max_grad_norm)
