@@ -72,6 +72,7 @@ class Conductor:
         self._walks = [BucketWalk(bucket, *shared) for bucket in self.buffers.buckets]
         device = self.buffers.device
         self._verdict: guards.Verdict | None = None
+        self._clipped = False
         self._step: Step | None = None  # of the early walks
         self._early: list[Iterator[None]] = []
         self._stream: torch.cuda.Stream | None = None
@@ -105,6 +106,7 @@ class Conductor:
         with self._metrics.stage("guard"):
             shards = [bucket.grad_shard for bucket in self.buffers.buckets]
             self._verdict = guards.check(shards, present, self._group)
+        self._clipped = False
         self.grad_norm = self._verdict.total_norm
         return present
 
@@ -118,6 +120,7 @@ class Conductor:
                 "clip_grad_norm_", f'found max_norm={max_norm} with overlap="backward"',
                 "updates that may begin before the norm is known are needed", "pass overlap=True to DistMuon",
             )  # fmt: skip
+        self._clipped |= not isinf(max_norm)
         self._scale(coefficient)
         return norm
 
@@ -128,6 +131,8 @@ class Conductor:
                 "GradScaler", 'found overlap="backward", whose updates have begun from scaled gradients',
                 "updates that may wait for the scale are needed", "pass overlap=True to DistMuon",
             )  # fmt: skip
+        if self._clipped:
+            raise guards.clipped_before_unscaling()
         assert self._verdict is not None
         self._scale(inverse_scale)
         self.grad_norm = self._verdict.total_norm

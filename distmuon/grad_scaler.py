@@ -19,6 +19,13 @@ class GradScaler(torch.amp.GradScaler):
     ``optimizer.clip_grad_norm_`` in between if wanted. `DistMuon.step` is called in any case and skips by itself.
     """
 
+    @classmethod
+    def in_place_of(cls, scaler: torch.amp.GradScaler, device: torch.device | str) -> GradScaler:
+        """A scaler for `device` with the settings and the state of `scaler`: for trainers that made torch's own."""
+        ours = cls(torch.device(device).type, enabled=scaler.is_enabled())
+        ours.load_state_dict(scaler.state_dict())
+        return ours
+
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         """`optimizer.step`, unless some rank's gradients overflowed; then no rank steps."""
         if hasattr(optimizer, "loss_scaling"):

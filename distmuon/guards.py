@@ -141,10 +141,11 @@ def no_loss_scaling() -> ValueError:
 
 
 def clipped_before_unscaling() -> ValueError:
-    """The refusal to unscale what reduce_gradients has clipped already."""
+    """The refusal to unscale what was clipped already, by `clip_grad_norm_` or by `reduce_gradients`."""
     return problem(
-        "GradScaler", "max_grad_norm was applied to gradients that still carried the loss scale",
-        "unscaling before clipping is needed", "call scaler.unscale_ or scaler.step before reduce_gradients",
+        "GradScaler", "gradients that still carried the loss scale were clipped",
+        "unscaling before clipping is needed",
+        "call scaler.unscale_ before clip_grad_norm_ (and, with max_grad_norm, before reduce_gradients)",
     )  # fmt: skip
 
 

@@ -76,7 +76,7 @@ class TrainerFace(torch.optim.Optimizer):
             return taken, checkpoint.is_empty(taken)
 
         taken, empty = together(self.group, check)
-        if len(set(emptiness := self.group.gather_objects(empty))) > 1:
+        if len(set(emptiness := self.group.gather_objects(empty, stage="load_state_dict"))) > 1:
             raise guards.loaded_unlike([rank for rank, is_empty in enumerate(emptiness) if is_empty])
         if not empty:
             gather = self.at_rest(to_write=True)
@@ -136,8 +136,7 @@ class TrainerFace(torch.optim.Optimizer):
     @torch.no_grad()
     def unscale_grads(self, inverse_scale: Tensor) -> Tensor:
         """For `distmuon.GradScaler`: reduce, undo the loss scale, clip. 1.0 if any rank's gradient was not finite."""
-        if not self._reduce() and self.options.max_grad_norm is not None:
-            raise guards.clipped_before_unscaling()
+        self._reduce()
         found_inf = self._built().unscale(inverse_scale)
         if self.options.max_grad_norm is not None:
             self.clip_grad_norm_(self.options.max_grad_norm)

@@ -20,6 +20,7 @@ def train(run: Run) -> None:
     optimizer = run.optimizer()
     scheduler = run.scheduler(optimizer)  # stepped here: accelerate would step it once for every process
     model, prepared = prepare(accelerator, run.model, optimizer)
+    run.start(optimizer, scheduler)
     max_norm = run.config.train.max_grad_norm
     for step, batches in run.batches():
         total, grad_norm = torch.zeros((), device=run.ranks.device), None
@@ -34,7 +35,6 @@ def train(run: Run) -> None:
             total += loss.detach() / len(batches)
         scheduler.step()
         run.record(step, total, optimizer, grad_norm)
-    run.validate(run.config.train.steps)
 
 
 def main(argv: list[str] | None = None) -> None:

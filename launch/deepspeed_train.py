@@ -32,6 +32,7 @@ def train(run: Run) -> None:
     optimizer = run.optimizer()
     scheduler = run.scheduler(optimizer)
     engine, *_ = initialize(model=run.model, config=settings, optimizer=optimizer, lr_scheduler=scheduler)
+    run.start(optimizer, scheduler)
     for step, batches in run.batches():
         total = torch.zeros((), device=run.ranks.device)
         for tokens in batches:
@@ -40,7 +41,6 @@ def train(run: Run) -> None:
             engine.step()
             total += loss.detach() / len(batches)
         run.record(step, total, optimizer, engine.get_global_grad_norm())
-    run.validate(run.config.train.steps)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -25,6 +25,7 @@ def train(run: Run) -> None:
     optimizer = run.optimizer()
     scheduler = run.scheduler(optimizer)
     model, wrapped = setup(fabric, run.model, optimizer)
+    run.start(optimizer, scheduler)
     max_norm = run.config.train.max_grad_norm
     for step, batches in run.batches():
         total, grad_norm = torch.zeros((), device=run.ranks.device), None
@@ -39,7 +40,6 @@ def train(run: Run) -> None:
         wrapped.zero_grad()
         scheduler.step()
         run.record(step, total, optimizer, grad_norm)
-    run.validate(run.config.train.steps)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -55,16 +55,29 @@ class _MicroBatches:
 
 
 class _Record(transformers.TrainerCallback):
-    """The Trainer's own log, in the recipe's records. Its loss is the mean over the ranks already."""
+    """The Trainer's own log, in the recipe's records. Its loss is the mean over the ranks already.
+
+    The Trainer counts the steps of this start, the recipe those of the run.
+    """
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self.run, self.begin = run, 0
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
+    ) -> None:
+        self.run.start(getattr(optimizer, "optimizer", optimizer), lr_scheduler)
+        self.begin = self.run.progress.step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop |= self.begin + state.global_step >= args.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any) -> None:
         if "grad_norm" in logs:
             norm = torch.as_tensor(logs["grad_norm"], device=self.run.ranks.device)
             loss = torch.as_tensor(logs["loss"], device=self.run.ranks.device)
-            self.run.record(state.global_step, loss, getattr(optimizer, "optimizer", optimizer), norm)
+            step = self.begin + state.global_step
+            self.run.record(step, loss, getattr(optimizer, "optimizer", optimizer), norm)
 
 
 def train(run: Run) -> None:
@@ -88,7 +101,6 @@ def train(run: Run) -> None:
     trainer.run = run
     attach(trainer, **options)
     trainer.train()
-    run.validate(train.steps)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,7 +3,11 @@
     fabric = Fabric(devices=8, strategy=distmuon.integrations.fabric.DistMuonStrategy(), precision="bf16-mixed")
     model, optimizer = distmuon.integrations.fabric.setup(fabric, model, optimizer)
 
-`fabric.backward`, `no_backward_sync`, `clip_gradients(max_norm=...)`, `save` and `load` stay Fabric's own words.
+`fabric.backward`, `no_backward_sync`, `clip_gradients(max_norm=...)`, `save` and `load` stay Fabric's own words. With
+"16-mixed" a `distmuon.GradScaler` of the same settings stands in the place of the precision plugin's.
+
+[Note: rounded inputs] Fabric's mixed precisions round the float inputs of a model to 16 bits before its forward, and
+give its float outputs back in float32; torch.autocast alone does neither. Token numbers are not touched.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distmuon.errors import problem
+from distmuon.grad_scaler import GradScaler
 from distmuon.integrations import need
 from distmuon.optimizer import DistMuon
 
@@ -52,6 +57,7 @@ class DistMuonStrategy(strategies.DDPStrategy):  # type: ignore[misc]
         self, module: nn.Module, optimizer: Any, max_norm: float, norm_type: float = 2.0, **_: Any
     ) -> Tensor:
         """The averaged gradient's; a non-finite one is skipped by all ranks in `step`, so none raises here."""
+        self.precision.unscale_gradients(optimizer)
         norm: Tensor = optimizer.clip_grad_norm_(max_norm, norm_type)
         return norm
 
@@ -70,19 +76,17 @@ def setup(fabric: Any, model: nn.Module, optimizer: DistMuon, **kwargs: Any) -> 
     """(model, optimizer) as `fabric.setup` returns them; the optimizer's methods are DistMuon's own.
 
     Fabric's wrapper borrows the class of what it wraps: without this its `clip_grad_norm_` or `no_sync` would write
-    into the wrapper (the optimizer refuses that). Raises `ValueError` for another strategy and for 16-bit floats that
-    need a scaler.
+    into the wrapper (the optimizer refuses that). Raises `ValueError` for another strategy.
     """
     if not isinstance(fabric.strategy, DistMuonStrategy):
         raise problem(
             "Fabric", f"strategy {type(fabric.strategy).__name__}", "gradients must be left to distmuon",
             "pass strategy=distmuon.integrations.fabric.DistMuonStrategy()",
         )  # fmt: skip
-    if (precision := str(fabric.strategy.precision.precision)).startswith("16"):
-        raise problem(
-            "Fabric", f"precision {precision!r}, which scales the loss",
-            "gradients are reduced and freed before a scaler could look", 'use "bf16-mixed" or "bf16-true"',
-        )  # fmt: skip
+    precision = fabric.strategy.precision
+    if getattr(precision, "scaler", None) is not None:
+        precision.scaler = GradScaler.in_place_of(precision.scaler, precision.device)
+        optimizer.loss_scaling = True  # Fabric's clipping asks before the first step
     wrapped_model, wrapped = fabric.setup(model, optimizer, **kwargs)[:2]
     own = {"state_dict", "load_state_dict", "step"}  # Fabric's
     for name in dir(DistMuon):

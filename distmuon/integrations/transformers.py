@@ -25,14 +25,19 @@ transformers: Any = need("transformers", "transformers")
 def attach(trainer: Any, **options: Any) -> None:
     """Let `trainer` train with DistMuon. `options`: arguments of `DistMuon`, before those of the Trainer.
 
-    Raises `ValueError` for fp16, several GPUs in one process, FSDP, DeepSpeed, `save_strategy="best"`, and if the
-    Trainer has an optimizer already.
+    Raises `ValueError` for `optim_args`, several GPUs in one process, FSDP, DeepSpeed, `save_strategy="best"`, and if
+    the Trainer has an optimizer already.
     """
     args = trainer.args
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         raise problem(
             "Trainer", "it was given an optimizer", "attach makes it",
             "leave optimizers and optimizer_cls_and_kwargs out",
+        )  # fmt: skip
+    if args.optim_args:
+        raise problem(
+            "Trainer", f"optim_args={args.optim_args!r}", "attach makes the optimizer, nobody would read them",
+            "pass them to attach, as keywords",
         )  # fmt: skip
     if trainer.is_deepspeed_enabled:
         raise problem(

@@ -93,24 +93,30 @@ def test_float16_parameters_train_where_gradients_would_vanish(spawn) -> None:
         assert backed_off, "or else nothing overflowed at first"
 
 
-def _too_early(group: dist.ProcessGroup, options: dict[str, Any], reduce_first: bool) -> None:
+def _too_early(group: dist.ProcessGroup, options: dict[str, Any], first: str) -> None:
     model, optimizer = make(group, Standing(), **options)
     scaler = distmuon.GradScaler("cpu")
     scaler.scale(loss_fn(model, make_batch(0, dist.get_rank(group), 0))).backward()
-    if reduce_first:
+    if first == "reduce":
         optimizer.reduce_gradients()
+    elif first == "clip":
+        optimizer.clip_grad_norm_(1.0)
     scaler.step(optimizer)
 
 
 @pytest.mark.parametrize(
-    ("options", "reduce_first", "message"),
-    [({"overlap": "backward"}, False, "overlap=True"), ({"max_grad_norm": 1.0}, True, "before reduce_gradients")],
-    ids=["overlap=backward", "clipped before"],
+    ("options", "first", "message"),
+    [
+        ({"overlap": "backward"}, "", "overlap=True"),
+        ({"max_grad_norm": 1.0}, "reduce", "before reduce_gradients"),
+        ({}, "clip", "before clip_grad_norm_"),
+    ],
+    ids=["overlap=backward", "reduced before", "clipped before"],
 )
 def test_scaled_gradients_that_were_used_already_raise(
-    spawn_raises, options: dict[str, Any], reduce_first: bool, message: str
+    spawn_raises, options: dict[str, Any], first: str, message: str
 ) -> None:
-    spawn_raises(_too_early, 2, match=message, options=options, reduce_first=reduce_first)
+    spawn_raises(_too_early, 2, match=message, options=options, first=first)
 
 
 def test_other_optimizers_are_scaled_as_ever() -> None:

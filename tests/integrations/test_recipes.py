@@ -1,17 +1,20 @@
-"""The recipes under trainers: the loss curve on the embedded text is that of `launch.pretrain`."""
+"""The recipes under trainers: the loss curve on the embedded text is that of `launch.pretrain`, also after a change of
+trainer in the middle of a run."""
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.launch.test_pretrain import ROOT, SHORT, TINY
+from launch import pretrain
+from tests.launch.test_pretrain import ROOT, SHORT, TINY, records
 
 PACKAGE = {
     "accelerate_train": "accelerate", "trainer_train": "accelerate", "deepspeed_train": "deepspeed",
@@ -19,29 +22,81 @@ PACKAGE = {
 }  # fmt: skip
 
 
+RUN = [
+    *TINY, *SHORT, "--train.steps=4", "--train.schedule=cosine", "--train.warmup_steps=2", "--checkpoint.every=2",
+    "--optimizer.ns_dtype=float32",
+]  # fmt: skip
+
+
 def torchrun(recipe: str, folder: Path) -> list[dict[str, Any]]:
-    """Four steps of two micro-batches on two ranks, with clipping and a schedule."""
+    """Four steps of two micro-batches on two ranks, or what is left of them; the records."""
+    pytest.importorskip(PACKAGE.get(recipe, "torch"), reason=f"{recipe} needs more, see docs/integrations.md")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", f"launch.{recipe}", "--config", "configs/quickstart.yaml", *TINY, *SHORT]
-    command += ["--train.steps=4", "--train.schedule=cosine", "--train.warmup_steps=2", f"--log.dir={folder}"]
+    command += ["-m", f"launch.{recipe}", "--config", "configs/quickstart.yaml", *RUN, f"--log.dir={folder}"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return records(folder)
+
+
+def curve(run: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """All steps and validations, in order."""
+    keys = {"train": ("step", "loss", "lr", "grad_norm"), "val": ("step", "loss")}
+    return [tuple(record[key] for key in keys[record["kind"]]) for record in run if record["kind"] in keys]
+
+
+def losses(run: list[dict[str, Any]]) -> list[float]:
+    return [record["loss"] for record in run if record["kind"] == "train"]
+
+
+def cut_in_two(whole: Path, folder: Path) -> Path:
+    """A copy of the run as it was when only the first two of its four steps had been saved."""
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return torchrun("pretrain", tmp_path_factory.mktemp("plain"))
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of an unbroken run under a recipe, run once."""
+    folders: dict[str, Path] = {}
+
+    def run(recipe: str) -> Path:
+        if recipe not in folders:
+            folder = tmp_path_factory.mktemp(recipe)
+            torchrun(recipe, folder)
+            folders[recipe] = folder
+        return folders[recipe]
+
+    return run
+
+
+Whole = Callable[[str], Path]
 
 
 @pytest.mark.parametrize("recipe", PACKAGE)
-def test_a_recipe_has_the_loss_curve_of_pretrain(recipe: str, plain: list[dict[str, Any]], tmp_path: Path) -> None:
-    pytest.importorskip(PACKAGE[recipe], reason=f"{PACKAGE[recipe]} is not installed, see docs/integrations.md")
+def test_a_recipe_has_the_loss_curve_of_pretrain(recipe: str, whole: Whole) -> None:
     assert len((ROOT / "launch" / f"{recipe}.py").read_text().splitlines()) < 120
-    run = torchrun(recipe, tmp_path)
-    for key in ("step", "loss", "lr", "grad_norm"):
-        ours, wanted = ([r[key] for r in records if r["kind"] == "train"] for records in (run, plain))
-        assert ours == wanted, key
-    assert [r["loss"] for r in run if r["kind"] == "val"][-1] == [r["loss"] for r in plain if r["kind"] == "val"][-1]
+    assert curve(records(whole(recipe))) == curve(records(whole("pretrain")))
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("recipe", [r if r == "accelerate_train" else pytest.param(r, marks=SLOW) for r in PACKAGE])
+def test_what_a_recipe_began_goes_on_under_pretrain(recipe: str, whole: Whole, tmp_path: Path) -> None:
+    """Bit for bit on as many ranks, up to the order of sums on one."""
+    folders = [cut_in_two(whole(recipe), tmp_path / name) for name in ("two", "one")]
+    assert curve(torchrun("pretrain", folders[0])) == curve(records(whole("pretrain")))
+    assert [r["resumed_from"] for r in records(folders[0]) if r["kind"] == "run"] == [0, 2]
+    pretrain.main(["--config", str(ROOT / "configs/quickstart.yaml"), *RUN, f"--log.dir={folders[1]}"])
+    assert losses(records(folders[1])) == pytest.approx(losses(records(whole("pretrain"))), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", PACKAGE)
+def test_what_pretrain_began_goes_on_under_a_recipe(recipe: str, whole: Whole, tmp_path: Path) -> None:
+    run = torchrun(recipe, cut_in_two(whole("pretrain"), tmp_path / "run"))
+    assert curve(run) == curve(records(whole("pretrain")))
+    assert [record["resumed_from"] for record in run if record["kind"] == "run"] == [0, 2]

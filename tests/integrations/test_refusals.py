@@ -57,14 +57,14 @@ def _accelerator(accelerate: Any, **changes: Any) -> Any:
     return SimpleNamespace(**{**seen, **changes})
 
 
-def test_accelerate_refuses_sharding_scaling_and_a_reduction_a_micro_batch(accelerate: Any) -> None:
+def test_accelerate_refuses_sharding_fp8_and_a_reduction_a_micro_batch(accelerate: Any) -> None:
     from distmuon.integrations.accelerate import check
 
     kinds = accelerate.DistributedType
     with pytest.raises(ValueError, match="distributed_type FSDP"):
         check(_accelerator(accelerate, distributed_type=kinds.FSDP))
-    with pytest.raises(ValueError, match="mixed_precision='fp16', which scales the loss"):
-        check(_accelerator(accelerate, mixed_precision="fp16"))
+    with pytest.raises(ValueError, match="mixed_precision='fp8', which exchanges layers"):
+        check(_accelerator(accelerate, mixed_precision="fp8"))
     state = SimpleNamespace(plugin_kwargs={"sync_each_batch": True})
     with pytest.raises(ValueError, match="sync_each_batch=True"):
         check(_accelerator(accelerate, gradient_state=state))
@@ -107,6 +107,8 @@ def test_attach_refuses_what_would_train_or_save_wrongly(accelerate: Any, tmp_pa
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
     with pytest.raises(ValueError, match="it was given an optimizer"):
         attach(trainer)
+    with pytest.raises(ValueError, match=r"optim_args='momentum=0.9'.*pass them to attach"):
+        attach(_trainer(accelerate, tmp_path, optim_args="momentum=0.9"))
     trainer = _trainer(accelerate, tmp_path)
     trainer.is_deepspeed_enabled = True
     with pytest.raises(ValueError, match=r"args\.deepspeed is set.*deepspeed\.register"):
@@ -132,7 +134,7 @@ def test_attach_takes_the_trainers_hyperparameters(accelerate: Any, tmp_path: An
 # ------------------------------------------------------------------------------------------- Fabric
 
 
-def test_fabric_refuses_another_strategy_scaling_values_and_other_optimizers() -> None:
+def test_fabric_refuses_another_strategy_values_and_other_optimizers() -> None:
     lightning = pytest.importorskip("lightning_fabric", reason="pip install distmuon[fabric]")
     from distmuon.integrations.fabric import DistMuonStrategy, setup
 
@@ -145,10 +147,6 @@ def test_fabric_refuses_another_strategy_scaling_values_and_other_optimizers() -
         strategy.setup_optimizer(torch.optim.SGD(model.parameters(), lr=1.0))
     with pytest.raises(ValueError, match="clip_val=1"):
         strategy.clip_gradients_value(model, None, 1.0)
-    scaled = SimpleNamespace(strategy=DistMuonStrategy())
-    scaled.strategy.precision = SimpleNamespace(precision="16-mixed")
-    with pytest.raises(ValueError, match="precision '16-mixed', which scales the loss"):
-        setup(scaled, model, distmuon.DistMuon(model))
 
 
 # ------------------------------------------------------------------------------------------- DeepSpeed

@@ -27,6 +27,15 @@ CASES: list[dict[str, Any]] = [
     FIRST,
     REST,
 ]
+AUTOCAST = {"autocast": True, "num_micro": 3, "clip": 1.0}
+FLOAT16 = {"scale": 128.0, "num_micro": 3, "clip": 1.0}
+ROUNDED = {"rounded": True}  # see [Note: rounded inputs] in integrations/fabric.py
+MIXED: dict[str, list[dict[str, Any]]] = {
+    "ddp": [AUTOCAST],
+    "accelerate": [AUTOCAST, FLOAT16],
+    "trainer": [AUTOCAST, FLOAT16],
+    "fabric": [{**AUTOCAST, **ROUNDED}, {**FLOAT16, **ROUNDED}],
+}
 MATRIX = [
     {"dtype": dtype, "num_micro": num_micro, "clip": clip}
     for dtype in ("float32", "bfloat16")
@@ -61,12 +70,15 @@ def check_case(trainer: str, result: dict[str, Any], case: dict[str, Any]) -> No
         assert step["reduce_scatter"] == ours["num_buckets"], "one reduction of each bucket a step"
         assert step["guard"] == 1
     assert all_reduces == (0,) * len(all_reduces), "no gradient is all-reduced"
+    if (scale := case.get("scale")) and not case.get("first"):
+        assert norms[0][0] == f"nan, scale {scale / 2}", "one rank overflowed, all skipped and halved the scale"
+        assert not any("nan" in norm for norm in norms[0][1:]), "and trained on"
 
 
 @pytest.mark.parametrize("trainer", PACKAGE)
 def test_a_trainer_equals_the_plain_loop(trainer: str, tmp_path: Path) -> None:
-    """Accumulation, clipping, bfloat16, and a run cut in two that must end as the unbroken plain one."""
-    cases = CASES if trainer != "ddp" else CASES[:2]
+    """Accumulation, clipping, bfloat16, autocast, loss scaling; and a run cut in two that must end as the unbroken."""
+    cases = (CASES if trainer != "ddp" else CASES[:2]) + MIXED.get(trainer, [])
     results = torchrun(trainer, tmp_path, cases, nproc=2)
     for result, case in zip(results, cases, strict=True):
         check_case(trainer, result, case)
@@ -78,6 +90,19 @@ def test_a_trainer_equals_the_plain_loop(trainer: str, tmp_path: Path) -> None:
 def test_the_whole_matrix(trainer: str, nproc: int, tmp_path: Path) -> None:
     """fp32 and bf16, accumulation 1 and 3, clip off and on; and what was saved goes on, on as many ranks."""
     cases = MATRIX + ([FIRST, REST] if trainer != "ddp" else [])
+    for result, case in zip(torchrun(trainer, tmp_path, cases, nproc), cases, strict=True):
+        check_case(trainer, result, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [2, 3])
+@pytest.mark.parametrize("trainer", MIXED)
+def test_the_whole_matrix_of_mixed_precision(trainer: str, nproc: int, tmp_path: Path) -> None:
+    """bfloat16 autocast and float16 with a scaler; the scaler's state is saved and goes on."""
+    cases = []
+    for mixed in MIXED[trainer]:
+        cases += [{**mixed, "num_micro": num_micro, "clip": clip} for num_micro in (1, 3) for clip in (0.0, 1.0)]
+        cases += [{**mixed, **FIRST}, {**mixed, **REST}] if trainer != "ddp" else []
     for result, case in zip(torchrun(trainer, tmp_path, cases, nproc), cases, strict=True):
         check_case(trainer, result, case)
 

@@ -45,10 +45,16 @@ class Case:
     save: bool = False
     tied: bool = True
     """Trainer saves models that are not transformers' own through safetensors, which refuses tied weights."""
+    scale: float = 0.0
+    """float16 autocast and a loss scaler that begins here; in the first step the last rank alone overflows."""
+    rounded: bool = False
+    """The plain loop rounds float inputs to autocast's dtype, as Fabric does before it calls the model."""
 
 
 class WithLoss(nn.Module):
     """The standing model as trainers want it: tensors in, loss out."""
+
+    overflows = False  # once, in the first forward
 
     def __init__(self, seed: int, tied: bool = True) -> None:
         super().__init__()
@@ -58,12 +64,16 @@ class WithLoss(nn.Module):
             self.standing.head.weight = nn.Parameter(self.standing.head.weight.detach().clone())
 
     def forward(self, tokens: Tensor, targets: Tensor, values: Tensor, image: Tensor) -> dict[str, Tensor]:
-        return {"loss": loss_fn(self.standing, Batch(tokens, targets, values, image))}
+        loss = loss_fn(self.standing, Batch(tokens, targets, values, image))
+        factor, self.overflows = float("inf") if self.overflows else 1.0, False
+        return {"loss": loss * factor}
 
 
 def make_model(case: Case) -> WithLoss:
     """Ranks start from different weights on purpose: rank 0's must be taken."""
-    return WithLoss(dist.get_rank(), case.tied).to(getattr(torch, case.dtype))
+    model = WithLoss(dist.get_rank(), case.tied).to(getattr(torch, case.dtype))
+    model.overflows = case.scale > 0 and case.first == 0 and dist.get_rank() == dist.get_world_size() - 1
+    return model
 
 
 def options() -> dict[str, Any]:
@@ -79,12 +89,12 @@ class Seen:
     """What every trainer must show of its steps: norms, own collectives, and every all-reduce on the wire."""
 
     def __init__(self) -> None:
-        self.norms: list[float] = []
+        self.norms: list[str] = []
         self.calls: list[dict[str, int]] = []
         self.all_reduces = 0
 
-    def step(self, optimizer: distmuon.DistMuon, norm: Any) -> None:
-        self.norms.append(float(norm))
+    def step(self, optimizer: distmuon.DistMuon, norm: Any, scaler: Any = None) -> None:
+        self.norms.append(f"{float(norm)!r}, scale {scaler and scaler.get_scale()}")  # texts: a nan equals none
         self.calls.append(dict(optimizer.metrics()["calls"]))
 
     @contextmanager
@@ -107,8 +117,21 @@ def _elements(shapes: Any) -> int:
     return max(sizes)
 
 
+def amp_dtype(case: Case) -> torch.dtype | None:
+    return torch.float16 if case.scale else torch.bfloat16 if case.autocast else None
+
+
 def autocast(case: Case) -> Any:
-    return torch.autocast("cpu", torch.bfloat16) if case.autocast else nullcontext()
+    return torch.autocast("cpu", amp_dtype(case)) if amp_dtype(case) else nullcontext()
+
+
+def grad_scaler(case: Case, kind: Any = torch.amp.GradScaler) -> Any:
+    """Grows after two steps, so that what it has counted at a save matters. Disabled where nothing is scaled."""
+    return kind("cpu", init_scale=case.scale or 1.0, growth_interval=2, enabled=case.scale > 0)
+
+
+def rounded(case: Case, tensor: Tensor) -> Tensor:
+    return tensor.to(amp_dtype(case)) if case.rounded and tensor.is_floating_point() else tensor
 
 
 Runner = Callable[[Case, Path, Seen], tuple[nn.Module, distmuon.DistMuon]]
@@ -117,23 +140,26 @@ Runner = Callable[[Case, Path, Seen], tuple[nn.Module, distmuon.DistMuon]]
 def plain(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistMuon]:
     """The loop of the README."""
     model = make_model(case)
-    optimizer = distmuon.DistMuon(model, **options())
+    optimizer, scaler = distmuon.DistMuon(model, **options()), grad_scaler(case, distmuon.GradScaler)
     if case.first:
         saved = torch.load(folder / "plain.pt")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
     for step in range(case.first, case.last):
         for micro in range(case.num_micro):
             with nullcontext() if micro == case.num_micro - 1 else optimizer.no_sync():
                 with autocast(case):
-                    loss = model(**inputs(step, micro))["loss"]
-                (loss / case.num_micro).backward()
+                    loss = model(**{key: rounded(case, value) for key, value in inputs(step, micro).items()})["loss"]
+                scaler.scale(loss / case.num_micro).backward()
+        scaler.unscale_(optimizer)
         norm = optimizer.clip_grad_norm_(case.clip or float("inf"))
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
-        seen.step(optimizer, norm)
+        seen.step(optimizer, norm, scaler if case.scale else None)
     if case.save:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         if dist.get_rank() == 0:
             torch.save(state, folder / "plain.pt")
         dist.barrier()
@@ -163,6 +189,13 @@ def ddp(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistM
     return inner, optimizer
 
 
+def plant_fp16(case: Case, accelerator: Any) -> None:
+    """What accelerate sets for mixed_precision="fp16" on a GPU; on a CPU it ignores the word."""
+    if case.scale:
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = grad_scaler(case)
+
+
 def accelerate(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistMuon]:
     from accelerate import Accelerator
 
@@ -171,6 +204,7 @@ def accelerate(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuo
     accelerator = Accelerator(
         cpu=True, gradient_accumulation_steps=case.num_micro, mixed_precision="bf16" if case.autocast else "no"
     )
+    plant_fp16(case, accelerator)
     inner = make_model(case)
     optimizer = distmuon.DistMuon(inner, **options())
     model, wrapped = prepare(accelerator, inner, optimizer)
@@ -185,7 +219,7 @@ def accelerate(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuo
                     norm = accelerator.clip_grad_norm_(model.parameters(), case.clip or float("inf"))
                 wrapped.step()
                 wrapped.zero_grad()
-        seen.step(optimizer, norm)
+        seen.step(optimizer, norm, accelerator.scaler)
     if case.save:
         accelerator.save_state(str(folder / "accelerate"))
     return inner, optimizer
@@ -217,7 +251,7 @@ def trainer(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.D
     class Record(transformers.TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if "grad_norm" in logs:
-                seen.step(opt(), logs["grad_norm"])
+                seen.step(opt(), logs["grad_norm"], hf.accelerator.scaler)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_training_stop |= state.global_step >= case.last
@@ -233,6 +267,7 @@ def trainer(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.D
         model=inner, args=args, train_dataset=Data(), data_collator=lambda items: items[0], callbacks=[Record()]
     )
     hf.remove_callback(transformers.PrinterCallback)
+    plant_fp16(case, hf.accelerator)
     attach(hf, **{key: value for key, value in options().items() if key != "lr"})
 
     def opt() -> distmuon.DistMuon:
@@ -274,19 +309,26 @@ def deepspeed(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon
 
 def fabric(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistMuon]:
     from lightning_fabric import Fabric
+    from lightning_fabric.plugins import MixedPrecision
 
     from distmuon.integrations.fabric import DistMuonStrategy, setup
 
+    plugins = [MixedPrecision("16-mixed", "cpu", grad_scaler(case))] if case.scale else []  # Fabric makes it on a GPU
     lightning = Fabric(
-        accelerator="cpu", devices=dist.get_world_size(), strategy=DistMuonStrategy(),
-        precision="bf16-mixed" if case.autocast else "32-true",
+        accelerator="cpu", devices=dist.get_world_size(), strategy=DistMuonStrategy(), plugins=plugins,
+        precision=None if case.scale else "bf16-mixed" if case.autocast else "32-true",
     )  # fmt: skip
     lightning.launch()
     inner = make_model(case)
     optimizer = distmuon.DistMuon(inner, **options())
     model, wrapped = setup(lightning, inner, optimizer)
+    state = {
+        "model": model,
+        "optimizer": wrapped,
+        **({"precision": lightning.strategy.precision} if case.scale else {}),
+    }
     if case.first:
-        lightning.load(folder / "fabric.ckpt", {"model": model, "optimizer": wrapped})
+        lightning.load(folder / "fabric.ckpt", state)
     for step in range(case.first, case.last):
         for micro in range(case.num_micro):
             with lightning.no_backward_sync(model, enabled=micro < case.num_micro - 1):
@@ -295,9 +337,9 @@ def fabric(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.Di
         norm = lightning.clip_gradients(model, wrapped, max_norm=case.clip or float("inf"))
         wrapped.step()
         wrapped.zero_grad()
-        seen.step(optimizer, norm)
+        seen.step(optimizer, norm, getattr(lightning.strategy.precision, "scaler", None))
     if case.save:
-        lightning.save(folder / "fabric.ckpt", {"model": model, "optimizer": wrapped})
+        lightning.save(folder / "fabric.ckpt", state)
     return inner, optimizer
 
 
