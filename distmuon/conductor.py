@@ -135,6 +135,8 @@ class Conductor:
 
     def _scale(self, coefficient: Tensor) -> None:
         assert self._verdict is not None
+        # NaN times the padding's zeros would stay in the padding, and every later step would be skipped.
+        coefficient = torch.where(self._verdict.ok, coefficient, 1.0)
         for bucket in self.buffers.buckets:
             bucket.grad_shard.mul_(coefficient)
         self._verdict = replace(self._verdict, total_norm=self._verdict.total_norm * coefficient)
