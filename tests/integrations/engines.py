@@ -69,7 +69,7 @@ def of_case(case: Case, **changes: Any) -> dict[str, Any]:
 
 
 def engine_alone(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistMuon]:
-    """`deepspeed.initialize`; "client": with optimizer=; "unmanaged": `step` ends an accumulation; "no_sync": the user."""
+    """`deepspeed.initialize`; "client": with optimizer=; "unmanaged": `step` ends accumulation; "no_sync": users."""
     inner = WithLoss(dist.get_rank(), case.tied)  # the bf16 block casts
     settings = of_case(case, managed_gradient_accumulation=case.how != "unmanaged")
     given: dict[str, Any] = {}
