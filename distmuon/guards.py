@@ -106,6 +106,14 @@ def late_group() -> ValueError:
     )  # fmt: skip
 
 
+def unled_engine() -> ValueError:
+    """The refusal of a DeepSpeed engine that would clip what is not there and reduce each micro-batch."""
+    return problem(
+        "DeepSpeed", "an engine that the integration does not lead", "its clip and accumulation must reach DistMuon",
+        "call distmuon.integrations.deepspeed.register() before deepspeed.initialize",
+    )  # fmt: skip
+
+
 def loaded_under_updates() -> ValueError:
     """The refusal to load state between a backward and its step, once updates have begun from the old state."""
     return problem(

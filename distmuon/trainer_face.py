@@ -35,8 +35,8 @@ class TrainerFace(torch.optim.Optimizer):
     loss_scaling = False  # set by `distmuon.GradScaler`
     _conductor: Conductor | None
     _sync: bool
+    engine_is_led = False  # set by `distmuon.integrations.deepspeed`
     _consolidated: dict[int, dict[str, Tensor]] | None = None
-    _skips_seen = 0
 
     if TYPE_CHECKING:  # what `DistMuon` defines
 
@@ -151,8 +151,14 @@ class TrainerFace(torch.optim.Optimizer):
 
     def get_grads_for_reduction(self) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
         """DeepSpeed asks at the last micro-batch which gradients it must average: none, that is done here."""
+        if not self.engine_is_led:
+            raise guards.unled_engine()
         self.reduce_gradients()
         return [], {}
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """DeepSpeed's name for `set_requires_gradient_sync`; its engine calls it when it is told the boundary."""
+        self.set_requires_gradient_sync(is_boundary)
 
     @property
     def _global_grad_norm(self) -> Tensor | None:
@@ -161,7 +167,6 @@ class TrainerFace(torch.optim.Optimizer):
 
     @property
     def overflow(self) -> bool:
-        """DeepSpeed's name for a step that was skipped since the last question. Reads the device."""
-        skips, before = int(self._conductor.skipped) if self._conductor is not None else 0, self._skips_seen
-        self._skips_seen = skips
-        return skips > before
+        """DeepSpeed's name for a last step that was skipped. Reads the device."""
+        norm = self._global_grad_norm
+        return norm is not None and not bool(torch.isfinite(norm))

@@ -28,6 +28,7 @@ def train(run: Run) -> None:
         "train_micro_batch_size_per_gpu": run.config.train.micro_batch,
         "gradient_accumulation_steps": run.accumulation,
         "gradient_clipping": run.config.train.max_grad_norm or 0.0,
+        "bf16": {"enabled": run.config.model.dtype == "bfloat16"},
     }
     optimizer = run.optimizer()
     scheduler = run.scheduler(optimizer)

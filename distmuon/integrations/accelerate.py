@@ -104,12 +104,5 @@ def _prepare_deepspeed(accelerator: Any, model: nn.Module, optimizer: DistMuon, 
     from distmuon.integrations import deepspeed
 
     deepspeed.register()
-    if accelerator.mixed_precision != "no":
-        raise problem(
-            "accelerator", f"mixed_precision={accelerator.mixed_precision!r} with the DeepSpeed plugin",
-            "DeepSpeed's wrapper would keep masters of its own",
-            'cast the model yourself (model.to(torch.bfloat16)) and pass mixed_precision="no"',
-        )  # fmt: skip
     prepared: tuple[Any, ...] = accelerator.prepare(model, optimizer, *others)
-    deepspeed.take_over(accelerator.deepspeed_engine_wrapped.engine, optimizer)
     return prepared

@@ -3,16 +3,23 @@
     distmuon.integrations.deepspeed.register()         # then in any launch: {"optimizer": {"type": "DistMuon", ...}}
     engine, optimizer, _, scheduler = distmuon.integrations.deepspeed.initialize(model=model, config=config)
 
-`initialize` is `deepspeed.initialize` that also casts the model for ``bf16``; both refuse stage >= 1, fp16, pipelines.
+`initialize` is `register` and `deepspeed.initialize`. Stage >= 1, fp16 and pipelines are refused.
 
-[Note: the seams] Of DeepSpeed's own code these are used: the private method `_configure_basic_optimizer`, replaced by
-`register` so that the optimizer is made from the engine's module; `optimizer.get_grads_for_reduction`, which the engine
-asks at the last micro-batch and which tells it to average nothing; `_global_grad_norm` and `overflow`, which it reads
-after the step. Written for 0.19; `register` raises where a seam is missing.
+[Note: the seams] Of DeepSpeed's own code these are used: the private method `_configure_optimizer`, replaced by
+`register` so that the optimizer is made from the engine's module, which has been cast and moved by then, and is not
+wrapped; `optimizer.get_grads_for_reduction`, which the engine asks at the last micro-batch and which tells it to
+average nothing; `optimizer.set_gradient_accumulation_boundary`, by which accelerate says before a backward whether it
+is the last; `_global_grad_norm` and `overflow`, read after the step. Written for 0.19.8; `register` raises under other
+versions, or where a seam is missing, and each engine is looked at once more after it has configured its optimizer.
+
+[Note: bf16] The engine's bf16 block does two things at stage 0: it casts the parameters (buffers stay float32) and it
+wraps the optimizer in masters of its own, with another order of clipping and reduction. The cast is over when the
+optimizer is configured. From then on the flag is off: masters are distmuon's, checkpoints those of the float32 engine.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import weakref
 from collections.abc import Mapping
@@ -31,39 +38,48 @@ from distmuon.routing import Route
 deepspeed: Any = need("deepspeed", "deepspeed")
 
 NAME = "DistMuon"
-_SEAM = "_configure_basic_optimizer"
-_DTYPES = ("reduce_dtype", "momentum_dtype", "ns_dtype")
-_KEEPS_RATIO = {None, "WarmupCosineLR"}  # DeepSpeed's other schedulers write the same lr into every group
+_SEAM = "_configure_optimizer"
+_NEEDED = (0, 19, 8)  # up to the next minor version
+_DTYPES = ("reduce_dtype", "momentum_dtype", "ns_dtype", "exchange_dtype")
+_RENAMED = {"betas": "adamw_betas", "eps": "adamw_eps"}  # as transformers fills them in
+_KEEPS_RATIO = {  # DeepSpeed's other schedulers write the same lr into every group
+    None, "WarmupCosineLR", "ConstantLR", "ExponentialLR", "LinearLR", "MultiStepLR", "PolynomialLR", "StepLR",
+}  # fmt: skip
 
 
 def register() -> None:
     """Make ``{"optimizer": {"type": "DistMuon", "params": {...}}}`` known to DeepSpeed. May be called again.
 
     `params`: the arguments of `DistMuon`; dtypes by name ("float32"), routes as objects with `Route`'s fields.
+    A `DistMuon` given to `deepspeed.initialize` as optimizer= is then led, and refused, in the same way.
     """
     engine_class = deepspeed.DeepSpeedEngine
-    original = getattr(engine_class, _SEAM, None)
-    if original is None or not hasattr(engine_class, "buffered_allreduce_fallback"):
-        raise problem(
-            "deepspeed", f"version {deepspeed.__version__} without {_SEAM}", "the engine's seams of 0.19 are needed",
-            'pip install "deepspeed==0.19.*"',
-        )  # fmt: skip
+    original: Any = getattr(engine_class, _SEAM, None)
     if getattr(original, "knows_distmuon", False):
         return
+    version = (deepspeed.__version_major__, deepspeed.__version_minor__, deepspeed.__version_patch__)
+    takes = [] if original is None else list(inspect.signature(original).parameters)
+    if version[:2] != _NEEDED[:2] or version < _NEEDED or takes != ["self", "client_optimizer", "model_parameters"]:
+        raise problem(
+            "deepspeed", f"version {deepspeed.__version__}, {_SEAM}({', '.join(takes)})",
+            "the engine's seams of 0.19.8 are needed", 'pip install "deepspeed>=0.19.8,<0.20"',
+        )  # fmt: skip
 
-    def configure(engine: Any, model_parameters: Any) -> Any:
-        if engine.optimizer_name() != NAME:
-            return original(engine, model_parameters)
-        given = {id(p) for entry in model_parameters for p in (entry["params"] if isinstance(entry, dict) else [entry])}
-        trained = {id(p) for p in engine.module.parameters() if p.requires_grad}
-        if given and not trained <= given:
-            raise problem(
-                "model_parameters", f"{len(given)} of the model's {len(trained)} trainable parameters",
-                "distmuon routes the whole model", "leave model_parameters out and freeze what shall not be trained",
-            )  # fmt: skip
-        optimizer = DistMuon(engine.module, **_options(engine.optimizer_params() or {}))
+    def configure(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        optimizer = client_optimizer
+        if optimizer is None and engine.optimizer_name() == NAME:
+            optimizer = _from_json(engine, model_parameters)
+        if not isinstance(optimizer, DistMuon):
+            original(engine, client_optimizer, model_parameters)
+            return
         take_over(engine, optimizer)
-        return optimizer
+        original(engine, optimizer, model_parameters)
+        if engine.optimizer is not optimizer:
+            raise problem(
+                "DeepSpeed config", f"{type(engine.optimizer).__name__} around DistMuon",
+                "the optimizer itself is needed: its masters and its reduction are the only ones",
+                "take what asks for the wrapper out of the config",
+            )  # fmt: skip
 
     torch.optim.DistMuon = DistMuon  # type: ignore[attr-defined]  # DeepSpeed looks there whether it knows a name
     configure.knows_distmuon = True  # type: ignore[attr-defined]
@@ -75,12 +91,9 @@ def initialize(
 ) -> tuple[Any, Any, Any, Any]:
     """`deepspeed.initialize(...)`: (engine, optimizer, dataloader, scheduler).
 
-    `config` names DistMuon, or `optimizer` is one. A ``bf16`` block casts the model here and is taken out: masters are
-    distmuon's.
+    `config` names DistMuon, or `optimizer` is one. Other optimizers and stages are refused before an engine is made.
     """
     settled = _read(config)
-    if settled.pop("bf16", {}).get("enabled", False):
-        model = model.to(torch.bfloat16)
     register()
     if optimizer is None and settled.get("optimizer", {}).get("type") != NAME:
         raise problem(
@@ -89,26 +102,29 @@ def initialize(
         )  # fmt: skip
     check_stage(int(settled.get("zero_optimization", {}).get("stage", 0)))
     engine, *rest = deepspeed.initialize(model=model, config=settled, optimizer=optimizer, **kwargs)
-    if optimizer is not None:
-        take_over(engine, optimizer)
     return engine, rest[0], rest[1], rest[2]
 
 
 def take_over(engine: Any, optimizer: DistMuon) -> None:
-    """Lead the engine's clipping and its accumulation to `optimizer`; refuse an engine that would train wrongly."""
+    """Lead the engine's clipping and its accumulation to `optimizer`; refuse an engine that would train wrongly.
+
+    `register` calls it for each engine, when the model has been cast and before the optimizer could be wrapped.
+    """
     _check(engine, optimizer)
+    engine._config.bfloat16_config.enabled = False  # see [Note: bf16]
     if (max_norm := float(engine.gradient_clipping() or 0.0)) > 0.0:  # DeepSpeed's default is 1.0
         object.__setattr__(optimizer.options, "max_grad_norm", max_norm)
     engine._config.gradient_clipping = 0.0
     for param in engine.module.parameters():
         if hasattr(param, "use_muon"):  # DeepSpeed's own Muon looks for the tag, and for "muon" in class names
             del param.use_muon
+    optimizer.engine_is_led = True
     engine_ref, optimizer_ref = weakref.ref(engine), weakref.ref(optimizer)
 
     def before_forward(_module: nn.Module, _args: object) -> None:
         its, ours = engine_ref(), optimizer_ref()
         if its is not None and ours is not None:  # an unmanaged accumulation ends where the engine's step says so
-            known = its.managed_gradient_accumulation()
+            known = its.managed_gradient_accumulation() and not its.inside_no_sync_ctxt
             ours.set_requires_gradient_sync(known and its.is_gradient_accumulation_boundary())
 
     untraced = torch.compiler.disable(before_forward)  # type: ignore[no-untyped-call]
@@ -131,15 +147,26 @@ def _check(engine: Any, optimizer: DistMuon) -> None:
     given = engine.scheduler_params() or {}
     has_lists = any(isinstance(value, list) for value in given.values())
     one_lr_for_all = engine.scheduler_name() not in _KEEPS_RATIO and not has_lists
+    clip, own_clip = float(engine.gradient_clipping() or 0.0), optimizer.options.max_grad_norm
+    ranks = engine.dp_world_size if engine.sequence_parallel_size == 1 else 0
     if engine.pipeline_parallelism:
         found, cure = "a PipelineModule, whose engine reduces by itself", "use the plain engine"
-    elif engine.bfloat16_enabled():
-        found = "bf16.enabled, which wraps the optimizer in masters of its own"
-        cure = "call distmuon.integrations.deepspeed.initialize, or cast the model and take the bf16 block out"
     elif engine.fp16_enabled() or engine.torch_autocast_z0_gradscaler is not None:
-        found, cure = "fp16, which scales the loss", "use bfloat16"
+        found = "fp16, which scales the loss"
+        cure = 'use bfloat16 ("bf16": {"enabled": true}), or distmuon.GradScaler in a loop of your own'
     elif engine.has_moe_layers:
         found, cure = "deepspeed.moe layers, reduced over groups of their own", "use expert stacks of the plain model"
+    elif ranks != optimizer.group.dp_size:
+        found = f"an engine that averages over other ranks than the {optimizer.group.dp_size} of the optimizer's group"
+        cure = "take tensor and sequence parallelism (mpu) out, or give DistMuon the engine's group as process_group="
+    elif not engine.gradient_average:
+        found, cure = 'gradient_allreduce_op "sum"', 'use "mean", and a larger loss if you need one'
+    elif engine._config.grad_accum_dtype not in (None, "fp32"):
+        found = f"grad_accum_dtype {engine._config.grad_accum_dtype!r}, for buffers that the engine does not have here"
+        cure = 'take it out, or name "reduce_dtype" in the optimizer\'s params'
+    elif own_clip is not None and 0.0 < clip != own_clip:
+        found = f"gradient_clipping {clip} (1.0 if not given) beside the optimizer's max_grad_norm {own_clip}"
+        cure = 'write "gradient_clipping" alone'
     elif one_lr_for_all and len(lrs) > 1:
         found = f"scheduler {engine.scheduler_name()}, which gives groups of lr {sorted(lrs)} one and the same"
         cure = "write its lrs as lists, one a group, or pass a torch scheduler as lr_scheduler="
@@ -148,9 +175,27 @@ def _check(engine: Any, optimizer: DistMuon) -> None:
     raise problem("DeepSpeed config", found, "one reduction, one set of masters and two learning rates are kept", cure)
 
 
+def _from_json(engine: Any, model_parameters: Any) -> DistMuon:
+    """The optimizer that the config describes, for all that the engine's module trains."""
+    entries = [entry if isinstance(entry, dict) else {"params": [entry]} for entry in model_parameters]
+    if own := sorted({key for entry in entries for key in entry if key != "params"}):
+        raise problem(
+            "model_parameters", f"groups with {', '.join(own)} of their own", "distmuon makes the groups by its routes",
+            'write them as routes: {"pattern": "*norm*", "rule": "adamw", "options": {"weight_decay": 0.0}}',
+        )  # fmt: skip
+    given = {id(param) for entry in entries for param in entry["params"]}
+    trained = {id(param) for param in engine.module.parameters() if param.requires_grad}
+    if given and not trained <= given:
+        raise problem(
+            "model_parameters", f"{len(given)} of the model's {len(trained)} trainable parameters",
+            "distmuon routes the whole model", "leave model_parameters out and freeze what shall not be trained",
+        )  # fmt: skip
+    return DistMuon(engine.module, **_options(engine.optimizer_params() or {}))
+
+
 def _options(params: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `DistMuon` from JSON."""
-    options = dict(params)
+    options = {_RENAMED.get(key, key): value for key, value in params.items()}
     for key in _DTYPES:
         if isinstance(options.get(key), str):
             options[key] = getattr(torch, options[key])

@@ -60,12 +60,16 @@ def _poisoned_steps(group: dist.ProcessGroup, cases: list[tuple[str, float, dict
 
 
 def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(spawn) -> None:
-    """Parameters and state keep every bit, the step is counted, and the next one is what it would have been."""
+    """Parameters and state keep every bit, the step is counted, and the next one is what it would have been.
+
+    Clipping once multiplied the padding, too, by a norm that was NaN: each later step was skipped.
+    """
     places = ["up.weight", "embed.weight", "norm_in.bias", "experts_down"]  # straddler, sand, small sand, stack
     cases = [
         (fqn, value, options)
         for (fqn, value), options in itertools.product(
-            [*zip(places, [torch.inf, torch.nan, -torch.inf, torch.inf], strict=True)], [{}, {"overlap": False}]
+            [*zip(places, [torch.inf, torch.nan, -torch.inf, torch.inf], strict=True)],
+            [{}, {"overlap": False}, {"max_grad_norm": 1e9}],
         )
     ]
     # A norm that is no number made the clip's coefficient one, and that the padding of the gradient buffers, for ever.

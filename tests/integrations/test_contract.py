@@ -134,6 +134,9 @@ def test_deepspeeds_names_for_norm_and_skipped_step() -> None:
     model, optimizer = make(None)
     assert optimizer._global_grad_norm is None and optimizer.overflow is False
     backward(model, optimizer, [make_batch(0, 0, 0)])
+    with pytest.raises(ValueError, match=r"integration does not lead.*register\(\) before"):
+        optimizer.get_grads_for_reduction()
+    optimizer.engine_is_led = True
     assert optimizer.get_grads_for_reduction() == ([], {})
     optimizer.step()
     assert float(optimizer._global_grad_norm) == optimizer.metrics()["grad_norm"] > 0
@@ -141,7 +144,11 @@ def test_deepspeeds_names_for_norm_and_skipped_step() -> None:
     for param in model.parameters():
         param.grad = torch.full_like(param, float("inf")) if param.requires_grad else None
     optimizer.step()
-    assert optimizer.overflow is True and optimizer.overflow is False  # once for each skipped step
+    assert optimizer.overflow is True and optimizer.overflow is True  # the engine asks, and accelerate once more
+    optimizer.zero_grad()
+    backward(model, optimizer, [make_batch(0, 0, 0)])
+    optimizer.step()
+    assert optimizer.overflow is False
 
 
 def test_a_state_dict_has_a_storage_for_each_tensor_and_copies_nothing(tmp_path: Path) -> None:

@@ -28,11 +28,12 @@ RUN = [
 ]  # fmt: skip
 
 
-def torchrun(recipe: str, folder: Path) -> list[dict[str, Any]]:
+def torchrun(recipe: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """Four steps of two micro-batches on two ranks, or what is left of them; the records."""
     pytest.importorskip(PACKAGE.get(recipe, "torch"), reason=f"{recipe} needs more, see docs/integrations.md")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", f"launch.{recipe}", "--config", "configs/quickstart.yaml", *RUN, f"--log.dir={folder}"]
+    command += ["-m", f"launch.{recipe}", "--config", "configs/quickstart.yaml", *RUN]
+    command += [f"--log.dir={folder}", *arguments]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -149,45 +149,7 @@ def test_fabric_refuses_another_strategy_values_and_other_optimizers() -> None:
         strategy.clip_gradients_value(model, None, 1.0)
 
 
-# ------------------------------------------------------------------------------------------- DeepSpeed
-
-
-def _engine(**changes: Any) -> Any:
-    """What `_check` reads of an engine."""
-    seen = {
-        "zero_optimization_stage": 0, "scheduler_params": None, "scheduler_name": None, "bfloat16_enabled": False,
-        "fp16_enabled": False, **changes,
-    }  # fmt: skip
-    calls = {key: (lambda value=value: value) for key, value in seen.items() if key not in _PLAIN}
-    plain = {"pipeline_parallelism": False, "torch_autocast_z0_gradscaler": None, "has_moe_layers": False}
-    return SimpleNamespace(**calls, **{**plain, **{k: v for k, v in changes.items() if k in _PLAIN}})
-
-
-_PLAIN = {"pipeline_parallelism", "torch_autocast_z0_gradscaler", "has_moe_layers"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"zero_optimization_stage": 1}, r"stage 1: DeepSpeed would cut the parameters.*\"stage\": 0"),
-        ({"zero_optimization_stage": 3}, r"stage 3: DeepSpeed would cut the parameters"),
-        ({"pipeline_parallelism": True}, "PipelineModule"),
-        ({"bfloat16_enabled": True}, r"bf16\.enabled.*integrations\.deepspeed\.initialize"),
-        ({"fp16_enabled": True}, "fp16, which scales the loss"),
-        ({"torch_autocast_z0_gradscaler": object()}, "fp16, which scales the loss"),
-        ({"has_moe_layers": True}, "deepspeed.moe layers"),
-        ({"scheduler_name": "WarmupLR", "scheduler_params": {"warmup_max_lr": 0.1}}, "one and the same"),
-    ],
-)
-def test_an_engine_that_would_train_wrongly_is_refused(changes: dict[str, Any], match: str) -> None:
-    pytest.importorskip("deepspeed", reason="pip install distmuon[deepspeed]")
-    from distmuon.integrations.deepspeed import _check
-
-    optimizer = distmuon.DistMuon(_model(), lr=0.02, adamw_lr=0.001)
-    _check(_engine(), optimizer)
-    _check(_engine(scheduler_name="WarmupLR", scheduler_params={"warmup_max_lr": [0.02, 0.001]}), optimizer)
-    with pytest.raises(ValueError, match=match):
-        _check(_engine(**changes), optimizer)
+# --------------------------------------------------- DeepSpeed, where no engine is needed; others in test_deepspeed.py
 
 
 def test_initialize_refuses_stage_1_and_a_config_without_distmuon() -> None:
@@ -201,16 +163,7 @@ def test_initialize_refuses_stage_1_and_a_config_without_distmuon() -> None:
         initialize(model=_model(), config={"optimizer": {"type": "AdamW"}})
 
 
-def test_deepspeed_without_its_seams_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    deepspeed = pytest.importorskip("deepspeed", reason="pip install distmuon[deepspeed]")
-    from distmuon.integrations.deepspeed import register
-
-    monkeypatch.delattr(deepspeed.DeepSpeedEngine, "_configure_basic_optimizer")
-    with pytest.raises(ValueError, match="without _configure_basic_optimizer"):
-        register()
-
-
-def test_stale_muon_tags_and_partitioned_parameters() -> None:
+def test_partitioned_parameters_are_refused() -> None:
     """zero.Init's `ds_id` is refused by the optimizer itself."""
     model = _model()
     model[0].weight.ds_id = 7

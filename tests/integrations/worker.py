@@ -49,6 +49,8 @@ class Case:
     """float16 autocast and a loss scaler that begins here; in the first step the last rank alone overflows."""
     rounded: bool = False
     """The plain loop rounds float inputs to autocast's dtype, as Fabric does before it calls the model."""
+    how: str = ""
+    """Which of a trainer's ways (`tests.integrations.engines`)."""
 
 
 class WithLoss(nn.Module):
@@ -348,12 +350,29 @@ RUNNERS: dict[str, Runner] = {f.__name__: f for f in (plain, ddp, accelerate, tr
 
 def _reset(name: str) -> None:
     """Trainers keep their state in singletons."""
-    if name in ("accelerate", "trainer"):
+    if name in ("accelerate", "trainer", "engines"):
         from accelerate.state import AcceleratorState, GradientState, PartialState
 
         AcceleratorState._reset_state()
         GradientState._reset_state()
         PartialState._reset_state()
+
+
+def compared(name: str, case: Case, folder: Path) -> dict[str, Any]:
+    """What the trainer and the plain loop made of one case, by name. Collective."""
+    of_case: dict[str, Any] = {}
+    for who in (name, "plain"):
+        seen = Seen()
+        with seen.watching():
+            model, optimizer = RUNNERS[who](case, folder, seen)
+        ends, state = weights(model, optimizer), state_tensors(optimizer)
+        everyone: list[Any] = [None] * dist.get_world_size()
+        mine = (digest(ends), digest(state), seen.norms, seen.calls, seen.all_reduces)
+        dist.all_gather_object(everyone, mine)
+        of_case[who] = {"ranks": everyone, "weights": ends, "num_buckets": len(optimizer.layout.buckets)}
+        del model, optimizer
+        _reset(who)
+    return of_case
 
 
 def main() -> None:
@@ -364,21 +383,7 @@ def main() -> None:
     warnings.simplefilter("ignore")  # the trainers' own
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    results = []
-    for case in cases:
-        of_case = {}
-        for who in (name, "plain"):
-            seen = Seen()
-            with seen.watching():
-                model, optimizer = RUNNERS[who](case, folder, seen)
-            ends, state = weights(model, optimizer), state_tensors(optimizer)
-            everyone: list[Any] = [None] * dist.get_world_size()
-            mine = (digest(ends), digest(state), seen.norms, seen.calls, seen.all_reduces)
-            dist.all_gather_object(everyone, mine)
-            of_case[who] = {"ranks": everyone, "weights": ends, "num_buckets": len(optimizer.layout.buckets)}
-            del model, optimizer
-            _reset(who)
-        results.append(of_case)
+    results = [compared(name, case, folder) for case in cases]
     if dist.get_rank() == 0:
         torch.save(results, folder / "results.pt")
     gc.collect()  # trainers keep the optimizer in reference cycles; it must go before the process group does

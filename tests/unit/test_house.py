@@ -229,7 +229,7 @@ def test_the_faces_may_talk_to_ranks_only_through_the_library() -> None:
 
 PARTS = {  # what a reader may leave out, and how long each part may be; all else trains
     "planning": (1200, {"planner", "counts", "shapes", "step_time", "cli"}),
-    "saving": (1700, {"checkpoint", "interchange", "saving", "loading", "sharded", "boxes", "snapshot", "manifest",
+    "saving": (1800, {"checkpoint", "interchange", "saving", "loading", "sharded", "boxes", "snapshot", "manifest",
                       "run_state", "agreement"}),
     "lost ranks": (200, {"roll_call"}),
     "integrations": (1200, {"integrations", "trainer_face", "doctor"}),
