@@ -159,6 +159,8 @@ class DataParallelGroup:
         work = dist.all_to_all_single(received, input, group=self.process_group, async_op=True)
 
         def sum_in_rank_order() -> None:
+            if received.is_cuda:  # made on backward's stream, read here on whichever waits
+                received.record_stream(torch.cuda.current_stream(received.device))
             first, *others = received.view(self.dp_size, -1)
             torch.add(first.to(output.dtype), others[0], out=output)
             for other in others[1:]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, TypeGuard, get_args
 
 import torch
@@ -120,7 +121,12 @@ class Hyperparameters:
     adamw_weight_decay: float | None
 
     def group(self, rule: Rule) -> dict[str, object]:
-        """A fresh param group's entries. `momentum` is in both: schedulers that cycle it ask every group."""
+        """A fresh param group's entries. `momentum` is in both: schedulers that cycle it ask every group. Tensors are
+        the group's own: schedulers write into them, group by group."""
+        entries = self._entries(rule)
+        return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in entries.items()}
+
+    def _entries(self, rule: Rule) -> dict[str, object]:
         if rule == "muon":
             return {
                 "rule": rule,
@@ -200,8 +206,8 @@ def _check_group(name: str, group: dict[str, Any]) -> None:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is a number of Python, and not True or False."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether `value` is a real number, and not True or False."""
+    return isinstance(value, Real) and not isinstance(value, bool)  # NumPy's are of this kind
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -90,7 +90,8 @@ class BackwardReducer:
                 self._buffers.layout.specs[index].fqn,
                 "a gradient arrived after its bucket was reduced in this step",
                 "only the last backward of a step may reduce",
-                "wrap the earlier ones in `with optimizer.no_sync():`, or pass overlap=False",
+                "wrap the earlier ones in `with optimizer.no_sync():`, or pass overlap=False; drop gradients with "
+                "optimizer.zero_grad(), not the model's; checkpoint activations with use_reentrant=False",
             )
         self._move_in(index, param)
         if not sync:
@@ -176,7 +177,7 @@ class BackwardReducer:
         return self._has_grad
 
     def reset(self) -> None:
-        if self._synced and not self._finished:
+        if self._overlap and self._synced and not self._finished:
             self.finish()  # a discarded backward: ranks may have started different buckets, so start them all
         if self._buffers.options.release_grads:
             for bucket in range(len(self._waiting_for)):

@@ -102,11 +102,11 @@ class Hooks:
         self._handles.append(param.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def _on_model(self, model: nn.Module) -> None:
-        listener_ref = self._listener
+        listener_ref, model_ref = self._listener, weakref.ref(model)
 
         @_untraced
-        def on_forward(_module: nn.Module, _args: object) -> None:
-            if (listener := listener_ref()) is not None:
+        def on_forward(module: nn.Module, _args: object) -> None:
+            if (listener := listener_ref()) is not None and module is model_ref():  # a deepcopy has this hook, too
                 listener.on_forward()
 
         def on_state(*_: object) -> None:

@@ -64,9 +64,8 @@ def load_checkpoint(
     one_of("on_route_change", on_route_change, ("raise", "reset"))
     check_path(path, new=False)
     check_given(model, optimizer)
-    group = optimizer.group
+    group, gather = optimizer.group, optimizer.at_rest(to_write=True)
     found, skipped = _newest_whole(Path(path), optimizer)
-    gather = optimizer.at_rest(to_write=True)
     buffers = gather.buffers
     others = others_of(model, buffers.params)
 
@@ -117,7 +116,7 @@ def verify_parameters(model: nn.Module, optimizer: DistMuon) -> None:
     statistics (BatchNorm) may differ.
     """
     check_given(model, optimizer)
-    optimizer.synchronize()
+    optimizer.at_rest()
     optimizer.verify_options()
     held = dict(model.named_parameters())
     agree_on_bits(list(held), list(held.values()), optimizer.group)

@@ -6,6 +6,7 @@ bucket `walk.py`; which rule is `routing`, where is `layout`, storage is `buffer
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -158,6 +159,7 @@ class DistMuon(TrainerFace):
         self._sync = True
         self._gathers_in_forward = self._model is not None and bool(overlap) and self.group.dp_size > 1
         self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward)
+        self.register_step_pre_hook(_arrive)  # before the user's own, which may read parameters
 
     def release(self) -> None:
         """A newer optimizer manages these parameters: finish what is in flight and let go of them."""
@@ -198,6 +200,8 @@ class DistMuon(TrainerFace):
             self._hyperparameters, self._metrics,
             self._gathers_in_forward and self._exchange_group.process_group is self.group.process_group,
         )  # fmt: skip
+        # Whoever drops the optimizer after its last step keeps a model whose parameters are still under way.
+        weakref.finalize(self, self._conductor.param_gather.wait).atexit = False
 
     def _built(self, *, values_used: bool = False, to_train: bool = True) -> Conductor:
         self._hooks.check_active(self)
@@ -240,7 +244,8 @@ class DistMuon(TrainerFace):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """`torch.nn.utils.clip_grad_norm_` of the averaged gradient of the whole model; returns the norm before."""
+        """`torch.nn.utils.clip_grad_norm_` of the averaged gradient of the whole model; returns the norm before this
+        call (`max_grad_norm`, if given, has clipped before it)."""
         self.reduce_gradients()
         return self._built().clip(max_norm, norm_type)
 
@@ -317,3 +322,7 @@ class DistMuon(TrainerFace):
         kernels = ns_kernels.summary(self.options, self._params[0].device, self.param_groups)
         text = f"{planner.describe(self.layout, len(self._frozen))}\n{kernels}"
         return f"{text}\n{planner.routing_table(self.layout)}" if full else text
+
+
+def _arrive(optimizer: DistMuon, *_: object) -> None:
+    optimizer.synchronize()

@@ -29,16 +29,16 @@ from distmuon.layout import Segment
 
 @dataclass(frozen=True, slots=True)
 class Updates:
-    """Line 6 of the walk for one bucket in one step: by Muon parameter (lr, weight decay, scale); absent ones have no
+    """Line 6 of the walk for one bucket in one step: by Muon segment (lr, weight decay, scale); absent ones have no
     gradient and are left alone."""
 
-    factors: Mapping[int, tuple[float, float, float]]
+    factors: Mapping[Segment, tuple[float, float, float]]
     verdict: Verdict
 
-    def apply(self, param: int, weight: Tensor, polar_factor: Tensor) -> None:
-        """On elements of `param`, in place; `polar_factor` of the same length."""
-        if param in self.factors:
-            lr, decay, scale = self.factors[param]
+    def apply(self, segment: Segment, weight: Tensor, polar_factor: Tensor) -> None:
+        """On the elements of `segment`, in place; `polar_factor` of the same length."""
+        if segment in self.factors:
+            lr, decay, scale = self.factors[segment]
             out = weight if self.verdict.known else None
             new = rules.muon_weight(weight, polar_factor, lr=lr, weight_decay=decay, scale=scale, out=out)
             if out is None:
@@ -52,6 +52,7 @@ class ParamGather:
         self.buffers = buffers
         self._group = group
         self._pending: dict[int, Pending] = {}
+        self._home: torch.cuda.Stream | None = None  # the stream of the step
         self._updates: dict[int, Updates] = {}
         self._held: list[int] | None = None  # buckets that are ready, while all-gathers are held back
         self._dtype = buffers.options.travels
@@ -87,6 +88,8 @@ class ParamGather:
 
     def _start(self, index: int, output: Tensor, input: Tensor, stage: str) -> None:
         self.buffers.sent(index)
+        if output.is_cuda:
+            self._home = torch.cuda.current_stream(output.device)
         with torch.profiler.record_function(f"distmuon::all_gather/{index}"):
             about = self.buffers.buckets[index].about
             self._pending[index] = self._group.start_all_gather(output, input, stage=stage, about=about)
@@ -130,6 +133,8 @@ class ParamGather:
                     self._apply(self.buffers.buckets[index], arrived, updates)
                 self.buffers.buckets[index].stage_out()
                 self.buffers.arrived(index)
+        if self._home is not None:  # who waits first may be on another stream (an evaluation, a copy to the host)
+            self._home.wait_stream(torch.cuda.current_stream(self._home.device))
 
     def _message(self, bucket: BucketBuffers, polar_pieces: Sequence[Tensor]) -> Tensor:
         size = self.buffers.layout.message_bytes(bucket.bucket, self._dtype.itemsize)
@@ -150,7 +155,7 @@ class ParamGather:
                 start = rank * shard_size + segment.shard_offset
                 weight = bucket.param_flat[start : start + segment.length]
                 if specs[segment.param].rule == "muon":
-                    updates.apply(segment.param, weight, elements)
+                    updates.apply(segment, weight, elements)
                 elif rank != me:
                     weight.copy_(elements)
 

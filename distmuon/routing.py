@@ -177,7 +177,7 @@ def make_groups(
     """(param groups with named parameters, one a rule and set of route options; per parameter its group's number)."""
     groups: dict[str, dict[str, Any]] = {}
     for spec, param in routed:
-        key = repr((spec.rule, spec.options))
+        key = _group_key(spec)
         known = start.group(spec.rule)
         for option, _ in spec.options:
             if option not in known or option == "rule":
@@ -185,10 +185,17 @@ def make_groups(
                     spec.fqn, f"option {option!r} in its route", f"one of {', '.join([*known][1:])} is needed",
                     "correct the route's options",
                 )  # fmt: skip
-        group = groups.setdefault(key, {**start.group(spec.rule), **dict(spec.options), "params": []})
+        own = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in spec.options}
+        group = groups.setdefault(key, {**known, **own, "params": []})
         group["params"].append((spec.fqn, param))
     keys = list(groups)
-    return list(groups.values()), [keys.index(repr((spec.rule, spec.options))) for spec, _ in routed]
+    return list(groups.values()), [keys.index(_group_key(spec)) for spec, _ in routed]
+
+
+def _group_key(spec: ParamSpec) -> str:
+    """Parameters with the same one share a group. Tensors print rounded."""
+    numbers = [(name, value.tolist() if isinstance(value, torch.Tensor) else value) for name, value in spec.options]
+    return repr((spec.rule, numbers))
 
 
 def _is_pair(entry: object) -> bool:

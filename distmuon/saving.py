@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,8 @@ def save_checkpoint(
     one_of("asynchronous", asynchronous, (False, True))
     check_path(path, new=True)
     check_given(model, optimizer)
-    finish_saves(optimizer)
     final, group, buffers = Path(path), optimizer.group, optimizer.at_rest().buffers
+    finish_saves(optimizer)
     rank, number = group.dp_rank, group.gather_objects(uuid4().hex[:8], stage="checkpoint")[0]
 
     def begin() -> dict[str, bytes]:
@@ -143,7 +144,8 @@ def save_checkpoint(
         try:
             _write_part(aside, rank, copies, small)
         except Exception as error:
-            (aside / f"{rank}.failed").write_text(str(error))
+            with suppress(OSError):
+                (aside / f"{rank}.failed").write_text(str(error))
             raise
         finally:
             copies.clear()
@@ -159,6 +161,7 @@ def save_checkpoint(
 def finish_saves(optimizer: DistMuon) -> None:
     """Wait for what is being written behind, and raise its error. Collective."""
     if (saving := _saves.pop(optimizer, None)) is not None:
+        optimizer.at_rest()  # a rank that has begun to reduce may wait for the others in its backward
         saving.wait()
 
 

@@ -106,12 +106,19 @@ def abandon(final: Path, number: str) -> None:
 
 
 def _retain(just_saved: Path, keep_last: int) -> None:
-    """Keep `just_saved` and the newest complete others, `keep_last` in all; tidy up after killed saves."""
-    complete = [path for path in steps_in(just_saved.parent) if path != just_saved and why_incomplete(path) is None]
+    """Keep `just_saved` and the newest complete others of its series, `keep_last` in all; tidy up after killed saves.
+
+    A series has names that differ in their last digits only: two optimizers may save into one folder.
+    """
+    stem = just_saved.name.rstrip("0123456789")
+    series = [path for path in steps_in(just_saved.parent) if path.name.rstrip("0123456789") == stem]
+    complete = [path for path in series if path != just_saved and why_incomplete(path) is None]
     for old in complete[max(0, keep_last - 1) :]:
         _remove(old)
-    for stale in [*just_saved.parent.glob(".*.saving"), *just_saved.parent.glob(".*.deleted")]:
-        shutil.rmtree(stale, ignore_errors=True)
+    left = re.compile(rf"\.{re.escape(stem)}\d*\.(.*\.)?(saving|deleted)")
+    for stale in just_saved.parent.iterdir():
+        if left.fullmatch(stale.name):
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:

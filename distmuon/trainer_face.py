@@ -11,6 +11,7 @@ anything is gathered the ranks call the roll in the group's store, which no othe
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -54,12 +55,24 @@ class TrainerFace(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Whole state of every parameter, on the CPU of every rank, in torch.optim's format; empty before the first
         step or forward. Collective."""
-        packed = super().state_dict()
+        state = self._whole_state()
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            state = given if (given := hook(self, state)) is not None else state
+        return state
+
+    def _whole_state(self) -> dict[str, Any]:
+        post_hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
+        try:
+            packed = super().state_dict()
+        finally:
+            self._optimizer_state_dict_post_hooks = post_hooks
         if self._conductor is None:
             return packed
+        if self._consolidated is not None:
+            return {"state": dict(self._consolidated), "param_groups": packed["param_groups"]}
         self._conductor.settle()  # a rank that has begun to reduce may wait for the others in its backward
-        if (known := self._consolidated_state(packed)) is not None:
-            return known
+        if missing := self.group.missing_ranks("state_dict"):
+            raise guards.asked_alone(self.group.dp_rank, missing)
         buffers = self.at_rest().buffers
         return checkpoint.full_state_dict(buffers, self.group, self.param_groups, packed["param_groups"])
 
@@ -68,6 +81,8 @@ class TrainerFace(torch.optim.Optimizer):
         """Load a full state saved at any dp_size. State keeps its own dtype; masters, if any, become the parameters.
         A parameter under another rule than then raises, or with "reset" begins with no state. Collective; what raises,
         raises on all ranks and before anything is changed."""
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = given if (given := hook(self, state_dict)) is not None else state_dict
 
         def check() -> tuple[dict[str, Any], bool]:
             checkpoint.check_form(state_dict)
@@ -78,12 +93,14 @@ class TrainerFace(torch.optim.Optimizer):
         taken, empty = together(self.group, check)
         if len(set(emptiness := self.group.gather_objects(empty, stage="load_state_dict"))) > 1:
             raise guards.loaded_unlike([rank for rank, is_empty in enumerate(emptiness) if is_empty])
-        if not empty:
+        if not empty or self._conductor is not None:  # the state of before the first step is none
             gather = self.at_rest(to_write=True)
             states = together(self.group, lambda: checkpoint.states_of(gather.buffers, self.param_groups, taken))
             checkpoint.load_full_state(gather.buffers, states)
             gather.publish()
         checkpoint.load_groups(taken["param_groups"], self.param_groups)
+        for done in self._optimizer_load_state_dict_post_hooks.values():
+            done(self)
 
     def verify_options(self, also: str = "") -> None:
         """Raise on all ranks, naming the first difference, unless all have the same options and hyperparameters now: a
@@ -109,17 +126,12 @@ class TrainerFace(torch.optim.Optimizer):
         Every rank keeps it to the next step or load: as many bytes as all ranks' state together.
         """
         self._consolidated = None
-        state = self.state_dict()["state"]
+        state = self._whole_state()["state"]
         if any(state.values()):
             self._consolidated = state
 
-    def _consolidated_state(self, packed: dict[str, Any]) -> dict[str, Any] | None:
-        """`packed` with the consolidated state, or None once all ranks have come to gather it."""
-        if self._consolidated is not None:
-            return {"state": dict(self._consolidated), "param_groups": packed["param_groups"]}
-        if missing := self.group.missing_ranks("state_dict"):
-            raise guards.asked_alone(self.group.dp_rank, missing)
-        return None
+    def __getstate__(self) -> dict[str, Any]:
+        raise guards.not_copied()
 
     def set_requires_gradient_sync(self, requires: bool) -> None:
         """Whether the following backwards end an optimizer step; `no_sync` for callers that hold no context open.

@@ -56,11 +56,11 @@ class BucketWalk:
         self._bucket, self._param_gather, self._metrics = bucket, param_gather, metrics
         self._group_of, self._ns_dtype, self._ns_kernels = group_of, options.ns_dtype, options.ns_kernels
         self._step = Step(())
-        # One shape a parameter: a piece has one scale, that of its matrix's first column block.
+        # A segment has one scale, that of its matrix's first column block; matrices of one parameter may differ in it.
         self._shapes = {
-            s.param: layout.unit_of(s).logical_shapes[0]
-            for s in bucket.bucket.segments
-            if layout.specs[s.param].rule == "muon"
+            segment: layout.unit_of(segment).logical_shapes[0]
+            for segment in bucket.bucket.segments
+            if layout.specs[segment.param].rule == "muon"
         }
         matrices = [matrix for matrix in layout.matrices if matrix.bucket == bucket.bucket.index]
         device = bucket.param_flat.device
@@ -106,7 +106,7 @@ class BucketWalk:
             held.clear()
             if not travel:
                 for piece, polar in zip(bucket.muon, polar_pieces):
-                    group_updates.apply(piece.segment.param, piece.cut(masters), polar)
+                    group_updates.apply(piece.segment, piece.cut(masters), polar)
             self._adamw(masters, step.verdict)
         with stage("start_all_gather", index):
             if travel:
@@ -156,10 +156,10 @@ class BucketWalk:
 
     def _updates(self, verdict: Verdict) -> Updates:
         factors = {}
-        for param, shape in self._shapes.items():
-            if verdict.present[param]:
-                group = self._group(param)
-                factors[param] = group["lr"], group["weight_decay"], rules.lr_scale(*shape, group["adjust_lr_fn"])
+        for segment, shape in self._shapes.items():
+            if verdict.present[segment.param]:
+                group = self._group(segment.param)
+                factors[segment] = group["lr"], group["weight_decay"], rules.lr_scale(*shape, group["adjust_lr_fn"])
         return Updates(factors, verdict)
 
     def _adamw(self, masters: Tensor, verdict: Verdict) -> None:

@@ -5,7 +5,9 @@ Each of these once lost an update, a state or the ranks' common order without a 
 
 from __future__ import annotations
 
+import gc
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,3 +158,82 @@ def test_external_gradients_of_a_step_that_was_left_out_are_not_used(spawn) -> N
     """The clipped gradient of the step before was applied in the place of the next."""
     for first, second, exact in spawn(_left_out, 2):
         assert second == pytest.approx(exact, rel=1e-5) and first > 2 * second
+
+
+def _drop_optimizer(group: dist.ProcessGroup, gather: str, keep: bool) -> str:
+    model = Branched()
+
+    def trained() -> Any:
+        inputs = torch.randn(4, 24, generator=torch.Generator().manual_seed(dist.get_rank(group)))
+        optimizer = distmuon.DistMuon(model, lr=0.05, bucket_mb=0.0505, process_group=group, param_gather=gather)
+        for _ in range(2):
+            _step(model, optimizer, inputs)
+        assert optimizer._conductor.param_gather.any_in_flight
+        return optimizer if keep else None
+
+    kept = [trained()]
+    gc.collect()
+    state = digest(dict(model.state_dict()))
+    kept.clear()
+    return state
+
+
+@pytest.mark.parametrize("gather", ["parameters", "updates"])
+def test_a_dropped_optimizer_leaves_its_last_update_to_the_model(spawn, gather: str) -> None:
+    """`def train(): ...; return model` once returned weights that were still under way, on each rank others."""
+    kept = spawn(_drop_optimizer, 2, gather=gather, keep=True)
+    assert len(set(kept)) == 1
+    assert spawn(_drop_optimizer, 2, gather=gather, keep=False) == kept
+
+
+def test_the_state_of_before_the_first_step_is_none() -> None:
+    """Loading it must end momentum and counters, as with torch.optim: learning-rate finders go back to it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
+    optimizer = distmuon.DistMuon(model, lr=0.05, routes=[distmuon.Route("*weight", "muon")])
+    begin, start = optimizer.state_dict(), {key: value.clone() for key, value in model.state_dict().items()}
+
+    def run() -> str:
+        for _ in range(2):
+            model(torch.eye(8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return digest({**weights(model, optimizer), **state_tensors(optimizer)})
+
+    first = run()
+    model.load_state_dict(start)
+    optimizer.load_state_dict(begin)
+    assert all(not tensor.any() for key, tensor in state_tensors(optimizer).items() if not key.endswith("master"))
+    assert run() == first
+
+
+def _other_calls(group: dist.ProcessGroup, call: str, folder: str) -> str:
+    """What talks to the other ranks, after a backward in which the ranks used different branches."""
+    model, optimizer, inputs = _made(group, packing="contiguous", bucket_mb=0.01)
+    _step(model, optimizer, inputs)
+    if call == "load":
+        distmuon.save_checkpoint(f"{folder}/a-1", model, optimizer)
+    if call in ("save", "finish"):
+        distmuon.save_checkpoint(f"{folder}/a-1", model, optimizer, asynchronous=True)
+    if call == "alone":
+        optimizer.consolidate_state_dict()
+    model(inputs, call != "alone" and dist.get_rank(group) == 0).backward()
+    if call == "verify":
+        distmuon.verify_parameters(model, optimizer)
+    elif call == "load":
+        distmuon.load_checkpoint(folder, model, optimizer)
+    elif call == "save":
+        distmuon.save_checkpoint(f"{folder}/a-2", model, optimizer)
+    elif call == "finish":
+        distmuon.finish_saves(optimizer)
+    elif dist.get_rank(group) == 0:
+        optimizer.state_dict()
+    if call == "alone":
+        dist.barrier(group)
+    optimizer.step()
+    return digest(weights(model, optimizer))
+
+
+@pytest.mark.parametrize("call", ["verify", "load", "save", "finish", "alone"])
+def test_whatever_talks_to_other_ranks_first_ends_what_a_backward_began(spawn, call: str, tmp_path: Path) -> None:
+    assert len(set(spawn(_other_calls, 2, call=call, folder=str(tmp_path)))) == 1

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -282,6 +283,27 @@ def test_keep_last_keeps_the_newest_complete_and_the_one_just_saved(tmp_path: Pa
     for wrong in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match=rf"keep_last: found {wrong!r}; 1 or more"):
             distmuon.save_checkpoint(tmp_path / "step-6", model, optimizer, keep_last=wrong)  # type: ignore[arg-type]
+
+
+def test_two_optimizers_may_save_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One's `keep_last` once deleted the other's checkpoints, and what it was just writing."""
+    first, second, go = _small(), _small(seed=1), threading.Event()
+
+    def reached(stage: str) -> None:
+        if stage == "before data" and threading.current_thread() is not threading.main_thread():
+            go.wait(60)
+
+    monkeypatch.setattr(snapshot, "reached", reached)
+    behind = distmuon.save_checkpoint(tmp_path / "gen-10", *first, asynchronous=True, keep_last=2)
+    killed = tmp_path / ".disc-5.0123abcd.saving"
+    killed.mkdir()
+    for step in (10, 20, 30):
+        distmuon.save_checkpoint(tmp_path / f"disc-{step}", *second, keep_last=2)
+    assert not killed.exists()
+    go.set()
+    behind.wait()
+    distmuon.save_checkpoint(tmp_path / "gen-20", *first, keep_last=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disc-20", "disc-30", "gen-10", "gen-20"]
 
 
 def test_a_name_is_used_once_and_nothing_damaged_is_deleted(two: tuple[Path, list[str]]) -> None:
