@@ -6,7 +6,7 @@
     python -m launch.pretrain --config configs/quickstart.yaml        # one process, no process group
 
 With `--checkpoint.every N` the run resumes by itself, at any number of ranks, from the newest complete checkpoint in
-its folder; so `torchrun --max-restarts 3 --nnodes 2:4 ...` needs nothing else.
+its folder; so `torchrun --max-restarts 3` needs nothing else, and `--nnodes 2:4` what docs/reliability.md says.
 
 This file conducts: `train` is the whole run, `train_step` one optimizer step. What a key means stands in
 `launch.config`, the data order in `launch.data`, the schedules in `launch.schedules`, the records in `launch.logs`,
@@ -108,6 +108,7 @@ def train(config: Config, ranks: Ranks, log: RunLog, stop: StopRequest) -> None:
             checkpoints.finish()
             if ranks.rank == 0:
                 print(f"stopped after step {step}, as SIGTERM asked; the same command goes on from there", flush=True)
+            stop.leave()
             return
     checkpoints.finish()
 

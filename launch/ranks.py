@@ -2,19 +2,31 @@
 
 `torchrun` is recognised by its environment; without it there is one process and no process group at all. Gradients,
 optimizer state and parameters are the library's business and never pass through here.
+
+[Note: a restart's store] Ranks find each other through a key-value store, and torchrun (2.13, all its rendezvous) keeps
+one store for all attempts of a run: after a restart, a rank that is early reads where its peer of the attempt before
+listened. gloo is then refused or waits for ever. The number of the restart cannot tell attempts apart, for each agent
+counts its own. So the ranks first agree on a name that only living processes can know, and all else stands under it.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import default_pg_timeout
+
+SET_UP_TIMEOUT = timedelta(minutes=5)
+"""How long ranks wait for each other at the start; torchrun starts again what gives up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +68,50 @@ def launched_ranks() -> Iterator[Ranks]:
     if "RANK" not in os.environ:
         yield Ranks(device=device)
         return
+    shared, rank, world_size = next(dist.rendezvous("env://", timeout=SET_UP_TIMEOUT))
+    store = store_of_the_living(shared, rank, world_size)
+    store.set_timeout(default_pg_timeout)
     if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size, device_id=device)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     yield Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
     # Only after success: with one rank dead, leaving in order would wait for it.
     dist.destroy_process_group()
+
+
+def store_of_the_living(
+    shared: dist.Store, rank: int, world_size: int, timeout: timedelta = SET_UP_TIMEOUT
+) -> dist.Store:
+    """`shared` under a name that no earlier attempt knew; see [Note: a restart's store]. Collective.
+
+    Rank 0 makes the name up. Every other rank asks for it under an id of its own, and rank 0 answers all ids it sees:
+    nobody listens to the answer for a dead one. Raises TimeoutError, naming the ranks, where some do not come.
+    """
+    own_id, seconds = uuid4().hex, timeout.total_seconds()
+    if rank > 0:
+        shared.set(f"asking/{rank}", own_id)
+        try:
+            shared.wait([f"name_for/{own_id}"], timeout)
+        except dist.DistStoreError as error:
+            raise _missing(f"rank {rank}", "rank 0", seconds) from error
+        name = shared.get(f"name_for/{own_id}").decode()
+        shared.set(f"{name}/heard/{rank}", "")
+        return dist.PrefixStore(name, shared)
+    deadline = time.monotonic() + seconds
+    awaited = list(range(1, world_size))
+    while awaited := [peer for peer in awaited if not shared.check([f"{own_id}/heard/{peer}"])]:
+        for peer in awaited:
+            if shared.check([f"asking/{peer}"]):
+                shared.set(f"name_for/{shared.get(f'asking/{peer}').decode()}", own_id)
+        if time.monotonic() > deadline:
+            raise _missing("rank 0", f"ranks {awaited}", seconds)
+        time.sleep(0.01)
+    return dist.PrefixStore(own_id, shared)
+
+
+def _missing(rank: str, missing: str, seconds: float) -> TimeoutError:
+    return TimeoutError(
+        f"{rank}: found no sign of {missing} for {seconds:g} s of set-up; all must start; see what that process says, "
+        "or let torchrun start all again (--max-restarts)"
+    )

@@ -7,11 +7,19 @@ ones are loaded, is `distmuon`'s business. Works at any number of ranks, so unde
 [Note: preemption] SIGTERM reaches ranks at different moments, or only some of them. So the handler only takes note; the
 ranks agree where they read the device anyway (every `log.every` steps), save, and leave together with status 0. That
 takes `log.every` steps and one save; torchrun kills what has not left 30 s after it passed a SIGTERM on.
+
+[Note: an agent joins or leaves] With several agents (`--nnodes MIN:MAX`) torchrun's SIGTERM has a second meaning: each
+agent that notices a newcomer stops its own workers, at its own moment, to start them in the larger world. The ranks
+save and leave as above, so nothing is lost; but a worker that left with status 0 before its agent noticed would count
+as finished. So who was not asked himself waits to be asked. If that does not come, only a part of the run was
+preempted; status 1 then lets torchrun go on with the rest, as long as it has restarts left.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +36,8 @@ from launch.data import TrainingWindows
 from launch.ranks import Ranks
 
 FOLDER = "checkpoints"
+NEWCOMER_SECONDS = 10.0
+"""How long a rank that was not asked to stop waits for its agent to ask: agents look for newcomers once a second."""
 # What may change from one start to the next: how fast, how often looked at, and how it is cut; and how long.
 FREE = (
     "log.", "checkpoint.", "train.steps", "train.micro_batch", "train.eval_", "train.verify_every", "model.dtype",
@@ -144,3 +154,14 @@ class StopRequest:
     def agreed(self, ranks: Ranks) -> bool:
         """The same answer on all ranks: whether any of them was asked. Collective; reads the device."""
         return bool(ranks.sum(torch.tensor(float(self._received), device=ranks.device)) > 0)
+
+    def leave(self) -> None:
+        """Return where this process is to end with status 0, or exit with 1; see [Note: an agent joins or leaves]."""
+        if int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:
+            return
+        deadline = time.monotonic() + NEWCOMER_SECONDS
+        while not self._received and time.monotonic() < deadline:
+            time.sleep(0.05)
+        restarts_left = int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) - int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        if not self._received and restarts_left > 0:
+            raise SystemExit("stopped because another rank was asked to; this one goes on when torchrun restarts it")
