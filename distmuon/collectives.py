@@ -78,7 +78,8 @@ class Pending:
         except torch.AcceleratorError:  # a kernel's error, which no rank is missing for
             raise
         except RuntimeError as error:
-            raise (error if self.lost is None else self.lost(error)) from error
+            assert self.lost is not None
+            raise self.lost(error) from error
         then, self.works, self.then = self.then, (), None
         if then is not None:
             then()
@@ -267,4 +268,4 @@ def hang_up(process_group: dist.ProcessGroup | None) -> None:
     if dist.get_backend(pg) == "gloo":
         with suppress(RuntimeError):  # the one that closes them; or they are closed already
             peer = (pg.rank() + 1) % pg.size()
-            pg.recv([torch.empty(1)], peer, _NOBODYS_TAG).wait(timedelta(milliseconds=1))
+            pg.recv([torch.empty(1, device="cpu")], peer, _NOBODYS_TAG).wait(timedelta(milliseconds=1))

@@ -4,7 +4,7 @@ Decides who is named in the error, and its words. Knows the group's store and no
 then.
 
 [Note: roll call] While all goes well nothing is written. A rank whose collective fails leaves a word in the store of
-the group (where it stood and why), hangs up, so that ranks which wait for it fail now and not at their own time limit,
+the group (where it stood), hangs up, so that ranks which wait for it fail now and not at their own time limit,
 and listens for `GRACE_S`. Then it knows: who left no word is missing, it hangs or is dead; who stood at another
 collective went another way; who raised is the cause. The store may be gone, or its host hang, with the rank that holds
 it: so the store is asked from a thread of its own, which is given up after `STORE_S`.
@@ -46,11 +46,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """What one rank left in the store: where it stood, and the error it raised of its own, or why it failed there."""
+    """What one rank left in the store: where its collective failed, or the error it raised of its own."""
 
-    at: str
+    at: str = ""
     raised: str = ""
-    why: str = ""
 
 
 class RollCall:
@@ -82,7 +81,7 @@ class RollCall:
             why = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
             where = f"{self._named([self._dp_rank])} at {place}"
             try:
-                words, standing = self._exchange(Word(str(place), why=why), hang_up)
+                words, standing = self._exchange(Word(at=str(place)), hang_up)
                 self._lost = str(self._finding(where, str(place), why, words, standing))
             except (RuntimeError, TimeoutError) as silence:
                 answer = str(silence).partition("\n")[0]
@@ -96,7 +95,7 @@ class RollCall:
     def tell(self, error: Exception, hang_up: Callable[[], None]) -> None:
         """This rank goes down with `error` of its own: all others shall say so. Waits until they have failed, too."""
         with suppress(RuntimeError, TimeoutError):  # nobody can be told then; the error itself goes on its way
-            self._exchange(Word("", raised=f"{type(error).__name__}: {error}"), hang_up)
+            self._exchange(Word(raised=f"{type(error).__name__}: {error}"), hang_up)
 
     def _exchange(self, own: Word, hang_up: Callable[[], None]) -> tuple[dict[int, Word], dict[int, str]]:
         """Leave `own` and hang up; then the others' words, and where ranks without a word stand, if that is known."""

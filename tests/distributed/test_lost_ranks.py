@@ -316,18 +316,14 @@ def _processes(fault: str, *flags: str) -> list[tuple[int, str]]:
         for rank in range(3)
     ]  # fmt: skip
     try:
-        if fault == "stop-0":  # it stays stopped until the others are gone
-            for process in ranks[1:]:
-                process.wait(240)
-        return [
-            (process.wait(240), process.stdout.read())
-            for process in ranks
-            if process is not ranks[0] or fault != "stop-0"
-        ]
+        watched = ranks[1:] if fault == "stop-0" else ranks  # rank 0 stays stopped
+        outputs = [process.communicate(timeout=240)[0] for process in watched]
+        return [(process.returncode, output) for process, output in zip(watched, outputs, strict=True)]
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
+            with process:
+                pass
 
 
 MISSING = "rank 2 missing, without a word for 5 s"
@@ -347,6 +343,7 @@ NO_STORE = "and the group's store cannot say which rank is missing"
         (("kill-0",), [-signal.SIGKILL, 1, 1], NO_STORE),
         (("stop-0",), [1, 1], NO_STORE),
     ],
+    ids=["raise", "raise plain", "linger", "linger plain", "kill", "kill 0", "stop 0"],
 )
 def test_every_process_leaves_in_order(arguments: tuple[str, ...], statuses: list[int], message: str) -> None:
     """By an exception that names what happened, never by an abort while it leaves."""

@@ -233,22 +233,21 @@ class _Watch:
             setattr(group, verb, self._watched(getattr(group, verb)))
 
     def _watched(self, start: Callable[..., collectives.Pending]) -> Callable[..., collectives.Pending]:
-        def started(*tensors: Any, stage: str) -> collectives.Pending:
+        def started(*tensors: Any, stage: str, about: str) -> collectives.Pending:
             number = self._starts[stage] = self._starts.get(stage, -1) + 1
             self.events.append(f"{stage}+{number}")
-            pending = start(*tensors, stage=stage)
-            return _Watched(pending.result, pending.work, pending.holds, pending.then, self.events, f"{stage}-{number}")
+            return _Watched(start(*tensors, stage=stage, about=about), self.events, f"{stage}-{number}")
 
         return started
 
 
 class _Watched(collectives.Pending):
-    def __init__(self, result: Any, work: Any, holds: Any, then: Any, events: list[str], name: str) -> None:
-        super().__init__(result, work, holds, then)
+    def __init__(self, pending: collectives.Pending, events: list[str], name: str) -> None:
+        super().__init__(pending.result, pending.works, pending.holds, pending.then, pending.lost)
         self._events, self._name = events, name
 
     def wait(self) -> Tensor:
-        if self.work is not None:
+        if self.works:
             self._events.append(self._name)
         return super().wait()
 
