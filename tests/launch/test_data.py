@@ -110,7 +110,7 @@ def test_windows_predict_every_token_once_and_never_cross_arrays(lengths: list[i
     windows = TokenWindows(arrays, seq_len)
     assert [windows[index].tolist() for index in range(len(windows))] == expected
     assert windows.gather(range(len(windows))).tolist() == expected
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=rf"window {len(windows)} of {len(windows)}"):
         windows[len(windows)]
 
 
