@@ -188,9 +188,9 @@ def check_held(param_groups: Sequence[dict[str, Any]], made: Held) -> None:
     what they hold now."""
     held = held_by(param_groups)
     if held != made:
-        now, then = ([f"{len(ids)} under {rule!r}" for rule, ids in groups] for groups in (held, made))
+        now, then = (sum(len(ids) for _, ids in groups) for groups in (held, made))
         raise problem(
-            "param_groups", f"they hold parameters that are not those of construction ({now}, then {then})",
+            "param_groups", f"they hold {now} parameters that are not the {then} of construction, in their groups",
             "distmuon keeps its own masters and needs the model's own parameters, under their rules, in order",
             "keep other optimizers' wrappers away (DeepSpeed: ZeRO stage 0, cast the model itself)",
         )  # fmt: skip

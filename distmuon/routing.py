@@ -120,7 +120,7 @@ def route(model: nn.Module | Iterable[tuple[str, nn.Parameter]], routes: Sequenc
             ", ".join(undecided), f"{len(undecided)} weights that neither module type nor name decides",
             "each needs a rule", 'add routes=[distmuon.Route(pattern, "muon" or "adamw")] for them',
         )  # fmt: skip
-    for unused in (r for r in routes if r not in used):
+    for unused in (r for r in routes if routed and r not in used):
         needed = "every route must decide one"
         raise problem(f"Route({unused.pattern!r})", "matched no parameter", needed, "correct the pattern")
     return routed

@@ -199,10 +199,22 @@ class Config:
                 raise ValueError(f"{name}: found {value}; at least 1 is needed; correct {name}")
         for name, value in {
             "train.verify_every": train.verify_every,
+            "train.warmup_steps": train.warmup_steps,
             "checkpoint.every": self.checkpoint.every,
+            "data.val_documents": data.val_documents,
         }.items():
             if value < 0:
-                raise ValueError(f"{name}: found {value}; a number of steps is needed; 0 switches it off")
+                raise ValueError(f"{name}: found {value}; a count from 0 on is needed; 0 switches it off")
+        for name, ratio in {
+            "train.min_lr_ratio": train.min_lr_ratio,
+            "train.cooldown_lr_ratio": train.cooldown_lr_ratio,
+        }.items():
+            if not 0 <= ratio < float("inf"):
+                raise ValueError(f"{name}: found {ratio}; a ratio from 0 on is needed; correct {name}")
+        if train.max_grad_norm is not None and not train.max_grad_norm > 0:
+            raise ValueError(
+                f"train.max_grad_norm: found {train.max_grad_norm}; a norm above 0 is needed; null clips none"
+            )
         if train.schedule == "three_stage" and not train.cooldown_rise_steps < train.cooldown_steps:
             raise ValueError(
                 f"train.cooldown_steps: found {train.cooldown_steps} with a rise of {train.cooldown_rise_steps}; "

@@ -30,6 +30,7 @@ from torch import nn
 import distmuon
 from distmuon import saving, snapshot
 from distmuon.agreement import agree_on_bits
+from distmuon.manifest import write_file
 from distmuon.param_gather import ParamGather
 from tests.training import digest, make, state_tensors, train, weights
 
@@ -446,6 +447,41 @@ def test_whatever_the_lists_say_a_load_ends_in_a_value_error_or_well(
         else:
             (path / "COMPLETE").write_text(hashlib.sha256((path / name).read_bytes()).hexdigest())
         distmuon.load_checkpoint(path, model, optimizer)
+
+
+def test_lists_that_lead_elsewhere_are_refused_by_name(two: tuple[Path, list[str]]) -> None:
+    """A manifest that names files outside of its folder, and boxes outside of their file; every sum is right."""
+    folder, _ = two
+    path, (model, optimizer) = folder / "step-2", _small(seed=1)
+    before = _whole(model, optimizer)
+    table = json.loads((path / "rank-00000.json").read_text())
+    next(iter(table["tensors"].values()))["boxes"][0][2] = 10**9
+    good = (path / "rank-00000.json").read_text()
+    (path / "rank-00000.json").write_text(json.dumps(table))
+    _seal(path)
+    with pytest.raises(
+        ValueError, match=r"rank-00000\.json: .*has boxes outside of itself or of its file.*; a complete"
+    ):
+        distmuon.load_checkpoint(path, model, optimizer)
+    (path / "rank-00000.json").write_text(good)
+    _seal(path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name, match in (("../shared.pt", r"file name '\.\./shared\.pt'"), ("/etc/hosts", "file name '/etc/hosts'")):
+        text = json.dumps({**manifest, "files": {**manifest["files"], name: {"size": 0, "sha256": ""}}})
+        (path / "manifest.json").write_text(text)
+        (path / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest())
+        with pytest.raises(
+            ValueError, match=rf"manifest\.json: it cannot be understood \(TypeError: {match}\); a comp"
+        ):
+            distmuon.load_checkpoint(path, model, optimizer)
+    assert _whole(model, optimizer) == before
+
+
+def test_a_file_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"none/x: it could not be written \(No such file or directory\); space and the"
+    ):
+        write_file(tmp_path / "none" / "x", b"data")
 
 
 def test_a_newer_format_is_refused(two: tuple[Path, list[str]]) -> None:

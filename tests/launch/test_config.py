@@ -58,6 +58,15 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         (["--train.steps", "20", "--train.warmup_steps", "20"], "found 20 with 20 steps of warmup"),
         (["--train.schedule", "three_stage"], "train.cooldown_steps: found 0 with a rise of 100"),
         (["--data.source", "bin", "--data.train", "x"], "data.val: found nothing"),
+        (
+            ["--train.verify_every", "-1"],
+            "train.verify_every: found -1; a count from 0 on is needed; 0 switches it off",
+        ),
+        (["--checkpoint.every", "-5"], "checkpoint.every: found -5; a count from 0 on is needed"),
+        (["--train.warmup_steps", "-3"], "train.warmup_steps: found -3; a count from 0 on is needed"),
+        (["--train.min_lr_ratio", ".nan"], "train.min_lr_ratio: found nan; a ratio from 0 on is needed"),
+        (["--train.cooldown_lr_ratio", "-0.1"], "train.cooldown_lr_ratio: found -0.1; a ratio from 0 on"),
+        (["--train.max_grad_norm", "-1"], "train.max_grad_norm: found -1.0; a norm above 0 is needed; null clips none"),
         (["--config", "no-such-file.yaml"], "no-such-file.yaml"),
     ],
 )

@@ -88,3 +88,24 @@ def test_torn_and_foreign_shards_are_refused(tmp_path: Path) -> None:
         corpora.read_shard(tmp_path / "new.bin")
     with pytest.raises(ValueError, match=r"data\.val: found no file for"):
         corpora.read_shards(str(tmp_path / "none_*.bin"), "data.val")
+
+
+def test_an_interpreter_without_its_sources_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a zipped or stripped installation has none."""
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    (tmp_path / "argparse.py").write_text("one file is one side of the split only")
+    with pytest.raises(
+        ValueError, match=r"data\.source stdlib: found 1 source files under .*; use an interpreter that"
+    ):
+        corpora.read_stdlib()
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path: Path) -> None:
+    """Nothing would part one document from the next."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"data\.tokenizer: found no end-of-text token in .*; choose a tokenizer with an"
+    ):
+        corpora.TextStream(DataConfig(source="hf", dataset="text", tokenizer=str(tmp_path)))

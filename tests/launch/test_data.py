@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from launch.config import Config, DataConfig, ModelConfig
 from launch.data import ShuffledWindows, TokenWindows, open_corpus, rank_part
+from launch.pretrain import validate
+from launch.ranks import Ranks
 
 
 def numbered(num_windows: int, seq_len: int = 4) -> TokenWindows:
@@ -108,7 +110,7 @@ def test_windows_predict_every_token_once_and_never_cross_arrays(lengths: list[i
     windows = TokenWindows(arrays, seq_len)
     assert [windows[index].tolist() for index in range(len(windows))] == expected
     assert windows.gather(range(len(windows))).tolist() == expected
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=rf"window {len(windows)} of {len(windows)}"):
         windows[len(windows)]
 
 
@@ -177,3 +179,10 @@ def test_a_missing_datasets_package_names_the_cure(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(ImportError, match="pip install datasets"):
         open_corpus(Config(data=DataConfig(source="hf", dataset="json")))
+
+
+def test_a_rank_without_a_validation_window_is_refused() -> None:
+    """Its mean would be 0 / 0; all ranks see the same count, so all raise."""
+    windows = numbered(2)
+    with pytest.raises(ValueError, match=r"validation: found 2 windows for 3 ranks; each needs one; add data"):
+        validate(torch.nn.Identity(), windows, windows.spread(8), 1, Ranks(world_size=3, device=torch.device("cpu")))

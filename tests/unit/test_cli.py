@@ -91,6 +91,34 @@ def test_a_hugging_face_config_by_path_and_by_type(capsys: pytest.CaptureFixture
     assert status == 0 and "gpt_neox, dp_size 2: 20,5" in out
 
 
+def test_a_config_that_transformers_cannot_build(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Whatever its own code raises for such numbers."""
+    pytest.importorskip("transformers")
+    for number, entries in enumerate(
+        (
+            {"model_type": "gpt2", "n_embd": -1},
+            {"model_type": "gpt2", "n_embd": "many"},
+            {"model_type": "llama", "hidden_size": 0},
+            {"model_type": "llama", "num_attention_heads": 7},
+            {"model_type": "clip"},
+        )
+    ):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(entries))
+        status, out, err = run(capsys, str(path), "--dp", "2")
+        assert status == 2 and out == "" and len(err.splitlines()) == 1, err
+        assert f"{path}: transformers makes no causal language model of it" in err and "; correct it" in err
+
+
+def test_without_transformers_only_tables_are_known(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run(capsys, "gpt2", "--dp", "2")[0] == 0
+    status, _, err = run(capsys, "gpt_neox", "--dp", "2")
+    assert status == 2 and "model: found 'gpt_neox'; one of " in err and "pip install transformers" in err
+
+
 def test_bad_input_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     broken, unknown = tmp_path / "broken.json", tmp_path / "unknown.json"
     broken.write_text("{")
