@@ -127,9 +127,14 @@ def resolve(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
     """
     if isinstance(coefficients, str):
         return _resolve(coefficients, steps)
-    rows = [row if isinstance(row, Sequence) else (row,) for row in coefficients]
-    rows = [[row[0] for row in rows]] if all(len(row) == 1 for row in rows) else rows
-    return _resolve(tuple(tuple(float(number) for number in row) for row in rows), steps)
+    try:
+        rows = [row if isinstance(row, Sequence) else (row,) for row in coefficients]
+        rows = [[row[0] for row in rows]] if all(len(row) == 1 for row in rows) else rows
+        numbers = tuple(tuple(float(number) for number in row) for row in rows)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        needed = "the name of a table or triples of numbers are needed"
+        raise problem("ns_coefficients", f"{coefficients!r} found", needed, f"take one of {[*COEFFICIENTS]}") from error
+    return _resolve(numbers, steps)
 
 
 @lru_cache(maxsize=256, typed=True)  # True and 2.0 are no numbers of steps, though they equal some

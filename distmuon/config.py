@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -52,15 +53,12 @@ class Options:
         one_of("master_format", self.master_format, get_args(MasterFormat))
         one_of("overlap", self.overlap, get_args(Overlap))
         one_of("release_grads", self.release_grads, (False, True))
-        if self.bucket_mb is not None and not self.bucket_mb > 0:
-            raise problem("bucket_mb", f"found {self.bucket_mb}", "a positive size is needed", "leave it None")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise problem(
-                "max_grad_norm",
-                f"found {self.max_grad_norm}",
-                "a positive norm is needed",
-                "None: no clipping",
-            )
+        one_of("ns_kernels", self.ns_kernels, (False, True))
+        if self.bucket_mb is not None and not _number(self.bucket_mb) > 0:
+            raise problem("bucket_mb", f"found {self.bucket_mb!r}", "a positive size is needed", "leave it None")
+        if self.max_grad_norm is not None and not _number(self.max_grad_norm) > 0:
+            found = f"found {self.max_grad_norm!r}"
+            raise problem("max_grad_norm", found, "a positive norm is needed", "None: no clipping")
         one_of("reduce_dtype", self.reduce_dtype, (torch.float32, torch.bfloat16, torch.float16))
         one_of("momentum_dtype", self.momentum_dtype, (torch.float32, torch.bfloat16, torch.int8))
         one_of("ns_dtype", self.ns_dtype, (torch.bfloat16, torch.float32, torch.float64))
@@ -94,7 +92,7 @@ class Options:
     @property
     def travels(self) -> torch.dtype:
         """The dtype in which pieces of updates and polar factors travel."""
-        return self.exchange_dtype or self.ns_dtype
+        return self.ns_dtype if self.exchange_dtype is None else self.exchange_dtype
 
     def master_bytes(self, param_dtype: torch.dtype) -> int:
         """Bytes an element of what is kept beside a parameter to make its float32 master."""
@@ -151,15 +149,14 @@ def check_groups(param_groups: Sequence[dict[str, Any]]) -> None:
 def _check_group(name: str, group: dict[str, Any]) -> None:
 
     def bound(key: str, value: object, below: float = float("inf")) -> None:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and key == "lr":  # the one that torch.optim keeps in a tensor, too
             if value.numel() != 1:
                 raise problem(f"{name}.{key}", f"a tensor of {value.numel()} elements", "one is needed", "pass one")
-            if value.device.type != "cpu" or value < 0:
-                raise problem(
-                    f"{name}.{key}", f"found {value!r}", "a tensor >= 0 on the CPU is needed", "move it there"
-                )
-            return
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < below:
+            if value.device.type != "cpu" or value.is_complex():
+                found = f"a tensor of {value.dtype} on {value.device}"
+                raise problem(f"{name}.{key}", found, "a real number on the CPU is needed", "move it there")
+            value = value.item()
+        if not 0.0 <= _number(value) < below:
             needed = "a number >= 0 is needed" if below == float("inf") else f"a number in [0, {below}) is needed"
             raise problem(f"{name}.{key}", f"found {value!r}", needed, f"correct {key}")
 
@@ -167,6 +164,7 @@ def _check_group(name: str, group: dict[str, Any]) -> None:
     bound("weight_decay", group["weight_decay"])
     if group["rule"] == "muon":
         bound("momentum", group["momentum"], 1.0)
+        one_of(f"{name}.nesterov", group["nesterov"], (False, True))
         one_of(f"{name}.adjust_lr_fn", group["adjust_lr_fn"], get_args(AdjustLrFn))
         steps = group["ns_steps"]
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < 100:
@@ -181,7 +179,21 @@ def _check_group(name: str, group: dict[str, Any]) -> None:
         bound("betas", beta, 1.0)
 
 
+def _number(value: object) -> float:
+    """`value`, or NaN for what is no number or too large for one."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return float("nan")
+    try:
+        return float(value)
+    except OverflowError:
+        return float("nan")
+
+
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise unless `value` is one of `allowed`."""
-    if value not in allowed:
+    try:
+        known = value in allowed
+    except (RuntimeError, ValueError):  # a tensor or an array, compared element by element
+        known = False
+    if not known:
         raise problem(name, f"found {value!r}", f"one of {', '.join(map(str, allowed))} is needed", f"correct {name}")

@@ -117,10 +117,12 @@ class DistMuon(TrainerFace):
         overlap: Overlap = True,
         ns_kernels: bool = False,
     ) -> None:
+        ns_dtype = torch.bfloat16 if ns_dtype is None else ns_dtype
+        reduce_dtype = torch.float32 if reduce_dtype is None else reduce_dtype
         self.options = Options(
             packing=packing, placement=placement, grad_reduction=grad_reduction, param_gather=param_gather,
-            bucket_mb=bucket_mb, reduce_dtype=reduce_dtype or torch.float32, release_grads=release_grads,
-            master_format=master_format, momentum_dtype=momentum_dtype, ns_dtype=ns_dtype or torch.bfloat16,
+            bucket_mb=bucket_mb, reduce_dtype=reduce_dtype, release_grads=release_grads,
+            master_format=master_format, momentum_dtype=momentum_dtype, ns_dtype=ns_dtype,
             exchange_dtype=exchange_dtype, max_grad_norm=max_grad_norm, overlap=overlap,
             ns_kernels=ns_kernels,
         )  # fmt: skip

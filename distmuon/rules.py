@@ -100,4 +100,6 @@ def clip_coefficient(total_norm: Tensor, max_norm: float, norm_type: float = 2.0
     """``min(1, max_norm / (total_norm + 1e-6))``, torch.nn.utils.clip_grad_norm_'s own; a 0-dim tensor."""
     if norm_type != 2.0:
         raise problem("norm_type", f"found {norm_type}", "only the 2-norm is reduced across ranks", "pass norm_type=2")
+    if isinstance(max_norm, (int, float)) and not max_norm >= 0:
+        raise problem("max_norm", f"found {max_norm}", "a norm >= 0 is needed", "pass a positive one, inf: no clipping")
     return (max_norm / (total_norm + 1e-6)).clamp(max=1.0)
