@@ -35,3 +35,15 @@ def boxes(shape: Sequence[int], start: int, length: int) -> list[Box]:
         found.append(((first, *[0] * len(inner)), (last - first, *inner)))
     found += [((last, *offsets), (1, *sizes)) for offsets, sizes in boxes(inner, 0, stop % row)]
     return found
+
+
+def make_up(shape: Sequence[int], found: Sequence[Box]) -> bool:
+    """Whether boxes like those of `boxes` hold every element of a tensor of `shape` exactly once."""
+    ranges = []
+    for offsets, sizes in found:
+        start, length = sum(offset * prod(shape[dim + 1 :]) for dim, offset in enumerate(offsets)), prod(sizes)
+        if boxes(shape, start, length) != [(tuple(offsets), tuple(sizes))]:
+            return False
+        ranges.append((start, start + length))
+    starts, ends = zip(*sorted(ranges)) if ranges else ((), ())
+    return (*starts, prod(shape)) == (0, *ends)

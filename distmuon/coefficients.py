@@ -131,7 +131,7 @@ def resolve(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
         rows = [row if isinstance(row, Sequence) else (row,) for row in coefficients]
         rows = [[row[0] for row in rows]] if all(len(row) == 1 for row in rows) else rows
         triples = tuple(tuple(float(number) for number in row) for row in rows)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         needed = "a table's name, one (a, b, c) for all steps or one for each is needed"
         raise problem("ns_coefficients", f"{coefficients!r} found", needed, "'jordan' is usual") from None
     return _resolve(triples, steps)

@@ -95,7 +95,7 @@ class Options:
     @property
     def travels(self) -> torch.dtype:
         """The dtype in which pieces of updates and polar factors travel."""
-        return self.exchange_dtype or self.ns_dtype
+        return self.ns_dtype if self.exchange_dtype is None else self.exchange_dtype
 
     def master_bytes(self, param_dtype: torch.dtype) -> int:
         """Bytes an element of what is kept beside a parameter to make its float32 master."""
@@ -172,11 +172,12 @@ def check_groups(param_groups: Sequence[dict[str, Any]]) -> None:
 def _check_group(name: str, group: dict[str, Any]) -> None:
 
     def bound(key: str, value: object, below: float = float("inf")) -> None:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and key == "lr":  # the one that torch.optim keeps in a tensor, too
             if value.numel() != 1:
                 raise problem(f"{name}.{key}", f"a tensor of {value.numel()} elements", "one is needed", "pass one")
-            if value.device.type != "cpu":
-                raise problem(f"{name}.{key}", f"a tensor on {value.device}", "one on the CPU is needed", "move it")
+            if value.device.type != "cpu" or value.is_complex():
+                found = f"a tensor of {value.dtype} on {value.device}"
+                raise problem(f"{name}.{key}", found, "a real number on the CPU is needed", "move it there")
             value = value.item()
         if not is_number(value) or not 0.0 <= value < below:
             needed = "a number >= 0 is needed" if below == float("inf") else f"a number in [0, {below}) is needed"
@@ -206,8 +207,14 @@ def _check_group(name: str, group: dict[str, Any]) -> None:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is a real number, and not True or False."""
-    return isinstance(value, Real) and not isinstance(value, bool)  # NumPy's are of this kind
+    """Whether `value` is a real number that a float can hold, and not True or False."""
+    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's are of this kind
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

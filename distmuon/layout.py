@@ -146,7 +146,7 @@ def make_layout(
     `_regret`, but not below 32 MiB; smaller buckets win a tie, for they overlap better.
     """
     if bucket_mb is not None:
-        size = max(1, int(bucket_mb * (1 << 20) / 4))
+        size = max(1, int(min(bucket_mb * (1 << 20) / 4, 1 << 62)))  # inf: one bucket a dtype
         return _cut(specs, dp_size, packing, placement, _bucket_params(specs, size, size))
     total = sum(spec.numel for spec in specs)
     cuts: list[list[list[int]]] = []  # many sizes may cut alike: where experts have buckets of their own, all do

@@ -6,11 +6,13 @@ What is in the files is `sharded` and `run_state`, what makes them a checkpoint 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distmuon import sharded, snapshot
@@ -18,9 +20,9 @@ from distmuon.agreement import agree_on_bits, names, together
 from distmuon.checkpoint import load_groups, rerouted
 from distmuon.config import one_of
 from distmuon.errors import problem
-from distmuon.manifest import Manifest, check_files, own_file, read_manifest
+from distmuon.manifest import Manifest, check_files, damaged, not_understood, own_file, read_manifest
 from distmuon.optimizer import DistMuon
-from distmuon.run_state import check_given, check_path, others_of, restore_rng, unpacked
+from distmuon.run_state import check_given, check_path, others_of, restore_rng, rng_states, unpacked
 
 _SAME = "make model and optimizer as they were for the save"
 
@@ -51,8 +53,9 @@ def load_checkpoint(
     """Load the checkpoint at `path`, or the newest complete one in the folder `path`. Collective.
 
     Any dp_size, packing, placement, bucket size, parameter and momentum dtype; `model` and `optimizer` are made as for
-    training, from any values. Every file's sum is compared first (each rank reads its share), then masters and state
-    are loaded, parameters gathered from the masters, and all ranks compare the bits of what they hold.
+    training, from any values. Every file's sum is compared first (each rank reads its share). Then each rank reads its
+    part twice, a bucket at a time: for a test, then into masters and state. Parameters are gathered from the masters,
+    and all ranks compare the bits of what they hold.
     RNG states are restored where the number of ranks is that of the save.
 
     on_route_change: "raise" where a parameter's rule is not the one it was saved under, or "reset": such a parameter
@@ -73,7 +76,8 @@ def load_checkpoint(
         manifest = read_manifest(found)
         reader = sharded.Reader(found, manifest)
         same = manifest.dp_size == group.dp_size
-        shared, own = unpacked(found / "shared.pt"), unpacked(found / own_file(group.dp_rank if same else 0))
+        shared_file, file = found / "shared.pt", found / own_file(group.dp_rank if same else 0)
+        shared, own = unpacked(shared_file, "param_groups", "scheduler"), unpacked(file, "extra", "rng")
         changed = _changed_routes(manifest, reader, buffers.layout.specs, others, on_route_change)
         fresh = {spec.fqn for spec in buffers.layout.specs if spec.fqn in changed}
         missing = sharded.missing_from(reader, buffers, fresh, others)
@@ -81,20 +85,34 @@ def load_checkpoint(
             raise problem(
                 names(missing), f"{len(missing)} tensors do not fit", "the model of the save is needed", _SAME
             )
-        if changed:
-            saved = {"state": {}, "param_groups": shared["param_groups"]}
-            shared["param_groups"] = rerouted(saved, optimizer.param_groups)["param_groups"]
-        load_groups(shared["param_groups"], _bare(optimizer.param_groups))
+        try:
+            if changed:
+                saved = {"state": {}, "param_groups": shared["param_groups"]}
+                shared["param_groups"] = rerouted(saved, optimizer.param_groups)["param_groups"]
+            load_groups(shared["param_groups"], _bare(optimizer.param_groups))
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise not_understood(shared_file, error) from error
         if scheduler is not None and shared["scheduler"] is None:
             raise problem("scheduler", "none is in the checkpoint", "the one of the save is needed", "pass None")
+        if scheduler is not None:
+            _try(shared_file, scheduler.load_state_dict, shared["scheduler"], deepcopy(scheduler.state_dict()))
+        if same:
+            _try(file, lambda states: restore_rng(states, buffers.device), own["rng"], rng_states(buffers.device))
+        for bucket in buffers.buckets:
+            sharded.read_bucket(reader, buffers, bucket, fresh)
+        for fqn, tensor in others.items():
+            sharded.read_other(reader, fqn, tensor)
         return manifest, reader, fresh, shared, own
 
     manifest, reader, fresh, shared, own = together(group, check)
 
+    @torch.no_grad()
     def load() -> None:
         for bucket in buffers.buckets:
-            sharded.load_bucket(reader, buffers, bucket, fresh)
-        sharded.load_others(reader, others)
+            for piece, key, value in sharded.read_bucket(reader, buffers, bucket, fresh):
+                sharded.write_value(bucket, piece, key, value)
+        for fqn, tensor in others.items():
+            tensor.copy_(sharded.read_other(reader, fqn, tensor))
         load_groups(shared["param_groups"], optimizer.param_groups)
         if scheduler is not None:
             scheduler.load_state_dict(shared["scheduler"])
@@ -174,6 +192,16 @@ def _changed_routes(
             'make the optimizer with the routes it was saved with, or pass on_route_change="reset"',
         )  # fmt: skip
     return set(changed)
+
+
+def _try(file: Path, load: Callable[[Any], object], state: Any, before: Any) -> None:
+    """Raise, naming the file, unless `load(state)` works. Undone by `load(before)` in any case."""
+    try:
+        load(state)
+    except Exception as error:
+        raise damaged(file, f"its state cannot be taken over ({type(error).__name__}: {error})") from error
+    finally:
+        load(before)
 
 
 def _bare(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

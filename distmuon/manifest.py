@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -126,22 +128,30 @@ def parse_manifest(where: Path, text: bytes) -> Manifest:
     try:
         raw = json.loads(text)
         version = raw["format"]
-        if version != FORMAT:
-            raise problem(
-                str(where), f"the checkpoint has format {version!r}", f"format {FORMAT} is read here",
-                "load it with the version of distmuon that wrote it, or a later one",
-            )  # fmt: skip
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise not_understood(where, error) from error
+    if type(version) is not int or version != FORMAT:
+        raise problem(
+            str(where), f"the checkpoint has format {version!r}", f"format {FORMAT} is read here",
+            "load it with the version of distmuon that wrote it, or a later one",
+        )  # fmt: skip
+    try:
         files = {
-            _plain(name): FileSum(_count(entry["size"]), str(entry["sha256"])) for name, entry in raw["files"].items()
+            _plain(name): FileSum(count(entry["size"]), str(entry["sha256"])) for name, entry in raw["files"].items()
         }
         parameters = {
-            str(fqn): {"shape": [_count(n) for n in p["shape"]], "dtype": str(p["dtype"]), "rule": str(p["rule"])}
+            str(fqn): {"shape": [count(n) for n in p["shape"]], "dtype": str(p["dtype"]), "rule": str(p["rule"])}
             for fqn, p in raw["parameters"].items()
         }
         versions = {str(name): str(value) for name, value in raw["versions"].items()}
-        return Manifest(FORMAT, _count(raw["dp_size"]), versions, str(raw["options"]), parameters, files)
-    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise damaged(where, f"it cannot be understood ({type(error).__name__}: {error})") from error
+        dp_size = count(raw["dp_size"])
+        needed = (name for rank in range(dp_size) for name in (own_file(rank), table_file(rank)))
+        unsummed = next((name for name in chain(["shared.pt"], needed) if name not in files), None)
+        if unsummed is not None:
+            raise TypeError(f"no sum of {unsummed}")
+        return Manifest(FORMAT, dp_size, versions, str(raw["options"]), parameters, files)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise not_understood(where, error) from error
 
 
 def check_files(path: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> None:
@@ -165,7 +175,7 @@ def sum_of(path: Path) -> FileSum:
 def check_size(path: Path, manifest: Manifest, name: str) -> None:
     """Raise `ValueError` unless file `name` is there with its size."""
     try:
-        size = (path / name).stat().st_size
+        size = _regular(path / name).stat().st_size
     except OSError as error:
         raise damaged(path / name, f"it cannot be read ({error.strerror})") from error
     if size != manifest.files[name].size:
@@ -174,22 +184,35 @@ def check_size(path: Path, manifest: Manifest, name: str) -> None:
 
 def _read_small(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return _regular(path).read_bytes()
     except OSError as error:
         raise damaged(path, f"it cannot be read ({error.strerror})") from error
 
 
+def _regular(path: Path) -> Path:
+    """Reading a pipe or a device might never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(None, "it is not a regular file")
+    return path
+
+
 def _plain(name: str) -> str:
     """A file of the folder itself: a manifest must not lead anywhere else."""
-    if name != Path(name).name or name in ("", ".", ".."):
+    if name != Path(name).name or name in ("", ".", "..") or not name.isprintable():
         raise TypeError(f"file name {name!r}")
     return name
 
 
-def _count(value: object) -> int:
-    if type(value) is not int or value < 0:
-        raise TypeError(f"{value!r} where a count is needed")
+def count(value: object) -> int:
+    """`value`, or a `TypeError`."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise TypeError(f"{str(value)[:80]} where a count is needed")
     return value
+
+
+def not_understood(path: Path, error: Exception) -> ValueError:
+    """The error for a file whose content is not what is written here."""
+    return damaged(path, f"it cannot be understood ({type(error).__name__}: {error})")
 
 
 def damaged(path: Path, found: str) -> ValueError:

@@ -121,12 +121,12 @@ class DistMuon(TrainerFace):
         ns_kernels: bool = False,
         verify_every: int = 0,
     ) -> None:
+        ns_dtype = torch.bfloat16 if ns_dtype is None else ns_dtype
+        reduce_dtype = torch.float32 if reduce_dtype is None else reduce_dtype
         self.options = Options(
             packing=packing, placement=placement, grad_reduction=grad_reduction, param_gather=param_gather,
-            bucket_mb=bucket_mb, reduce_dtype=torch.float32 if reduce_dtype is None else reduce_dtype,
-            release_grads=release_grads,
-            master_format=master_format, momentum_dtype=momentum_dtype,
-            ns_dtype=torch.bfloat16 if ns_dtype is None else ns_dtype,
+            bucket_mb=bucket_mb, reduce_dtype=reduce_dtype, release_grads=release_grads,
+            master_format=master_format, momentum_dtype=momentum_dtype, ns_dtype=ns_dtype,
             exchange_dtype=exchange_dtype, max_grad_norm=max_grad_norm, overlap=overlap,
             ns_kernels=ns_kernels, verify_every=verify_every,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -100,6 +101,6 @@ def clip_coefficient(total_norm: Tensor, max_norm: float, norm_type: float = 2.0
     """``min(1, max_norm / (total_norm + 1e-6))``, torch.nn.utils.clip_grad_norm_'s own; a 0-dim tensor."""
     if not isinstance(norm_type, (int, float)) or norm_type != 2.0:
         raise problem("norm_type", f"found {norm_type}", "only the 2-norm is reduced across ranks", "pass norm_type=2")
-    if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm > 0:
+    if isinstance(max_norm, bool) or not isinstance(max_norm, Real) or not max_norm > 0:
         raise problem("max_norm", f"found {max_norm!r}", "a positive number is needed", "inf: only the norm")
     return (float(max_norm) / (total_norm + 1e-6)).clamp(max=1.0)

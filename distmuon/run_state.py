@@ -63,12 +63,12 @@ def packed(**state: Any) -> bytes:
     return memory.getvalue()
 
 
-def unpacked(path: Path) -> dict[str, Any]:
-    """What `packed` made. Raises `ValueError` naming the file for anything else; executes nothing that stands in it."""
+def unpacked(path: Path, *names: str) -> dict[str, Any]:
+    """What `packed` made of `names`. Raises `ValueError` naming the file for anything else; executes nothing in it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise TypeError(f"found a {type(state).__name__}")
+        if not isinstance(state, dict) or not state.keys() >= set(names):
+            raise TypeError(f"found {sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__}")
     except Exception as error:
         raise problem(
             str(path), f"it cannot be loaded safely ({str(error).partition(chr(10))[0]})",

@@ -40,9 +40,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 
 from distmuon import snapshot
-from distmuon.boxes import Box, boxes
+from distmuon.boxes import Box, boxes, make_up
 from distmuon.buffers import BucketBuffers, Buffers, ShardPiece
-from distmuon.manifest import FileSum, Manifest, SummedFile, damaged, sum_of, table_file
+from distmuon.manifest import FileSum, Manifest, SummedFile, count, damaged, not_understood, sum_of, table_file
 
 Others = Mapping[str, Tensor]
 
@@ -153,12 +153,15 @@ def write_metadata(folder: Path, tables: Sequence[Mapping[str, Any]]) -> FileSum
     metadata, results = metadata_of(tables)
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
-        covered = sum(prod(chunk.sizes) for chunk in entry.chunks)
-        assert covered == prod(entry.size), f"{name}: {covered} of {prod(entry.size)} elements"
+        assert _is_whole(entry), f"{name}: {entry.chunks}"
     writer = FileSystemWriter(folder)
     writer.set_up_storage_writer(True)
     writer.finish(metadata, results)
     return sum_of(folder / ".metadata")
+
+
+def _is_whole(entry: TensorStorageMetadata) -> bool:
+    return make_up(tuple(entry.size), [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks])
 
 
 def metadata_of(tables: Sequence[Mapping[str, Any]]) -> tuple[Metadata, list[list[WriteResult]]]:
@@ -204,26 +207,28 @@ class Reader:
         metadata, results = metadata_of(tables)
         metadata.storage_data = {result.index: result.storage_data for result in results[0]}
         self.tensors: dict[str, TensorStorageMetadata] = metadata.state_dict_metadata  # type: ignore[assignment]
+        for name, tensor in self.tensors.items():
+            if not _is_whole(tensor):
+                raise damaged(path, f"{name}: the boxes in its tables do not make it up exactly once")
         self._reader = FileSystemReader(path)
         self._reader.set_up_storage_reader(metadata, is_coordinator=False)
 
     def read(self, wanted: Mapping[tuple[str, int], tuple[Sequence[int], Tensor]]) -> None:
         """Fill flat CPU tensors: {(name, start in the flattened tensor): (its shape, memory)}."""
         targets: dict[MetadataIndex, Tensor] = {}
-        items: list[ReadItem] = []
+        items: dict[str, list[ReadItem]] = {}  # by file
         for (name, start), (shape, flat) in wanted.items():
             views = {MetadataIndex(name, box[0]): view for box, view in _views(flat, shape, start)}
             chunks = [ChunkStorageMetadata(index.offset or torch.Size(()), v.size()) for index, v in views.items()]
-            found = create_read_items_for_chunk_list(name, self.tensors[name], chunks)
-            covered = sum(prod(item.lengths) for item in found)
-            if covered != flat.numel():
-                raise damaged(self.path, f"{name}: its boxes hold {covered} of {flat.numel()} elements")
             targets.update(views)
-            items += found
-        try:
-            self._reader.read_data(LoadPlan(items), _Into(targets)).wait()
-        except Exception as error:  # a torch.load of what is no tensor, a box of another size
-            raise damaged(self.path, f"its tensors cannot be read ({type(error).__name__}: {error})") from error
+            for item in create_read_items_for_chunk_list(name, self.tensors[name], chunks):
+                items.setdefault(self._reader.storage_data[item.storage_index].relative_path, []).append(item)
+        for file, of_file in items.items():
+            try:
+                self._reader.read_data(LoadPlan(of_file), _Into(targets)).wait()
+            except Exception as error:  # a torch.load of what is no tensor, a box of another size
+                found = f"its tensors cannot be read ({type(error).__name__}: {error})"
+                raise damaged(self.path / file, found) from error
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """None for what is not in the checkpoint."""
@@ -245,16 +250,16 @@ def _table(path: Path, manifest: Manifest) -> dict[str, Any]:
         raw = json.loads(path.read_bytes())
         size = manifest.files[raw["file"]].size
         for name, entry in raw["tensors"].items():
-            dtype, shape = getattr(torch, entry["dtype"].removeprefix("torch.")), entry["shape"]
+            dtype, numbers = getattr(torch, entry["dtype"].removeprefix("torch.")), [*entry["shape"]]
             whole = isinstance(dtype, torch.dtype) and name == ".".join(entry["name"])
             for offsets, sizes, at, length in entry["boxes"]:
-                inside = all(min(o, s) >= 0 and o + s <= n for o, s, n in zip(offsets, sizes, shape))
-                whole &= inside and len(offsets) == len(sizes) == len(shape) and 0 <= at <= at + length <= size
-            if not whole:
-                raise TypeError(f"{name} has boxes outside of itself or of its file")
+                numbers += [*offsets, *sizes, at, length]
+                whole &= len(offsets) == len(sizes) == len(entry["shape"]) and at + length <= size
+            if not whole or not all(count(number) == number for number in numbers):
+                raise TypeError(f"{name} has boxes of another shape or outside of its file")
         return dict(raw)
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise damaged(path, f"it cannot be understood ({type(error).__name__}: {error})") from error
+        raise not_understood(path, error) from error
 
 
 def missing_from(reader: Reader, buffers: Buffers, fresh: set[str], others: Others) -> list[str]:
@@ -271,31 +276,29 @@ def missing_from(reader: Reader, buffers: Buffers, fresh: set[str], others: Othe
     return [f"{name} has shape {theirs}, not {ours}" for name, theirs, ours in found if theirs != ours]
 
 
-def load_bucket(reader: Reader, buffers: Buffers, bucket: BucketBuffers, fresh: set[str]) -> None:
-    """Masters and state of this rank's pieces; of the parameters `fresh` the state starts from zero."""
+def read_bucket(
+    reader: Reader, buffers: Buffers, bucket: BucketBuffers, fresh: set[str]
+) -> list[tuple[ShardPiece, str, Tensor]]:
+    """What `write_value` shall write: masters and state of this rank's pieces, zeros for state of the `fresh`."""
     wanted: dict[tuple[str, int], tuple[Sequence[int], Tensor]] = {}
-    places: list[tuple[ShardPiece, str, tuple[str, int]]] = []
+    values: list[tuple[ShardPiece, str, Tensor]] = []
     for piece in bucket.muon + bucket.adamw:
         spec, start = buffers.layout.specs[piece.segment.param], piece.segment.param_offset
         for key in dict.fromkeys(("master", *keys_of(bucket, piece))):
             if key != "master" and spec.fqn in fresh:
-                write_value(bucket, piece, key, torch.zeros_like(read_value(bucket, piece, key)))
+                values.append((piece, key, torch.zeros_like(read_value(bucket, piece, key))))
                 continue
             name = reader.master(spec.fqn) if key == "master" else f"optimizer.state.{spec.fqn}.{key}"
             at, length, shape = (0, 1, ()) if key == "step" else (start, piece.segment.length, spec.shape)
-            wanted.setdefault((name, at), (shape, reader.empty(name, length)))
-            places.append((piece, key, (name, at)))
+            _, memory = wanted.setdefault((name, at), (shape, reader.empty(name, length)))
+            values.append((piece, key, memory.view(()) if key == "step" else memory))
     reader.read(wanted)
-    for piece, key, place in places:
-        value = wanted[place][1]
-        write_value(bucket, piece, key, value.view(()) if key == "step" else value)
+    return values
 
 
-@torch.no_grad()
-def load_others(reader: Reader, others: Others) -> None:
-    """Frozen parameters and module buffers, one after the other."""
-    for fqn, tensor in others.items():
-        name = f"model.{fqn}"
-        value = reader.empty(name, tensor.numel())
-        reader.read({(name, 0): (tensor.shape, value)})
-        tensor.copy_(value.view(tensor.shape))
+def read_other(reader: Reader, fqn: str, tensor: Tensor) -> Tensor:
+    """A frozen parameter or module buffer: what `tensor` shall be, on the CPU."""
+    name = f"model.{fqn}"
+    value = reader.empty(name, tensor.numel())
+    reader.read({(name, 0): (tensor.shape, value)})
+    return value.view(tensor.shape)

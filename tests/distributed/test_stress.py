@@ -138,6 +138,9 @@ def _stress(group: dist.ProcessGroup, folder: str, steps: int, every: int, leak:
             if step % every == 0 or step == WARM_UP:
                 churn.end()
                 distmuon.finish_saves(optimizer)
+                _loss(model, step, True).backward()  # a plain step: what the last one left differs from kind to kind
+                optimizer.step()
+                optimizer.zero_grad()
                 readings.append(_read(step, model, optimizer))
         distmuon.finish_saves(optimizer)
     return readings, optimizer.metrics()["skipped_steps"]

@@ -1,0 +1,318 @@
+"""Checkpoints from a careless or a hostile hand: any byte, any value, any type may be wrong, and every sum made right.
+
+A load ends well, or in a `ValueError` that names the file or what in it does not fit; then not one bit of the model,
+the optimizer, the scheduler or the random generators has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import distmuon
+from tests.training import digest, state_tensors, weights
+
+FUZZ = settings(
+    deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+DEEP = "deep"  # written as a list nested too deeply for any parser
+
+
+class Run:
+    """All that a load may change."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        torch.manual_seed(1)
+        self.model = nn.Sequential(
+            nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24), nn.BatchNorm1d(24), nn.Linear(24, 9)
+        )
+        self.optimizer = distmuon.DistMuon(
+            self.model, lr=0.02, process_group=group, bucket_mb=0.004, ns_dtype=torch.float32
+        )
+        self.scheduler = LambdaLR(self.optimizer, lambda step: 0.9**step)
+
+    def step(self) -> None:
+        self.model(torch.randn(6, 24)).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+
+    def save(self, path: Path | str) -> None:
+        distmuon.save_checkpoint(path, self.model, self.optimizer, scheduler=self.scheduler, extra={"position": 7})
+
+    def load(self, path: Path) -> None:
+        distmuon.load_checkpoint(path, self.model, self.optimizer, scheduler=self.scheduler)
+
+    def bits(self) -> tuple[Any, ...]:
+        buffers = dict(self.model.named_buffers())
+        tensors = digest({**weights(self.model, self.optimizer), **state_tensors(self.optimizer), **buffers})
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        kind, keys, *rest = np.random.get_state()
+        generators = digest({"torch": torch.get_rng_state()}), random.getstate(), (kind, keys.tolist(), *rest)
+        return tensors, repr(groups), repr(self.scheduler.state_dict()), generators
+
+
+def _saved_by(group: dist.ProcessGroup, path: str) -> None:
+    run = Run(group)
+    run.step()
+    run.save(path)
+
+
+@pytest.fixture
+def saved(pool: Any, tmp_path: Path) -> dict[int, Path]:
+    """By the number of ranks that saved it, a good checkpoint; those of three ranks are cut into boxes."""
+    np.random.seed(0)
+    run = Run()
+    run.step()
+    run.save(tmp_path / "alone-1")
+    pool.spawn(_saved_by, 3, path=str(tmp_path / "three-1"))
+    return {1: tmp_path / "alone-1", 3: tmp_path / "three-1"}
+
+
+def _seal(folder: Path) -> None:
+    """Make every sum right again, as a stranger would."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest["files"]:
+        data = (folder / name).read_bytes()
+        manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    _mark(folder)
+
+
+def _mark(folder: Path) -> None:
+    (folder / "COMPLETE").write_text(hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest())
+
+
+def _load_changed(run: Run, source: Path, change: Callable[[Path], None]) -> str:
+    """What loading a copy of `source` with a `change` ends in: "" or the message; a refusal must change nothing."""
+    path = source.with_name("fuzzed-2")
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(source, path)
+    change(path)
+    before = run.bits()
+    try:
+        run.load(path)
+    except ValueError as error:
+        named = (str(path), "param_groups[", "ns_", "load_state_dict: ", *dict(run.model.named_parameters()))
+        assert any(name in str(error) for name in named), error
+        assert run.bits() == before, f"half loaded before: {error}"
+        return str(error)
+    return ""
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ bytes
+
+
+@settings(FUZZ, max_examples=150)
+@given(st.data())
+def test_any_bytes_of_any_file(saved: dict[int, Path], data: st.DataObject) -> None:
+    run, source = Run(), saved[data.draw(st.sampled_from([1, 3]))]
+    name = data.draw(st.sampled_from(_files(source)))
+    kind = data.draw(st.sampled_from(["flip", "cut", "insert", "double", "replace"]))
+    where, length, seed = data.draw(st.floats(0, 1)), data.draw(st.integers(1, 40)), data.draw(st.integers(0, 1000))
+
+    def change(path: Path) -> None:
+        old, noise = (path / name).read_bytes(), random.Random(seed).randbytes(length)
+        at = min(len(old) - 1, int(where * len(old)))
+        new = bytearray(old)
+        if kind == "flip":
+            for byte in noise:
+                new[(at + byte) % len(new)] ^= 1 << byte % 8
+        elif kind == "cut":
+            del new[at : at + length]
+        elif kind == "insert":
+            new[at:at] = noise
+        elif kind == "double":
+            new[at:at] = old[at : at + length]
+        else:
+            new[at : at + length] = noise[: len(new) - at]
+        (path / name).write_bytes(new)
+        if name == "manifest.json":
+            _mark(path)
+        elif name != "COMPLETE":
+            _seal(path)
+
+    _load_changed(run, source, change)
+
+
+# ------------------------------------------------------------------------------------------- JSON's values
+
+
+NASTY: list[Any] = [
+    None, True, False, -1, 0, 1, 2, 0.5, 1.0, float("nan"), float("inf"), 2**31, 2**63, -(2**63), 10**30, 10**5000, "",
+    "\0", "\ud800", "a" * 300, "../COMPLETE", "/etc/hostname", ".", "0.weight", "torch.float32", "torch.nn", "qint8",
+    "torch.bits8", "torch.complex64", [], {}, [[]], [1], [-1, 2], {"": 0}, DEEP,
+]  # fmt: skip
+
+
+def _text(tree: Any) -> str:
+    """JSON of `tree`, also of what Python's own writer refuses."""
+    text = json.dumps(tree, default=str) if not _holds_huge(tree) else _by_hand(tree)
+    return text.replace(json.dumps(DEEP), "[" * 100_000)
+
+
+def _holds_huge(tree: Any) -> bool:
+    inner = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else []
+    return (type(tree) is int and abs(tree) > 10**4000) or any(_holds_huge(value) for value in inner)
+
+
+def _by_hand(tree: Any) -> str:
+    if isinstance(tree, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {_by_hand(value)}" for key, value in tree.items()) + "}"
+    if isinstance(tree, list):
+        return "[" + ", ".join(map(_by_hand, tree)) + "]"
+    return "1" + "0" * 5000 if type(tree) is int and abs(tree) > 10**4000 else json.dumps(tree)
+
+
+def _change_one(tree: Any, data: st.DataObject, values: st.SearchStrategy[Any]) -> None:
+    """One place of nested containers gets another value, goes, comes twice, or changes places with its neighbour."""
+    place, parent, key = tree, None, None
+    while isinstance(place, (dict, list)) and place and (parent is None or data.draw(st.integers(0, 5))):
+        parent, key = place, data.draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))
+        place = parent[key]
+    assert parent is not None
+    kind = data.draw(st.sampled_from(["replace", "replace", "nudge", "remove", "double", "rename"]))
+    if kind == "remove":
+        del parent[key]
+    elif kind == "nudge" and type(place) is int:
+        parent[key] = place + data.draw(st.sampled_from([-64, -8, -1, 1, 8, 64]))
+    elif kind == "double" and isinstance(parent, list):
+        parent.insert(key, place)
+    elif kind == "rename" and isinstance(parent, dict):
+        parent[data.draw(st.sampled_from([v for v in NASTY if isinstance(v, str)] + list(parent)))] = parent.pop(key)
+    else:
+        parent[key] = data.draw(values)
+
+
+@settings(FUZZ, max_examples=250)
+@given(st.data())
+def test_any_value_in_the_lists(saved: dict[int, Path], data: st.DataObject) -> None:
+    run, ranks = Run(), data.draw(st.sampled_from([1, 3, 3]))
+    name = data.draw(st.sampled_from(["manifest.json", "rank-00000.json", f"rank-{ranks - 1:05d}.json"]))
+    tree = json.loads((saved[ranks] / name).read_text())
+    for _ in range(data.draw(st.integers(1, 2))):
+        if tree:
+            _change_one(tree, data, st.sampled_from(NASTY))
+
+    def change(path: Path) -> None:
+        (path / name).write_text(_text(tree))
+        if name == "manifest.json":
+            _mark(path)
+        else:
+            _seal(path)
+
+    _load_changed(run, saved[ranks], change)
+
+
+# -------------------------------------------------------------------------------------- state beside tensors
+
+
+ODD: list[Any] = [
+    None, True, -1, 0, 2, 0.5, float("nan"), float("inf"), 10**400, "", "muon", [], {}, [1, 2], (3,), {"a": 1}, b"x",
+    torch.zeros(0), torch.ones(3), torch.tensor(float("nan")), torch.zeros(5056, dtype=torch.uint8), 1j,
+]  # fmt: skip
+
+
+@settings(FUZZ, max_examples=200)
+@given(st.data())
+def test_any_value_of_the_state_beside_tensors(saved: dict[int, Path], data: st.DataObject) -> None:
+    """Hyperparameters, the scheduler, generators and positions: each of them any type that is loaded safely."""
+    run, name = Run(), data.draw(st.sampled_from(["shared.pt", "rank-00000.pt"]))
+    tree = torch.load(saved[1] / name, weights_only=True)
+    _change_one(tree, data, st.sampled_from(ODD))
+
+    def change(path: Path) -> None:
+        torch.save(tree, path / name)
+        _seal(path)
+
+    if _load_changed(run, saved[1], change) == "":
+        assert all(0 <= group["lr"] < float("inf") for group in run.optimizer.param_groups)
+
+
+# ------------------------------------------------------------------------------------------ by hand
+
+
+def _edited(name: str, edit: Callable[[Any], None]) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        tree = json.loads((path / name).read_text())
+        edit(tree)
+        (path / name).write_text(json.dumps(tree))
+        if name == "manifest.json":
+            _mark(path)
+        else:
+            _seal(path)
+
+    return change
+
+
+def _shifted(table: Any) -> None:
+    """One box of a tensor that is cut moves by a row."""
+    for entry in table["tensors"].values():
+        for box in entry["boxes"]:
+            if entry["shape"] and box[1] != entry["shape"]:
+                (offsets, sizes), rows = box[:2], entry["shape"][0]
+                offsets[0] += 1 if offsets[0] + sizes[0] < rows else -1
+                return
+    raise AssertionError("nothing is cut")
+
+
+def test_boxes_that_overlap_and_leave_a_hole_are_refused(saved: dict[int, Path]) -> None:
+    """Their sizes added up, so the load went well and the hole was whatever memory held before."""
+    for rank in range(3):
+        message = _load_changed(Run(), saved[3], _edited(f"rank-{rank:05d}.json", _shifted))
+        assert "do not make it up exactly once" in message
+
+
+def test_a_file_that_no_sum_vouches_for_is_refused(saved: dict[int, Path]) -> None:
+    """Whatever it holds, nobody would notice."""
+    for name in ("shared.pt", "rank-00000.pt", "rank-00002.json"):
+        message = _load_changed(Run(), saved[3], _edited("manifest.json", lambda m, name=name: m["files"].pop(name)))
+        assert re.search(rf"manifest.json: .*no sum of {name}", message)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "COMPLETE", "shared.pt", "rank-00000.json", "__0_0.distcp"])
+def test_a_pipe_is_not_waited_for(saved: dict[int, Path], name: str) -> None:
+    """Reading one hung for ever."""
+
+    def change(path: Path) -> None:
+        (path / name).unlink()
+        os.mkfifo(path / name)
+
+    assert re.search(rf"{name}: it cannot be read \(it is not a regular file\)", _load_changed(Run(), saved[1], change))
+    assert distmuon.latest_checkpoint(saved[1].parent) != saved[1].with_name("fuzzed-2")
+
+
+def test_a_tensor_that_cannot_be_read_is_noticed_before_anything_is_loaded(saved: dict[int, Path]) -> None:
+    """The last tensor of the file: those before it were loaded by then, and stayed."""
+
+    def change(path: Path) -> None:
+        table = json.loads((path / "rank-00000.json").read_text())
+        _, _, at, length = max(
+            (box for entry in table["tensors"].values() for box in entry["boxes"]), key=lambda b: b[2]
+        )
+        data = bytearray((path / "__0_0.distcp").read_bytes())
+        data[at : at + length] = b"x" * length
+        (path / "__0_0.distcp").write_bytes(data)
+        _seal(path)
+
+    assert "__0_0.distcp: its tensors cannot be read" in _load_changed(Run(), saved[1], change)
