@@ -19,6 +19,8 @@ rank's slice writes where it belongs: the same bytes in all.
 a default argument if it exists by then. The group would outlive `destroy_process_group`, and a gloo thread that drops
 its last tensor while Python shuts down aborts the process (1 exit in 6, seen with torch 2.13). So it is imported
 here: `import distmuon` before `init_process_group`, as scripts do, and the group ends where it is destroyed.
+A work that nobody has waited for (the last step's all-gathers) keeps gloo's event thread past that, until the optimizer
+goes: `synchronize` before the group is destroyed; a forward without gradients or a save does it, too.
 
 [Note: who waits where] On gloo `Pending.wait` blocks, and raises when a rank is late by the group's timeout or its
 connection is gone; `roll_call.py` then says which rank, and where. On NCCL `wait` only queues: the host runs on, and

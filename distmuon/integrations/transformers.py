@@ -66,21 +66,29 @@ def attach(trainer: Any, **options: Any) -> None:
         def __call__(self, model: nn.Module, **kwargs: Any) -> DistMuon:
             optimizer = DistMuon(model, **kwargs)
             route(trainer.accelerator, optimizer)
+            trainer.remove_callback(moments)
+            trainer.add_callback(moments)  # after all others, which may decide on a save
             return optimizer
 
+    moments = _collective_moments()
+    trainer.add_callback(moments)
     check(trainer.accelerator)  # now, not when training starts
     trainer.optimizer_cls_and_kwargs = (Factory, given)
-    trainer.add_callback(_consolidate_before_saves())
 
 
-def _consolidate_before_saves() -> Any:
-    """A TrainerCallback: only the saving rank asks for the state, so all gather it when a save was decided on."""
+def _collective_moments() -> Any:
+    """A TrainerCallback for what all ranks must do together."""
 
-    class Consolidate(transformers.TrainerCallback):  # type: ignore[misc]
+    class CollectiveMoments(transformers.TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+            """Only the saving rank asks for the state, so all gather it when a save was decided on."""
             if control.should_save and not args.save_only_model:
                 getattr(optimizer, "optimizer", optimizer).consolidate_state_dict()
 
         on_epoch_end = on_step_end
 
-    return Consolidate()
+        def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+            """Weights may be read now, and no collective is under way past the end of the process group."""
+            getattr(optimizer, "optimizer", optimizer).synchronize()
+
+    return CollectiveMoments()

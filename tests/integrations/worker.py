@@ -51,6 +51,8 @@ class Case:
     """The plain loop rounds float inputs to autocast's dtype, as Fabric does before it calls the model."""
     how: str = ""
     """Which of a trainer's ways (`tests.integrations.engines`)."""
+    saved_by: str = "plain"
+    """Whose files the plain loop resumes from."""
 
 
 class WithLoss(nn.Module):
@@ -139,15 +141,28 @@ def rounded(case: Case, tensor: Tensor) -> Tensor:
 Runner = Callable[[Case, Path, Seen], tuple[nn.Module, distmuon.DistMuon]]
 
 
+def saved_files(case: Case, folder: Path) -> dict[str, Any]:
+    """The states of model and optimizer that the trainer `case.saved_by` has left in `folder`."""
+    if case.saved_by == "plain":
+        return torch.load(folder / "plain.pt")
+    if case.saved_by == "fabric":
+        return torch.load(folder / "fabric.ckpt")
+    from safetensors.torch import load_file
+
+    name = {"accelerate": "accelerate/optimizer.bin", "trainer": f"trainer/checkpoint-{case.first}/optimizer.pt"}
+    optimizer = folder / name[case.saved_by]
+    return {"model": load_file(optimizer.parent / "model.safetensors"), "optimizer": torch.load(optimizer)}
+
+
 def plain(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistMuon]:
     """The loop of the README."""
     model = make_model(case)
     optimizer, scaler = distmuon.DistMuon(model, **options()), grad_scaler(case, distmuon.GradScaler)
     if case.first:
-        saved = torch.load(folder / "plain.pt")
+        saved = saved_files(case, folder)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        scaler.load_state_dict(saved.get("scaler", {}))
     for step in range(case.first, case.last):
         for micro in range(case.num_micro):
             with nullcontext() if micro == case.num_micro - 1 else optimizer.no_sync():
@@ -276,6 +291,7 @@ def trainer(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.D
         return getattr(hf.optimizer, "optimizer", hf.optimizer)
 
     hf.train(resume_from_checkpoint=str(folder / "trainer" / f"checkpoint-{case.first}") if case.first else None)
+    assert not opt()._conductor.param_gather.any_in_flight, "a work under way keeps a thread of gloo's past the group"
     return inner, opt()
 
 

@@ -1,0 +1,61 @@
+"""Scripts as users write them, on two ranks: the Trainer with all that people switch on, and a forgotten line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """By rank."""
+    pytest.importorskip("accelerate", reason="pip install distmuon[transformers]")
+    folder = tmp_path_factory.mktemp("users")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "tests.integrations.user_worker", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    ranks: list[dict[str, Any]] = json.loads((folder / "found.json").read_text())
+    return ranks
+
+
+def test_the_trainer_weighs_tokens_clips_and_logs_as_the_plain_loop(found: list[dict[str, Any]]) -> None:
+    """Ranks and micro-batches hold different numbers of tokens; the Trainer divides by the tokens of all of them."""
+    for rank in found:
+        assert rank["whole"]["norms"] == rank["plain"]["norms"] and len(rank["plain"]["norms"]) == 6
+        assert max(rank["plain"]["norms"].values()) > 0.5, "or else nothing was clipped"
+
+
+def test_evaluations_saves_and_the_best_model_under_the_trainer(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        whole = rank["whole"]
+        best = min(whole["evaluations"], key=lambda step: whole["evaluations"][step])
+        assert sorted(whole["evaluations"]) == ["2", "4", "6"] and whole["best"] == f"checkpoint-{best}"
+        assert whole["again"] == whole["evaluations"][best], "the best weights are in the model, and used by forward"
+        assert whole["kept"] == sorted({whole["best"], "checkpoint-6", *whole["kept"][:1]}) and len(whole["kept"]) == 2
+    assert found[0]["whole"]["weights"] == found[1]["whole"]["weights"]
+
+
+def test_resume_from_checkpoint_true_goes_on_bit_for_bit(found: list[dict[str, Any]]) -> None:
+    """Cut where a callback that was added after `attach` asked for a save."""
+    for rank in found:
+        whole, cut, resumed = rank["whole"], rank["cut"], rank["resumed"]
+        assert "checkpoint-3" in cut["kept"] and sorted(cut["losses"]) == ["1", "2", "3"]
+        for key in ("norms", "losses", "evaluations"):
+            assert resumed[key] == whole[key], key
+        assert resumed["weights"] == whole["weights"] and resumed["best"] == whole["best"]
+
+
+def test_accelerates_own_prepare_raises_and_names_the_cure(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        assert "param.grad was written after backward" in rank["own prepare"]
+        assert "distmuon.integrations" in rank["own prepare"]
