@@ -36,6 +36,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return torchrun("pretrain", tmp_path_factory.mktemp("plain"))
 
 
+@pytest.mark.supports("recipe with the loss curve of `launch.pretrain`")
 @pytest.mark.parametrize("recipe", PACKAGE)
 def test_a_recipe_has_the_loss_curve_of_pretrain(recipe: str, plain: list[dict[str, Any]], tmp_path: Path) -> None:
     pytest.importorskip(PACKAGE[recipe], reason=f"{PACKAGE[recipe]} is not installed, see docs/integrations.md")
