@@ -388,6 +388,7 @@ def _train_under_ddp(group: dist.ProcessGroup, how: str, num_micro: int, **optio
     return weights(inner, optimizer)
 
 
+@pytest.mark.supports("DDP around the model, silenced or averaging by itself", "DDP")
 @pytest.mark.parametrize("num_micro", [1, 2])
 @pytest.mark.parametrize(
     "how",
@@ -407,6 +408,7 @@ def test_every_lawful_way_to_combine_with_ddp_is_right(spawn, how: str, num_micr
     assert_equals_reference(one, oracle.weights)
 
 
+@pytest.mark.refuses("DDP around the model, not silenced", "DDP", use="`silence`")
 @pytest.mark.parametrize("how", ["wrapped afterwards", "wrapped afterwards, views"])
 def test_a_second_averaging_raises(spawn_raises, how: str) -> None:
     """DDP put zeros where distmuon had taken the gradient: a trainer that clips those clips nothing."""

@@ -81,11 +81,12 @@ def test_a_compiled_model_may_checkpoint(spawn, reentrant: bool) -> None:
         assert same and settings_kept
 
 
-def test_thirty_shapes_of_a_compiled_model_compile_a_few_graphs(spawn) -> None:
+@pytest.mark.parametrize(("overlap", "fewest", "most"), [(True, 4, 12), (False, 1, 2)])
+def test_thirty_shapes_of_a_compiled_model_compile_a_few_graphs(spawn, overlap: bool, fewest: int, most: int) -> None:
     """Each module that waits breaks the graph; shapes are static at first, dynamic from the second on."""
-    for same, graphs, settings_kept in spawn(_counted, 2, timeout=240.0, lengths=THIRTY, how=HOW[0]):
+    for same, graphs, settings_kept in spawn(_counted, 2, timeout=240.0, lengths=THIRTY, how=HOW[0], overlap=overlap):
         assert same and settings_kept
-        assert 1 < graphs <= 12, f"{graphs} graphs for 30 shapes"
+        assert fewest <= graphs <= most, f"{graphs} graphs for 30 shapes"
 
 
 def _wrapped(group: dist.ProcessGroup) -> list[str]:
@@ -112,8 +113,8 @@ def test_a_model_whose_length_is_0_or_an_error_is_a_model() -> None:
     assert {fqn for fqn, _ in make_optimizer(model, None)._frozen} == {f"first.{k}" for k in FIRST}
 
 
-def _inductor(group: dist.ProcessGroup, how: str) -> tuple[float, dict[str, int], bool]:
-    """(largest relative difference to eager, dynamo's counts, settings as before)."""
+def _inductor(group: dist.ProcessGroup, how: str) -> tuple[float, int, bool]:
+    """(largest relative difference to eager, graphs, settings as before)."""
     import torch._inductor.config as inductor
 
     fresh_dynamo()
@@ -124,8 +125,7 @@ def _inductor(group: dist.ProcessGroup, how: str) -> tuple[float, dict[str, int]
         compiled = run(group, THIRTY, how, backend="inductor")
         kept = before == (torch._dynamo.config.get_config_copy(), inductor.get_config_copy())
     worst = max(float((compiled[fqn] - eager[fqn]).norm() / eager[fqn].norm()) for fqn in eager)
-    counters = torch._dynamo.utils.counters
-    return worst, {"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())}, kept
+    return worst, torch._dynamo.utils.counters["stats"]["unique_graphs"], kept
 
 
 @pytest.mark.slow
@@ -134,7 +134,6 @@ def test_inductor_trains_thirty_shapes_as_eager_does(spawn, how: str) -> None:
     """Its kernels sum in another order, so to rounding, carried through 30 steps; not to the bit."""
     if shutil.which("g++") is None:
         pytest.skip("inductor's CPU kernels need g++")
-    for worst, counts, settings_kept in spawn(_inductor, 2, timeout=900.0, how=how):
-        print(how, worst, counts)
-        assert 0 < worst <= 1e-4 and settings_kept
-        assert 1 < counts["graphs"] <= 12, counts
+    for worst, graphs, settings_kept in spawn(_inductor, 2, timeout=900.0, how=how):
+        assert worst <= 1e-5 and settings_kept
+        assert 1 < graphs <= 12, graphs

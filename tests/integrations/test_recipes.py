@@ -76,6 +76,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 Whole = Callable[[str], Path]
 
 
+@pytest.mark.supports("recipe with the loss curve of `launch.pretrain`")
 @pytest.mark.parametrize("recipe", PACKAGE)
 def test_a_recipe_has_the_loss_curve_of_pretrain(recipe: str, whole: Whole) -> None:
     assert len((ROOT / "launch" / f"{recipe}.py").read_text().splitlines()) < 120

@@ -57,6 +57,7 @@ def _accelerator(accelerate: Any, **changes: Any) -> Any:
     return SimpleNamespace(**{**seen, **changes})
 
 
+@pytest.mark.refuses("ZeRO stage >= 1, FSDP", "accelerate", use="plain data parallelism")
 def test_accelerate_refuses_sharding_fp8_and_a_reduction_a_micro_batch(accelerate: Any) -> None:
     from distmuon.integrations.accelerate import check
 
@@ -71,6 +72,7 @@ def test_accelerate_refuses_sharding_fp8_and_a_reduction_a_micro_batch(accelerat
     check(_accelerator(accelerate))
 
 
+@pytest.mark.refuses("clipping by value", "accelerate", use="`clip_grad_norm_`")
 def test_accelerates_clip_is_the_optimizers_even_in_one_process(accelerate: Any) -> None:
     """torch's own sees no gradient at all and returns 0 in silence: the planted fault, then the cure."""
     from distmuon.integrations.accelerate import prepare
@@ -98,6 +100,7 @@ def _trainer(accelerate: Any, tmp_path: Any, **changes: Any) -> Any:
     return transformers.Trainer(model=_model(), args=transformers.TrainingArguments(**given))
 
 
+@pytest.mark.refuses("ZeRO stage >= 1, FSDP", "Trainer", use="`register()` and stage 0")
 def test_attach_refuses_what_would_train_or_save_wrongly(accelerate: Any, tmp_path: Any) -> None:
     from distmuon.integrations.transformers import attach
 
@@ -134,6 +137,9 @@ def test_attach_takes_the_trainers_hyperparameters(accelerate: Any, tmp_path: An
 # ------------------------------------------------------------------------------------------- Fabric
 
 
+@pytest.mark.refuses("DDP around the model, not silenced", "Fabric", use="`DistMuonStrategy`")
+@pytest.mark.refuses("ZeRO stage >= 1, FSDP", "Fabric", use="`DistMuonStrategy`")
+@pytest.mark.refuses("clipping by value", "Fabric", use="`clip_grad_norm_`")
 def test_fabric_refuses_another_strategy_values_and_other_optimizers() -> None:
     lightning = pytest.importorskip("lightning_fabric", reason="pip install distmuon[fabric]")
     from distmuon.integrations.fabric import DistMuonStrategy, setup
@@ -152,6 +158,7 @@ def test_fabric_refuses_another_strategy_values_and_other_optimizers() -> None:
 # --------------------------------------------------- DeepSpeed, where no engine is needed; others in test_deepspeed.py
 
 
+@pytest.mark.refuses("ZeRO stage >= 1, FSDP", "DeepSpeed", use="stage 0")
 def test_initialize_refuses_stage_1_and_a_config_without_distmuon() -> None:
     pytest.importorskip("deepspeed", reason="pip install distmuon[deepspeed]")
     from distmuon.integrations.deepspeed import initialize

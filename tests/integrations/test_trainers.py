@@ -75,6 +75,11 @@ def check_case(trainer: str, result: dict[str, Any], case: dict[str, Any]) -> No
         assert not any("nan" in norm for norm in norms[0][1:]), "and trained on"
 
 
+@pytest.mark.supports("weights, state and logged norms bit-equal to the plain loop")
+@pytest.mark.supports("accumulation, clipping, bf16 weights")
+@pytest.mark.supports("one reduction a step, no gradient all-reduced")
+@pytest.mark.supports("save and resume, bit-equal", "accelerate", "Trainer", "DeepSpeed", "Fabric")
+@pytest.mark.supports("the `bf16` block of the JSON, under `initialize`", "DeepSpeed")
 @pytest.mark.parametrize("trainer", PACKAGE)
 def test_a_trainer_equals_the_plain_loop(trainer: str, tmp_path: Path) -> None:
     """Accumulation, clipping, bfloat16, autocast, loss scaling; and a run cut in two that must end as the unbroken."""
@@ -86,6 +91,7 @@ def test_a_trainer_equals_the_plain_loop(trainer: str, tmp_path: Path) -> None:
         check_case(trainer, result, case)
 
 
+@pytest.mark.supports("accumulation, clipping, bf16 weights")
 @pytest.mark.slow
 @pytest.mark.parametrize("nproc", [2, 3])
 @pytest.mark.parametrize("trainer", PACKAGE)
@@ -96,6 +102,7 @@ def test_the_whole_matrix(trainer: str, nproc: int, tmp_path: Path) -> None:
         check_case(trainer, result, case)
 
 
+@pytest.mark.supports("resume with another number of ranks")
 @pytest.mark.slow
 @pytest.mark.parametrize("nproc", [2, 3])
 @pytest.mark.parametrize("trainer", MIXED)
