@@ -123,9 +123,8 @@ def take_over(engine: Any, optimizer: DistMuon) -> None:
 
     def before_forward(_module: nn.Module, _args: object) -> None:
         its, ours = engine_ref(), optimizer_ref()
-        if its is not None and ours is not None:  # an unmanaged accumulation ends where the engine's step says so
-            known = its.managed_gradient_accumulation() and not its.inside_no_sync_ctxt
-            ours.set_requires_gradient_sync(known and its.is_gradient_accumulation_boundary())
+        if its is not None and ours is not None:  # unmanaged, the boundary is the engine's step, and never known here
+            ours.set_requires_gradient_sync(its.is_gradient_accumulation_boundary() and not its.inside_no_sync_ctxt)
 
     untraced = torch.compiler.disable(before_forward)  # type: ignore[no-untyped-call]
     engine.module.register_forward_pre_hook(untraced, prepend=True)

@@ -1,6 +1,6 @@
 """DeepSpeed's engines as others launch them: the plain loop's bits, each refusal, what an engine reports of a step.
 
-One torchrun of `tests.integrations.engines` on two ranks brings all of it: starting one is what costs time.
+One torchrun of `tests.integrations.engines` on two ranks brings it all (`engine_facts.py`): a start is what costs time.
 """
 
 from __future__ import annotations
