@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,18 +39,25 @@ FEATURES: dict[str, dict[str, str]] = {
     "weights, state and logged norms bit-equal to the plain loop": {},
     "accumulation, clipping, bf16 weights": {},
     "bf16 autocast": {},
-    "fp16 with a loss scaler": {},
+    "fp16 with a loss scaler": {"DDP": "your own loop, `distmuon.GradScaler`"},
     "one reduction a step, no gradient all-reduced": {},
     "save and resume, bit-equal": {"DDP": "your own loop"},
     "resume with another number of ranks": {"DDP": "your own loop"},
+    "its saved optimizer state loads into the plain loop": {"DDP": "your own loop"},
     "recipe with the loss curve of `launch.pretrain`": {"DDP": "`launch.pretrain`"},
-    "DDP around the model, silenced or averaging by itself": {"DeepSpeed": "n/a"},
-    "DDP around the model, not silenced": {"DeepSpeed": "n/a"},
+    "a run begun here goes on under `launch.pretrain`, and back": {"DDP": "`launch.pretrain`"},
+    "evaluation, `save_total_limit`, best model, `resume_from_checkpoint=True`": {
+        trainer: "n/a" for trainer in TRAINERS if trainer != "Trainer"
+    },
+    "its own `prepare` instead of ours": {trainer: "n/a" for trainer in TRAINERS if trainer != "accelerate"},
+    "DDP around the model, silenced or averaging by itself": {t: "n/a" for t in TRAINERS if t != "DDP"},
+    "DDP around the model, not silenced": {"accelerate": "not wrapped", "Trainer": "not wrapped", "DeepSpeed": "n/a"},
     "clipping by value": {"DDP": "n/a", "Trainer": "n/a", "DeepSpeed": "n/a"},
-    "ZeRO stage >= 1, FSDP": {},
+    "ZeRO stage >= 1, FSDP": {"DDP": "n/a"},
     "the trainer's pipelines and expert groups": ONLY_DEEPSPEED,
-    "the `bf16` block of the JSON, under `initialize`": ONLY_DEEPSPEED,
-    "the `bf16` block of the JSON, under `register`": ONLY_DEEPSPEED,
+    "a DeepSpeed engine that somebody else makes": {"DDP": "n/a", "Fabric": "n/a"},
+    "the `bf16` block of the JSON": {"DDP": "n/a", "Fabric": "n/a"},
+    "`managed_gradient_accumulation: false`, `engine.no_sync()`": ONLY_DEEPSPEED,
 }
 
 
@@ -77,13 +84,18 @@ def marked_tests() -> Iterator[Callable[..., object]]:
             yield from (each for name, each in vars(module).items() if name.startswith("test_"))
 
 
-def trainers_of(marks: list[pytest.Mark]) -> list[str]:
-    """The columns that a test is parametrised over."""
+def trainers_of(marks: list[pytest.Mark]) -> dict[str, bool]:
+    """The columns that a test is parametrised over, and whether it is a nightly one there."""
     for mark in marks:
         if mark.name == "parametrize" and mark.args[0] in ("trainer", "recipe"):
-            values = {str(value).removesuffix("_train") for value in mark.args[1]}
-            return [column for column, value in TRAINERS.items() if value in values]
-    return []
+            cases = [case if hasattr(case, "marks") else pytest.param(case) for case in mark.args[1]]
+            slow = {str(case.values[0]).removesuffix("_train"): _is_slow(case.marks) for case in cases}
+            return {column: slow[value] for column, value in TRAINERS.items() if value in slow}
+    return {}
+
+
+def _is_slow(marks: Iterable[pytest.MarkDecorator | pytest.Mark]) -> bool:
+    return any(mark.name == "slow" for mark in marks)
 
 
 def cells() -> dict[tuple[str, str], Cell]:
@@ -94,13 +106,14 @@ def cells() -> dict[tuple[str, str], Cell]:
             if mark.name not in ("supports", "refuses"):
                 continue
             feature, *trainers = mark.args
-            trainers = trainers or trainers_of(marks)
+            parametrised = trainers_of(marks)
+            trainers = trainers or list(parametrised)
             assert trainers, f"{test.__name__}: {feature!r} names no trainer and is parametrised over none"
             for trainer in trainers:
                 assert feature in FEATURES and trainer in TRAINERS, f"{test.__name__}: {feature!r}, {trainer!r}"
                 cell = found.setdefault((feature, trainer), Cell())
                 cell.tests.append(test.__name__)
-                cell.is_nightly &= any(other.name == "slow" for other in marks)
+                cell.is_nightly &= _is_slow(marks) or parametrised.get(trainer, False)
                 cell.uses.append(mark.kwargs["use"] if mark.name == "refuses" else None)
     return found
 

@@ -57,12 +57,15 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Facts, list[dict[str,
     return json.loads((folder / "facts.json").read_text()), results
 
 
+@pytest.mark.supports("a DeepSpeed engine that somebody else makes", "accelerate", "Trainer", "DeepSpeed")
+@pytest.mark.supports("`managed_gradient_accumulation: false`, `engine.no_sync()`", "DeepSpeed")
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[case["how"] for case in CASES])
 def test_an_engine_of_somebody_else_equals_the_plain_loop(ran: tuple[Facts, Any], number: int) -> None:
     """`deepspeed.initialize` after `register`, by name and as optimizer=; accelerate's plugin; Trainer(deepspeed=)."""
     check_case("engines", ran[1][number], CASES[number])
 
 
+@pytest.mark.supports("the `bf16` block of the JSON", "accelerate", "Trainer")
 @pytest.mark.slow
 def test_more_ways_equal_the_plain_loop(tmp_path: Path) -> None:
     """bfloat16 by each engine's bf16 block, and runs cut in two that end as the unbroken plain one."""
@@ -104,6 +107,9 @@ REFUSED = {
 }
 
 
+@pytest.mark.refuses("ZeRO stage >= 1, FSDP", "DeepSpeed", use="stage 0")
+@pytest.mark.refuses("the trainer's pipelines and expert groups", "DeepSpeed", use="the plain engine, expert stacks")
+@pytest.mark.refuses("fp16 with a loss scaler", "DeepSpeed", use="bf16")
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_engine_that_would_train_wrongly_is_refused(ran: tuple[Facts, Any], name: str) -> None:
     """Real engines, before anything is trained; the same message on both ranks."""
@@ -139,6 +145,7 @@ def test_deepspeeds_own_muon_never_sees_our_class(ran: tuple[Facts, Any]) -> Non
     assert seen["ours"] == "DistMuon" and seen["left"] == []
 
 
+@pytest.mark.supports("the `bf16` block of the JSON", "DeepSpeed")
 def test_the_bf16_block_casts_parameters_and_leaves_buffers(ran: tuple[Facts, Any]) -> None:
     wanted = "torch.bfloat16 torch.float32 False"  # False: no wrapper, and checkpoints of the plain engine
     assert ran[0][0]["float32_buffers"] == {"register": wanted, "initialize": wanted}

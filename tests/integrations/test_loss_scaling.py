@@ -46,6 +46,7 @@ def _loss(model: nn.Module, step: int) -> Tensor:
     return model(inputs).float().square().mean() * (float("inf") if step == 1 else 1.0)
 
 
+@pytest.mark.supports("fp16 with a loss scaler", "accelerate", "Trainer")
 def test_accelerates_scaler_is_exchanged_and_its_schedulers_hear_of_a_skip(accelerator: Any) -> None:
     from distmuon.integrations.accelerate import prepare
 
@@ -98,6 +99,7 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.supports("fp16 with a loss scaler", "Fabric")
 def test_fabrics_scaler_is_exchanged_with_its_settings_and_state(one_rank: None) -> None:
     lightning = pytest.importorskip("lightning_fabric", reason="pip install distmuon[fabric]")
     from lightning_fabric.plugins import MixedPrecision

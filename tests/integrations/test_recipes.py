@@ -86,6 +86,7 @@ def test_a_recipe_has_the_loss_curve_of_pretrain(recipe: str, whole: Whole) -> N
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.supports("a run begun here goes on under `launch.pretrain`, and back")
 @pytest.mark.parametrize("recipe", [r if r == "accelerate_train" else pytest.param(r, marks=SLOW) for r in PACKAGE])
 def test_what_a_recipe_began_goes_on_under_pretrain(recipe: str, whole: Whole, tmp_path: Path) -> None:
     """Bit for bit on as many ranks, up to the order of sums on one."""
@@ -96,6 +97,7 @@ def test_what_a_recipe_began_goes_on_under_pretrain(recipe: str, whole: Whole, t
     assert losses(records(folders[1])) == pytest.approx(losses(records(whole("pretrain"))), rel=1e-4)
 
 
+@pytest.mark.supports("a run begun here goes on under `launch.pretrain`, and back")
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", PACKAGE)
 def test_what_pretrain_began_goes_on_under_a_recipe(recipe: str, whole: Whole, tmp_path: Path) -> None:

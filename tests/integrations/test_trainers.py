@@ -77,9 +77,11 @@ def check_case(trainer: str, result: dict[str, Any], case: dict[str, Any]) -> No
 
 @pytest.mark.supports("weights, state and logged norms bit-equal to the plain loop")
 @pytest.mark.supports("accumulation, clipping, bf16 weights")
+@pytest.mark.supports("bf16 autocast", "DDP", "accelerate", "Trainer", "Fabric")
 @pytest.mark.supports("one reduction a step, no gradient all-reduced")
 @pytest.mark.supports("save and resume, bit-equal", "accelerate", "Trainer", "DeepSpeed", "Fabric")
-@pytest.mark.supports("the `bf16` block of the JSON, under `initialize`", "DeepSpeed")
+@pytest.mark.supports("the `bf16` block of the JSON", "DeepSpeed")
+@pytest.mark.supports("its saved optimizer state loads into the plain loop", "accelerate", "Trainer", "Fabric")
 @pytest.mark.parametrize("trainer", PACKAGE)
 def test_a_trainer_equals_the_plain_loop(trainer: str, tmp_path: Path) -> None:
     """Accumulation, clipping, bfloat16, autocast, loss scaling; and a run cut in two that must end as the unbroken."""
@@ -102,7 +104,8 @@ def test_the_whole_matrix(trainer: str, nproc: int, tmp_path: Path) -> None:
         check_case(trainer, result, case)
 
 
-@pytest.mark.supports("resume with another number of ranks")
+@pytest.mark.supports("bf16 autocast")
+@pytest.mark.supports("fp16 with a loss scaler", "accelerate", "Trainer", "Fabric")
 @pytest.mark.slow
 @pytest.mark.parametrize("nproc", [2, 3])
 @pytest.mark.parametrize("trainer", MIXED)
@@ -116,6 +119,7 @@ def test_the_whole_matrix_of_mixed_precision(trainer: str, nproc: int, tmp_path:
         check_case(trainer, result, case)
 
 
+@pytest.mark.supports("resume with another number of ranks")
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", [name for name in PACKAGE if name != "ddp"])
 def test_a_run_goes_on_with_another_number_of_ranks(trainer: str, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def test_the_trainer_weighs_tokens_clips_and_logs_as_the_plain_loop(found: list[
         assert max(rank["plain"]["norms"].values()) > 0.5, "or else nothing was clipped"
 
 
+@pytest.mark.supports("evaluation, `save_total_limit`, best model, `resume_from_checkpoint=True`", "Trainer")
 def test_evaluations_saves_and_the_best_model_under_the_trainer(found: list[dict[str, Any]]) -> None:
     for rank in found:
         whole = rank["whole"]
@@ -45,6 +46,7 @@ def test_evaluations_saves_and_the_best_model_under_the_trainer(found: list[dict
     assert found[0]["whole"]["weights"] == found[1]["whole"]["weights"]
 
 
+@pytest.mark.supports("evaluation, `save_total_limit`, best model, `resume_from_checkpoint=True`", "Trainer")
 def test_resume_from_checkpoint_true_goes_on_bit_for_bit(found: list[dict[str, Any]]) -> None:
     """Cut where a callback that was added after `attach` asked for a save."""
     for rank in found:
@@ -55,6 +57,7 @@ def test_resume_from_checkpoint_true_goes_on_bit_for_bit(found: list[dict[str, A
         assert resumed["weights"] == whole["weights"] and resumed["best"] == whole["best"]
 
 
+@pytest.mark.refuses("its own `prepare` instead of ours", "accelerate", use="`integrations.accelerate.prepare`")
 def test_accelerates_own_prepare_raises_and_names_the_cure(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert "param.grad was written after backward" in rank["own prepare"]
