@@ -121,12 +121,7 @@ class Hyperparameters:
     adamw_weight_decay: float | None
 
     def group(self, rule: Rule) -> dict[str, object]:
-        """A fresh param group's entries. `momentum` is in both: schedulers that cycle it ask every group. Tensors are
-        the group's own: schedulers write into them, group by group."""
-        entries = self._entries(rule)
-        return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in entries.items()}
-
-    def _entries(self, rule: Rule) -> dict[str, object]:
+        """A fresh param group's entries. `momentum` is in both: schedulers that cycle it ask every group."""
         if rule == "muon":
             return {
                 "rule": rule,

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from distmuon import guards, ns_kernels, planner, rules
-from distmuon.agreement import agree_on_bits
 from distmuon.collectives import DataParallelGroup
 from distmuon.conductor import Conductor
 from distmuon.config import (
@@ -37,7 +36,7 @@ from distmuon.hooks import Hooks
 from distmuon.layout import Layout, make_layout
 from distmuon.metrics import Metrics
 from distmuon.routing import Route, make_groups, route_params
-from distmuon.trainer_face import TrainerFace
+from distmuon.trainer_face import TrainerFace, arrived
 
 
 class DistMuon(TrainerFace):
@@ -142,6 +141,8 @@ class DistMuon(TrainerFace):
         self._specs = tuple(spec for spec, _ in routed)
         self._params = [param for _, param in routed]
         groups, self._group_of = make_groups(routed, start)
+        for group in groups:  # schedulers write into tensors, group by group
+            group.update((key, value.clone()) for key, value in group.items() if isinstance(value, Tensor))
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         check_groups(self.param_groups)
         self._held = guards.held_by(self.param_groups)
@@ -159,7 +160,7 @@ class DistMuon(TrainerFace):
         self._sync = True
         self._gathers_in_forward = self._model is not None and bool(overlap) and self.group.dp_size > 1
         self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward)
-        self.register_step_pre_hook(_arrive)  # before the user's own, which may read parameters
+        self.register_step_pre_hook(arrived)  # before the user's own, which may read parameters
 
     def release(self) -> None:
         """A newer optimizer manages these parameters: finish what is in flight and let go of them."""
@@ -267,7 +268,7 @@ class DistMuon(TrainerFace):
         self.synchronize()
         if self.options.verify_every and (self._metrics.steps + 1) % self.options.verify_every == 0:
             with self._metrics.stage("verify"):
-                self._verify()
+                self.verify_bits([*((s.fqn, p) for s, p in zip(self._specs, self._params)), *self._frozen])
         self._consolidated = None
         self.reduce_gradients()
         conductor.update(numbers)
@@ -276,13 +277,6 @@ class DistMuon(TrainerFace):
         self._metrics.close_step()
         self.group.step = self._exchange_group.step = self._metrics.steps + 1
         return loss
-
-    def _verify(self) -> None:
-        """The parameters as this step's forwards used them: an update and its all-gather heal or spread a bit."""
-        conductor = self._built()
-        conductor.settle()
-        named = [*((spec.fqn, param) for spec, param in zip(self._specs, self._params)), *self._frozen]
-        agree_on_bits([fqn for fqn, _ in named], [param for _, param in named], self.group, stage="verify")
 
     def on_forward(self) -> None:
         """Called by the model's forward. In training the first one builds; evaluation waits for all parameters."""
@@ -322,7 +316,3 @@ class DistMuon(TrainerFace):
         kernels = ns_kernels.summary(self.options, self._params[0].device, self.param_groups)
         text = f"{planner.describe(self.layout, len(self._frozen))}\n{kernels}"
         return f"{text}\n{planner.routing_table(self.layout)}" if full else text
-
-
-def _arrive(optimizer: DistMuon, *_: object) -> None:
-    optimizer.synchronize()

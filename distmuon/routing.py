@@ -185,8 +185,7 @@ def make_groups(
                     spec.fqn, f"option {option!r} in its route", f"one of {', '.join([*known][1:])} is needed",
                     "correct the route's options",
                 )  # fmt: skip
-        own = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in spec.options}
-        group = groups.setdefault(key, {**known, **own, "params": []})
+        group = groups.setdefault(key, {**known, **dict(spec.options), "params": []})
         group["params"].append((spec.fqn, param))
     keys = list(groups)
     return list(groups.values()), [keys.index(_group_key(spec)) for spec, _ in routed]

@@ -12,6 +12,7 @@ anything is gathered the ranks call the roll in the group's store, which no othe
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distmuon import checkpoint, guards
-from distmuon.agreement import together
+from distmuon.agreement import agree_on_bits, together
 from distmuon.collectives import DataParallelGroup
 from distmuon.conductor import Conductor
 from distmuon.config import Options, check_groups, hyperparameters
@@ -110,6 +111,11 @@ class TrainerFace(torch.optim.Optimizer):
         items += hyperparameters(self.param_groups)
         guards.agree_on_plan(repr(items) + also, items, self.group)
 
+    def verify_bits(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        """Compare parameters as this step's forwards used them: an update and its all-gather heal or spread a bit."""
+        self._built().settle()
+        agree_on_bits([fqn for fqn, _ in named], [param for _, param in named], self.group, stage="verify")
+
     def at_rest(self, *, to_write: bool = False) -> ParamGather:
         """For who reads or writes all state: nothing is in flight, foreign writes are taken over. Collective."""
         conductor = self._built(to_train=False)
@@ -182,3 +188,8 @@ class TrainerFace(torch.optim.Optimizer):
         """DeepSpeed's name for a last step that was skipped. Reads the device."""
         norm = self._global_grad_norm
         return norm is not None and not bool(torch.isfinite(norm))
+
+
+def arrived(optimizer: TrainerFace, *_: object) -> None:
+    """A step hook: parameters are there."""
+    optimizer.synchronize()

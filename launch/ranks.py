@@ -25,6 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import default_pg_timeout
 
+import distmuon
+
 SET_UP_TIMEOUT = timedelta(minutes=5)
 """How long ranks wait for each other at the start; torchrun starts again what gives up."""
 
@@ -75,7 +77,8 @@ def launched_ranks() -> Iterator[Ranks]:
         dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size, device_id=device)
     else:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    yield Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+    with distmuon.shared_fate():
+        yield Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
     # Only after success: with one rank dead, leaving in order would wait for it.
     dist.destroy_process_group()
 
