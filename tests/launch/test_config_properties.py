@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from dataclasses import fields, is_dataclass
 from math import inf, isnan, nan
 from pathlib import Path
@@ -109,7 +108,9 @@ def _values(key: str) -> st.SearchStrategy[Any]:
     if key == "optimizer.routes":
         split = st.none() | st.lists(st.integers(1, 9), min_size=1, max_size=3)
         return st.lists(
-            st.builds(RouteConfig, pattern=st.text(min_size=1, max_size=5), rule=st.just("muon"), split=split)
+            st.builds(
+                RouteConfig, pattern=st.text("ab*?[]{}1:# ", min_size=1, max_size=5), rule=st.just("muon"), split=split
+            )
         )
     literals = getattr(TYPES[key], "__args__", ())
     if literals and all(isinstance(literal, str) for literal in literals):
@@ -121,14 +122,14 @@ def _values(key: str) -> st.SearchStrategy[Any]:
     if isinstance(default, float):
         return st.floats(0, 1e6)
     if isinstance(default, str) and not literals:
-        return st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=8)
+        return st.text("ab10 .:#'\"{}[]*&!%@-_,\\é😀", min_size=1, max_size=8)
     return st.just(default)
 
 
-@settings(FIXED, max_examples=20)
+@settings(FIXED, max_examples=15)
 @given(st.data())
 def test_a_run_written_down_and_read_again_is_itself(tmp_path: Path, data: st.DataObject) -> None:
-    """`as_dict`, as JSON (which is YAML), is a config file of the same run."""
+    """`as_dict`, as YAML, is a config file of the same run."""
     chosen: dict[str, dict[str, Any]] = {}
     for key in data.draw(st.lists(st.sampled_from(sorted(TYPES)), max_size=8, unique=True)):
         section, name = key.split(".")
@@ -139,7 +140,7 @@ def test_a_run_written_down_and_read_again_is_itself(tmp_path: Path, data: st.Da
         assert any(key in str(error) for key in TYPES), error
         return
     path = tmp_path / "again.yaml"
-    path.write_text(json.dumps(as_dict(run)))
+    path.write_text(yaml.safe_dump(as_dict(run), allow_unicode=True), encoding="utf-8")
     assert _parsed(["--config", str(path)]) == run
 
 
