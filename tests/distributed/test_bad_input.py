@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import distmuon
 from distmuon.agreement import together
 from distmuon.collectives import DataParallelGroup
+from distmuon.guards import agree_on_plan
 from tests.training import digest, make, state_tensors, train, weights
 
 
@@ -59,6 +60,16 @@ def test_an_argument_that_differs_by_rank(spawn_raises, name: str, values: list[
     """Each rank would train its shard by its own; the parameters, gathered from them, would agree all the same."""
     messages = spawn_raises(_unlike, len(values), match=match, name=name, values=values)
     assert len(set(messages)) == 1 and "independent of the rank" in messages[0]
+
+
+def _other_version(group: dist.ProcessGroup) -> None:
+    """Another version of the packing cuts the same parameters otherwise."""
+    agree_on_plan(f"layout of rank {dist.get_rank(group)}", ["w (3, 3)"], DataParallelGroup(group, lambda *_: None))
+
+
+def test_a_layout_that_differs_though_all_was_given_alike(spawn_raises) -> None:
+    match = "ValueError: plan: ranks agree on parameters and options but not on the layout .*; install the same everywh"
+    assert len(set(spawn_raises(_other_version, 2, match=match))) == 1
 
 
 def _plateau(group: dist.ProcessGroup) -> None:
