@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -109,11 +109,16 @@ class DataParallelGroup:
         self.dp_size = dist.get_world_size(process_group) if distributed else 1
         self.dp_rank = dist.get_rank(process_group) if distributed else 0
         self._gloo = distributed and dist.get_backend(process_group) == "gloo"
+        self._device: torch.device | None = None
         self.roll = RollCall(process_group, self.dp_rank, self.dp_size)
         self.step = 1  # the one in progress, since the optimizer was made; for messages
 
-    def check_current(self) -> None:
-        """Raise if torch.distributed was initialised after this group was looked up: other ranks would be ignored."""
+    def check_current(self, device: torch.device) -> None:
+        """Raise if torch.distributed was initialised after this group was looked up: other ranks would be ignored.
+
+        `device`: of the parameters; objects are gathered there, whatever the current device is.
+        """
+        self._device = device
         if self.process_group is None and self.dp_size == 1 and dist.is_initialized() and dist.get_world_size() > 1:
             raise problem(
                 "process_group", f"DistMuon was made before the group of {dist.get_world_size()} ranks",
@@ -228,7 +233,8 @@ class DataParallelGroup:
         """A small picklable value of every rank, in rank order, blocking. Outside of steps: not counted."""
         values: list[T] = [value] * self.dp_size
         if self.dp_size > 1:
-            with self._blocking(stage):
+            on_cuda = self._device is not None and self._device.type == "cuda"
+            with self._blocking(stage), torch.cuda.device(self._device) if on_cuda else nullcontext():
                 dist.all_gather_object(values, value, group=self.process_group)
         return values
 

@@ -169,7 +169,7 @@ class DistMuon(TrainerFace):
 
     def _make_layout(self) -> Layout:
         """The layout of the parameters as they are: until buffers are built, engines may still move and cast them."""
-        self.group.check_current()
+        self.group.check_current(self._params[0].device)
         named = [(spec.fqn, param) for spec, param in zip(self._specs, self._params)]
         guards.check_parameters(self._model, named, [spec.shape for spec in self._specs])
         self._specs = tuple(replace(spec, dtype=param.dtype) for spec, param in zip(self._specs, self._params))
