@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TypeVar
 
@@ -24,8 +24,8 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 T = TypeVar("T")
 
 
-def together(group: DataParallelGroup, action: Callable[[], T]) -> T:
-    """This rank's `action()`; what it raises on any rank, all raise, as a `ValueError`. Blocking.
+def together(group: DataParallelGroup, action: Callable[[], T], *, stage: str = "checkpoint") -> T:
+    """This rank's `action()`; what it raises on any rank, all raise, as a `ValueError`. Blocking; `stage`: where.
 
     A `ValueError` keeps its message; any other error is wrapped and names the rank.
     """
@@ -36,7 +36,7 @@ def together(group: DataParallelGroup, action: Callable[[], T]) -> T:
         failure, cause = f"{type(error).__name__}: {error}", error
         if isinstance(error, ValueError):
             failure = str(error)
-    outcomes = group.gather_objects((failure, isinstance(cause, ValueError)), stage="checkpoint")
+    outcomes = group.gather_objects((failure, isinstance(cause, ValueError)), stage=stage)
     for rank, (text, clear) in enumerate(outcomes):
         if text is not None:
             if clear:
@@ -58,9 +58,10 @@ def shared_fate(process_group: dist.ProcessGroup | None = None) -> Iterator[None
         yield
     except Exception as error:
         known = process_group is not None or (dist.is_available() and dist.is_initialized())
-        if known and not isinstance(error, LostRanks) and dist.get_world_size(process_group) > 1:
-            roll = RollCall(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
-            roll.tell(error, partial(hang_up, process_group))
+        with suppress(ValueError):  # the group was destroyed inside the block
+            if known and not isinstance(error, LostRanks) and dist.get_world_size(process_group) > 1:
+                roll = RollCall(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
+                roll.tell(error, partial(hang_up, process_group))
         raise
 
 

@@ -77,7 +77,7 @@ class Pending:
         try:
             for work in self.works:
                 work.wait()
-        except torch.AcceleratorError:  # a kernel's error, which no rank is missing for
+        except (torch.AcceleratorError, torch.OutOfMemoryError):  # a kernel's error, which no rank is missing for
             raise
         except RuntimeError as error:
             assert self.lost is not None
@@ -146,7 +146,7 @@ class DataParallelGroup:
     def _blocking(self, stage: str) -> Iterator[None]:
         try:
             yield
-        except torch.AcceleratorError:
+        except (torch.AcceleratorError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
             raise self._lost(stage, "")(error) from error
@@ -272,8 +272,8 @@ def hang_up(process_group: dist.ProcessGroup | None) -> None:
 
     gloo closes all connections of a group when a receive runs out of time, so one is asked for that nobody sends.
     """
-    pg = process_group if process_group is not None else c10d._get_default_group()
-    if dist.get_backend(pg) == "gloo":
-        with suppress(RuntimeError):  # the one that closes them; or they are closed already
+    with suppress(RuntimeError, ValueError):  # the error that closes them; they are closed, or destroyed, already
+        pg = process_group if process_group is not None else c10d._get_default_group()
+        if dist.get_backend(pg) == "gloo":
             peer = (pg.rank() + 1) % pg.size()
             pg.recv([torch.empty(1, device="cpu")], peer, _NOBODYS_TAG).wait(timedelta(milliseconds=1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, TypeGuard, get_args
 
 import torch
@@ -152,10 +152,15 @@ _KEYS: dict[object, tuple[str, ...]] = {
 def hyperparameters(param_groups: Sequence[dict[str, Any]]) -> list[str]:
     """One text a hyperparameter, what ranks must agree on; without what users and schedulers keep in the groups."""
     return [
-        f"param_groups[{number}].{key} = {group[key]}"
+        f"param_groups[{number}].{key} = {_plain(group[key])}"
         for number, group in enumerate(param_groups)
         for key in ("rule", *_KEYS[group["rule"]])
     ]
+
+
+def _plain(value: object) -> object:
+    """Tensors print rounded."""
+    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 def check_groups(param_groups: Sequence[dict[str, Any]]) -> None:
@@ -237,7 +242,7 @@ class Route:
         right = isinstance(self.pattern, str) and isinstance(split, (list, tuple)) and isinstance(options, Mapping)
         if (
             not right
-            or not all(isinstance(part, int) for part in split)
+            or not all(isinstance(part, Integral) for part in split)
             or not all(isinstance(k, str) for k in options)
         ):
             needed = "a text as pattern, whole numbers as split and a dict as options are needed"

@@ -117,8 +117,8 @@ def late_group() -> ValueError:
 def not_copied() -> ValueError:
     """The refusal of deepcopy and pickle."""
     return problem(
-        "DistMuon", "copied or pickled as an object", "one optimizer manages a parameter, with hooks and buffers",
-        "use state_dict() or distmuon.save_checkpoint",
+        "DistMuon", "copied or pickled as an object (or with a scheduler that holds it)",
+        "one optimizer manages a parameter, with hooks and buffers", "use state_dict() or distmuon.save_checkpoint",
     )  # fmt: skip
 
 

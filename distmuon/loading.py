@@ -93,7 +93,7 @@ def load_checkpoint(
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise not_understood(shared_file, error) from error
         if scheduler is not None and shared["scheduler"] is None:
-            raise problem("scheduler", "none is in the checkpoint", "the one of the save is needed", "pass None")
+            raise problem(str(shared_file), "no scheduler's state is in it", "one is needed", "pass scheduler=None")
         if scheduler is not None:
             _try(shared_file, scheduler.load_state_dict, shared["scheduler"], deepcopy(scheduler.state_dict()))
         if same:

@@ -170,8 +170,7 @@ class DistMuon(TrainerFace):
     def _make_layout(self) -> Layout:
         """The layout of the parameters as they are: until buffers are built, engines may still move and cast them."""
         self.group.check_current(self._params[0].device)
-        named = [(spec.fqn, param) for spec, param in zip(self._specs, self._params)]
-        guards.check_parameters(self._model, named, [spec.shape for spec in self._specs])
+        self.check_parameters()
         self._specs = tuple(replace(spec, dtype=param.dtype) for spec, param in zip(self._specs, self._params))
         o = self.options
         o.check_dtypes([(spec.fqn, spec.dtype) for spec in self._specs])
@@ -202,7 +201,7 @@ class DistMuon(TrainerFace):
             self._gathers_in_forward and self._exchange_group.process_group is self.group.process_group,
         )  # fmt: skip
         # Whoever drops the optimizer after its last step keeps a model whose parameters are still under way.
-        weakref.finalize(self, self._conductor.param_gather.wait).atexit = False
+        weakref.finalize(self, self._conductor.param_gather.wait_quietly).atexit = False
 
     def _built(self, *, values_used: bool = False, to_train: bool = True) -> Conductor:
         self._hooks.check_active(self)
@@ -240,7 +239,7 @@ class DistMuon(TrainerFace):
         """Whether this call has reduced, and not one before it."""
         present = self._built().reduce()
         if present is not None and not all(present):
-            self._make_layout()  # raises if the model holds other parameters by now
+            self.check_parameters()  # the model may hold others by now
         return present is not None
 
     @torch.no_grad()
@@ -265,10 +264,9 @@ class DistMuon(TrainerFace):
         numbers = self._hyperparameters()
         guards.check_held(self.param_groups, self._held)
         guards.check_frozen(self._frozen)
-        self.synchronize()
         if self.options.verify_every and (self._metrics.steps + 1) % self.options.verify_every == 0:
             with self._metrics.stage("verify"):
-                self.verify_bits([*((s.fqn, p) for s, p in zip(self._specs, self._params)), *self._frozen])
+                self.verify_bits()
         self._consolidated = None
         self.reduce_gradients()
         conductor.update(numbers)

@@ -14,6 +14,7 @@ of its own (`rules.muon_weight`), so that no fused multiply-add here and none th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -135,6 +136,11 @@ class ParamGather:
                 self.buffers.arrived(index)
         if self._home is not None:  # who waits first may be on another stream (an evaluation, a copy to the host)
             self._home.wait_stream(torch.cuda.current_stream(self._home.device))
+
+    def wait_quietly(self) -> None:
+        """For who cannot raise: where peers are gone, nobody can be told."""
+        with suppress(RuntimeError, ValueError):
+            self.wait()
 
     def _message(self, bucket: BucketBuffers, polar_pieces: Sequence[Tensor]) -> Tensor:
         size = self.buffers.layout.message_bytes(bucket.bucket, self._dtype.itemsize)

@@ -83,7 +83,7 @@ class RollCall:
             try:
                 words, standing = self._exchange(Word(at=str(place)), hang_up)
                 self._lost = str(self._finding(where, str(place), why, words, standing))
-            except (RuntimeError, TimeoutError) as silence:
+            except (RuntimeError, TimeoutError, ValueError) as silence:
                 answer = str(silence).partition("\n")[0]
                 self._lost = str(problem(
                     where, f"{why}, and the group's store cannot say which rank is missing ({answer})",
@@ -94,7 +94,7 @@ class RollCall:
 
     def tell(self, error: Exception, hang_up: Callable[[], None]) -> None:
         """This rank goes down with `error` of its own: all others shall say so. Waits until they have failed, too."""
-        with suppress(RuntimeError, TimeoutError):  # nobody can be told then; the error itself goes on its way
+        with suppress(RuntimeError, TimeoutError, ValueError):  # nobody can be told then
             self._exchange(Word(raised=f"{type(error).__name__}: {error}"), hang_up)
 
     def _exchange(self, own: Word, hang_up: Callable[[], None]) -> tuple[dict[int, Word], dict[int, str]]:

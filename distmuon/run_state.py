@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distmuon.errors import problem
+from distmuon.guards import unwrap
 
 
 def check_given(model: object, optimizer: object) -> None:
@@ -38,7 +39,7 @@ def check_path(path: object, *, new: bool) -> None:
 
 def others_of(model: nn.Module, trained: Sequence[nn.Parameter]) -> dict[str, Tensor]:
     """{fqn: tensor} of what the model's state dict holds beside the trained parameters; tied ones once."""
-    model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    model = unwrap(model, "external")
     known, kept = {id(param) for param in trained}, model.state_dict().keys()
     held = [*model.named_parameters(), *model.named_buffers()]
     return {fqn: tensor for fqn, tensor in held if id(tensor) not in known and fqn in kept}

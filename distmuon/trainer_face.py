@@ -12,12 +12,11 @@ anything is gathered the ranks call the roll in the group's store, which no othe
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distmuon import checkpoint, guards
 from distmuon.agreement import agree_on_bits, together
@@ -26,6 +25,7 @@ from distmuon.conductor import Conductor
 from distmuon.config import Options, check_groups, hyperparameters
 from distmuon.layout import Layout
 from distmuon.param_gather import ParamGather
+from distmuon.routing import ParamSpec
 
 
 class TrainerFace(torch.optim.Optimizer):
@@ -33,6 +33,10 @@ class TrainerFace(torch.optim.Optimizer):
 
     group: DataParallelGroup
     layout: Layout
+    _model: nn.Module | None
+    _specs: tuple[ParamSpec, ...]
+    _params: list[nn.Parameter]
+    _frozen: list[tuple[str, nn.Parameter]]
     options: Options
     loss_scaling = False  # set by `distmuon.GradScaler`
     _conductor: Conductor | None
@@ -82,16 +86,17 @@ class TrainerFace(torch.optim.Optimizer):
         """Load a full state saved at any dp_size. State keeps its own dtype; masters, if any, become the parameters.
         A parameter under another rule than then raises, or with "reset" begins with no state. Collective; what raises,
         raises on all ranks and before anything is changed."""
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = given if (given := hook(self, state_dict)) is not None else state_dict
 
         def check() -> tuple[dict[str, Any], bool]:
-            checkpoint.check_form(state_dict)
-            taken = checkpoint.routed(state_dict, self.param_groups, on_route_change)
+            state = state_dict
+            for hook in self._optimizer_load_state_dict_pre_hooks.values():
+                state = given if (given := hook(self, state)) is not None else state
+            checkpoint.check_form(state)
+            taken = checkpoint.routed(state, self.param_groups, on_route_change)
             checkpoint.load_groups(taken["param_groups"], [dict(group) for group in self.param_groups])
             return taken, checkpoint.is_empty(taken)
 
-        taken, empty = together(self.group, check)
+        taken, empty = together(self.group, check, stage="load_state_dict")
         if len(set(emptiness := self.group.gather_objects(empty, stage="load_state_dict"))) > 1:
             raise guards.loaded_unlike([rank for rank, is_empty in enumerate(emptiness) if is_empty])
         if not empty or self._conductor is not None:  # the state of before the first step is none
@@ -106,14 +111,22 @@ class TrainerFace(torch.optim.Optimizer):
     def verify_options(self, also: str = "") -> None:
         """Raise on all ranks, naming the first difference, unless all have the same options and hyperparameters now: a
         scheduler fed with each rank's own loss sets another lr on each. Collective."""
-        check_groups(self.param_groups)
+        together(self.group, lambda: check_groups(self.param_groups), stage="comparison of the plans")
         items = [f"{field.name} = {getattr(self.options, field.name)}" for field in fields(self.options)]
         items += hyperparameters(self.param_groups)
         guards.agree_on_plan(repr(items) + also, items, self.group)
 
-    def verify_bits(self, named: Sequence[tuple[str, Tensor]]) -> None:
+    def check_parameters(self) -> None:
+        """Raise if parameters are not, or no longer, what the layout was made for."""
+        guards.check_parameters(self._model, self._named(), [spec.shape for spec in self._specs])
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return [(spec.fqn, param) for spec, param in zip(self._specs, self._params)]
+
+    def verify_bits(self) -> None:
         """Compare parameters as this step's forwards used them: an update and its all-gather heal or spread a bit."""
-        self._built().settle()
+        named = [*self._named(), *self._frozen]
+        self._built().source.finish()  # on all ranks, also one that had no backward
         agree_on_bits([fqn for fqn, _ in named], [param for _, param in named], self.group, stage="verify")
 
     def at_rest(self, *, to_write: bool = False) -> ParamGather:

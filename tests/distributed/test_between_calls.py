@@ -237,3 +237,36 @@ def _other_calls(group: dist.ProcessGroup, call: str, folder: str) -> str:
 @pytest.mark.parametrize("call", ["verify", "load", "save", "finish", "alone"])
 def test_whatever_talks_to_other_ranks_first_ends_what_a_backward_began(spawn, call: str, tmp_path: Path) -> None:
     assert len(set(spawn(_other_calls, 2, call=call, folder=str(tmp_path)))) == 1
+
+
+def _verified_without_backward(group: dist.ProcessGroup) -> str:
+    model, optimizer, inputs = _made(group, verify_every=2)
+    _step(model, optimizer, inputs)
+    if dist.get_rank(group) == 0:
+        model(inputs, True).backward()  # rank 1 has no data left
+    optimizer.step()
+    return digest(weights(model, optimizer))
+
+
+def test_a_rank_without_a_backward_verifies_with_the_others(spawn) -> None:
+    """It compared bits while the others still reduced."""
+    assert len(set(spawn(_verified_without_backward, 2))) == 1
+
+
+def _bad_on_one_rank(group: dist.ProcessGroup, what: str) -> None:
+    model, optimizer, inputs = _made(group)
+    _step(model, optimizer, inputs)
+    if dist.get_rank(group) == 1 and what == "lr":
+        optimizer.param_groups[0]["lr"] = float("nan")
+    if dist.get_rank(group) == 1 and what == "hook":
+        optimizer.register_load_state_dict_pre_hook(lambda *_: {}["absent"])
+    if what == "lr":
+        distmuon.verify_parameters(model, optimizer)
+    else:
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(("what", "match"), [("lr", r"param_groups\[0\]\.lr: found nan"), ("hook", "rank 1: KeyError")])
+def test_what_is_wrong_on_one_rank_raises_on_all(spawn_raises, what: str, match: str) -> None:
+    """It raised there, and the others waited."""
+    spawn_raises(_bad_on_one_rank, 2, match=match, what=what)

@@ -184,7 +184,8 @@ def _elsewhere(group: dist.ProcessGroup, call: str) -> tuple[str, str, float]:
 def test_ranks_at_different_collectives_are_told_where_the_others_stood(spawn, call: str) -> None:
     """`state_dict` waits in the store, `verify_parameters` in a collective of another kind."""
     results = spawn(_elsewhere, 4, call=call)
-    step, state = r"reduce_scatter of bucket 0 \(.+\), step 2", "state_dict, step 2"
+    stage = {"state_dict": "state_dict", "verify_parameters": "comparison of the plans"}[call]
+    step, state = r"reduce_scatter of bucket 0 \(.+\), step 2", f"{stage}, step 2"
     for rank, (message, *_) in enumerate(results[:2]):
         assert re.match(rf"LostRanks: rank {rank} at {step}: rank 2 stood at {state}, .*waited here, too", message), (
             message
@@ -205,6 +206,8 @@ def _raises(group: dist.ProcessGroup, told: bool) -> tuple[tuple[str, str, float
     def act(own: dist.ProcessGroup, rank: int) -> None:
         model, optimizer = make(own)
         train(own, model, optimizer, [0])
+        optimizer.synchronize()
+        dist.barrier(own)  # or else the others might still wait for this step's all-gather
         if not told:
             _limit(own)
         try:

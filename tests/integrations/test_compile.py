@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import distmuon
 from tests.integrations.test_models import Blocks, make_optimizer, train
 from tests.training import digest, weights
 
@@ -137,3 +139,20 @@ def test_inductor_trains_thirty_shapes_as_eager_does(spawn, how: str) -> None:
     for worst, graphs, settings_kept in spawn(_inductor, 2, timeout=900.0, how=how):
         assert worst <= 1e-5 and settings_kept
         assert 1 < graphs <= 12, graphs
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(True, False), (False, True), (True, True)])
+def test_a_compiled_model_is_saved_under_its_own_names(saved: bool, loaded: bool, tmp_path: Path) -> None:
+    """Buffers and frozen weights were once saved as `_orig_mod.*`, which the plain model does not have."""
+
+    def made(is_compiled: bool) -> tuple[Any, distmuon.DistMuon]:
+        model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
+        model[2].bias.requires_grad_(False)
+        handed = torch.compile(model, backend="eager") if is_compiled else model
+        return handed, distmuon.DistMuon(handed)
+
+    source, target = made(saved), made(loaded)
+    distmuon.save_checkpoint(tmp_path / "step-1", *source)
+    distmuon.load_checkpoint(tmp_path, *target)
+    for one, other in zip(source[0].state_dict().values(), target[0].state_dict().values(), strict=True):
+        assert torch.equal(one, other)

@@ -6,8 +6,10 @@ GPU is planted.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -93,10 +95,11 @@ def test_a_disabled_scaler_stays_disabled(accelerator: Any) -> None:
 
 @pytest.fixture
 def one_rank() -> Iterator[None]:
-    """Fabric joins a process group of its own otherwise, and leaves it to the next test."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    """Fabric joins a process group of its own otherwise, and leaves it, and its variables, to the next test."""
+    with mock.patch.dict(os.environ):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
 
 
 @pytest.mark.supports("fp16 with a loss scaler", "Fabric")

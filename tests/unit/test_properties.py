@@ -161,7 +161,7 @@ def test_the_first_match_decides_and_every_parameter_has_one_rule(data: st.DataO
     given_routes = [chosen for chosen, _ in patterns] + [rest]
     first = {name: next((r for r, means in patterns if means(name)), rest) for name in names}
     unused = [chosen for chosen in given_routes if chosen not in first.values()]
-    if unused:
+    if unused and set(names) - frozen - empty:
         with pytest.raises(ValueError, match=re.escape(f"Route({unused[0].pattern!r}): matched no parameter")):
             route(named, given_routes)
         return
@@ -316,5 +316,5 @@ def test_no_norm_turns_gradients_around(max_norm: float) -> None:
     model = nn.Linear(4, 6)
     optimizer = distmuon.DistMuon(model)
     model(torch.randn(5, 4)).sum().backward()
-    with pytest.raises(ValueError, match=rf"max_norm: found {max_norm}; a norm >= 0 is needed"):
+    with pytest.raises(ValueError, match=rf"max_norm: found {max_norm}; a positive number is needed"):
         optimizer.clip_grad_norm_(max_norm)
