@@ -147,3 +147,20 @@ def test_the_counter_sees_an_all_reduce_by_ddp() -> None:
         assert seen.all_reduces > 0
     finally:
         dist.destroy_process_group()
+
+
+def test_ddp_is_not_silenced_where_it_is_to_average() -> None:
+    import torch.distributed as dist
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+
+    from distmuon import DistMuon
+    from distmuon.integrations.ddp import silence
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(nn.Linear(64, 64))
+        with pytest.raises(ValueError, match='silenced with grad_reduction="external"; somebody has to average; drop'):
+            silence(model, DistMuon(model, grad_reduction="external"))
+    finally:
+        dist.destroy_process_group()
