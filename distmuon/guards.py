@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import gcd, isfinite
 from typing import Any
 
 import torch
@@ -209,7 +209,7 @@ def check_frozen(named: Sequence[tuple[str, nn.Parameter]]) -> None:
 def check(grad_shards: Sequence[Tensor], present: Sequence[bool], group: DataParallelGroup) -> Verdict:
     """One all-reduce. The host reads the device only if some parameter had no gradient here."""
     # By rows: over all elements at once the CPU's float32 sum loses a thousandth at 30 million of them.
-    rows = [torch.linalg.vector_norm(shard.view(-1, 64), dim=1) for shard in grad_shards]
+    rows = [torch.linalg.vector_norm(shard.view(-1, gcd(shard.numel(), 1024)), dim=1) for shard in grad_shards]
     squares = [norms.double().square().sum() for norms in rows]
     flags = torch.ones(len(present), dtype=torch.float64, device=squares[0].device)
     if not all(present):
