@@ -134,8 +134,8 @@ class ParamGather:
                     self._apply(self.buffers.buckets[index], arrived, updates)
                 self.buffers.buckets[index].stage_out()
                 self.buffers.arrived(index)
-        if self._home is not None:  # who waits first may be on another stream (an evaluation, a copy to the host)
-            self._home.wait_stream(torch.cuda.current_stream(self._home.device))
+        if self._home is not None and self._home != (current := torch.cuda.current_stream(self._home.device)):
+            self._home.wait_stream(current)  # who waits first may be on another (an evaluation, a copy to the host)
 
     def wait_quietly(self) -> None:
         """For who cannot raise: where peers are gone, nobody can be told."""

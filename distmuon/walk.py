@@ -57,11 +57,10 @@ class BucketWalk:
         self._group_of, self._ns_dtype, self._ns_kernels = group_of, options.ns_dtype, options.ns_kernels
         self._step = Step(())
         # A segment has one scale, that of its matrix's first column block; matrices of one parameter may differ in it.
-        self._shapes = {
-            segment: layout.unit_of(segment).logical_shapes[0]
-            for segment in bucket.bucket.segments
-            if layout.specs[segment.param].rule == "muon"
-        }
+        # Of this rank's segments; of all where every rank applies what travels.
+        segments = bucket.bucket.segments if param_gather.updates_travel else [piece.segment for piece in bucket.muon]
+        of_muon = [segment for segment in segments if layout.specs[segment.param].rule == "muon"]
+        self._shapes = {segment: layout.unit_of(segment).logical_shapes[0] for segment in of_muon}
         matrices = [matrix for matrix in layout.matrices if matrix.bucket == bucket.bucket.index]
         device = bucket.param_flat.device
         self._exchange = MatrixGather(
