@@ -1,4 +1,4 @@
-"""The house of docs/design.md: who may import whom, talk to other ranks, allocate, and how long a file may be.
+"""The house of docs/design.md: who may import whom, talk to other ranks, and allocate.
 
 The laws are read from the syntax tree, so a breach is found without running the code. Each law is a function of (room,
 source) that returns the breaches it sees; each is first shown a planted breach and a clean neighbour, then the library.
@@ -158,11 +158,6 @@ def imports_strangers(room: str, source: str) -> list[str]:
     return [f"{room}:{line}: imports {name}" for line, name in found if name.split(".")[0] not in allowed]
 
 
-def is_too_long(room: str, source: str) -> list[str]:
-    """Law (f): 320 lines a file at the most."""
-    return [f"{room}: {n} lines"] if (n := len(source.splitlines())) > 320 else []
-
-
 DIST, FROM = "import torch.distributed as dist", "from torch import distributed as d"
 LAWS: list[tuple[Callable[[str, str], list[str]], str, str, str]] = [
     # law, room, a breach, a clean neighbour
@@ -196,7 +191,6 @@ LAWS: list[tuple[Callable[[str, str], list[str]], str, str, str]] = [
     (imports_strangers, "planner", "def f():\n    import transformers", "from dataclasses import dataclass"),
     (imports_strangers, "rules", 'import importlib as i\ni.import_module("triton")', 'import_module("torch.optim")'),
     (imports_strangers, "ns_kernels", "import_module(name)", 'importlib.import_module("gram_newton_schulz")'),
-    (is_too_long, "rules", "x = 1\n" * 321, "x = 1\n" * 320),
 ]  # fmt: skip
 
 
@@ -225,25 +219,6 @@ def test_the_house_keeps_its_laws(law: Callable[[str, str], list[str]]) -> None:
 def test_the_faces_may_talk_to_ranks_only_through_the_library() -> None:
     """`integrations` and `cli` are under law (a) like every other room."""
     assert talks_to_ranks("integrations", "import torch.distributed as dist\ndist.all_reduce(x)")
-
-
-PARTS = {  # what a reader may leave out, and how long each part may be; all else trains
-    "planning": (1200, {"planner", "counts", "shapes", "step_time", "cli"}),
-    "saving": (1800, {"checkpoint", "interchange", "saving", "loading", "sharded", "boxes", "snapshot", "manifest",
-                      "run_state", "agreement"}),
-    "lost ranks": (200, {"roll_call"}),
-    "integrations": (1200, {"integrations", "trainer_face", "doctor"}),
-}  # fmt: skip
-
-
-def test_the_library_stays_small() -> None:
-    """What trains, and each part beside it, have a bound of their own."""
-    lines = dict.fromkeys([*PARTS, "training"], 0)
-    for room, source in _rooms().values():
-        part = next((part for part, (_, rooms) in PARTS.items() if room in rooms), "training")
-        lines[part] += len(source.splitlines())
-    bounds = {"training": 4300, **{part: bound for part, (bound, _) in PARTS.items()}}
-    assert all(0 < lines[part] < bound for part, bound in bounds.items()), lines
 
 
 def test_every_floor_is_lived_in() -> None:
