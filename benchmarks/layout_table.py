@@ -52,7 +52,7 @@ def main() -> None:
     print("|---|---|" + "---|" * (columns.count("|") + 1))
     for name, dp_sizes in (TIMES if arguments.orders else LAYOUTS).items():
         for dp_size in dp_sizes:
-            found = plan(name, dp_size=dp_size, hardware=arguments.hardware)
+            found = plan(name, dp_size=dp_size, hardware=arguments.hardware, overlap="forward")
             print(f"| {name} | {dp_size} | {order_row(found) if arguments.orders else layout_row(found)} |")
 
 

@@ -65,7 +65,7 @@ class BucketBuffers:
     about: str  # for messages: its number and its first parameters
     param_flat: Tensor
     param_shard: Tensor
-    grad_flat: Tensor | None  # (dp_size * shard_size,), reduce dtype; None: reduced by others, or released
+    grad_flat: Tensor | None  # (dp_size * shard_size,), reduce dtype; None: in param.grad, or released
     grad_shard: Tensor  # (shard_size,) float32; the slice of grad_flat where that stays and is float32
     master_shard: Tensor | None  # (shard_size,) float32; the parameter shard itself if that is float32
     remainder: Tensor | None  # (shard_size,) int16, instead of a master_shard; see `formats.split`
@@ -141,7 +141,7 @@ class Buffers:
                 (staged_here if segment.rank == self.dp_rank else staged).append((flat, elements))
         param_shard = param_flat[own]
 
-        stays = options.grad_reduction == "reduce_scatter" and not options.release_grads
+        stays = not options.grads_stay(self.layout.dp_size) and not options.release_grads
         grad_flat = torch.zeros_like(param_flat, dtype=options.reduce_dtype) if stays else None
         if grad_flat is not None and grad_flat.dtype == torch.float32:
             grad_shard = grad_flat[own]

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, get_args
 import torch
 from torch import nn
 
-from distmuon.config import MasterFormat, ParamGather
+from distmuon.config import MasterFormat, Overlap, ParamGather
 from distmuon.errors import problem
 from distmuon.planner import HARDWARE, STAGES, Plan, plan
 from distmuon.routing import ParamSpec
@@ -25,6 +25,7 @@ from distmuon.shapes import TABLES, shape_table
 from distmuon.step_time import Order
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OVERLAP: dict[str, Overlap] = {"step": True, "forward": "forward", "none": False}
 _MOMENTUM = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _ORDERS: dict[Order, str] = {  # labels
     "one_group": "one group",
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--param-gather", default="parameters", choices=get_args(ParamGather), help="what all-gathers carry")
     add("--master-format", default="float32", choices=get_args(MasterFormat))
     add("--momentum-dtype", default="float32", choices=tuple(_MOMENTUM))
-    add("--overlap", default="step", choices=("step", "backward", "none"), help="where updates begin, and travel")
+    add("--overlap", default="step", choices=tuple(_OVERLAP), help="what buckets and all-gathers run under")
     add("--ns-steps", default=5, type=int, help="Newton-Schulz steps")
     add("--hardware", default="h100", choices=(*HARDWARE, "none"), help="for the estimated times")
     add("--exchange-group", action="store_true", help="exchanges in a process group of their own (estimated times)")
@@ -121,7 +122,7 @@ def _plans(arguments: argparse.Namespace) -> list[Plan]:
             param_gather=arguments.param_gather,
             master_format=arguments.master_format,
             momentum_dtype=_MOMENTUM[arguments.momentum_dtype],
-            overlap="backward" if arguments.overlap == "backward" else arguments.overlap == "step",
+            overlap=_OVERLAP[arguments.overlap],
             ns_steps=arguments.ns_steps,
             exchange_group=arguments.exchange_group,
             hardware=None if arguments.hardware == "none" else arguments.hardware,

@@ -22,6 +22,12 @@ here: `import distmuon` before `init_process_group`, as scripts do, and the grou
 A work that nobody has waited for (the last step's all-gathers) keeps gloo's event thread past that, until the optimizer
 goes: `synchronize` before the group is destroyed; a forward without gradients or a save does it, too.
 
+[Note: two channels] Tensors travel on the group that the user gave. What ranks agree on, small objects, travels on a
+gloo group of its own, the control group: it is made from the same ranks when it is first needed, and all optimizers of
+these ranks share it. So an agreement cannot be taken for a reduction that another rank has started, nor for the user's
+own collective. Each object carries who asks: the optimizer's number and the call. Ranks that meet at different ones
+all raise, and say which.
+
 [Note: who waits where] On gloo `Pending.wait` blocks, and raises when a rank is late by the group's timeout or its
 connection is gone; `roll_call.py` then says which rank, and where. On NCCL `wait` only queues: the host runs on, and
 NCCL's own watchdog ends the process at the timeout. With TORCH_NCCL_BLOCKING_WAIT=1 `wait` blocks and raises there,
@@ -30,13 +36,15 @@ too; that costs the host its lead, so it is for finding out.
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch._dynamo  # see [Note: clean exit]
@@ -53,6 +61,18 @@ _NOBODYS_TAG = 0x6D756F6E
 
 Count = Callable[[str, int], None]
 T = TypeVar("T")
+_control_of: WeakKeyDictionary[dist.ProcessGroup, Any] = WeakKeyDictionary()
+_optimizers_of: WeakKeyDictionary[dist.ProcessGroup, _Optimizers] = WeakKeyDictionary()
+
+
+@dataclass(slots=True)
+class _Optimizers:
+    """Those of one group: how many were made here and how many of them are built; see `take_number`."""
+
+    made: int = 0
+    built: int = 0
+    more: list[int] = field(default_factory=list)  # by rank, how many more than rank 0 it had made by then
+
 
 # torch 2.13 renames the flat collectives and warns at the old names; older torch has only those.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -109,16 +129,17 @@ class DataParallelGroup:
         self.dp_size = dist.get_world_size(process_group) if distributed else 1
         self.dp_rank = dist.get_rank(process_group) if distributed else 0
         self._gloo = distributed and dist.get_backend(process_group) == "gloo"
-        self._device: torch.device | None = None
         self.roll = RollCall(process_group, self.dp_rank, self.dp_size)
         self.step = 1  # the one in progress, since the optimizer was made; for messages
+        self._made = 0  # this one's number among those made here
+        if self.dp_size > 1:
+            optimizers = _optimizers_of.setdefault(self._group(), _Optimizers())
+            self._made = optimizers.made = optimizers.made + 1
+        self.number = 0  # of the optimizer among those built on this group; 0: not built yet
+        self._call, self._calls = "", 0  # the collective call that is running, and how many there were
 
-    def check_current(self, device: torch.device) -> None:
-        """Raise if torch.distributed was initialised after this group was looked up: other ranks would be ignored.
-
-        `device`: of the parameters; objects are gathered there, whatever the current device is.
-        """
-        self._device = device
+    def check_current(self) -> None:
+        """Raise if torch.distributed was initialised after this group was looked up: other ranks would be ignored."""
         if self.process_group is None and self.dp_size == 1 and dist.is_initialized() and dist.get_world_size() > 1:
             raise problem(
                 "process_group", f"DistMuon was made before the group of {dist.get_world_size()} ranks",
@@ -137,6 +158,57 @@ class DataParallelGroup:
     def _lost(self, stage: str, about: str) -> Callable[[RuntimeError], LostRanks]:
         """What to raise if the collective that starts now fails; see roll_call.py, [Note: roll call]."""
         return partial(self.lost, Place(stage, about, self.step))
+
+    def take_number(self) -> None:
+        """Number the optimizer among those built on this group, and raise unless all ranks build the same one.
+
+        One rank may have made an optimizer more than another that it never used. But how many more may not change.
+        """
+        if self.dp_size == 1:
+            return
+        optimizers = _optimizers_of[self._group()]
+        made = self.gather_objects(self._made, stage="comparison of the plans")
+        more = [number - made[0] for number in made]
+        if optimizers.more not in ([], more):
+            raise problem(
+                "DistMuon", f"ranks use their optimizers numbers {made} for the same first forward",
+                "several optimizers must be built in one order on all ranks",
+                "make them, and call their models for the first time, in the same order everywhere",
+            )  # fmt: skip
+        optimizers.more = more
+        self.number = optimizers.built = optimizers.built + 1
+
+    def begin(self, call: str) -> None:
+        """A collective call of the user's begins, also where its arguments will be refused on this rank."""
+        self._call, self._calls = call, self._calls + 1
+
+    def _group(self) -> dist.ProcessGroup:
+        return self.process_group if self.process_group is not None else c10d._get_default_group()
+
+    def _control(self) -> Any:
+        """See [Note: two channels]. Collective when it is first asked for.
+
+        Not by `new_group`: that names a group by how many this process is in, which may differ by rank.
+        """
+        process_group = self._group()
+        if process_group not in _control_of:
+            store = c10d.PrefixStore("distmuon/control", c10d._get_process_group_store(process_group))
+            made = dist.ProcessGroupGloo(store, self.dp_rank, self.dp_size, timeout=_timeout_of(process_group))
+            _control_of[process_group] = made
+        return _control_of[process_group]
+
+    def _gather_bytes(self, text: bytes) -> list[bytes]:
+        control = self._control()
+
+        def gather(mine: Tensor) -> list[Tensor]:
+            everyone = [torch.empty_like(mine) for _ in range(self.dp_size)]
+            control.allgather([everyone], [mine]).wait()
+            return everyone
+
+        lengths = [int(length) for length in gather(torch.tensor([len(text)], device="cpu"))]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device="cpu")
+        padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        return [bytes(t[:length].tolist()) for t, length in zip(gather(padded), lengths)]
 
     def lost(self, place: Place, error: RuntimeError) -> LostRanks:
         """The error to raise for `error` of a collective at `place`."""
@@ -230,13 +302,20 @@ class DataParallelGroup:
             tensor.copy_(elements.view(tensor.shape))
 
     def gather_objects(self, value: T, *, stage: str) -> list[T]:
-        """A small picklable value of every rank, in rank order, blocking. Outside of steps: not counted."""
-        values: list[T] = [value] * self.dp_size
-        if self.dp_size > 1:
-            on_cuda = self._device is not None and self._device.type == "cuda"
-            with self._blocking(stage), torch.cuda.device(self._device) if on_cuda else nullcontext():
-                dist.all_gather_object(values, value, group=self.process_group)
-        return values
+        """A small picklable value of every rank, in rank order, blocking. Outside of steps: not counted.
+
+        Raises `ValueError` on all ranks where they do not ask for the same, see [Note: two channels].
+        """
+        if self.dp_size == 1:
+            return [value]
+        asks = (self.number, self._call, self._calls, stage)
+        with self._blocking(stage):
+            gathered = self._gather_bytes(pickle.dumps((asks, value)))
+        values: list[tuple[tuple[int, str, int, str], T]] = [pickle.loads(each) for each in gathered]
+        if len({theirs for theirs, _ in values}) > 1:
+            self._calls = max(theirs[2] for theirs, _ in values)  # from here on in step again
+            raise _asked_apart([theirs for theirs, _ in values])
+        return [theirs for _, theirs in values]
 
     def missing_ranks(self, what: str) -> list[int]:
         """The ranks that do not come to `what` within `ROLL_CALL_S` of this one: none, once all have. Blocking.
@@ -267,13 +346,41 @@ class DataParallelGroup:
         return [rank for rank in others if store.add(f"rank {rank}", 0) < turn]
 
 
-def hang_up(process_group: dist.ProcessGroup | None) -> None:
-    """End this rank's part in a gloo group, so that whoever waits for it fails now. Idempotent.
+def _asked_apart(asks: list[tuple[int, str, int, str]]) -> ValueError:
+    """The refusal of an agreement at which ranks meet with different questions."""
+    texts = []
+    for number, call, calls, stage in asks:
+        of_call = f"{call} (call {calls}), " if call else ""
+        texts.append(f"optimizer {number}, {of_call}{stage}")
+    ranks_of: dict[str, list[int]] = {}
+    for rank, text in enumerate(texts):
+        ranks_of.setdefault(text, []).append(rank)
+    return problem(
+        "ranks",
+        "; ".join(f"{ranks} asked for {text}" for text, ranks in ranks_of.items()),
+        "all ranks must make the same collective calls, of the same optimizer, in the same order",
+        "use several optimizers in one order on all ranks, and look for a call that was refused, or left out, on some",
+    )
 
-    gloo closes all connections of a group when a receive runs out of time, so one is asked for that nobody sends.
+
+def _timeout_of(process_group: dist.ProcessGroup) -> timedelta:
+    """How long collectives of this group wait."""
+    options: Any = [process_group._get_backend(device).options for device in process_group._device_types]
+    timeout: timedelta = max(each._timeout for each in options)
+    return timeout
+
+
+def hang_up(process_group: dist.ProcessGroup | None) -> None:
+    """End this rank's part in a gloo group and in its control group, so that whoever waits for it fails now.
+
+    Idempotent. gloo closes all connections of a group when a receive runs out of time, so one is asked for that nobody
+    sends.
     """
-    with suppress(RuntimeError, ValueError):  # the error that closes them; they are closed, or destroyed, already
-        pg = process_group if process_group is not None else c10d._get_default_group()
-        if dist.get_backend(pg) == "gloo":
-            peer = (pg.rank() + 1) % pg.size()
-            pg.recv([torch.empty(1, device="cpu")], peer, _NOBODYS_TAG).wait(timedelta(milliseconds=1))
+    with suppress(RuntimeError, ValueError):  # destroyed already
+        group = process_group if process_group is not None else c10d._get_default_group()
+        of_gloo = [group] if dist.get_backend(group) == "gloo" else []
+        control: list[Any] = [_control_of[group]] if group in _control_of else []
+        for each in [*of_gloo, *control]:
+            with suppress(RuntimeError):  # the error that closes them; they may be closed already
+                peer = (each.rank() + 1) % each.size()
+                each.recv([torch.empty(1, device="cpu")], peer, _NOBODYS_TAG).wait(timedelta(milliseconds=1))

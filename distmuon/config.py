@@ -21,7 +21,7 @@ Packing = Literal["balanced", "contiguous"]
 Placement = Literal["owner", "replicated"]
 GradReduction = Literal["reduce_scatter", "external"]
 ParamGather = Literal["parameters", "updates"]
-Overlap = Literal[False, True, "backward"]
+Overlap = Literal[False, True, "forward"]
 MasterFormat = Literal["float32", "remainder"]
 AdjustLrFn = Literal["match_rms_adamw", "original"]
 
@@ -66,12 +66,6 @@ class Options:
         one_of("momentum_dtype", self.momentum_dtype, (torch.float32, torch.bfloat16, torch.int8))
         one_of("ns_dtype", self.ns_dtype, (torch.bfloat16, torch.float32, torch.float64))
         one_of("exchange_dtype", self.exchange_dtype, (None, torch.bfloat16, torch.float32, torch.float64))
-        if self.overlap == "backward" and (self.max_grad_norm is not None or self.grad_reduction == "external"):
-            found = "max_grad_norm" if self.max_grad_norm is not None else 'grad_reduction="external"'
-            raise problem(
-                "overlap", f'found "backward" with {found}', "updates that may begin in backward are needed",
-                "pass overlap=True",
-            )  # fmt: skip
         if self.release_grads and self.grad_reduction == "external":
             raise problem(
                 "release_grads", 'found True with grad_reduction="external"', "gradient buffers of our own are needed",
@@ -96,6 +90,10 @@ class Options:
     def travels(self) -> torch.dtype:
         """The dtype in which pieces of updates and polar factors travel."""
         return self.ns_dtype if self.exchange_dtype is None else self.exchange_dtype
+
+    def grads_stay(self, dp_size: int) -> bool:
+        """Gradients stay in `param.grad`, where autograd puts them: somebody else averages them, or nobody has to."""
+        return self.grad_reduction == "external" or dp_size == 1
 
     def master_bytes(self, param_dtype: torch.dtype) -> int:
         """Bytes an element of what is kept beside a parameter to make its float32 master."""

@@ -84,8 +84,9 @@ def sent_bytes(layout: Layout, options: Options, rank: int) -> dict[str, int]:
 
 
 def guard_bytes(layout: Layout) -> int:
-    """What a rank sends in the guard's all-reduce: one float64 for the norm and one a parameter, around a ring."""
-    return 2 * (layout.dp_size - 1) * (1 + len(layout.specs)) * torch.float64.itemsize // layout.dp_size
+    """What a rank sends in the guard's all-reduce, around a ring: float64 for the norm, for the fingerprint of the
+    hyperparameters and its square, and one a parameter."""
+    return 2 * (layout.dp_size - 1) * (3 + len(layout.specs)) * torch.float64.itemsize // layout.dp_size
 
 
 def _load(layout: Layout, options: Options) -> list[BucketLoad]:
@@ -154,7 +155,7 @@ def _held(layout: Layout, options: Options, loads: Sequence[BucketLoad]) -> Iter
 
 def _gradient_bytes(layout: Layout, options: Options, bucket: Bucket) -> int:
     """Held between steps for a bucket: the flat buffer, if it stays, and a float32 shard, if that is no part of it."""
-    stays = options.grad_reduction == "reduce_scatter" and not options.release_grads
+    stays = not options.grads_stay(layout.dp_size) and not options.release_grads
     whole = layout.dp_size * bucket.shard_size * options.reduce_dtype.itemsize if stays else 0
     return whole + (0 if stays and options.reduce_dtype == torch.float32 else 4 * bucket.shard_size)
 
@@ -164,7 +165,6 @@ def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, ra
     ns, peak = max(options.ns_dtype.itemsize, options.travels.itemsize), 0
     gathered = computing = finished = 0  # held by the bucket before: after its gather, in Newton-Schulz, after it
     last = 0  # held by the bucket before that one, until its update is applied
-    early = 0  # held by all walks that began in backward, until the verdict
     messages = [0]  # updates on their way, two at once
     for bucket, load in zip(reversed(layout.buckets), reversed(loads)):
         stacks = ns * load.stacked[rank]
@@ -178,13 +178,12 @@ def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, ra
         gathered = holds
         if not options.overlap:
             peak, gathered, computing = max(peak, computing), 0, 0
-        early += finished + updates if options.overlap == "backward" else 0
         if options.param_gather == "updates" and layout.dp_size > 1:
             messages.append(load.all_gather + load.all_gather // (layout.dp_size - 1))
     flat = [layout.dp_size * bucket.shard_size * options.reduce_dtype.itemsize for bucket in layout.buckets]
     at_once = _two(flat) if options.overlap else sum(flat)  # in backward
-    released = at_once if options.release_grads else 0
-    return max(peak, computing + last, released) + early + _two(messages)
+    released = at_once if options.release_grads and not options.grads_stay(layout.dp_size) else 0
+    return max(peak, computing + last, released) + _two(messages)
 
 
 def _two(each: Sequence[int]) -> int:

@@ -24,13 +24,15 @@ class Verdict:
     """The same on all ranks. `total_norm` (0-dim float32) and `ok` (0-dim bool) stay on the device.
 
     `present[i]`: some rank had a gradient for parameter i (a parameter without any is left alone). `known`: what `ok`
-    says, where the host may read it for nothing; None on a GPU.
+    says, where the host may read it for nothing; None on a GPU. `apart` (0-dim bool): the ranks step by different
+    hyperparameters, or different optimizers; then `ok` is False.
     """
 
     total_norm: Tensor
     ok: Tensor
     present: Sequence[bool]
     known: bool | None
+    apart: Tensor
 
 
 def unwrap(params: Any, grad_reduction: str) -> Any:
@@ -130,14 +132,6 @@ def unled_engine() -> ValueError:
     )  # fmt: skip
 
 
-def loaded_under_updates() -> ValueError:
-    """The refusal to load state between a backward and its step, once updates have begun from the old state."""
-    return problem(
-        "load", 'found overlap="backward" between backward and step, where updates have begun from the state as it was',
-        "a moment without gradients is needed", "call optimizer.zero_grad() first",
-    )  # fmt: skip
-
-
 def loaded_unlike(empty: Sequence[int]) -> ValueError:
     """The refusal of a `load_state_dict` that not all ranks were given."""
     return problem(
@@ -206,21 +200,30 @@ def check_frozen(named: Sequence[tuple[str, nn.Parameter]]) -> None:
             )  # fmt: skip
 
 
-def check(grad_shards: Sequence[Tensor], present: Sequence[bool], group: DataParallelGroup) -> Verdict:
-    """One all-reduce. The host reads the device only if some parameter had no gradient here."""
+def check(
+    grad_shards: Sequence[Tensor], present: Sequence[bool], group: DataParallelGroup, fingerprint: int = 0
+) -> Verdict:
+    """One all-reduce. The host reads the device only if some parameter had no gradient here.
+
+    `fingerprint`: below 2**16, of what must be equal on all ranks. It is where dp_size times the sum of its squares is
+    the square of its sum: whole numbers that float64 holds exactly up to 1,024 ranks.
+    """
     # By rows: over all elements at once the CPU's float32 sum loses a thousandth at 30 million of them.
     rows = [torch.linalg.vector_norm(shard.view(-1, gcd(shard.numel(), 1024)), dim=1) for shard in grad_shards]
     squares = [norms.double().square().sum() for norms in rows]
     flags = torch.ones(len(present), dtype=torch.float64, device=squares[0].device)
     if not all(present):
         flags.copy_(torch.tensor(present, dtype=torch.float64))
-    message = torch.cat([torch.stack(squares).sum().view(1), flags])
+    prints = torch.full_like(flags[:2], fingerprint)
+    prints[1:].square_()
+    message = torch.cat([torch.stack(squares).sum().view(1), prints, flags])
     reduced = group.start_all_reduce(message, stage="guard").wait()
     total_norm = reduced[0].sqrt()
     if not all(present):
-        present = [count > 0 for count in reduced[1:].tolist()]
-    ok = torch.isfinite(total_norm)
-    return Verdict(total_norm.float(), ok, present, known_on_host(ok))
+        present = [count > 0 for count in reduced[3:].tolist()]
+    apart = reduced[1].square() != group.dp_size * reduced[2]
+    ok = torch.isfinite(total_norm) & ~apart
+    return Verdict(total_norm.float(), ok, present, known_on_host(ok), apart)
 
 
 def known_on_host(ok: Tensor) -> bool | None:

@@ -6,6 +6,7 @@ bucket `walk.py`; which rule is `routing`, where is `layout`, storage is `buffer
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,9 @@ from distmuon.config import (
     ParamGather,
     Placement,
     check_groups,
+    hyperparameters,
 )  # fmt: skip
+from distmuon.errors import problem
 from distmuon.hooks import Hooks
 from distmuon.layout import Layout, make_layout
 from distmuon.metrics import Metrics
@@ -75,14 +78,15 @@ class DistMuon(TrainerFace):
         exchange_group: a second group of the same ranks for that exchange, so that on NCCL it does not queue behind
             all-gathers. None: process_group.
         max_grad_norm: clip every step's averaged gradient to this global norm. None: only on `clip_grad_norm_`.
-        overlap: reduce under backward, pipeline the buckets in `step`, gather parameters under the next forward.
-            "backward": updates begin under backward too, up to their polar factors; no clipping then.
+        overlap: reduce under backward and pipeline the buckets in `step`, which ends when parameters have arrived.
+            "forward": all-gathers run under the next forward, whose modules wait for them; whoever else reads or
+            writes parameters after `step` must call `synchronize` first. False: one bucket after the other.
         verify_every: compare the bits of all parameters across ranks before every such step writes; 0: never.
 
     Buffers are built at the first forward in training, gradient, step or state call, on all ranks together: rank 0's
     parameters and module buffers are broadcast, then parameters live in flat storage and must not be moved. After
-    backward ``param.grad`` is None: the gradient is in the reduction. Between `step` and the next forward parameters
-    are in flight; call `synchronize` before reading or writing them by any other way than a forward.
+    backward the gradient is in the reduction, and what stands in ``param.grad`` raises when it is used; in one process,
+    and with ``grad_reduction="external"``, gradients stay where autograd puts them, as with any torch optimizer.
     Raises `ValueError` naming thing, number and cure for whatever would train wrongly.
     """
 
@@ -158,7 +162,12 @@ class DistMuon(TrainerFace):
         self.layout = self._make_layout()
         self._conductor: Conductor | None = None
         self._sync = True
-        self._gathers_in_forward = self._model is not None and bool(overlap) and self.group.dp_size > 1
+        if overlap == "forward" and self._model is None:
+            raise problem(
+                "overlap", 'found "forward" with parameters by name', "the modules that use them must wait for them",
+                "pass the model itself, or overlap=True",
+            )  # fmt: skip
+        self._gathers_in_forward = overlap == "forward" and self.group.dp_size > 1
         self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward)
         self.register_step_pre_hook(arrived)  # before the user's own, which may read parameters
 
@@ -169,7 +178,7 @@ class DistMuon(TrainerFace):
 
     def _make_layout(self) -> Layout:
         """The layout of the parameters as they are: until buffers are built, engines may still move and cast them."""
-        self.group.check_current(self._params[0].device)
+        self.group.check_current()
         self.check_parameters()
         self._specs = tuple(replace(spec, dtype=param.dtype) for spec, param in zip(self._specs, self._params))
         o = self.options
@@ -185,6 +194,7 @@ class DistMuon(TrainerFace):
         and not with those of a checkpoint.
         """
         self.layout = self._make_layout()
+        self.group.take_number()
         lines = [f"{s.fqn} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
         guards.agree_on_plan(repr(lines), lines, self.group)
         kernels = ns_kernels.summary(self.options, self._params[0].device, self.param_groups, reasons=False)
@@ -197,7 +207,7 @@ class DistMuon(TrainerFace):
             guards.check_finite(guards.not_finite([spec.fqn for spec in self._specs], self._params))
         self._conductor = Conductor(
             self.layout, self._params, self.group, self._exchange_group, self.options, self._group_of,
-            self._hyperparameters, self._metrics,
+            self._metrics,
             self._gathers_in_forward and self._exchange_group.process_group is self.group.process_group,
         )  # fmt: skip
         # Whoever drops the optimizer after its last step keeps a model whose parameters are still under way.
@@ -237,10 +247,25 @@ class DistMuon(TrainerFace):
 
     def _reduce(self) -> bool:
         """Whether this call has reduced, and not one before it."""
-        present = self._built().reduce()
-        if present is not None and not all(present):
+        conductor = self._built()
+        present = conductor.reduce(self._fingerprint())
+        if present is None:
+            return False
+        if conductor.ranks_went_apart():
+            self.verify_options()
+            raise problem(
+                "step", "the ranks' hyperparameters differed, and are equal now", "they must be equal in every step",
+                "let schedulers depend on the step alone",
+            )  # fmt: skip
+        if not all(present):
             self.check_parameters()  # the model may hold others by now
-        return present is not None
+        return True
+
+    def _fingerprint(self) -> int:
+        """16 bits of what must be equal on all ranks in every step."""
+        check_groups(self.param_groups)
+        text = repr((self.group.number, hyperparameters(self.param_groups)))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:2], "big")
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -251,10 +276,10 @@ class DistMuon(TrainerFace):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, also those already accumulated or reduced but not yet used by a step."""
-        super().zero_grad(set_to_none)
         self._hooks.check_self(self)
         if self._conductor is not None:
             self._conductor.forget()
+        super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -255,13 +255,18 @@ def _plan_layout(
     sizes = [spec.numel for spec in layout.specs]
     total = sum(sizes)
     times: dict[Order, StepTime] = {}
-    order: Order = "exchange_group" if exchange_group else "gathers_last"
-    order = order if options.overlap and options.param_gather == "parameters" else "one_group"
+    order: Order = "one_group"
+    if options.overlap and options.param_gather == "parameters":
+        if exchange_group:
+            order = "exchange_group"
+        elif options.overlap == "forward":
+            order = "gathers_last"
     for each in ORDERS if options.overlap else ORDERS[:1]:
         if hardware is not None:
             times[each] = estimate(
                 loads, hardware, guard_bytes=guard_bytes(layout), ns_bytes=options.ns_dtype.itemsize,
-                ns_steps=ns_steps, overlap=bool(options.overlap), order=each,
+                ns_steps=ns_steps, overlap=bool(options.overlap),
+                gathers_in_forward=options.overlap == "forward", order=each,
             )  # fmt: skip
     return Plan(
         way=way,

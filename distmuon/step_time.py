@@ -151,10 +151,14 @@ class _Clock:
 
 
 def estimate(
-    loads: Sequence[BucketLoad], hardware: Hardware, *, guard_bytes: int, ns_bytes: int, ns_steps: int, overlap: bool,
-    order: Order = "one_group",
+    loads: Sequence[BucketLoad], hardware: Hardware, *, guard_bytes: int, ns_bytes: int, ns_steps: int,
+    overlap: bool, gathers_in_forward: bool, order: Order = "one_group",
 ) -> StepTime:  # fmt: skip
-    """Walk the buckets as the optimizer does, the first layers' first. `ns_bytes`: of an orthogonalized element."""
+    """Walk the buckets as the optimizer does, the first layers' first. `ns_bytes`: of an orthogonalized element.
+
+    `gathers_in_forward`: the step is over once the first bucket is whole; the others' all-gathers are left to the
+    forward. Otherwise all parameters are whole when the step is over.
+    """
     dp_size, h, loads = loads[0].dp_size, hardware, loads[::-1]
     one_node = dp_size <= h.node_size
     latency = h.latency_s * (1 + log2(max(1, ceil(dp_size / h.node_size)))) if dp_size > 1 else 0.0
@@ -208,7 +212,7 @@ def estimate(
             ready = bucket + 1 if not held_back else 0
             gathers += [clock.start(earlier.all_gather / ring + latency) for earlier in loads[len(gathers) : ready]]
     last = clock.end(gathers[-1])
-    step = max(gathers[0].end if overlap else last, *clock.compute)
+    step = max(gathers[0].end if gathers_in_forward else last, *clock.compute)
     ns_of = [sum(of_rank) for of_rank in zip(*newton_schulz)]
     copies = 2 * sum(load.staged for load in loads) / memory
     rest_of = [sum(of_rank) + copies for of_rank in zip(guard, *before, *after)]

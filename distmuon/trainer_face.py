@@ -75,7 +75,6 @@ class TrainerFace(torch.optim.Optimizer):
             return packed
         if self._consolidated is not None:
             return {"state": dict(self._consolidated), "param_groups": packed["param_groups"]}
-        self._conductor.settle()  # a rank that has begun to reduce may wait for the others in its backward
         if missing := self.group.missing_ranks("state_dict"):
             raise guards.asked_alone(self.group.dp_rank, missing)
         buffers = self.at_rest().buffers
@@ -96,6 +95,7 @@ class TrainerFace(torch.optim.Optimizer):
             checkpoint.load_groups(taken["param_groups"], [dict(group) for group in self.param_groups])
             return taken, checkpoint.is_empty(taken)
 
+        self.group.begin("load_state_dict")
         taken, empty = together(self.group, check, stage="load_state_dict")
         if len(set(emptiness := self.group.gather_objects(empty, stage="load_state_dict"))) > 1:
             raise guards.loaded_unlike([rank for rank, is_empty in enumerate(emptiness) if is_empty])
@@ -135,8 +135,6 @@ class TrainerFace(torch.optim.Optimizer):
         conductor.settle()
         if to_write:
             self._consolidated = None
-            if conductor.has_begun:
-                raise guards.loaded_under_updates()
         return conductor.param_gather.settled()
 
     def consolidate_state_dict(self) -> None:

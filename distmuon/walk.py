@@ -29,14 +29,10 @@ from distmuon.param_gather import ParamGather, Updates
 
 @dataclass(slots=True)
 class Step:
-    """What all walks of one step share. `param_groups`: its hyperparameters, all numbers.
-
-    `verdict`: None until the guard has spoken. Walks that began before (overlap="backward") hold what they have
-    computed in transients until then.
-    """
+    """What all walks of one step share. `param_groups`: its hyperparameters, all numbers."""
 
     param_groups: Sequence[dict[str, Any]]
-    verdict: Verdict | None = None
+    verdict: Verdict
     exchanges_to_come: int = 0  # walks that have not sent their polar factors yet; after the last all-gathers may start
 
 
@@ -55,7 +51,7 @@ class BucketWalk:
         layout, options = buffers.layout, buffers.options
         self._bucket, self._param_gather, self._metrics = bucket, param_gather, metrics
         self._group_of, self._ns_dtype, self._ns_kernels = group_of, options.ns_dtype, options.ns_kernels
-        self._step = Step(())
+        self._step: Step
         # A segment has one scale, that of its matrix's first column block; matrices of one parameter may differ in it.
         # Of this rank's segments; of all where every rank applies what travels.
         segments = bucket.bucket.segments if param_gather.updates_travel else [piece.segment for piece in bucket.muon]
@@ -77,7 +73,7 @@ class BucketWalk:
         self._step = step
         bucket, index, stage = self._bucket, self._bucket.bucket.index, self._metrics.stage
         with stage("momentum", index):
-            held, updates = self._momentum()
+            updates = self._momentum()
         with stage("start_dp_gather", index):
             finish_gather = self._exchange.start_gather(updates)
             del updates
@@ -96,13 +92,8 @@ class BucketWalk:
         with stage("scatter", index):
             polar_pieces = finish_scatter()
             del finish_scatter, polar_factors
-        while step.verdict is None:
-            yield
         travel, group_updates = self._param_gather.updates_travel, self._updates(step.verdict)
         with stage("apply", index), bucket.masters() as masters:
-            for piece, momentum in held:
-                self._keep(piece, momentum, step.verdict)
-            held.clear()
             if not travel:
                 for piece, polar in zip(bucket.muon, polar_pieces):
                     group_updates.apply(piece.segment, piece.cut(masters), polar)
@@ -113,21 +104,19 @@ class BucketWalk:
             else:
                 self._param_gather.start(index)
 
-    def _momentum(self) -> tuple[list[tuple[ShardPiece, Tensor]], list[Tensor]]:
-        """(new momentum that the verdict must first allow, updates), one 1-D tensor a muon piece."""
-        held, updates = [], []
+    def _momentum(self) -> list[Tensor]:
+        """The updates, one 1-D tensor a muon piece; the new momentum is kept where the verdict allows it."""
+        updates, verdict = [], self._step.verdict
         for piece in self._bucket.muon:
-            group, old, verdict = self._group(piece.segment.param), piece.momentum(), self._step.verdict
-            in_place = verdict is not None and verdict.known and verdict.present[piece.segment.param]
+            group, old = self._group(piece.segment.param), piece.momentum()
+            in_place = verdict.known and verdict.present[piece.segment.param]
             out = old if in_place and old.dtype == torch.float32 else None  # out of int8: a transient, kept below
             mu, nesterov = group["momentum"], group["nesterov"]
             new, update = rules.muon_momentum(piece.grad, old, momentum=mu, nesterov=nesterov, out=out)
-            if verdict is None:
-                held.append((piece, new))
-            elif new is not piece.state["momentum_buffer"]:
+            if new is not piece.state["momentum_buffer"]:
                 self._keep(piece, new, verdict)
             updates.append(update)
-        return held, updates
+        return updates
 
     @staticmethod
     def _keep(piece: ShardPiece, momentum: Tensor, verdict: Verdict) -> None:

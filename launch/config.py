@@ -127,7 +127,7 @@ class OptimizerConfig:
     """First match wins, before the library's own rules; distmuon only."""
     packing: Literal["balanced", "contiguous"] = "balanced"
     placement: Literal["owner", "replicated"] = "owner"
-    overlap: bool | Literal["backward"] = True
+    overlap: bool | Literal["forward"] = "forward"
     bucket_mb: float | None = None
     reduce_dtype: Dtype | None = None
     release_grads: bool = False

@@ -107,11 +107,10 @@ def _too_early(group: dist.ProcessGroup, options: dict[str, Any], first: str) ->
 @pytest.mark.parametrize(
     ("options", "first", "message"),
     [
-        ({"overlap": "backward"}, "", "overlap=True"),
         ({"max_grad_norm": 1.0}, "reduce", "before reduce_gradients"),
         ({}, "clip", "before clip_grad_norm_"),
     ],
-    ids=["overlap=backward", "reduced before", "clipped before"],
+    ids=["reduced before", "clipped before"],
 )
 def test_scaled_gradients_that_were_used_already_raise(
     spawn_raises, options: dict[str, Any], first: str, message: str

@@ -1,4 +1,5 @@
-"""What happens to parameters between steps: read, written, saved, replaced, while their all-gather may be in flight.
+"""What happens to parameters between steps: read, written, saved, replaced, while their all-gather may be in flight
+(overlap="forward") or has arrived.
 
 Each test tells a bug that a review found in the first version of this library. A slow peer (its all-gathers start late)
 makes "in flight" certain where a fast machine would hide it.
@@ -65,7 +66,7 @@ def _step(model: nn.Module, optimizer: Any, seed: int = 0) -> None:
 
 def _in_flight(group: dist.ProcessGroup, act: str) -> tuple[str, Any]:
     """Two steps; `act` follows the second one while the all-gathers are in flight on rank 0. (error, result)."""
-    model, optimizer = make(group, Pair(), routes=None, bucket_mb=1e-4)
+    model, optimizer = make(group, Pair(), routes=None, bucket_mb=1e-4, overlap="forward")
     _step(model, optimizer)
     with slow_peer(group):
         _step(model, optimizer, 1)
@@ -109,7 +110,7 @@ def test_a_write_in_flight_raises(spawn) -> None:
 
 
 def _sneak(group: dist.ProcessGroup, bucket_mb: float) -> str:
-    model, optimizer = make(group, Pair(sneak=True), routes=None, bucket_mb=bucket_mb)
+    model, optimizer = make(group, Pair(sneak=True), routes=None, bucket_mb=bucket_mb, overlap="forward")
     try:
         with slow_peer(group, 0.1):
             _step(model, optimizer)
@@ -131,7 +132,7 @@ def test_a_weight_used_before_it_arrived_is_noticed_in_backward(spawn, bucket_mb
 
 
 def _orders(group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
-    model, optimizer = make(group, Pair(), routes=None, bucket_mb=1e-4)
+    model, optimizer = make(group, Pair(), routes=None, bucket_mb=1e-4, overlap="forward")
     _step(model, optimizer)
     started, waited = [], []
     start, wait = optimizer._conductor.param_gather.start, optimizer._conductor.param_gather.wait

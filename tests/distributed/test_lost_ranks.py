@@ -379,7 +379,7 @@ def _flipped(group: dist.ProcessGroup, fqn: str, rank: int, options: dict[str, A
     ("fqn", "rank", "options"),
     [
         ("up.weight", 2, {}),  # a straddler
-        ("up.weight", 0, {"overlap": "backward"}),
+        ("up.weight", 0, {"overlap": "forward"}),
         ("embed.weight", 1, {"param_gather": "updates"}),
         ("frozen.weight", 0, {}),
     ],

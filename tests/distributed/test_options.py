@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distmuon
-from distmuon import collectives, conductor, guards, param_gather, rules
+from distmuon import collectives, guards, param_gather, rules
 from distmuon.buffers import Buffers
 from tests.distributed.test_parity import _model, _train_by_hand, _wanted_by_hand
 from tests.standing import Standing, loss_fn, make_batch
@@ -58,12 +58,12 @@ def _ends(group: dist.ProcessGroup, cases: list[dict[str, Any]], num_micro: int 
 
 SAME_BITS: list[dict[str, Any]] = [  # verdict_on_device: as on a GPU, where the host must not read it
     {"verdict_on_device": True},
-    {"verdict_on_device": True, "overlap": "backward", "param_gather": "updates"},
-    {"overlap": "backward"},
+    {"verdict_on_device": True, "overlap": "forward", "param_gather": "updates"},
+    {"overlap": "forward"},
     {"release_grads": True},
     {"param_gather": "updates"},
     {"own_exchange_group": True},
-    {"overlap": "backward", "release_grads": True, "param_gather": "updates", "own_exchange_group": True},
+    {"overlap": "forward", "release_grads": True, "param_gather": "updates", "own_exchange_group": True},
     {"overlap": False, "release_grads": True, "param_gather": "updates"},
 ]
 
@@ -153,7 +153,7 @@ def test_a_bfloat16_reduction_is_summed_in_float32(spawn) -> None:
 @pytest.mark.parametrize("dtypes", ["bfloat16", "mixed"])
 def test_remainders_keep_every_bit_of_the_masters(spawn, dtypes: str, dp_size: int) -> None:
     """Gradients by hand, so that no rounding of a parameter comes back: masters are bit-equal after eight steps."""
-    cases = [{}, {"master_format": "remainder"}, {"master_format": "remainder", "overlap": "backward"}]
+    cases = [{}, {"master_format": "remainder"}, {"master_format": "remainder", "overlap": "forward"}]
     for (plain_ends, plain), *others in spawn(_train_by_hand, dp_size, dtypes=dtypes, cases=cases, num_steps=8):
         for ends, masters in others:
             assert digest(masters) == digest(plain)
@@ -199,7 +199,7 @@ def test_a_foreign_write_stays(spawn, how: str) -> None:
 
 def _open_buffers(group: dist.ProcessGroup) -> tuple[int, int, int]:
     """(buckets, most flat gradient buffers at once, those left after a step), with `release_grads`."""
-    model, optimizer = make(group, release_grads=True, overlap="backward")
+    model, optimizer = make(group, release_grads=True)
     train(group, model, optimizer, range(1))
     buckets, most = optimizer._conductor.buffers.buckets, 0
     original: Callable[..., Tensor] = Buffers.open_grads
@@ -313,18 +313,6 @@ def test_all_gathers_start_in_the_order_of_the_next_forward(spawn) -> None:
         assert (early == []) == own_group  # the exchange group's own starts are not watched
 
 
-def test_with_overlap_backward_pieces_travel_and_factors_are_made_under_backward(spawn) -> None:
-    found = spawn(_events, 2, overlap="backward")
-    assert all(rank[:2] == found[0][:2] for rank in found)
-    in_backward, in_step, buckets = found[0]
-    assert [e for e in in_step if e.startswith("reduce_scatter+")] == []
-    done = [k for k in range(buckets) if f"scatter+{k}" in in_backward]
-    assert len(done) >= buckets - 3, "all but the last buckets reach their polar factors in backward"
-    at = _position(in_backward)
-    for k in done:
-        assert at[f"reduce_scatter+{k + 1}"] < at[f"reduce_scatter-{k}"] < at[f"dp_gather+{k}"] < at[f"scatter+{k}"]
-
-
 def _labels(group: dist.ProcessGroup) -> set[str]:
     model, optimizer = make(group)
     train(group, model, optimizer, range(1))
@@ -348,9 +336,7 @@ def test_a_trace_shows_every_stage_of_every_bucket(spawn) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"overlap": "backward", "max_grad_norm": 1.0}, "float32", "max_grad_norm"),
-    ({"overlap": "backward", "grad_reduction": "external"}, "float32", "external"),
-    ({"overlap": "forward"}, "float32", "overlap"),
+    ({"overlap": "backward"}, "float32", "overlap"),
     ({"release_grads": True, "grad_reduction": "external"}, "float32", "release_grads"),
     ({"param_gather": "updates"}, "mixed", r"embed.*bfloat16"),
     ({"param_gather": "gradients"}, "float32", "param_gather"),
@@ -365,28 +351,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 def test_options_that_cannot_mean_what_they_say_raise(options: dict[str, Any], dtypes: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(None, _model(dtypes), **options)
-
-
-def _clip_late(group: dist.ProcessGroup) -> None:
-    model, optimizer = make(group, overlap="backward")
-    backward(model, optimizer, [make_batch(0, dist.get_rank(group), 0)])
-    assert torch.isfinite(optimizer.clip_grad_norm_(float("inf")))  # asks for the norm only
-    optimizer.clip_grad_norm_(1.0)
-
-
-def test_clipping_updates_that_have_begun_raises(spawn_raises) -> None:
-    spawn_raises(_clip_late, 2, match=r'clip_grad_norm_.*overlap="backward"')
-
-
-def _change_late(group: dist.ProcessGroup) -> None:
-    model, optimizer = make(group, overlap="backward")
-    backward(model, optimizer, [make_batch(0, dist.get_rank(group), 0)])
-    optimizer.param_groups[0]["momentum"] = 0.5
-    optimizer.step()
-
-
-def test_a_momentum_changed_after_backward_raises(spawn_raises) -> None:
-    spawn_raises(_change_late, 2, match="momentum.*changed from 0.95 to 0.5")
 
 
 def _other_ranks(group: dist.ProcessGroup) -> None:
@@ -415,9 +379,7 @@ def _with_fault(group: dist.ProcessGroup, fault: str) -> bool:
             patch.setattr(rules, "muon_momentum", eager)
         elif fault == "updates of absent ranks forgotten":
             patch.setattr(param_gather.ParamGather, "_apply", lambda *_: None)
-        elif fault == "early walks survive a forgotten backward":
-            patch.setattr(conductor.Conductor, "forget", lambda self: self.source.reset())
-        option = {"param_gather": "updates"} if fault.startswith("updates") else {"overlap": "backward"}
+        option = {"param_gather": "updates"} if fault.startswith("updates") else {"verdict_on_device": True}
         try:
             return _ends(group, [option]) == plain
         except (AssertionError, IndexError, StopIteration, RuntimeError, ValueError):
@@ -429,7 +391,6 @@ def _with_fault(group: dist.ProcessGroup, fault: str) -> bool:
     [
         "momentum kept before the verdict",
         "updates of absent ranks forgotten",
-        "early walks survive a forgotten backward",
     ],
 )
 def test_the_comparison_sees_planted_faults(spawn, fault: str) -> None:
@@ -466,7 +427,7 @@ def _saved_and_loaded(
 @pytest.mark.parametrize(
     ("dtypes", "before", "after", "same"),
     [
-        ("float32", {"momentum_dtype": torch.int8}, {"momentum_dtype": torch.int8, "overlap": "backward"}, True),
+        ("float32", {"momentum_dtype": torch.int8}, {"momentum_dtype": torch.int8, "overlap": "forward"}, True),
         ("float32", {"momentum_dtype": torch.int8}, {"param_gather": "updates"}, True),
         ("bfloat16", {"master_format": "remainder"}, {"master_format": "remainder"}, True),
         ("bfloat16", {}, {"master_format": "remainder", "momentum_dtype": torch.int8}, False),

@@ -38,7 +38,7 @@ WAYS: list[dict[str, Any]] = [
     {"packing": "contiguous", "placement": "replicated", "reduce_dtype": torch.bfloat16},
     {"param_dtype": torch.bfloat16, "ns_dtype": torch.float32, "momentum_dtype": torch.bfloat16},
     {"grad_reduction": "external", "overlap": False},
-    {"param_gather": "updates", "momentum_dtype": torch.int8, "overlap": "backward"},
+    {"param_gather": "updates", "momentum_dtype": torch.int8, "overlap": "forward"},
     {
         "param_dtype": torch.bfloat16,
         "master_format": "remainder",
@@ -157,7 +157,7 @@ def _peak(group: dist.ProcessGroup, name: str, way: dict[str, Any]) -> int:
     for _ in range(2):
         for param in model.parameters():
             param.grad = torch.randn_like(param) if param.requires_grad else None
-        if not options.get("release_grads") and options.get("overlap") != "backward":
+        if not options.get("release_grads"):
             optimizer.reduce_gradients()  # gloo's own buffers are not counted
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             optimizer.step()
@@ -175,7 +175,7 @@ PEAKS: list[dict[str, Any]] = [
     {"overlap": False},
     {"param_gather": "updates"},
     {"param_dtype": torch.bfloat16, "master_format": "remainder", "momentum_dtype": torch.int8},
-    {"overlap": "backward"},
+    {"overlap": "forward"},
 ]
 
 

@@ -97,11 +97,11 @@ def test_five_steps_equal_one_process(dp_size: int) -> None:
 SAME_BITS: list[dict[str, Any]] = [
     {},
     {"overlap": False},
-    {"overlap": "backward"},
+    {"overlap": "forward"},
     {"release_grads": True},
     {"param_gather": "updates"},
     {"own_exchange_group": True},
-    {"overlap": "backward", "release_grads": True, "param_gather": "updates", "own_exchange_group": True},
+    {"overlap": "forward", "release_grads": True, "param_gather": "updates", "own_exchange_group": True},
 ]
 
 

@@ -40,7 +40,7 @@ TEXTS = [
     "nan",
     "",
     "float32",
-    "backward",
+    "forward",
     "adamw",
 ]
 TEXTS += ["bin", "constant", "[1, 2]", "[0.5, 0.75]", "{a: 1}", "a: b", "{a: 1", "é", "#", "'", "99999999999999999999"]

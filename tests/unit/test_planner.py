@@ -6,6 +6,7 @@ import gc
 import re
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from distmuon.layout import make_layout
 from distmuon.planner import describe, plan, plan_rank, sent_bytes, whole_matrix_layout
 from distmuon.routing import ParamSpec, route
 from distmuon.shapes import TABLES, shape_table
-from distmuon.step_time import HARDWARE, BucketLoad, Order, estimate
+from distmuon.step_time import HARDWARE, BucketLoad, Hardware, Order, StepTime, estimate
 from tests.standing import Standing, routes
 
 # Sums of the shapes in the published safetensors (the number that each model's page on huggingface.co shows), without
@@ -220,17 +221,23 @@ FLAT = HARDWARE["h100"].__class__(
 )
 
 
+def _estimate(loads: Sequence[BucketLoad], hardware: Hardware = FLAT, **given: Any) -> StepTime:
+    """Of rates that make seconds whole; as overlap="forward" has it, where nothing else is given."""
+    usual: dict[str, Any] = {"guard_bytes": 0, "ns_bytes": 2, "ns_steps": 1}
+    return estimate(loads, hardware, **{**usual, "overlap": True, "gathers_in_forward": True, **given})
+
+
 def seconds(*loads: BucketLoad, overlap: bool = True) -> float:
-    return estimate(loads, FLAT, guard_bytes=0, ns_bytes=2, ns_steps=1, overlap=overlap).step_s
+    return _estimate(loads, overlap=overlap, gathers_in_forward=overlap).step_s
 
 
 def test_the_step_time_by_hand() -> None:
     """Two ranks, 1 GB/s, 1 TFLOP/s: the last reduce-scatter, Newton-Schulz, all-gather follow one another."""
     one = _load(reduce_scatter=3 * 10**9, all_gather=2 * 10**9, ns_flops=[4 * 10**12, 10**12])
     assert seconds(one) == pytest.approx(3 + 4 + 2)
-    time_ = estimate([one], FLAT, guard_bytes=0, ns_bytes=2, ns_steps=1, overlap=True)
+    time_ = _estimate([one])
     assert (time_.newton_schulz_s, time_.communication_s, time_.exposed_s) == pytest.approx((4, 5, 5))
-    halved = estimate([one], FLAT, guard_bytes=0, ns_bytes=4, ns_steps=1, overlap=True)
+    halved = _estimate([one], ns_bytes=4)
     assert halved.newton_schulz_s == pytest.approx(8)
 
 
@@ -243,17 +250,19 @@ def test_an_exchange_hides_under_the_newton_schulz_of_its_neighbour() -> None:
 
 
 def test_the_next_forward_hides_all_gathers_but_the_first() -> None:
-    """Two of 2 s each, the first layers' bucket (the last) first; without overlap the step waits for both."""
+    """2 s and 3 s, the first layers' bucket (the last) first; where the step waits for all, it takes 2 s longer."""
     loads = [_load(all_gather=2 * 10**9, ns_flops=[10**12, 0]) for _ in range(2)]
     loads[-1].all_gather = 3 * 10**9
-    first = estimate(loads, FLAT, guard_bytes=0, ns_bytes=2, ns_steps=1, overlap=True)
+    first = _estimate(loads)
     assert (first.step_s, first.left_s) == pytest.approx((2 + 3, 2))
-    both = estimate(loads, FLAT, guard_bytes=0, ns_bytes=2, ns_steps=1, overlap=False)
+    whole = _estimate(loads, gathers_in_forward=False)
+    assert (whole.step_s, whole.left_s) == pytest.approx((2 + 3 + 2, 0))
+    both = _estimate(loads, overlap=False, gathers_in_forward=False)
     assert (both.step_s, both.left_s) == pytest.approx((1 + 3 + 2, 0))
 
 
 def in_order(*loads: BucketLoad, order: Order) -> tuple[float, float]:
-    found = estimate(loads, FLAT, guard_bytes=0, ns_bytes=2, ns_steps=1, overlap=True, order=order)
+    found = _estimate(loads, order=order)
     return found.step_s, found.left_s
 
 
@@ -290,9 +299,9 @@ def test_what_is_ready_last_is_reduced_in_the_open() -> None:
         loads = count(made, Options())[1]
         last = [bucket for bucket, load in zip(made.buckets, loads) if load.ready_last]
         assert [min(bucket.params) for bucket in last] == [1, 0]
-        before = estimate(loads, FLAT, guard_bytes=0, ns_bytes=2, ns_steps=1, overlap=True).step_s
+        before = _estimate(loads).step_s
         loads[-2].ready_last = False
-        after = estimate(loads, FLAT, guard_bytes=0, ns_bytes=2, ns_steps=1, overlap=True).step_s
+        after = _estimate(loads).step_s
         assert before - after == pytest.approx(loads[-2].reduce_scatter / FLAT.nvlink)
 
 
@@ -300,7 +309,7 @@ def test_staged_parameters_are_copied_in_the_step() -> None:
     """Read and written once: 1 GB at 1 GB/s takes 2 s, and nothing hides it."""
     slow = replace(FLAT, memory=1e9)
     loads = [_load(staged=10**9), _load()]
-    found = estimate(loads, slow, guard_bytes=0, ns_bytes=2, ns_steps=1, overlap=True)
+    found = _estimate(loads, hardware=slow)
     assert (found.step_s, found.elementwise_s, found.exposed_s) == pytest.approx((2, 2, 0))
 
 
@@ -317,10 +326,13 @@ def test_estimates_of_real_models_are_in_order() -> None:
 
 
 def test_the_order_asked_for_is_the_one_that_is_shown() -> None:
-    own = plan("llama-8b", dp_size=64, exchange_group=True, compare=False)
+    own = plan("llama-8b", dp_size=64, overlap="forward", exchange_group=True, compare=False)
+    last = plan("llama-8b", dp_size=64, overlap="forward", compare=False)
+    assert own.orders == last.orders and own.time == own.orders["exchange_group"]
+    assert own.time != last.time == last.orders["gathers_last"]
     one = plan("llama-8b", dp_size=64, compare=False)
-    assert own.orders == one.orders and own.time == own.orders["exchange_group"]
-    assert own.time != one.time == one.orders["gathers_last"]
+    assert one.time == one.orders["one_group"] and one.time and last.time and one.time.left_s == 0 < last.time.left_s
+    assert one.time.step_s > last.time.step_s
     assert list(plan("gpt2", dp_size=2, overlap=False, compare=False).orders) == ["one_group"]
 
 

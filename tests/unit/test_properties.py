@@ -274,7 +274,7 @@ def test_any_cut_of_a_tensor_is_read_back_in_any_other(
 
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 5, 0.5, 1.0, 1e-300, 1e308, nan, inf, -inf, 10**400, "", "0.1", "jordan", "muon", b"x",
-    "backward", "contiguous", "replicated", "external", "updates", "float32", "original",
+    "forward", "contiguous", "replicated", "external", "updates", "float32", "original",
     (), (0.9,), (0.9, 0.95), [0.9, 0.95], (nan, 0.9), (0.9, 1.0), ("a", "b"), ("a", "b", "c"), (1, 2, 3),
     (3.4445, -4.775, 2.0315), (nan, nan, nan), (inf, 1, 1), (3.4445, nan, 2.0), (1e308, 1e308, 1e308), [[None] * 3],
     {"a": 1}, {0.9, 0.95}, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int64, torch.quint8,
