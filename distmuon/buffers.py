@@ -210,17 +210,22 @@ class Buffers:
         """Bucket `index` is reduced: let go of all but its shard."""
         self.buckets[index].grad_flat = None
 
+    def check_in_place(self, index: int) -> None:
+        """Raise if parameter `index` no longer lies where it was put, or has another dtype."""
+        param = self.params[index]
+        if param.data_ptr() != self._addresses[index] or param.dtype != self.layout.specs[index].dtype:
+            raise problem(
+                self.layout.specs[index].fqn,
+                f"its storage changed since distmuon's buffers were built (now {param.dtype} on {param.device})",
+                "parameters must stay where they are once training has begun",
+                "move and cast the model before the first forward, or make a new DistMuon afterwards",
+            )
+
     @torch.no_grad()
     def adopt(self) -> None:
         """Before a step: refuse moved parameters, take over foreign writes; see [Note: who else writes parameters]."""
-        for index, param in enumerate(self.params):
-            if param.data_ptr() != self._addresses[index] or param.dtype != self.layout.specs[index].dtype:
-                raise problem(
-                    self.layout.specs[index].fqn,
-                    f"its storage changed since distmuon's buffers were built (now {param.dtype} on {param.device})",
-                    "parameters must stay where they are once training has begun",
-                    "move and cast the model before the first forward, or make a new DistMuon afterwards",
-                )
+        for index in range(len(self.params)):
+            self.check_in_place(index)
         for bucket in self.buckets:
             # Only our shard is ours to send; where updates travel, every replica of a parameter counts.
             for flat, own in bucket.staged_here + bucket.staged * (self.options.param_gather == "updates"):

@@ -102,6 +102,7 @@ class BackwardReducer:
             if not self._all_dropped():
                 raise self._second_reduction(index)
             self.reset()  # `model.zero_grad()`: the gradients that were reduced are not wanted
+        self._buffers.check_in_place(index)
         self._move_in(index, grad)
         param.grad = self._placeholders[index]
         if not sync:

@@ -214,7 +214,7 @@ def check(
     flags = torch.ones(len(present), dtype=torch.float64, device=squares[0].device)
     if not all(present):
         flags.copy_(torch.tensor(present, dtype=torch.float64))
-    prints = torch.full_like(flags[:2], fingerprint)
+    prints = flags.new_full((2,), fingerprint)
     prints[1:].square_()
     message = torch.cat([torch.stack(squares).sum().view(1), prints, flags])
     reduced = group.start_all_reduce(message, stage="guard").wait()

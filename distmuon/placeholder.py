@@ -92,6 +92,6 @@ def _not_here(args: Sequence[Any]) -> ValueError:
         "it was used after backward, when the gradient is in the reduction over the ranks",
         "whoever reads, clips or writes gradients needs the optimizer, or gradients that somebody else has averaged",
         "clip with optimizer.clip_grad_norm_ (it returns the norm; metrics()['grad_norm'] has it, too) or "
-        "max_grad_norm=, drop gradients with zero_grad(), or wrap the model in DDP and pass "
-        'grad_reduction="external"',
+        "max_grad_norm=, and drop gradients with zero_grad(). If the model is wrapped in DDP, which reduces as well, "
+        'pass grad_reduction="external" or use distmuon.integrations.ddp.silence',
     )

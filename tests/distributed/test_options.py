@@ -271,7 +271,7 @@ def _position(events: list[str]) -> dict[str, int]:
 def test_the_order_of_starts_and_waits(spawn) -> None:
     """Reductions start under backward; pieces of the next bucket travel while one is orthogonalized, and no all-gather
     is waited for in the step. Numbers count the collectives of a stage: walks begin with the last bucket."""
-    found = spawn(_events, 2, overlap=True)
+    found = spawn(_events, 2, overlap="forward")
     assert all(rank[:2] == found[0][:2] for rank in found), "ranks must issue the same collectives"
     in_backward, in_step, buckets = found[0]
     started = [event for event in in_backward if "+" in event]
@@ -292,7 +292,7 @@ def test_the_order_of_starts_and_waits(spawn) -> None:
 def _gather_order(group: dist.ProcessGroup, own_group: bool) -> tuple[list[int], list[str]]:
     """Buckets in the order of their all-gathers, and what starts in the step."""
     options = {"exchange_group": group} if own_group else {}
-    model, optimizer = make(group, packing="contiguous", **options)
+    model, optimizer = make(group, packing="contiguous", overlap="forward", **options)
     train(group, model, optimizer, range(1))
     optimizer.synchronize()
     watch, order = _Watch(optimizer.group), []
