@@ -2,7 +2,8 @@
 
 Decides storage only; every view is cut here and padding never leaves. A parameter that lies contiguously in its
 bucket becomes a view of the flat buffer, so that the all-gather writes straight into it. Any other is staged: it
-keeps its own storage and is copied out after the all-gather (`stage_out`).
+keeps its own storage and is copied out after the all-gather (`stage_out`). So does one that must stay where it is, with
+its own strides (memory.py, [Note: parameters that stay]). Flat buffers hold all elements in row-major order.
 
 [Note: who else writes parameters] `load_state_dict`, an EMA swap or `p.data` may write parameters between steps. Before
 a step `adopt` compares this rank's part of each parameter with what the optimizer left there: an element that differs
@@ -19,12 +20,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from distmuon import formats
+from distmuon import formats, memory
 from distmuon.agreement import names
+from distmuon.boxes import boxes
 from distmuon.config import Options
 from distmuon.errors import problem
 from distmuon.layout import Bucket, Layout, Segment
@@ -71,7 +74,7 @@ class BucketBuffers:
     remainder: Tensor | None  # (shard_size,) int16, instead of a master_shard; see `formats.split`
     muon: list[ShardPiece]
     adamw: list[ShardPiece]
-    staged: list[tuple[Tensor, Tensor]]  # (flat segment, the parameter's own elements)
+    staged: list[tuple[Tensor, Tensor]]  # (part of the flat buffer, the parameter's own elements), of one shape
     staged_here: list[tuple[Tensor, Tensor]]  # those in this rank's shard
 
     @property
@@ -127,13 +130,14 @@ class Buffers:
         self.options = options
         self.device = params[0].device
         self.buckets = [self._build(bucket) for bucket in layout.buckets]
-        self._addresses = [param.data_ptr() for param in params]
+        self._homes = [param.data for param in params]  # where they live now; follows a storage that moves as a whole
         self._versions = [param._version for param in params]
 
     def _build(self, bucket: Bucket) -> BucketBuffers:
         size, options, device = bucket.shard_size, self.options, self.params[bucket.params[0]].device
         own = slice(self.dp_rank * size, (self.dp_rank + 1) * size)
         param_flat = torch.zeros(self.layout.dp_size * size, dtype=bucket.dtype, device=device)
+        memory.note_flat(param_flat)
         staged: list[tuple[Tensor, Tensor]] = []
         staged_here: list[tuple[Tensor, Tensor]] = []
         for index in bucket.params:
@@ -176,19 +180,21 @@ class Buffers:
         """Copy parameter `index` into the flat buffer and make it a view; returns (segment, flat, own) if it cannot."""
         param = self.params[index]
         elements = param.detach().reshape(-1)
-        pairs = []
+        pairs: list[tuple[Segment, Tensor]] = []
         for segment in self.layout.segments_of[index]:
             start = segment.rank * shard_size + segment.shard_offset
             flat = param_flat[start : start + segment.length]
             flat.copy_(elements[segment.param_offset : segment.param_offset + segment.length])
-            pairs.append((flat, segment))
-        start_or_none = self.layout.contiguous_start(index)
-        if start_or_none is not None:
-            param.data = param_flat[start_or_none : start_or_none + param.numel()].view(param.shape)
+            pairs.append((segment, flat))
+        if not self.layout.is_staged(index):
+            start_or_none = self.layout.contiguous_start(index)
+            assert start_or_none is not None
+            # The strides of dimensions of size 1 address nothing, but kernels and users may look at them.
+            param.data = param_flat.as_strided(param.shape, param.stride(), start_or_none)
             return []
-        param.data = param.data.contiguous()
-        own = param.data.view(-1)
-        return [(s, flat, own[s.param_offset : s.param_offset + s.length]) for flat, s in pairs]
+        if not self.layout.specs[index].stays and memory.is_in_flat(param):
+            param.data = param.data.clone()  # out of an older optimizer's buffer, which can then be freed
+        return [(s, *pair) for s, flat in pairs for pair in _alike(flat, param.data, s.param_offset)]
 
     def grad_places(self, index: int) -> list[tuple[int, int, int]]:
         """Where parameter `index`'s gradient goes: (start in the flat buffer, offset in the parameter, length)."""
@@ -213,7 +219,7 @@ class Buffers:
     def check_in_place(self, index: int) -> None:
         """Raise if parameter `index` no longer lies where it was put, or has another dtype."""
         param = self.params[index]
-        if param.data_ptr() != self._addresses[index] or param.dtype != self.layout.specs[index].dtype:
+        if param.data_ptr() != self._homes[index].data_ptr() or param.dtype != self.layout.specs[index].dtype:
             raise problem(
                 self.layout.specs[index].fqn,
                 f"its storage changed since distmuon's buffers were built (now {param.dtype} on {param.device})",
@@ -261,6 +267,21 @@ class Buffers:
             total += sum(piece.segment.length * t.element_size() for piece in pieces for t in kept)
             total += sum(t.numel() * t.element_size() for piece in pieces for t in piece.state.values() if t.ndim)
         return total
+
+
+def _alike(flat: Tensor, own: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(part of `flat`, the same elements of `own`) as views of one shape.
+
+    `flat`, (length,), holds the elements of `own` from `start` on, in row-major order.
+    """
+    if own.is_contiguous():
+        yield flat, own.view(-1)[start : start + flat.numel()]
+        return
+    done = 0
+    for offsets, sizes in boxes(own.shape, start, flat.numel()):
+        elements = flat[done : done + prod(sizes)].view(sizes)
+        yield elements, own[tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes))]
+        done += elements.numel()
 
 
 def _allocate_state(

@@ -45,6 +45,7 @@ class Options:
     overlap: Overlap = True
     ns_kernels: bool = False
     verify_every: int = 0
+    broadcast_buffers: bool = True
 
     def __post_init__(self) -> None:
         one_of("packing", self.packing, get_args(Packing))
@@ -55,6 +56,7 @@ class Options:
         one_of("overlap", self.overlap, get_args(Overlap))
         one_of("release_grads", self.release_grads, (False, True))
         one_of("ns_kernels", self.ns_kernels, (False, True))
+        one_of("broadcast_buffers", self.broadcast_buffers, (False, True))
         for name, value in (("bucket_mb", self.bucket_mb), ("max_grad_norm", self.max_grad_norm)):
             most = 2.0**40 if name == "bucket_mb" else float("inf")
             if value is not None and not (is_number(value) and 0 < value <= most):

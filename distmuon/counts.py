@@ -101,7 +101,7 @@ def _load(layout: Layout, options: Options) -> list[BucketLoad]:
             gathered = layout.message_bytes(bucket, options.travels.itemsize)
         load = BucketLoad(layout.dp_size, moved * reduce, others * gathered)
         load.ready_last = min(bucket.params) <= first_layer  # an embedding alone before it costs nothing
-        apart = [param for param in bucket.params if layout.contiguous_start(param) is None]
+        apart = [param for param in bucket.params if layout.is_staged(param)]
         load.staged = sum(layout.specs[param].numel for param in apart) * bucket.dtype.itemsize
         for segment in bucket.segments:
             by_rank = load.muon if layout.specs[segment.param].rule == "muon" else load.adamw

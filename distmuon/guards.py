@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distmuon import memory
 from distmuon.collectives import DataParallelGroup
 from distmuon.errors import problem
 
@@ -69,7 +70,7 @@ def check_parameters(
     held = None if model is None else {id(param) for param in model.parameters()}
     first_fqn, first = named[0]
     for (fqn, param), shape in zip(named, shapes):
-        if type(param).__module__.startswith("torch.distributed") or type(param.data).__name__ == "DTensor":
+        if type(param).__module__.startswith("torch.distributed"):
             found = "a DTensor (FSDP2 or tensor parallel)"
         elif hasattr(param, "ds_id"):
             found = "partitioned by DeepSpeed (zero.Init or stage 3)"
@@ -87,18 +88,12 @@ def check_parameters(
             found = "no longer the one that the model holds there"
         else:
             continue
+        cure = "make DistMuon from the complete plain model (ZeRO stage 0)"
+        if found.startswith("no longer"):
+            cure += "; an ordinary forward must come before a functional_call with Parameters of another model"
         raise problem(
-            fqn, f"the parameter is {found}", "whole real ones on one device, unchanged since then, are needed",
-            "make DistMuon from the complete plain model (ZeRO stage 0)",
-        )  # fmt: skip
-    first_at: dict[tuple[int, torch.dtype], str] = {}
-    for fqn, param in named:
-        other = first_at.setdefault((param.data_ptr(), param.dtype), fqn) if param.numel() else fqn
-        if other != fqn:
-            raise problem(
-                fqn, f"it lies in the memory of {other}, as a Parameter of its own", "one Parameter a memory is needed",
-                "tie weights as modules do, module.weight = other.weight (not .data), before DistMuon is made",
-            )  # fmt: skip
+            fqn, f"the parameter is {found}", "whole real ones on one device, unchanged since then, are needed", cure
+        )
     known = {id(param) for _, param in named}
     for fqn, param in model.named_parameters() if model is not None else ():
         if param.requires_grad and param.numel() and id(param) not in known:
@@ -106,6 +101,47 @@ def check_parameters(
                 fqn, "it is trainable now, and was not in the model or frozen when the optimizer was made",
                 "the layout holds no state for it", "make a new DistMuon once the model is complete",
             )  # fmt: skip
+
+
+def check_memory(named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """Raise for parameters whose values are not, each in a place of its own, in memory that kernels may write.
+
+    What an optimizer writes into the memory of a tensor subclass that keeps its values elsewhere reaches nobody.
+    """
+    for fqn, param in named:
+        if not memory.is_plain(param):
+            kind = type(param).__name__ if param.layout == torch.strided else f"tensor of {param.layout}"
+            raise problem(
+                fqn, f"the parameter is a {kind}, whose values are not simply those in its memory",
+                "a plain nn.Parameter is needed for what is trained",
+                "put nn.Parameter(a plain copy of its values) there, or freeze it with requires_grad_(False)",
+            )  # fmt: skip
+        if not memory.is_dense(param):
+            raise problem(
+                fqn, f"the parameter of shape {tuple(param.shape)} has strides {param.stride()}: it is expanded, or a "
+                "slice with gaps", "a place for each element, without gaps, is needed",
+                "put nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format)) there",
+            )  # fmt: skip
+    pair = memory.overlapping([param for _, param in named])
+    if pair is not None:
+        (other, _), (fqn, _) = named[pair[0]], named[pair[1]]
+        raise problem(
+            fqn, f"it lies in the memory of {other}, as a Parameter of its own", "one Parameter a memory is needed",
+            "tie weights as modules do, module.weight = other.weight (not .data), before DistMuon is made",
+        )  # fmt: skip
+
+
+def is_ordinary(model: nn.Module, params: Sequence[nn.Parameter]) -> bool:
+    """Whether this forward of `model` is one to build buffers in.
+
+    Inside `torch.func.functional_call` the model holds other tensors than `params` for a moment; inside a transform of
+    torch.func, or under FakeTensorMode, a copy of a parameter is no memory that lasts. A Parameter in the place of
+    another is taken for one that stays: `check_parameters` refuses it.
+    """
+    known = {id(param) for param in params}
+    swapped = any(id(held) not in known and not isinstance(held, nn.Parameter) for held in model.parameters())
+    in_transform = torch._C._functorch.peek_interpreter_stack() is not None
+    return not swapped and not in_transform and type(torch.empty(0)) is Tensor
 
 
 def late_group() -> ValueError:
@@ -290,7 +326,8 @@ def agree_on_values(fqns: Sequence[str], params: Sequence[nn.Parameter], group: 
                 raise problem(
                     fqn, f"rank {rank} starts from other values than rank 0, and a forward has used them already",
                     "all ranks must start from the same values",
-                    "pass the model itself and call it (its forward takes rank 0's values), or seed all ranks alike",
+                    "pass the model itself and call it once before anything else (an ordinary forward with gradients "
+                    "takes rank 0's values), or seed all ranks alike",
                 )  # fmt: skip
 
 

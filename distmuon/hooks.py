@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from distmuon import memory
 from distmuon.errors import problem
 
 
@@ -159,7 +160,7 @@ def _own_storages(module: nn.Module, state: dict[str, Any], prefix: str, _metada
         tensor = state.get(prefix + name)
         if not isinstance(tensor, Tensor) or isinstance(tensor, nn.Parameter):  # keep_vars=True wants them as they are
             continue
-        if tensor.untyped_storage().nbytes() != tensor.nbytes and tensor.is_contiguous():
+        if memory.is_plain(tensor) and memory.is_in_flat(tensor):
             state[prefix + name] = torch.utils.dlpack.from_dlpack(tensor)
 
 

@@ -105,6 +105,10 @@ class Layout:
                 return None
         return start
 
+    def is_staged(self, param: int) -> bool:
+        """Whether `param` is no view of its flat buffer: it must stay where it is, or lies in several pieces."""
+        return self.specs[param].stays or self.contiguous_start(param) is None
+
     def message_bytes(self, bucket: Bucket, itemsize: int) -> int:
         """What each rank sends of `bucket` where updates travel: `itemsize` bytes a Muon element, 4 an AdamW element.
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distmuon import sharded, snapshot
+from distmuon import holdings, sharded, snapshot
 from distmuon.agreement import agree_on_bits, names, together
 from distmuon.checkpoint import load_groups, rerouted
 from distmuon.config import one_of
@@ -112,7 +112,7 @@ def load_checkpoint(
             for piece, key, value in sharded.read_bucket(reader, buffers, bucket, fresh):
                 sharded.write_value(bucket, piece, key, value)
         for fqn, tensor in others.items():
-            tensor.copy_(sharded.read_other(reader, fqn, tensor))
+            holdings.write(tensor, sharded.read_other(reader, fqn, tensor))
         load_groups(shared["param_groups"], optimizer.param_groups)
         if scheduler is not None:
             scheduler.load_state_dict(shared["scheduler"])
@@ -136,7 +136,7 @@ def verify_parameters(model: nn.Module, optimizer: DistMuon) -> None:
     check_given(model, optimizer)
     optimizer.at_rest()
     optimizer.verify_options()
-    held = dict(model.named_parameters())
+    held, _ = holdings.plain(model.named_parameters())
     agree_on_bits(list(held), list(held.values()), optimizer.group)
 
 

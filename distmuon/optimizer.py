@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from distmuon import guards, ns_kernels, planner, rules
+from distmuon import guards, holdings, memory, ns_kernels, planner, rules
+from distmuon.agreement import together
 from distmuon.collectives import DataParallelGroup
 from distmuon.conductor import Conductor
 from distmuon.config import (
@@ -82,6 +83,8 @@ class DistMuon(TrainerFace):
             "forward": all-gathers run under the next forward, whose modules wait for them; whoever else reads or
             writes parameters after `step` must call `synchronize` first. False: one bucket after the other.
         verify_every: compare the bits of all parameters across ranks before every such step writes; 0: never.
+        broadcast_buffers: give all ranks rank 0's module buffers when ours are built, once; later forwards send none,
+            unlike DDP's. False: each rank keeps its own, which are not compared either.
 
     Buffers are built at the first forward in training, gradient, step or state call, on all ranks together: rank 0's
     parameters and module buffers are broadcast, then parameters live in flat storage and must not be moved. After
@@ -123,6 +126,7 @@ class DistMuon(TrainerFace):
         overlap: Overlap = True,
         ns_kernels: bool = False,
         verify_every: int = 0,
+        broadcast_buffers: bool = True,
     ) -> None:
         ns_dtype = torch.bfloat16 if ns_dtype is None else ns_dtype
         reduce_dtype = torch.float32 if reduce_dtype is None else reduce_dtype
@@ -131,7 +135,7 @@ class DistMuon(TrainerFace):
             bucket_mb=bucket_mb, reduce_dtype=reduce_dtype, release_grads=release_grads,
             master_format=master_format, momentum_dtype=momentum_dtype, ns_dtype=ns_dtype,
             exchange_dtype=exchange_dtype, max_grad_norm=max_grad_norm, overlap=overlap,
-            ns_kernels=ns_kernels, verify_every=verify_every,
+            ns_kernels=ns_kernels, verify_every=verify_every, broadcast_buffers=broadcast_buffers,
         )  # fmt: skip
         start = Hyperparameters(
             lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps,
@@ -162,6 +166,7 @@ class DistMuon(TrainerFace):
         self.layout = self._make_layout()
         self._conductor: Conductor | None = None
         self._sync = True
+        self._values_used = False  # by a forward that could not build
         if overlap == "forward" and self._model is None:
             raise problem(
                 "overlap", 'found "forward" with parameters by name', "the modules that use them must wait for them",
@@ -180,7 +185,10 @@ class DistMuon(TrainerFace):
         """The layout of the parameters as they are: until buffers are built, engines may still move and cast them."""
         self.group.check_current()
         self.check_parameters()
-        self._specs = tuple(replace(spec, dtype=param.dtype) for spec, param in zip(self._specs, self._params))
+        guards.check_memory(self._named())
+        stays = memory.stays(self._params, self._model)
+        now = zip(self._specs, self._params, stays)
+        self._specs = tuple(replace(spec, dtype=param.dtype, stays=kept) for spec, param, kept in now)
         o = self.options
         o.check_dtypes([(spec.fqn, spec.dtype) for spec in self._specs])
         return make_layout(
@@ -193,16 +201,17 @@ class DistMuon(TrainerFace):
         `values_used`: a forward has run already, so the ranks must hold the same values. `to_train`: with these values,
         and not with those of a checkpoint.
         """
-        self.layout = self._make_layout()
         self.group.take_number()
+        self.layout = together(self.group, self._make_layout, stage="comparison of the plans")
         lines = [f"{s.fqn} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
         guards.agree_on_plan(repr(lines), lines, self.group)
         kernels = ns_kernels.summary(self.options, self._params[0].device, self.param_groups, reasons=False)
         self.verify_options(also=self.layout.fingerprint() + kernels)
-        if values_used:
+        held = holdings.held(self._named(), self._model, buffers=self.options.broadcast_buffers)
+        holdings.agree_on(held, self.group)
+        if any(self.group.gather_objects(values_used or self._values_used, stage="comparison of the plans")):
             guards.agree_on_values([spec.fqn for spec in self._specs], self._params, self.group)
-        for tensor in self._params if self._model is None else [*self._model.parameters(), *self._model.buffers()]:
-            self.group.broadcast(tensor.data)
+        holdings.send(held, self.group)
         if to_train:
             guards.check_finite(guards.not_finite([spec.fqn for spec in self._specs], self._params))
         self._conductor = Conductor(
@@ -247,7 +256,7 @@ class DistMuon(TrainerFace):
 
     def _reduce(self) -> bool:
         """Whether this call has reduced, and not one before it."""
-        conductor = self._built()
+        conductor = self._built(values_used=self._has_gradients())
         present = conductor.reduce(self._fingerprint())
         if present is None:
             return False
@@ -267,6 +276,10 @@ class DistMuon(TrainerFace):
         text = repr((self.group.number, hyperparameters(self.param_groups)))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:2], "big")
 
+    def _has_gradients(self) -> bool:
+        """Before anything is built: gradients that no forward of ours has made, of values that are this rank's own."""
+        return self._conductor is None and any(param.grad is not None for param in self._params)
+
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """`torch.nn.utils.clip_grad_norm_` of the averaged gradient of the whole model; returns the norm before this
@@ -285,7 +298,7 @@ class DistMuon(TrainerFace):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update on all ranks. `closure` re-evaluates the model and returns the loss."""
         loss = torch.enable_grad()(closure)() if closure is not None else None
-        conductor = self._built()
+        conductor = self._built(values_used=self._has_gradients())
         numbers = self._hyperparameters()
         guards.check_held(self.param_groups, self._held)
         guards.check_frozen(self._frozen)
@@ -302,11 +315,14 @@ class DistMuon(TrainerFace):
         return loss
 
     def on_forward(self) -> None:
-        """Called by the model's forward. In training the first one builds; evaluation waits for all parameters."""
-        if torch.is_grad_enabled():
-            self._built()
-        else:
+        """Called by the model's forward. In training the first ordinary one builds; evaluation waits for all
+        parameters."""
+        if not torch.is_grad_enabled():
             self.synchronize()
+        elif self._conductor is None and self._model is not None and not guards.is_ordinary(self._model, self._params):
+            self._values_used = True
+        else:
+            self._built()
 
     def wait_for(self, params: Iterable[int]) -> None:
         """Called by a module's forward."""

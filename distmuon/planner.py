@@ -15,6 +15,7 @@ from heapq import heapreplace
 import torch
 from torch import nn
 
+from distmuon import memory
 from distmuon.config import GradReduction, MasterFormat, Options, Overlap, Packing, ParamGather, Placement, one_of
 from distmuon.counts import HeldBytes, RankPlan, count, guard_bytes, plan_rank, sent_bytes
 from distmuon.errors import problem
@@ -276,7 +277,7 @@ def _plan_layout(
         num_buckets=len(layout.buckets),
         largest_bucket=max(sum(sizes[p] for p in bucket.params) for bucket in layout.buckets) / total,
         padding=(layout.dp_size * sum(bucket.shard_size for bucket in layout.buckets) - total) / total,
-        staged=sum(n for i, n in enumerate(sizes) if layout.contiguous_start(i) is None) / total,
+        staged=sum(n for i, n in enumerate(sizes) if layout.is_staged(i)) / total,
         straddlers=sum(placed.straddling for placed in layout.matrices),
         ranks=ranks,
         time=times.get(order),
@@ -287,7 +288,9 @@ def _plan_layout(
 def _routed(model: nn.Module | Iterable[ParamSpec] | str, routes: Sequence[Route] | str | None) -> list[ParamSpec]:
     """The parameters as training sees them, in registration order."""
     if isinstance(model, nn.Module):
-        return [spec for spec, _ in route_params(model, routes)]
+        routed = route_params(model, routes)
+        stays = memory.stays([param for _, param in routed], model)
+        return [replace(spec, stays=kept) for (spec, _), kept in zip(routed, stays)]
     if routes is not None and not (isinstance(routes, str) and routes == "adamw"):
         raise problem(
             "routes", "patterns for parameters that are routed already", 'None or "adamw" is needed', "pass the module"

@@ -75,6 +75,7 @@ class ParamSpec:
     matrices: tuple[Matrix, ...]
     reason: str
     options: tuple[tuple[str, object], ...] = ()
+    stays: bool = False  # in its own memory, see [Note: parameters that stay] in memory.py
 
     @property
     def numel(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distmuon import holdings
 from distmuon.errors import problem
 from distmuon.guards import unwrap
 
@@ -37,12 +38,19 @@ def check_path(path: object, *, new: bool) -> None:
         raise problem("path", f"found {path!r}", "a folder's name is needed", "write 'runs/a/step-100'")
 
 
-def others_of(model: nn.Module, trained: Sequence[nn.Parameter]) -> dict[str, Tensor]:
-    """{fqn: tensor} of what the model's state dict holds beside the trained parameters; tied ones once."""
+def others_of(model: nn.Module, trained: Sequence[nn.Parameter], *, to_save: bool = False) -> dict[str, Tensor]:
+    """{fqn: tensor} of what the model's state dict holds beside the trained parameters; tied ones once.
+
+    What is no plain memory stands there as the plain tensors it is made of; what names none is left out and, `to_save`,
+    said to be.
+    """
     model = unwrap(model, "external")
     known, kept = {id(param) for param in trained}, model.state_dict().keys()
     held = [*model.named_parameters(), *model.named_buffers()]
-    return {fqn: tensor for fqn, tensor in held if id(tensor) not in known and fqn in kept}
+    found, left = holdings.plain((fqn, tensor) for fqn, tensor in held if id(tensor) not in known and fqn in kept)
+    if to_save:
+        holdings.log_left(left, "saved")
+    return found
 
 
 def packed(**state: Any) -> bytes:

@@ -130,7 +130,8 @@ def save_checkpoint(
     small = together(group, begin)
     saving.all_do(lambda: snapshot.check_shared(final, number))
     aside = snapshot.aside_of(final, number)
-    parts: Iterable[sharded.Part] = sharded.parts_of(buffers, others_of(model, buffers.params), group.dp_size)
+    others = others_of(model, buffers.params, to_save=rank == 0)
+    parts: Iterable[sharded.Part] = sharded.parts_of(buffers, others, group.dp_size)
     trained = {s.fqn: {"shape": s.shape, "dtype": str(s.dtype), "rule": s.rule} for s in buffers.layout.specs}
     manifest = Manifest(FORMAT, group.dp_size, versions(), repr(optimizer.options), trained, {})
     if not asynchronous:

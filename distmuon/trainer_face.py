@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distmuon import checkpoint, guards
+from distmuon import checkpoint, guards, holdings
 from distmuon.agreement import agree_on_bits, together
 from distmuon.collectives import DataParallelGroup
 from distmuon.conductor import Conductor
@@ -125,9 +125,9 @@ class TrainerFace(torch.optim.Optimizer):
 
     def verify_bits(self) -> None:
         """Compare parameters as this step's forwards used them: an update and its all-gather heal or spread a bit."""
-        named = [*self._named(), *self._frozen]
+        named, _ = holdings.plain([*self._named(), *self._frozen])
         self._built().source.finish()  # on all ranks, also one that had no backward
-        agree_on_bits([fqn for fqn, _ in named], [param for _, param in named], self.group, stage="verify")
+        agree_on_bits(list(named), list(named.values()), self.group, stage="verify")
 
     def at_rest(self, *, to_write: bool = False) -> ParamGather:
         """For who reads or writes all state: nothing is in flight, foreign writes are taken over. Collective."""

@@ -131,6 +131,7 @@ class OptimizerConfig:
     bucket_mb: float | None = None
     reduce_dtype: Dtype | None = None
     release_grads: bool = False
+    broadcast_buffers: bool = True
     param_gather: Literal["parameters", "updates"] = "parameters"
     master_format: Literal["float32", "remainder"] = "float32"
     momentum_dtype: Literal["float32", "bfloat16", "int8"] = "float32"

@@ -53,6 +53,11 @@ def _unlike(group: dist.ProcessGroup, name: str, values: list[Any]) -> None:
         ("ns_steps", [5, 6], r"rank 1: found param_groups\[0\]\.ns_steps = 6"),
         ("max_grad_norm", [None, 1.0], r"rank 1: found max_grad_norm = 1\.0, on rank 0 max_grad_norm = None"),
         ("bucket_mb", [None, 1.0], r"rank 1: found bucket_mb = 1\.0"),
+        (
+            "broadcast_buffers",
+            [True, False],
+            "rank 1: found broadcast_buffers = False, on rank 0 broadcast_buffers = True",
+        ),
         ("routes", ["adamw", None], r"rank 1: found 0\.weight .* muon, on rank 0 0\.weight .* adamw"),
     ],
 )

@@ -98,7 +98,7 @@ def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) ->
         finally:
             walk.orthogonalize = original
         metrics, buffers = optimizer.metrics(), optimizer._conductor.buffers
-        staged = [i for i in range(len(buffers.params)) if buffers.layout.contiguous_start(i) is None]
+        staged = [i for i in range(len(buffers.params)) if buffers.layout.is_staged(i)]
         found.append(
             {
                 "sent_bytes": {stage: n for stage, n in metrics["bytes"].items() if n},
