@@ -64,7 +64,8 @@ def test_a_hyperparameter_is_a_number_from_0_on(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["nesterov", "adjust_lr_fn", "ns_steps", "packing", "placement", "grad_reduction", "release_grads", "param_gather",
-     "master_format", "momentum_dtype", "overlap", "ns_kernels", "broadcast_buffers", "reduce_dtype", "ns_dtype", "exchange_dtype"],
+     "master_format", "momentum_dtype", "overlap", "ns_kernels", "broadcast_buffers", "reduce_dtype",
+     "ns_dtype", "exchange_dtype"],
 )  # fmt: skip
 def test_an_option_is_one_of_its_words(name: str) -> None:
     """0 is not False and 1 not True: what is compared across ranks is the option itself."""

@@ -271,6 +271,13 @@ def _with(weight: Tensor, index: int = 2) -> nn.Sequential:
     return model
 
 
+def _freed() -> nn.Sequential:
+    """As sharding frameworks leave a weight between its uses."""
+    model = _model()
+    model[2].weight.untyped_storage().resize_(0)
+    return model
+
+
 def _two_in(storage: Tensor) -> nn.Sequential:
     model = _model()
     model[0].weight = nn.Parameter(storage[:48].view(8, 6))
@@ -284,6 +291,7 @@ def _two_in(storage: Tensor) -> nn.Sequential:
         (lambda: _with(Sum(torch.ones(4, 8), torch.ones(4, 8))), r"2\.weight: the parameter is a Sum, .*a plain nn"),
         (lambda: _with(Named(torch.ones(4, 8), torch.ones(4, 8))), r"2\.weight: the parameter is a Named.*freeze it"),
         (lambda: _with(torch.ones(4, 8).as_subclass(OverMemory)), r"2\.weight: the parameter is a OverMemory"),
+        (_freed, r"2\.weight: the parameter is a Parameter, whose values are not simply those in its memory"),
         (lambda: _with(torch.ones(4, 8).to_sparse()), r"2\.weight: the parameter is a tensor of torch\.sparse_coo"),
         (lambda: _with(torch.ones(1, 8).expand(4, 8)), r"2\.weight: .* \(4, 8\) has strides \(0, 1\): it is expanded"),
         (lambda: _with(torch.ones(4, 16)[:, ::2]), r"2\.weight: .* strides \(16, 2\): .*a slice with gaps; .*clone\("),
