@@ -290,17 +290,17 @@ class DataParallelGroup:
         work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
         return Pending(tensor, (work,), lost=self._lost(stage, ""))
 
-    def broadcast(self, tensor: Tensor) -> None:
+    def broadcast(self, tensor: Tensor, via: torch.device) -> None:
         """Rank 0's values to all, in place, blocking, any dtype and strides. Only while buffers are built: not counted.
 
-        All ranks give the same shape and dtype, each element in a place of its own. What lies on another device than
-        NCCL's goes by way of that.
+        All ranks give the same shape and dtype, each element in a place of its own. `via`: a device that the group
+        serves, for what lies on one that it does not.
         """
         if self.dp_size == 1 or not tensor.numel():
             return
         elements = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
-        if not self._gloo and self._device is not None:
-            elements = elements.to(self._device)
+        if not self._gloo and elements.device.type != via.type:
+            elements = elements.to(via)
         source = dist.get_global_rank(self.process_group, 0) if self.process_group is not None else 0
         with self._blocking("broadcast of rank 0's values"):
             dist.broadcast(elements.view(torch.uint8), source, group=self.process_group)

@@ -147,12 +147,15 @@ def agree_on(holdings: Sequence[Holding], group: DataParallelGroup) -> None:
     )  # fmt: skip
 
 
-def send(holdings: Sequence[Holding], group: DataParallelGroup) -> None:
-    """Rank 0's values to all ranks, in place. Blocking; the ranks have agreed on what they hold."""
+def send(holdings: Sequence[Holding], group: DataParallelGroup, via: torch.device) -> None:
+    """Rank 0's values to all ranks, in place. Blocking; the ranks have agreed on what they hold.
+
+    `via`: the device of what is trained, which the group serves; the rest may lie elsewhere.
+    """
     if group.dp_size == 1:
         return
     if group.dp_rank == 0:
         log_left([holding.name for holding in holdings if holding.parts is None], "sent from rank 0 to the others")
     for holding in holdings:
         for part in holding.parts or ():
-            group.broadcast(part.data)  # not seen by autograd: a backward may be under way
+            group.broadcast(part.data, via)  # not seen by autograd: a backward may be under way

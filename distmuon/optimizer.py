@@ -166,7 +166,6 @@ class DistMuon(TrainerFace):
         self.layout = self._make_layout()
         self._conductor: Conductor | None = None
         self._sync = True
-        self._values_used = False  # by a forward that could not build
         if overlap == "forward" and self._model is None:
             raise problem(
                 "overlap", 'found "forward" with parameters by name', "the modules that use them must wait for them",
@@ -209,9 +208,9 @@ class DistMuon(TrainerFace):
         self.verify_options(also=self.layout.fingerprint() + kernels)
         held = holdings.held(self._named(), self._model, buffers=self.options.broadcast_buffers)
         holdings.agree_on(held, self.group)
-        if any(self.group.gather_objects(values_used or self._values_used, stage="comparison of the plans")):
+        if any(self.group.gather_objects(values_used, stage="comparison of the plans")):
             guards.agree_on_values([spec.fqn for spec in self._specs], self._params, self.group)
-        holdings.send(held, self.group)
+        holdings.send(held, self.group, self._params[0].device)
         if to_train:
             guards.check_finite(guards.not_finite([spec.fqn for spec in self._specs], self._params))
         self._conductor = Conductor(
@@ -319,9 +318,7 @@ class DistMuon(TrainerFace):
         parameters."""
         if not torch.is_grad_enabled():
             self.synchronize()
-        elif self._conductor is None and self._model is not None and not guards.is_ordinary(self._model, self._params):
-            self._values_used = True
-        else:
+        elif self._conductor is not None or self._model is None or guards.is_ordinary(self._model, self._params):
             self._built()
 
     def wait_for(self, params: Iterable[int]) -> None:
