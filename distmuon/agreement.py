@@ -72,7 +72,7 @@ def bit_sums(tensor: Tensor) -> Tensor:
     what the first cannot, as elements that changed places, or two counts of the same total: other bits come to the same
     by a chance of 2**-64. No host sync.
     """
-    data = tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+    data = tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8)
     sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
     length = _BLOCK if data.device.type == "cpu" else _GPU_BLOCK
     for start in range(0, data.numel(), length):

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.nn.parameter import is_lazy
 
 from distmuon.agreement import bit_sums
 from distmuon.archives import MAX_NESTING, check_small
@@ -74,6 +74,9 @@ class Others:
 def others_of(model: nn.Module, trained: Sequence[nn.Parameter]) -> Others:
     """Raises `ValueError` naming the tensor for one that no checkpoint can hold."""
     model = unwrap(model, "external")
+    for fqn, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):  # before torch says so without a name
+            raise _not_kept(fqn, "not initialized yet")
     trained_ids, state = {id(param) for param in trained}, model.state_dict()
     kept_at = {_place(value) for value in state.values() if isinstance(value, Tensor)} - {None}
     plain: dict[str, Tensor] = {}
@@ -112,31 +115,33 @@ def plain_parts(fqn: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     without their class and share its memory, sparse and quantised ones are the model's own objects.
     """
     kind = type(tensor)
-    if is_traceable_wrapper_subclass(tensor) and not kind.__module__.startswith("torch.distributed"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from plain_parts(f"{fqn}.{name}", getattr(tensor, name))
-        return
     found = None
     if kind.__module__.startswith("torch.distributed"):
         found = f"a {kind.__name__}, of which this rank holds a part"
-    elif isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
-        found = "not initialized yet"
+    elif callable(getattr(kind, "__tensor_flatten__", None)):
+        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+            yield from plain_parts(f"{fqn}.{name}", getattr(tensor, name))
+        return
+    elif kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        found = f"a {kind.__name__} that keeps its values where no __tensor_flatten__ names them"
     elif tensor.is_meta:
         found = "on the meta device, without values"
-    elif tensor.is_mkldnn or tensor.is_nested:
+    elif tensor.is_nested or tensor.is_mkldnn:
         found = "nested" if tensor.is_nested else "in mkldnn's layout"
-    elif tensor.layout == torch.strided and tensor.numel() and not tensor.untyped_storage().nbytes():
-        found = f"a {kind.__name__} that keeps its values where __tensor_flatten__ does not name them"
     if found is not None:
-        raise problem(
-            fqn, f"it is {found}", "a checkpoint holds tensors with values of their own",
-            "register it with persistent=False, or make it a plain tensor",
-        )  # fmt: skip
+        raise _not_kept(fqn, found)
     if is_odd(tensor):
         yield fqn, tensor
         return
     with torch._C.DisableTorchFunctionSubclass():
         yield fqn, tensor.detach().as_subclass(Tensor)
+
+
+def _not_kept(fqn: str, found: str) -> ValueError:
+    return problem(
+        fqn, f"it is {found}", "a checkpoint holds tensors with values of their own",
+        "register it with persistent=False, or make it a plain tensor",
+    )  # fmt: skip
 
 
 def is_odd(tensor: Tensor) -> bool:
@@ -172,7 +177,7 @@ def _safe(name: str, value: Any, depth: int = 0) -> Any:
             keys = [_safe(f"{name}: a key", key, depth + 1) for key in value]
             return kind(zip(keys, [_safe(f"{name}[{key!r}]", item, depth + 1) for key, item in value.items()]))
         return kind([_safe(f"{name}[{number}]", item, depth + 1) for number, item in enumerate(value)])
-    if isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value):
+    if isinstance(value, Tensor) and not callable(getattr(kind, "__tensor_flatten__", None)):
         ((_, tensor),) = plain_parts(name, value)
         tensor = tensor.detach().to("cpu", copy=True)
         return tensor if is_odd(tensor) else tensor.resolve_conj().resolve_neg().contiguous()

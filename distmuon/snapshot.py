@@ -36,6 +36,7 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -93,10 +94,9 @@ def begin(final: Path, number: str) -> None:
             str(final.parent), f"no folder can be made there ({reason_of(error)})",
             "the right to write is needed", INTACT,
         ) from error  # fmt: skip
-    with suppress(ValueError):  # a folder that may be written but not listed
-        for stale in _stale_in(final.parent):
-            if _final_of(stale) == final.name:
-                _remove(stale)
+    with suppress(OSError, ValueError):  # a folder that may be written but not listed
+        for stale in _stale_in(final.parent, lambda name: name == final.name, (aside / WRITER).stat().st_mtime):
+            _remove(stale)
 
 
 def _make_way(final: Path, number: str) -> None:
@@ -172,9 +172,9 @@ def _retain(just_saved: Path, keep_last: int) -> None:
     complete = [path for path in series if path != just_saved and why_incomplete(path) is None]
     for old in complete[max(0, keep_last - 1) :]:
         _remove(old)
-    for stale in _stale_in(just_saved.parent):
-        if series_of(_final_of(stale) or "") == series_of(just_saved.name):
-            _remove(stale)
+    ours, now = series_of(just_saved.name), (just_saved / MARKER).stat().st_mtime
+    for stale in _stale_in(just_saved.parent, lambda name: series_of(name) == ours, now):
+        _remove(stale)
 
 
 def _remove(folder: Path) -> None:
@@ -246,13 +246,16 @@ def _final_of(path: Path) -> str | None:
     return match["final"] if match else None
 
 
-def _stale_in(folder: Path) -> list[Path]:
-    """What killed saves and removals left, of whatever series: see [Note: whose save is it]."""
-    found = [path for path in _listed(folder) if _final_of(path) is not None]
-    return [path for path in found if path.name.endswith(".deleted") or not _is_written(path)]
+def _stale_in(folder: Path, is_ours: Callable[[str], bool], now: float) -> list[Path]:
+    """What killed saves and removals of the names that are ours left; see [Note: whose save is it].
+
+    `now`: by the clock of the file system.
+    """
+    found = [path for path in _listed(folder) if (final := _final_of(path)) is not None and is_ours(final)]
+    return [path for path in found if path.name.endswith(".deleted") or not _is_written(path, now)]
 
 
-def _is_written(aside: Path) -> bool:
+def _is_written(aside: Path, now: float) -> bool:
     """Whether somebody still writes this folder, as far as can be told from here."""
     try:
         writer = json.loads((aside / WRITER).read_bytes())
@@ -261,14 +264,11 @@ def _is_written(aside: Path) -> bool:
         machine, pid, started = None, 0, None  # about to be renamed, or of an older version
     if machine == _machine() and pid > 0:
         return bool(_started(pid) == started)
-    if aside.name.endswith(".saving") and not _listed(aside):
-        return False
-    probe = aside.with_name(f".{os.getpid()}.{time.monotonic_ns()}.clock")
     try:
-        probe.touch()
-        now = probe.stat().st_mtime
-        probe.unlink()
-        return now - max(path.stat().st_mtime for path in (aside, *aside.iterdir())) < UNTOUCHED_S
+        inside = list(aside.iterdir())
+        if not inside and aside.name.endswith(".saving"):
+            return False
+        return now - max(path.stat().st_mtime for path in (aside, *inside)) < UNTOUCHED_S
     except OSError:
         return True
 
