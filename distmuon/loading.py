@@ -190,11 +190,9 @@ class _Load:
             if missing and self._group.dp_rank == 0:
                 _LOG.warning("%s holds no state of %s, which keep what they have", read.path, names(missing))
         elif surplus or missing:
-            raise problem(
-                names(surplus or missing),
-                f"{len(surplus)} states of modules are in the checkpoint and not in this model, {len(missing)} are not"
-                " in the checkpoint", "the model of the save is needed", _SAME,
-            )  # fmt: skip
+            found = f"it holds states of {names(surplus)}, which this model has not" if surplus else ""
+            found = found or f"it holds no state of {names(missing)}"
+            raise problem(str(read.path), found, "the model of the save is needed", _SAME)
         for fqn, tensor in self._others.odd.items():
             if fqn in read.states:
                 _check_fits(fqn, tensor, read.states[fqn])

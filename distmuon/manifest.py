@@ -226,13 +226,11 @@ def check_size(path: Path, manifest: Manifest, name: str) -> None:
 def read_small(path: Path, most: int = JSON_BYTES) -> bytes:
     """A whole list. Raises `ValueError` naming the file, also for one that is longer than any list here."""
     try:
-        with _regular(path).open("rb") as file:
-            data = file.read(most + 1)
+        if _regular(path).stat().st_size <= most:
+            return path.read_bytes()
     except OSError as error:
         raise damaged(path, f"it cannot be read ({reason_of(error)})") from error
-    if len(data) > most:
-        raise damaged(path, f"it has more than {most} bytes")
-    return data
+    raise damaged(path, f"it has more than {most} bytes")
 
 
 def _regular(path: Path) -> Path:

@@ -288,7 +288,7 @@ def test_a_buffer_that_cannot_be_kept_is_named_before_anything_is_written(
         ),
         (torch.zeros(3), torch.ones(3, dtype=torch.complex64), r"x: the checkpoint holds torch.complex64"),
         (torch.eye(3).to_sparse(), torch.eye(4).to_sparse(), r"x: the checkpoint holds torch.float32 \(4, 4\) sparse"),
-        (torch.eye(3).to_sparse(), torch.eye(3), r"x: .*states of modules|x: 1 tensors of the checkpoint"),
+        (torch.eye(3).to_sparse(), torch.eye(3), r"step-1: it holds no state of x;"),
         (torch.zeros(1).expand(3), torch.arange(3.0), r"x: the checkpoint holds other values along dimension 0"),
     ],
     ids=["float into int", "complex into real", "shape", "dense into sparse", "into expanded"],
@@ -418,10 +418,10 @@ def test_a_model_with_other_modules_of_extra_state_is_refused(tmp_path: Path) ->
 
     distmuon.save_checkpoint(tmp_path / "step-1", *_counting(1))
     plain = nn.Sequential(nn.Linear(6, 4), nn.Identity())
-    with pytest.raises(ValueError, match=r"1\._extra_state: 1 states of modules are in the checkpoint and not in this"):
+    with pytest.raises(ValueError, match=r"step-1: it holds states of 1\._extra_state, which this model has not"):
         distmuon.load_checkpoint(tmp_path, plain, distmuon.DistMuon(plain))
     more = nn.Sequential(nn.Linear(6, 4), _Counting("a"), _Counting("b"))
-    with pytest.raises(ValueError, match=r"2\._extra_state: 0 states .* in this model, 1 are not in the checkpoint"):
+    with pytest.raises(ValueError, match=r"step-1: it holds no state of 2\._extra_state"):
         distmuon.load_checkpoint(tmp_path, more, distmuon.DistMuon(more))
     half = nn.Sequential(nn.Linear(6, 4), Half())
     with pytest.raises(ValueError, match=r"1\._extra_state: a Half has no set_extra_state; it must"):
