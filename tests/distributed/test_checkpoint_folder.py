@@ -92,12 +92,12 @@ def test_a_save_is_tidied_once_nobody_writes_it(tmp_path: Path) -> None:
     elsewhere = _aside(tmp_path, "step-4", machine=["another", "boot", "pid:[1]"])
     long_ago = _old(_aside(tmp_path, "step-5", machine=["another", "boot", "pid:[1]"]))
     nameless, nameless_old = _aside(tmp_path, "step-6"), _old(_aside(tmp_path, "step-7"))
-    others = _old(_aside(tmp_path, "gen-8", pid=_ended()))
+    others = [_old(_aside(tmp_path, name, pid=_ended())) for name in ("gen-8", "step8", "steps-8", "step-8.d-1", "20")]
     half_deleted, half_begun = tmp_path / ".step-9.deleted", tmp_path / ".step-9.0123abcd.saving.begun"
     for path in (half_deleted, half_begun, tmp_path / ".gen-9.deleted"):
         path.mkdir()
     distmuon.save_checkpoint(tmp_path / "step-20", *_small(), keep_last=3)
-    for kept in (alive, elsewhere, nameless, others, half_begun, tmp_path / ".gen-9.deleted"):
+    for kept in (alive, elsewhere, nameless, *others, half_begun, tmp_path / ".gen-9.deleted"):
         assert kept.exists(), kept
     for gone in (reused, ended, long_ago, nameless_old, half_deleted):
         assert not gone.exists(), gone
@@ -311,7 +311,7 @@ def test_what_is_removed_under_a_load_is_looked_for_anew(
     model, optimizer = _small()
     model.register_buffer("read_last", torch.zeros(1))
     folder, newer = tmp_path / "run", tmp_path / "step-3"
-    for path, step in ((folder / "step-1", 1), (folder / "step-2", 2), (newer, 3)):
+    for path, step in ((folder / "other-1", -1), (folder / "step-1", 1), (folder / "step-2", 2), (newer, 3)):
         model.read_last.fill_(step)
         distmuon.save_checkpoint(path, model, optimizer, extra=step)
     module, name = STAGES[stage]
@@ -326,6 +326,22 @@ def test_what_is_removed_under_a_load_is_looked_for_anew(
 
     monkeypatch.setattr(module, name, overtaken)
     assert distmuon.load_checkpoint(folder, model, optimizer).extra == 3 and float(model.read_last) == 3.0
+
+
+def test_a_look_does_not_fall_back_to_another_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest went while it was looked at, and its successor was there; the other series' was answered."""
+    for name in ("disc-3", "gen-9", "kept/gen-10"):
+        distmuon.save_checkpoint(tmp_path / name, *_small())
+    real = snapshot.why_incomplete
+
+    def overtaken(path: Path) -> str | None:
+        if (tmp_path / "kept" / "gen-10").exists():
+            (tmp_path / "kept" / "gen-10").rename(tmp_path / "gen-10")
+            shutil.rmtree(tmp_path / "gen-9")
+        return real(path)
+
+    monkeypatch.setattr(snapshot, "why_incomplete", overtaken)
+    assert distmuon.latest_checkpoint(tmp_path) == tmp_path / "gen-10"
 
 
 def test_a_checkpoint_that_is_asked_for_by_name_and_has_gone_is_an_error(tmp_path: Path) -> None:
