@@ -19,8 +19,8 @@ from distmuon.collectives import DataParallelGroup, hang_up
 from distmuon.errors import problem
 from distmuon.roll_call import LostRanks, RollCall
 
-_BLOCK = 1 << 20  # elements summed at once: the sums need 8 bytes for each
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BLOCK, _GPU_BLOCK = 1 << 19, 1 << 26  # bytes summed at once: a cache's worth, or enough for every core of a GPU
+_ODD, _PLACES = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9  # odd: products modulo 2**64 are as different as the factors
 T = TypeVar("T")
 
 
@@ -66,19 +66,28 @@ def shared_fate(process_group: dist.ProcessGroup | None = None) -> Iterator[None
 
 
 def bit_sums(tensor: Tensor) -> Tensor:
-    """Two int64 sums of the bits of `tensor`, on its device: plain, and weighted by position. No host sync.
+    """Two int64 sums of the bits of a dense `tensor`, on its device: plain, and of each word mixed with its position.
 
-    One changed bit always changes the first (by a power of two, and sums wrap around at 2**64); elements that changed
-    places change the second.
+    One changed bit always changes the first (by a power of two, and sums wrap around at 2**64). The second tells apart
+    what the first cannot, as elements that changed places, or two counts of the same total: other bits come to the same
+    by a chance of 2**-64. No host sync.
     """
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    bits = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
+    data = tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8)
     sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    for start in range(0, bits.numel(), _BLOCK):
-        block = bits[start : start + _BLOCK].to(torch.int64)
-        sums[0] += block.sum()
-        sums[1] += (block * torch.arange(start + 1, start + 1 + block.numel(), device=tensor.device)).sum()
+    length = _BLOCK if data.device.type == "cpu" else _GPU_BLOCK
+    for start in range(0, data.numel(), length):
+        block = data[start : start + length]
+        padding = -block.numel() % 8
+        # A copy begins where words of 8 bytes may begin, and may be changed.
+        words = torch.nn.functional.pad(block, (0, padding)) if padding else block.clone()
+        words = words.view(torch.int64)
+        sums[0] += words.sum()
+        words += torch.arange(start // 8, start // 8 + words.numel(), device=tensor.device) * _PLACES
+        words ^= (words >> 32) & 0xFFFFFFFF
+        words *= _ODD
+        words ^= (words >> 29) & 0x7FFFFFFFF
+        words *= _ODD
+        sums[1] += words.sum()
     return sums
 
 

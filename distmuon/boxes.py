@@ -7,6 +7,8 @@ from math import prod
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
 
+MAX_DIMS = 64  # torch makes no tensor of more
+
 
 def boxes(shape: Sequence[int], start: int, length: int) -> list[Box]:
     """Elements [start, start + length) of a tensor of `shape`, flattened, as boxes in that order; 2*ndim - 1 at most.
@@ -37,13 +39,24 @@ def boxes(shape: Sequence[int], start: int, length: int) -> list[Box]:
     return found
 
 
-def make_up(shape: Sequence[int], found: Sequence[Box]) -> bool:
-    """Whether boxes like those of `boxes` hold every element of a tensor of `shape` exactly once."""
+def ranges_of(shape: Sequence[int], found: Sequence[Box]) -> list[tuple[int, int]] | None:
+    """Of each box its flat range [start, end), or None where one is not a contiguous range of `shape`."""
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * shape[dim + 1]
     ranges = []
     for offsets, sizes in found:
-        start, length = sum(offset * prod(shape[dim + 1 :]) for dim, offset in enumerate(offsets)), prod(sizes)
-        if boxes(shape, start, length) != [(tuple(offsets), tuple(sizes))]:
-            return False
-        ranges.append((start, start + length))
+        start = sum(offset * stride for offset, stride in zip(offsets, strides))
+        if boxes(shape, start, prod(sizes)) != [(tuple(offsets), tuple(sizes))]:
+            return None
+        ranges.append((start, start + prod(sizes)))
+    return ranges
+
+
+def make_up(shape: Sequence[int], found: Sequence[Box]) -> bool:
+    """Whether boxes like those of `boxes` hold every element of a tensor of `shape` exactly once."""
+    ranges = ranges_of(shape, found)
+    if ranges is None:
+        return False
     starts, ends = zip(*sorted(ranges)) if ranges else ((), ())
     return (*starts, prod(shape)) == (0, *ends)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,6 +23,8 @@ from distmuon.errors import problem
 FORMAT = 1
 MANIFEST, MARKER = "manifest.json", "COMPLETE"
 INTACT = "free space or choose another folder; checkpoints saved before are intact"
+JSON_BYTES, JSON_DEPTH = 1 << 28, 16  # the lists here are 6 deep; a million boxes take 2**27 bytes
+_JSON_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}"]', re.DOTALL)
 
 
 def own_file(rank: int) -> str:
@@ -97,14 +101,31 @@ class SummedFile:
             raise self._problem(self._error) from self._error
 
     def _problem(self, error: OSError) -> ValueError:
-        return problem(
-            str(self.path), f"it could not be written ({error.strerror})", "space and the right to write are needed",
-            INTACT,
-        )  # fmt: skip
+        return unwritten(self.path, error)
 
     @property
     def sum(self) -> FileSum:
         return FileSum(self.size, self._sha256.hexdigest())
+
+
+def unwritten(path: Path, error: OSError, what: str = "written") -> ValueError:
+    """The error for what the file system did not let happen to `path`."""
+    found = f"it could not be {what} ({reason_of(error)})"
+    return problem(str(path), found, "space and the right to write are needed", INTACT)
+
+
+def reason_of(error: OSError) -> str:
+    """In words; some file systems give none."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+@contextmanager
+def naming(path: Path, what: str = "written") -> Iterator[None]:
+    """An `OSError` inside is raised as a `ValueError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritten(path, error, what) from error
 
 
 def write_file(path: Path, data: bytes) -> FileSum:
@@ -116,7 +137,7 @@ def write_file(path: Path, data: bytes) -> FileSum:
 
 def read_manifest(path: Path) -> Manifest:
     """Raises `ValueError` naming the file, unless `path` is a checkpoint that was completed, of a format known here."""
-    text, marker = _read_small(path / MANIFEST), _read_small(path / MARKER)
+    text, marker = read_small(path / MANIFEST), read_small(path / MARKER, most=1024)
     found = hashlib.sha256(text).hexdigest()
     if marker.decode("ascii", "replace") != found:
         raise damaged(path / MANIFEST, f"its sha256 is {found[:12]}..., {MARKER} says {marker[:12]!r}")
@@ -126,9 +147,9 @@ def read_manifest(path: Path) -> Manifest:
 def parse_manifest(where: Path, text: bytes) -> Manifest:
     """The manifest in `text`. Whatever is wrong with it, a `ValueError` that names `where`."""
     try:
-        raw = json.loads(text)
+        raw = parse_json(text)
         version = raw["format"]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise not_understood(where, error) from error
     if type(version) is not int or version != FORMAT:
         raise problem(
@@ -158,14 +179,34 @@ def check_files(path: Path, manifest: Manifest, part: int = 0, parts: int = 1) -
     """Compare the sums of every `parts`-th file from `part` on. Raises `ValueError` naming the file that differs."""
     for name in sorted(manifest.files)[part::parts]:
         check_size(path, manifest, name)
-        if sum_of(path / name) != manifest.files[name]:
+        try:
+            found = sum_of(path / name)
+        except OSError as error:
+            raise damaged(path / name, f"it cannot be read ({reason_of(error)})") from error
+        if found != manifest.files[name]:
             raise damaged(path / name, "its sha256 is not the one of the manifest")
+
+
+def parse_json(text: bytes) -> Any:
+    """What `text` says. Raises `ValueError` for what is nested more deeply than anything here, before it is parsed."""
+    depth = 0
+    for token in _JSON_TOKEN.finditer(text):
+        first = token[0][:1]
+        if first in b"[{":
+            depth += 1
+        elif first in b"]}":
+            depth -= 1
+        elif len(token[0]) == 1:
+            raise ValueError("a text in it never ends")
+        if depth > JSON_DEPTH:
+            raise ValueError(f"it is nested more than {JSON_DEPTH} deep")
+    return json.loads(text.decode())  # as UTF-8 only: in another encoding its brackets would look different
 
 
 def sum_of(path: Path) -> FileSum:
     """Reads the whole file."""
+    sha256, size = hashlib.sha256(), 0
     with path.open("rb") as file:
-        sha256, size = hashlib.sha256(), 0
         while block := file.read(1 << 22):
             sha256.update(block)
             size += len(block)
@@ -177,16 +218,19 @@ def check_size(path: Path, manifest: Manifest, name: str) -> None:
     try:
         size = _regular(path / name).stat().st_size
     except OSError as error:
-        raise damaged(path / name, f"it cannot be read ({error.strerror})") from error
+        raise damaged(path / name, f"it cannot be read ({reason_of(error)})") from error
     if size != manifest.files[name].size:
         raise damaged(path / name, f"it has {size} bytes of {manifest.files[name].size}")
 
 
-def _read_small(path: Path) -> bytes:
+def read_small(path: Path, most: int = JSON_BYTES) -> bytes:
+    """A whole list. Raises `ValueError` naming the file, also for one that is longer than any list here."""
     try:
-        return _regular(path).read_bytes()
+        if _regular(path).stat().st_size <= most:
+            return path.read_bytes()
     except OSError as error:
-        raise damaged(path, f"it cannot be read ({error.strerror})") from error
+        raise damaged(path, f"it cannot be read ({reason_of(error)})") from error
+    raise damaged(path, f"it has more than {most} bytes")
 
 
 def _regular(path: Path) -> Path:

@@ -11,6 +11,7 @@ waiting, and an error is kept until the next save or `wait`, which are collectiv
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -26,13 +27,26 @@ import torch
 from torch import nn
 
 from distmuon import sharded, snapshot
-from distmuon.agreement import together
+from distmuon.agreement import names, together
 from distmuon.config import one_of
 from distmuon.errors import problem
-from distmuon.manifest import FORMAT, Manifest, merge_sums, own_file, sum_of, table_file, write_file
+from distmuon.holdings import log_left
+from distmuon.manifest import FORMAT, FileSum, Manifest, merge_sums, naming, own_file, sum_of, table_file, write_file
 from distmuon.optimizer import DistMuon
-from distmuon.run_state import check_given, check_path, others_of, packed, rng_states, versions
+from distmuon.run_state import (
+    Others,
+    check_given,
+    check_path,
+    compare,
+    facts_of,
+    others_of,
+    packed,
+    rng_states,
+    states_of,
+    versions,
+)
 
+_LOG = logging.getLogger("distmuon")
 PEER_S = 1800.0  # how long rank 0's thread waits for the other ranks' files
 
 
@@ -82,6 +96,13 @@ class Saving:
 _saves: WeakKeyDictionary[DistMuon, Saving] = WeakKeyDictionary()
 
 
+def _check_arguments(path: object, keep_last: object, asynchronous: object) -> None:
+    if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
+        raise problem("keep_last", f"found {keep_last!r}", "1 or more is needed", "None: delete nothing")
+    one_of("asynchronous", asynchronous, (False, True))
+    check_path(path, new=True)
+
+
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -94,9 +115,10 @@ def save_checkpoint(
 ) -> Saving:
     """Write a checkpoint folder at `path`, on a file system that all ranks share. Collective.
 
-    Saved: parameters and module buffers, masters, momentum and moments, step counters, param groups, `scheduler`'s
-    state_dict, each rank's RNG states (CPU, CUDA, Python, NumPy if loaded), and each rank's `extra`: numbers, strings,
-    tensors and plain containers of them (the position in the data, the run's config).
+    Saved: parameters, masters, momentum and moments, step counters, param groups, `scheduler`'s state_dict; module
+    buffers, frozen parameters and what modules return from `get_extra_state`, once where all ranks hold the same bits
+    and each rank's own where they do not; each rank's RNG states (CPU, CUDA, Python, NumPy if loaded), and each rank's
+    `extra`: numbers, strings, tensors and plain containers of them (the position in the data, the run's config).
 
     Args:
         path: new; its name's last digits are the step ("runs/a/step-1200"), by which the newest is found.
@@ -108,30 +130,42 @@ def save_checkpoint(
     its shard on the CPU. Raises `ValueError` on all ranks, naming the file, where writing fails on any; what was saved
     before is intact then. An error of an asynchronous save is raised by the next save or by `wait`.
     """
-    if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
-        raise problem("keep_last", f"found {keep_last!r}", "1 or more is needed", "None: delete nothing")
-    one_of("asynchronous", asynchronous, (False, True))
-    check_path(path, new=True)
     check_given(model, optimizer)
+    optimizer.group.begin("save_checkpoint")
+    together(optimizer.group, lambda: _check_arguments(path, keep_last, asynchronous))
     final, group, buffers = Path(path), optimizer.group, optimizer.at_rest().buffers
     finish_saves(optimizer)
     rank, number = group.dp_rank, group.gather_objects(uuid4().hex[:8], stage="checkpoint")[0]
 
-    def begin() -> dict[str, bytes]:
-        small = {own_file(rank): packed(extra=extra, rng=rng_states(buffers.device))}
+    def look() -> tuple[Others, dict[str, Any], dict[str, object]]:
+        others = others_of(model, buffers.params)
+        if others.unknown and rank == 0:
+            found = names(others.unknown)
+            _LOG.warning("not saved: %s; no parameter, buffer or get_extra_state stands behind it", found)
+        if rank == 0:
+            log_left(others.left, "saved")
+        states = states_of(others)
+        return others, states, facts_of(others, states)
+
+    others, states, facts = together(group, look)
+    shared, alike = compare(group.gather_objects(facts, stage="checkpoint"))
+
+    def pack() -> dict[str, bytes]:
+        of_all = {fqn: state for fqn, state in states.items() if fqn in shared}
+        own = {fqn: s for fqn, s in states.items() if fqn not in alike and (rank > 0 or fqn not in shared)}
+        small = {own_file(rank): packed(extra=extra, rng=rng_states(buffers.device), modules=own)}
         if rank == 0:
             groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
             state = None if scheduler is None else scheduler.state_dict()
-            small["shared.pt"] = packed(param_groups=groups, scheduler=state)
-            snapshot.begin(final, number)
+            small["shared.pt"] = packed(param_groups=groups, scheduler=state, modules=of_all)
         return small
 
     saving = Saving(optimizer, final, number)
-    small = together(group, begin)
+    small = together(group, pack)
+    saving.all_do(lambda: snapshot.begin(final, number) if rank == 0 else None)
     saving.all_do(lambda: snapshot.check_shared(final, number))
     aside = snapshot.aside_of(final, number)
-    others = others_of(model, buffers.params, to_save=rank == 0)
-    parts: Iterable[sharded.Part] = sharded.parts_of(buffers, others, group.dp_size)
+    parts: Iterable[sharded.Part] = sharded.parts_of(buffers, others.plain, group.dp_size, shared, alike)
     trained = {s.fqn: {"shape": s.shape, "dtype": str(s.dtype), "rule": s.rule} for s in buffers.layout.specs}
     manifest = Manifest(FORMAT, group.dp_size, versions(), repr(optimizer.options), trained, {})
     if not asynchronous:
@@ -175,16 +209,20 @@ def _write_part(aside: Path, rank: int, parts: Iterable[sharded.Part], small: Ma
     snapshot.reached("after data")
     text = json.dumps({**table, "files": {name: asdict(entry) for name, entry in sums.items()}})
     write_file(aside / f"{table_file(rank)}.new", text.encode())
-    os.rename(aside / f"{table_file(rank)}.new", aside / table_file(rank))
+    with naming(aside / table_file(rank)):
+        os.rename(aside / f"{table_file(rank)}.new", aside / table_file(rank))
 
 
 def _commit(final: Path, number: str, manifest: Manifest, keep_last: int | None) -> None:
     """Rank 0, once all tables are there."""
     aside = snapshot.aside_of(final, number)
     written = [table_file(rank) for rank in range(manifest.dp_size)]
-    tables = [json.loads((aside / name).read_bytes()) for name in written]
-    files = merge_sums(tables)
-    files.update({name: sum_of(aside / name) for name in written})
+    tables, files = [], dict[str, FileSum]()
+    for name in written:
+        with naming(aside / name, "read"):
+            tables.append(json.loads((aside / name).read_bytes()))
+            files[name] = sum_of(aside / name)
+    files |= merge_sums(tables)
     files[".metadata"] = sharded.write_metadata(aside, tables)
     snapshot.commit(final, number, replace(manifest, files=files), keep_last)
 
@@ -194,6 +232,11 @@ def _await_tables(aside: Path, dp_size: int) -> None:
     deadline, leaving = time.monotonic() + PEER_S, False
     while missing := [rank for rank in range(dp_size) if not (aside / table_file(rank)).exists()]:
         failed = [rank for rank in missing if (aside / f"{rank}.failed").exists()]
+        if not aside.is_dir():
+            raise problem(
+                str(aside), "it has gone while it was written", "a folder that nobody else removes is needed",
+                "see which other run, or person, tidies up there",
+            )  # fmt: skip
         if failed:
             raise ValueError((aside / f"{failed[0]}.failed").read_text() or f"rank {failed[0]}: its save failed")
         if not leaving and not threading.main_thread().is_alive():

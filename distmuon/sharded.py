@@ -5,20 +5,24 @@ flattened parameter; as part of the n-dimensional tensor it is a few boxes (`box
 chunks. So a file says nothing of dp_size, packing or buckets, and whoever wants any other part of the tensor can have
 it: another cut of ours, or another reader of DCP.
 
-    model.<fqn>                      every parameter and module buffer, in its own dtype
+    model.<fqn>                      every parameter and module buffer, in its own dtype; rank 0's where ranks differ
+    rank.<r>.<fqn>                   what rank r holds instead, for a load at the same number of ranks
     optimizer.state.<fqn>.<key>      master (float32, where the parameter is not), momentum_buffer;
                                      exp_avg, exp_avg_sq, step
 
-[Note: which part of DCP] Its file format and `FileSystemReader.read_data`, `FileSystemWriter.finish`, the metadata
-classes and `create_read_items_for_chunk_list`, all public. Not `dcp.save` and `dcp.load`: they call collectives of
+[Note: which part of DCP] Its file format, in which every box is what `torch.save` wrote of it, and for `.metadata` the
+metadata classes and `FileSystemWriter.finish`, all public. Not `dcp.save` and `dcp.load`: they call collectives of
 their own, unpickle `.metadata`, and hold every tensor of a file in memory until it is written. One private name is
 needed, `_StorageInfo`, which stands in every `.metadata` that DCP ever wrote.
+
+[Note: reading a box] The tables say which dtype and shape a box has, and its elements are one stored member of its
+archive. So they are read as bytes, only those that are wanted, and no pickle is opened.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,8 +30,7 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -35,14 +38,25 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
 from distmuon import snapshot
-from distmuon.boxes import Box, boxes, make_up
+from distmuon.archives import Slice, tensor_in
+from distmuon.boxes import MAX_DIMS, Box, boxes, make_up, ranges_of
 from distmuon.buffers import BucketBuffers, Buffers, ShardPiece
-from distmuon.manifest import FileSum, Manifest, SummedFile, count, damaged, not_understood, sum_of, table_file
+from distmuon.manifest import (
+    FileSum,
+    Manifest,
+    SummedFile,
+    count,
+    damaged,
+    naming,
+    not_understood,
+    parse_json,
+    read_small,
+    sum_of,
+    table_file,
+)
 
 Others = Mapping[str, Tensor]
 
@@ -96,14 +110,21 @@ def _views(flat: Tensor, shape: Sequence[int], start: int) -> Iterator[tuple[Box
 class Part:
     """A flat range of a tensor that this rank saves. `read` is asked when it is written, not before."""
 
-    name: tuple[str, ...]  # ("model", fqn) or ("optimizer", "state", fqn, key)
+    name: tuple[str, ...]  # ("model", fqn), ("rank", number, fqn) or ("optimizer", "state", fqn, key)
     shape: tuple[int, ...]
     start: int
     read: Callable[[], Tensor]
 
 
-def parts_of(buffers: Buffers, others: Others, dp_size: int) -> Iterator[Part]:
-    """What this rank saves: its pieces of the trainable parameters and their state, and its share of `others`."""
+def parts_of(
+    buffers: Buffers, others: Others, dp_size: int, shared: Sequence[str], alike: Collection[str]
+) -> Iterator[Part]:
+    """What this rank saves: its pieces of the trainable parameters and their state, its share of those of `others` that
+    are `alike` on all ranks, and all of those that are not.
+
+    `shared`: what all ranks hold, alike or not, in the same order everywhere. Of what is not alike rank 0's goes by the
+    plain name, which loads at any number of ranks.
+    """
     for bucket in buffers.buckets:
         for piece in bucket.muon + bucket.adamw:
             spec, start = buffers.layout.specs[piece.segment.param], piece.segment.param_offset
@@ -114,9 +135,17 @@ def parts_of(buffers: Buffers, others: Others, dp_size: int) -> Iterator[Part]:
                     yield Part(name, spec.shape, start, _reader(bucket, piece, key))
                 elif start == 0:
                     yield Part(name, (), 0, _reader(bucket, piece, key))
-    for number, (fqn, tensor) in enumerate(others.items()):
-        if number % dp_size == buffers.dp_rank:
-            yield Part(("model", fqn), tuple(tensor.shape), 0, tensor.detach)
+    dealt = [fqn for fqn in shared if fqn in alike][buffers.dp_rank :: dp_size]
+    for fqn, tensor in others.items():
+        if fqn in dealt or (buffers.dp_rank == 0 and fqn in shared and fqn not in alike):
+            yield Part(("model", fqn), tuple(tensor.shape), 0, _resolver(tensor))
+        elif fqn not in alike:
+            yield Part(("rank", str(buffers.dp_rank), fqn), tuple(tensor.shape), 0, _resolver(tensor))
+
+
+def _resolver(tensor: Tensor) -> Callable[[], Tensor]:
+    """The elements as they are, not as a view says that they shall be read (conjugated, negated)."""
+    return lambda: tensor.detach().resolve_conj().resolve_neg()
 
 
 def _reader(bucket: BucketBuffers, piece: ShardPiece, key: str) -> Callable[[], Tensor]:
@@ -125,7 +154,7 @@ def _reader(bucket: BucketBuffers, piece: ShardPiece, key: str) -> Callable[[], 
 
 def copied(parts: Iterable[Part]) -> list[Part]:
     """The same parts, read now, on the CPU: what is trained afterwards cannot alter them."""
-    copies = [(part, part.read().to("cpu", copy=True)) for part in parts]
+    copies = [(part, part.read().reshape(-1).to("cpu", copy=True)) for part in parts]
     return [Part(part.name, part.shape, part.start, copy.detach) for part, copy in copies]
 
 
@@ -154,10 +183,11 @@ def write_metadata(folder: Path, tables: Sequence[Mapping[str, Any]]) -> FileSum
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
         assert _is_whole(entry), f"{name}: {entry.chunks}"
-    writer = FileSystemWriter(folder)
-    writer.set_up_storage_writer(True)
-    writer.finish(metadata, results)
-    return sum_of(folder / ".metadata")
+    with naming(folder / ".metadata"):
+        writer = FileSystemWriter(folder)
+        writer.set_up_storage_writer(True)
+        writer.finish(metadata, results)
+        return sum_of(folder / ".metadata")
 
 
 def _is_whole(entry: TensorStorageMetadata) -> bool:
@@ -184,18 +214,24 @@ def metadata_of(tables: Sequence[Mapping[str, Any]]) -> tuple[Metadata, list[lis
 # ----------------------------------------------------------------------------------------------- loading
 
 
-class _Into(DefaultLoadPlanner):
-    """Hands DCP the memory that each box is read into."""
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A contiguous range of a flattened tensor, and where the archive of it lies."""
 
-    def __init__(self, targets: Mapping[MetadataIndex, Tensor]) -> None:
-        super().__init__()
-        self._targets = targets
+    start: int
+    end: int
+    file: str
+    at: int
+    length: int
 
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        target = self._targets[read_item.dest_index]
-        for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths)):
-            target = target.narrow(dim, offset, length)
-        return target
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A tensor of a checkpoint: its boxes as ranges, in order."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    ranges: list[_Stored]
 
 
 class Reader:
@@ -203,68 +239,119 @@ class Reader:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
-        tables = [_table(path / table_file(rank), manifest) for rank in range(manifest.dp_size)]
-        metadata, results = metadata_of(tables)
-        metadata.storage_data = {result.index: result.storage_data for result in results[0]}
-        self.tensors: dict[str, TensorStorageMetadata] = metadata.state_dict_metadata  # type: ignore[assignment]
-        for name, tensor in self.tensors.items():
-            if not _is_whole(tensor):
-                raise damaged(path, f"{name}: the boxes in its tables do not make it up exactly once")
-        self._reader = FileSystemReader(path)
-        self._reader.set_up_storage_reader(metadata, is_coordinator=False)
+        self.tensors: dict[str, Saved] = {}
+        for rank in range(manifest.dp_size):
+            table = _table(path / table_file(rank), manifest)
+            for name, entry in table["tensors"].items():
+                shape, dtype = tuple(entry["shape"]), _dtype(entry["dtype"])
+                saved = self.tensors.setdefault(name, Saved(shape, dtype, []))
+                places = [(offsets, sizes) for offsets, sizes, _, _ in entry["boxes"]]
+                ranges = ranges_of(shape, places) if (saved.shape, saved.dtype) == (shape, dtype) else None
+                if ranges is None:
+                    raise self._unlike(name)
+                for (start, end), (_, _, at, length) in zip(ranges, entry["boxes"]):
+                    saved.ranges.append(_Stored(start, end, table["file"], at, length))
+        for name, saved in self.tensors.items():
+            saved.ranges.sort(key=lambda stored: stored.start)
+            if [*(s.start for s in saved.ranges), prod(saved.shape)] != [0, *(s.end for s in saved.ranges)]:
+                raise self._unlike(name)
 
-    def read(self, wanted: Mapping[tuple[str, int], tuple[Sequence[int], Tensor]]) -> None:
-        """Fill flat CPU tensors: {(name, start in the flattened tensor): (its shape, memory)}."""
-        targets: dict[MetadataIndex, Tensor] = {}
-        items: dict[str, list[ReadItem]] = {}  # by file
-        for (name, start), (shape, flat) in wanted.items():
-            views = {MetadataIndex(name, box[0]): view for box, view in _views(flat, shape, start)}
-            chunks = [ChunkStorageMetadata(index.offset or torch.Size(()), v.size()) for index, v in views.items()]
-            targets.update(views)
-            for item in create_read_items_for_chunk_list(name, self.tensors[name], chunks):
-                items.setdefault(self._reader.storage_data[item.storage_index].relative_path, []).append(item)
-        for file, of_file in items.items():
+    def _unlike(self, name: str) -> ValueError:
+        return damaged(self.path, f"{name}: the boxes in its tables do not make it up exactly once")
+
+    def read(self, name: str, start: int, length: int) -> Tensor:
+        """Elements [start, start + length) of the flattened tensor, (length,) in the dtype of the save, on the CPU."""
+        saved = self.tensors[name]
+        size = saved.dtype.itemsize
+        memory = bytearray(length * size)
+        first = bisect_right(saved.ranges, start, key=lambda stored: stored.end)
+        for stored in saved.ranges[first:]:
+            if stored.start >= start + length:
+                break
+            low, high = max(start, stored.start), min(start + length, stored.end)
+            into = memoryview(memory)[(low - start) * size : (high - start) * size]
             try:
-                self._reader.read_data(LoadPlan(of_file), _Into(targets)).wait()
-            except Exception as error:  # a torch.load of what is no tensor, a box of another size
+                self._read_into(into, stored, (low - stored.start) * size, (stored.end - stored.start) * size)
+            except Exception as error:  # whatever a zip archive may be instead of one
                 found = f"its tensors cannot be read ({type(error).__name__}: {error})"
-                raise damaged(self.path / file, found) from error
+                raise damaged(self.path / stored.file, found) from error
+        elements = torch.frombuffer(memory, dtype=torch.uint8) if memory else torch.empty(0, dtype=torch.uint8)
+        try:
+            return elements.view(saved.dtype)
+        except RuntimeError as error:  # a dtype that is more than its bits
+            raise damaged(self.path, f"{name}: {saved.dtype} is not read here") from error
+
+    def _read_into(self, into: memoryview, stored: _Stored, skipped: int, length: int) -> None:
+        """The bytes of `into`, which lie `skipped` bytes after the first of the `length` in a box."""
+        with (self.path / stored.file).open("rb") as file:
+            archive = Slice(file, stored.at, stored.length)
+            first, found = tensor_in(archive, stored.length)
+            if found != length:
+                raise ValueError(f"{found} bytes of elements, not {length}")
+            archive.seek(first + skipped)
+            if archive.readinto(into) != len(into):
+                raise ValueError("the file ends before them")
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """None for what is not in the checkpoint."""
-        return tuple(self.tensors[name].size) if name in self.tensors else None
+        return self.tensors[name].shape if name in self.tensors else None
 
     def master(self, fqn: str) -> str:
         """Where the most precise value of a parameter stands: its master, or itself if it has none."""
         name = f"optimizer.state.{fqn}.master"
         return name if name in self.tensors else f"model.{fqn}"
 
-    def empty(self, name: str, length: int) -> Tensor:
-        """Memory for `length` elements of `name`, as saved."""
-        return torch.empty(length, dtype=self.tensors[name].properties.dtype)
+    def other(self, fqn: str, rank: int) -> str:
+        """Where `rank`'s value of a frozen parameter or module buffer stands: its own, or that of all."""
+        name = f"rank.{rank}.{fqn}"
+        return name if name in self.tensors else f"model.{fqn}"
+
+    def others(self, rank: int) -> set[str]:
+        """The fqns of all that `rank` held: parameters and module buffers."""
+        own = (name.removeprefix(f"rank.{rank}.") for name in self.tensors if name.startswith(f"rank.{rank}."))
+        return {*own, *(name.removeprefix("model.") for name in self.tensors if name.startswith("model."))}
+
+    def unlike(self) -> set[str]:
+        """The fqns of what was not the same on all ranks."""
+        return {name.split(".", 2)[2] for name in self.tensors if name.startswith("rank.")}
+
+
+def _dtype(name: str) -> torch.dtype:
+    """Raises a `TypeError` for anything but a dtype's name."""
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name!r:.40} is no dtype")
+    return dtype
 
 
 def _table(path: Path, manifest: Manifest) -> dict[str, Any]:
     """One rank's table. Whatever is wrong with it, a `ValueError` that names the file."""
+    text = read_small(path)
     try:
-        raw = json.loads(path.read_bytes())
+        raw = parse_json(text)
         size = manifest.files[raw["file"]].size
         for name, entry in raw["tensors"].items():
-            dtype, numbers = getattr(torch, entry["dtype"].removeprefix("torch.")), [*entry["shape"]]
-            whole = isinstance(dtype, torch.dtype) and name == ".".join(entry["name"])
+            shape, dtype = entry["shape"], _dtype(entry["dtype"])
+            if len(shape) > MAX_DIMS:
+                raise TypeError(f"{name!r:.80} has {len(shape)} dimensions, more than the {MAX_DIMS} of any tensor")
+            numbers = [*shape]
+            whole = name == ".".join(entry["name"]) and not (name.startswith("rank.") and name.count(".") < 2)
             for offsets, sizes, at, length in entry["boxes"]:
+                whole &= len(offsets) == len(sizes) == len(shape)
+                if not whole:
+                    break
                 numbers += [*offsets, *sizes, at, length]
-                whole &= len(offsets) == len(sizes) == len(entry["shape"]) and at + length <= size
+                whole &= at + length <= size and prod(sizes) * dtype.itemsize <= length
             if not whole or not all(count(number) == number for number in numbers):
-                raise TypeError(f"{name} has boxes of another shape or outside of its file")
+                raise TypeError(f"{name!r:.80} has boxes of another shape or outside of its file")
         return dict(raw)
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise not_understood(path, error) from error
 
 
-def missing_from(reader: Reader, buffers: Buffers, fresh: set[str], others: Others) -> list[str]:
+def missing_from(reader: Reader, buffers: Buffers, fresh: set[str], others: Others, rank: int) -> list[str]:
     """What loading would need and not find: "name: what was found", one line a tensor. Reads no data."""
-    needed = {f"model.{fqn}": tuple(tensor.shape) for fqn, tensor in others.items()}
+    needed = {reader.other(fqn, rank): tuple(tensor.shape) for fqn, tensor in others.items()}
     for bucket in buffers.buckets:
         for piece in bucket.muon + bucket.adamw:
             spec = buffers.layout.specs[piece.segment.param]
@@ -280,25 +367,20 @@ def read_bucket(
     reader: Reader, buffers: Buffers, bucket: BucketBuffers, fresh: set[str]
 ) -> list[tuple[ShardPiece, str, Tensor]]:
     """What `write_value` shall write: masters and state of this rank's pieces, zeros for state of the `fresh`."""
-    wanted: dict[tuple[str, int], tuple[Sequence[int], Tensor]] = {}
     values: list[tuple[ShardPiece, str, Tensor]] = []
     for piece in bucket.muon + bucket.adamw:
         spec, start = buffers.layout.specs[piece.segment.param], piece.segment.param_offset
         for key in dict.fromkeys(("master", *keys_of(bucket, piece))):
             if key != "master" and spec.fqn in fresh:
                 values.append((piece, key, torch.zeros_like(read_value(bucket, piece, key))))
-                continue
-            name = reader.master(spec.fqn) if key == "master" else f"optimizer.state.{spec.fqn}.{key}"
-            at, length, shape = (0, 1, ()) if key == "step" else (start, piece.segment.length, spec.shape)
-            _, memory = wanted.setdefault((name, at), (shape, reader.empty(name, length)))
-            values.append((piece, key, memory.view(()) if key == "step" else memory))
-    reader.read(wanted)
+            elif key == "step":
+                values.append((piece, key, reader.read(f"optimizer.state.{spec.fqn}.step", 0, 1).view(())))
+            else:
+                name = reader.master(spec.fqn) if key == "master" else f"optimizer.state.{spec.fqn}.{key}"
+                values.append((piece, key, reader.read(name, start, piece.segment.length)))
     return values
 
 
-def read_other(reader: Reader, fqn: str, tensor: Tensor) -> Tensor:
-    """A frozen parameter or module buffer: what `tensor` shall be, on the CPU."""
-    name = f"model.{fqn}"
-    value = reader.empty(name, tensor.numel())
-    reader.read({(name, 0): (tensor.shape, value)})
-    return value.view(tensor.shape)
+def read_other(reader: Reader, fqn: str, tensor: Tensor, rank: int) -> Tensor:
+    """A frozen parameter or module buffer: what `tensor` shall be on `rank`, on the CPU."""
+    return reader.read(reader.other(fqn, rank), 0, tensor.numel()).view(tensor.shape)

@@ -7,11 +7,16 @@ the optimizer, the scheduler or the random generators has changed.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import pickle
 import random
 import re
 import shutil
+import time
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,3 +321,262 @@ def test_a_tensor_that_cannot_be_read_is_noticed_before_anything_is_loaded(saved
         _seal(path)
 
     assert "__0_0.distcp: its tensors cannot be read" in _load_changed(Run(), saved[1], change)
+
+
+# ------------------------------------------------------------------------------- what must not be restored
+
+
+def _rng(generator: str, edit: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """One generator's state becomes what `edit` makes of it."""
+
+    def change(path: Path) -> None:
+        tree = torch.load(path / "rank-00000.pt", weights_only=True)
+        tree["rng"][generator] = edit(tree["rng"][generator])
+        torch.save(tree, path / "rank-00000.pt")
+        _seal(path)
+
+    return change
+
+
+def _torch_state(at: int, new: bytes) -> Callable[[Any], Any]:
+    """The state of torch's generator with other bytes from `at` on: 8 is `left`, 12 `seeded`, 16 the position."""
+    return lambda state: torch.tensor([*state[:at], *new, *state[at + len(new) :]], dtype=torch.uint8)
+
+
+def _replaced(place: int, value: Any) -> Callable[[Any], Any]:
+    return lambda state: (*state[:place], value, *state[place + 1 :])
+
+
+NAN = float("nan")
+FORGED_RNG: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "a position beyond NumPy's table": (
+        "numpy",
+        _replaced(2, 10**9),
+        "NumPy's generator .* position 1000000000 of 624",
+    ),
+    "one before it": ("numpy", _replaced(2, -1), "NumPy's generator .* position -1"),
+    "another kind": ("numpy", _replaced(0, "PCG64"), "NumPy's generator .* kind 'PCG64'"),
+    "words of 64 bits": ("numpy", lambda s: (s[0], [1 << 40] * 624, *s[2:]), "NumPy's generator .* 32 bits"),
+    "zeros for ever": ("numpy", lambda s: (s[0], [0] * 624, *s[2:]), "NumPy's generator .* all 0"),
+    "too few words": ("numpy", lambda s: (s[0], s[1][:9], *s[2:]), "NumPy's generator .* 624 entries"),
+    "a text for a number": ("numpy", _replaced(4, "x"), "NumPy's generator .* 'x' as the next"),
+    "NaN comes next": ("numpy", _replaced(4, NAN), "NumPy's generator .* nan as the next"),
+    "three gausses": ("numpy", _replaced(3, 3), "NumPy's generator .* has_gauss 3"),
+    "nothing": ("numpy", lambda s: None, "NumPy's generator .* 5 entries"),
+    "torch's table is left": (
+        "cpu",
+        _torch_state(16, (624).to_bytes(8, "little")),
+        "torch's generator .* position 624 of",
+    ),
+    "torch reads beside it": ("cpu", _torch_state(8, (624).to_bytes(4, "little")), "torch's generator .* of 624"),
+    "torch is not seeded": ("cpu", _torch_state(12, bytes(4)), "torch's generator"),
+    "torch draws NaN": ("cpu", _torch_state(5024, b"\xff" * 8), "torch's generator .* as normal numbers"),
+    "too short for torch": ("cpu", lambda s: s[:-1], r"torch's generator .* \(5056,\) bytes"),
+    "no tensor": ("cpu", lambda s: b"x", "torch's generator"),
+    "Python's position": ("python", lambda s: (3, (*s[1][:-1], 10**6), None), "Python's generator .* position 1000000"),
+    "Python's version": ("python", _replaced(0, 2), "Python's generator .* version 2"),
+    "Python draws a text": ("python", _replaced(2, "x"), "Python's generator .* 'x' as the next"),
+    "Python's words": ("python", lambda s: (3, (-1, *s[1][1:]), None), "Python's generator .* 32 bits"),
+}
+
+
+@pytest.mark.parametrize("forged", FORGED_RNG)
+def test_a_generator_is_never_put_where_none_can_be(saved: dict[int, Path], forged: str) -> None:
+    """NumPy believed the position: the next number came from beside its table, and the process died."""
+    generator, edit, match = FORGED_RNG[forged]
+    message = _load_changed(Run(), saved[1], _rng(generator, edit))
+    assert re.search(rf"rank-00000\.pt: its state cannot be taken over \(ValueError: {match}", message), message
+
+
+def test_every_state_that_the_generators_can_be_in_is_restored(saved: dict[int, Path]) -> None:
+    """At each place of the tables, with and without a second normal number kept."""
+    from distmuon.run_state import restore_rng, rng_states
+
+    for draws in (0, 1, 2, 623, 624, 625, 1248):
+        for kept in (False, True):
+            torch.manual_seed(5)
+            np.random.seed(5)
+            random.seed(5)
+            torch.rand(draws)
+            np.random.random_sample(draws)
+            for _ in range(draws):
+                random.random()
+            if kept:
+                torch.randn(1), torch.randn(1, dtype=torch.float64), np.random.randn(), random.gauss(0, 1)
+            states = rng_states(torch.device("cpu"))
+            following = torch.randn(3).tolist(), np.random.randn(3).tolist(), random.gauss(0, 1)
+            restore_rng(states, torch.device("cpu"))
+            assert (torch.randn(3).tolist(), np.random.randn(3).tolist(), random.gauss(0, 1)) == following
+
+
+# -------------------------------------------------------------------------------- what must not be inflated
+
+
+def _rezipped(
+    data: bytes, method: int = zipfile.ZIP_DEFLATED, edit: Callable[[str, bytes], bytes] | None = None
+) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w", method) as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, edit(name, content) if edit else content)
+    return out.getvalue()
+
+
+def _of_file(name: str, edit: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        (path / name).write_bytes(edit((path / name).read_bytes()))
+        _seal(path)
+
+    return change
+
+
+def _peak(action: Callable[[], Any]) -> tuple[Any, int, float]:
+    tracemalloc.start()
+    began = time.monotonic()
+    try:
+        return action(), tracemalloc.get_traced_memory()[1], time.monotonic() - began
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["shared.pt", "rank-00000.pt"])
+def test_a_compressed_member_is_refused_before_it_is_inflated(saved: dict[int, Path], name: str) -> None:
+    """4.7 MB became 1.28 GB. torch.save compresses nothing."""
+    zeros = io.BytesIO()
+    torch.save({"extra": torch.zeros(25_000_000)}, zeros)
+    for data in (_rezipped((saved[1] / name).read_bytes()), _rezipped(zeros.getvalue())):
+        message, peak, _ = _peak(lambda data=data: _load_changed(Run(), saved[1], _of_file(name, lambda _: data)))
+        assert re.search(rf"{name}: it cannot be loaded safely \('.*' is compressed, \d+ to \d+ bytes\)", message)
+        assert peak < 20_000_000
+
+
+def test_a_compressed_box_is_refused_before_it_is_inflated(saved: dict[int, Path]) -> None:
+    def change(path: Path) -> None:
+        table, data = json.loads((path / "rank-00000.json").read_text()), (path / "__0_0.distcp").read_bytes()
+        for entry in table["tensors"].values():
+            for box in entry["boxes"]:
+                packed = _rezipped(data[box[2] : box[2] + box[3]])
+                box[2:] = [len(data), max(len(packed), box[3])]
+                data += packed.rjust(box[3], b"\0")
+        (path / "rank-00000.json").write_text(json.dumps(table))
+        (path / "__0_0.distcp").write_bytes(data)
+        _seal(path)
+
+    assert re.search(r"__0_0\.distcp: its tensors cannot be read", _load_changed(Run(), saved[1], change))
+
+
+def _pickled(*parts: bytes) -> Callable[[bytes], bytes]:
+    """The file with another pickle in it, stored."""
+
+    def edit(data: bytes) -> bytes:
+        swap = lambda name, content: b"".join(parts) if name.endswith("data.pkl") else content  # noqa: E731
+        return _rezipped(data, zipfile.ZIP_STORED, swap)
+
+    return edit
+
+
+def _twice(times: int) -> bytes:
+    """A list of the same list twice, so many times: a few bytes, shown as 2 to that many items."""
+    value: Any = [1]
+    for _ in range(times):
+        value = [value, value]
+    return pickle.dumps(value, protocol=2)
+
+
+BOMBS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "bytearray of a number": (
+        _pickled(b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x70\x85R."), "asked for by number",
+    ),
+    "tensor of a number": (_pickled(b"\x80\x02ctorch\nTensor\nJ\x00\x00\x00\x70\x85R."), "asked for by number"),
+    "storage of a number": (
+        _pickled(b"\x80\x02ctorch.storage\nUntypedStorage\nJ\x00\x00\x00\x70\x85R."), "asked for by number",
+    ),
+    "doubled lists": (_pickled(_twice(60)), "more than .* items"),
+    "deep lists": (_pickled(b"\x80\x02" + b"(" * 100_000 + b"l" * 100_000 + b"."), "nested more than 100 deep"),
+    "deep tuples": (_pickled(b"\x80\x02)" + b"\x85" * 100_000 + b"."), "nested more than 100 deep"),
+    "bytes after the end": (lambda data: data + b"x" * 30, "something follows its end"),
+    "a comment": (lambda data: data[:-2] + b"\x05\x00later", "something follows its end"),
+    "two lists of members": (lambda data: data[:-50] + b"\1" + data[-49:], "end records"),
+    "no archive": (lambda data: pickle.dumps({"extra": 1, "rng": {}}), "no zip archive"),
+    "a member twice": (lambda data: _doubled(data), "twice"),
+}  # fmt: skip
+
+
+def _doubled(data: bytes) -> bytes:
+    out = io.BytesIO(_rezipped(data, zipfile.ZIP_STORED))
+    with zipfile.ZipFile(out, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr(archive.namelist()[0], b"other")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.parametrize("name", ["shared.pt", "rank-00000.pt"])
+def test_what_would_take_more_than_the_files_own_bytes_is_refused(saved: dict[int, Path], bomb: str, name: str) -> None:
+    edit, match = BOMBS[bomb]
+    message, peak, took = _peak(lambda: _load_changed(Run(), saved[1], _of_file(name, edit)))
+    assert re.search(rf"{name}: it cannot be loaded safely \(.*{match}", message), message
+    assert peak < 50_000_000 and took < 10
+
+
+def test_a_box_of_more_dimensions_than_any_tensor_is_refused_at_once(saved: dict[int, Path]) -> None:
+    """100,000 dimensions kept a load busy for 40 s."""
+
+    def deepen(table: Any) -> None:
+        entry = next(entry for entry in table["tensors"].values() if entry["shape"])
+        many = 100_000
+        entry["shape"] += [1] * many
+        for box in entry["boxes"]:
+            box[0] += [0] * many
+            box[1] += [1] * many
+
+    message, _, took = _peak(lambda: _load_changed(Run(), saved[1], _edited("rank-00000.json", deepen)))
+    assert re.search(r"rank-00000\.json: .* has \d+ dimensions, more than the 64 of any tensor", message) and took < 5
+
+
+def test_a_tensor_of_64_dimensions_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = nn.Linear(6, 4)
+    model.register_buffer("deep", torch.arange(6.0).view(*[1] * 31, 2, *[1] * 31, 3))
+    optimizer = distmuon.DistMuon(model)
+    distmuon.save_checkpoint(tmp_path / "step-1", model, optimizer)
+    model.deep.zero_()
+    distmuon.load_checkpoint(tmp_path, model, optimizer)
+    assert model.deep.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.json"])
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (b"[" * 100_000, "it is nested more than 16 deep"),
+        (b'{"format": 1, "x": ' + b'{"a":' * 20 + b"1" + b"}" * 21, "it is nested more than 16 deep"),
+        (b'{"' + b'\\"' * 500_000, "a text in it never ends"),
+        (b'{"format": 1, "a": "[[[[[[[[[[[[[[[[[[[[[["}', "KeyError"),
+        ("[[1]]".encode("utf-16"), "UnicodeDecodeError"),
+    ],
+    ids=["lists", "dicts", "an endless text", "brackets in a text", "another encoding"],
+)
+def test_a_list_is_measured_before_it_is_parsed(saved: dict[int, Path], name: str, text: bytes, match: str) -> None:
+    def change(path: Path) -> None:
+        (path / name).write_bytes(text)
+        _mark(path) if name == "manifest.json" else _seal(path)
+
+    message, _, took = _peak(lambda: _load_changed(Run(), saved[1], change))
+    assert re.search(rf"{name}: it cannot be understood \(.*{match}", message) and took < 5, message
+
+
+def test_a_list_longer_than_any_is_not_read(saved: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distmuon.manifest.read_small.__defaults__", (1000,))
+    assert re.search(r"manifest\.json: it has more than 1000 bytes", _load_changed(Run(), saved[1], lambda path: None))
+
+
+def test_a_box_that_claims_more_than_its_file_has_is_refused(saved: dict[int, Path]) -> None:
+    """Memory would be made for what it claims."""
+
+    def enlarge(table: Any) -> None:
+        entry = table["tensors"]["model.3.running_mean"]
+        entry["shape"] = [10**12]
+        entry["boxes"][0][1] = [10**12]
+
+    message = _load_changed(Run(), saved[1], _edited("rank-00000.json", enlarge))
+    assert re.search(r"rank-00000\.json: .*running_mean.* outside of its file", message)

@@ -17,7 +17,7 @@ LIBRARY = Path(__file__).parents[2] / "distmuon"
 FLOORS = {
     "roll_call": 0,
     "errors": 1, "coefficients": 1, "rules": 1, "formats": 1, "metrics": 1, "collectives": 1, "step_time": 1,
-    "grad_scaler": 1, "boxes": 1, "memory": 1, "placeholder": 1,
+    "grad_scaler": 1, "boxes": 1, "memory": 1, "placeholder": 1, "archives": 1,
     "config": 2, "guards": 2, "holdings": 2, "newton_schulz": 2, "agreement": 2, "manifest": 2,
     "routing": 3, "ns_kernels": 3, "run_state": 3, "snapshot": 3,
     "packing": 4, "shapes": 4,
