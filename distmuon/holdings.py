@@ -81,14 +81,6 @@ def log_left(left: Sequence[str], done: str) -> None:
         _LOG.warning("not %s: %s; %s", done, ", ".join(left), why)
 
 
-@torch.no_grad()
-def write(tensor: Tensor, value: Tensor) -> None:
-    """`value` of its shape, any dtype and device, into a plain `tensor`, which may be expanded."""
-    target = memory.written_once(tensor.detach())
-    assert target is not None, "no part that `parts_of` gave"
-    target.copy_(value[tuple(slice(0, size) for size in target.shape)])
-
-
 def held(named_params: Named, model: nn.Module | None, *, buffers: bool) -> list[Holding]:
     """What rank 0 sends: all parameters of `model` (None: `named_params`), and its module buffers if asked for."""
     params = named_params if model is None else model.named_parameters()
