@@ -36,13 +36,17 @@ def together(group: DataParallelGroup, action: Callable[[], T], *, stage: str = 
         failure, cause = f"{type(error).__name__}: {error}", error
         if isinstance(error, ValueError):
             failure = str(error)
-    outcomes = group.gather_objects((failure, isinstance(cause, ValueError)), stage=stage)
-    for rank, (text, clear) in enumerate(outcomes):
-        if text is not None:
-            if clear:
-                raise ValueError(text) from cause
-            raise problem(f"rank {rank}", text, "all ranks must succeed", "see that rank's traceback") from cause
-    return value
+    try:
+        outcomes = group.gather_objects((failure, isinstance(cause, ValueError)), stage=stage)
+        for rank, (text, clear) in enumerate(outcomes):
+            if text is not None:
+                if clear:
+                    raise ValueError(text) from cause
+                needed, remedy = "all ranks must succeed", "see that rank's traceback"
+                raise problem(f"rank {rank}", text, needed, remedy) from cause
+        return value
+    finally:
+        del cause  # whose traceback holds this frame, and with it whatever `action` holds
 
 
 @contextmanager

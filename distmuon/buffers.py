@@ -33,6 +33,11 @@ from distmuon.errors import problem
 from distmuon.layout import Bucket, Layout, Segment
 
 
+def state_keys(rule: str) -> tuple[str, ...]:
+    """The keys of a parameter's state under `rule`; ``master`` may come beside them."""
+    return ("momentum_buffer",) if rule == "muon" else ("exp_avg", "exp_avg_sq", "step")
+
+
 @dataclass(slots=True)
 class ShardPiece:
     """One of this rank's segments: a view of the gradient shard, and its optimizer state (keys as in torch.optim).
@@ -287,7 +292,8 @@ def _alike(flat: Tensor, own: Tensor, start: int) -> Iterator[tuple[Tensor, Tens
 def _allocate_state(
     pieces: Sequence[ShardPiece], key: str, lengths: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Zeros for all `pieces` in one tensor; each piece holds its view as `state[key]`."""
+    """Zeros for all `pieces` in one tensor, parameter by parameter; each piece holds its view as `state[key]`."""
+    ordered = sorted(zip(pieces, lengths), key=lambda pair: (pair[0].segment.param, pair[0].segment.param_offset))
     flat = torch.zeros(sum(lengths), dtype=dtype, device=device)
-    for piece, view in zip(pieces, torch.split(flat, list(lengths))):
+    for (piece, _), view in zip(ordered, torch.split(flat, [length for _, length in ordered])):
         piece.state[key] = view

@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distmuon.buffers import BucketBuffers, Buffers
+from distmuon.buffers import BucketBuffers, Buffers, state_keys
 from distmuon.collectives import DataParallelGroup
 from distmuon.config import check_groups, is_number, one_of
 from distmuon.errors import problem
 
+# What torch.optim's Muon and AdamW and we keep by parameter: never taken for what a user has put beside it.
+_KEPT = frozenset({"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "master"})
 
-def gather_full_state(buffers: Buffers, group: DataParallelGroup) -> list[dict[str, Tensor]]:
-    """Per parameter its whole state on the CPU, on every rank. Collective; a bucket at a time.
+
+def gather_full_state(buffers: Buffers, group: DataParallelGroup, keep: bool = True) -> list[dict[str, Tensor]]:
+    """Per parameter its whole state on the CPU, on every rank that will `keep` it. Collective; a bucket at a time.
 
     Keys: ``momentum_buffer`` (muon); ``exp_avg``, ``exp_avg_sq``, ``step`` (adamw); ``master`` where the master is not
     the parameter itself.
@@ -36,7 +39,7 @@ def gather_full_state(buffers: Buffers, group: DataParallelGroup) -> list[dict[s
                 continue
             flat = shard.new_empty(group.dp_size * shard.numel())
             group.start_all_gather(flat, shard, stage="state_dict", about=bucket.about).wait()
-            for index in bucket.bucket.params:
+            for index in bucket.bucket.params if keep else ():
                 if key == "master" or key in _keys(buffers, index):
                     full[index][key] = _assemble(buffers, index, flat)
         for piece in bucket.adamw:
@@ -49,32 +52,54 @@ def gather_full_state(buffers: Buffers, group: DataParallelGroup) -> list[dict[s
     return full
 
 
-def full_state_dict(
-    buffers: Buffers,
-    group: DataParallelGroup,
-    param_groups: Sequence[Mapping[str, Any]],
-    packed_groups: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """torch.optim's format. `packed_groups`: the groups with parameters as numbers."""
-    full = gather_full_state(buffers, group)
-    order = _torch_numbering(param_groups, buffers)
-    return {"state": {number: full[index] for number, index in enumerate(order)}, "param_groups": packed_groups}
+def numbered(
+    buffers: Buffers, param_groups: Sequence[Mapping[str, Any]], of_param: Sequence[Mapping[str, Any]]
+) -> dict[int, dict[str, Any]]:
+    """What is known by parameter under the numbers that torch.optim gives parameters."""
+    return {number: dict(of_param[index]) for number, index in enumerate(_torch_numbering(param_groups, buffers))}
 
 
 def states_of(
     buffers: Buffers, param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
-) -> dict[int, Mapping[str, Any]]:
-    """Per parameter its state in `state_dict`, if it has any. Raises for what `load_full_state` could not take.
+) -> tuple[dict[int, Mapping[str, Any]], dict[int, dict[str, Any]]]:
+    """Per parameter its state in `state_dict`, if it has any, and what others than distmuon have put beside it.
 
-    As in torch.optim, a parameter's state stands under whatever key its group holds in its place: a number, or the
-    fqn that `torch.distributed.checkpoint.state_dict.set_optimizer_state_dict` writes there.
+    Raises for what `load_full_state` could not take. As in torch.optim, a parameter's state stands under whatever key
+    its group holds in its place: a number, or the fqn that `torch.distributed.checkpoint.state_dict` writes there.
     """
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    states, order = _by_number(state_dict["state"], keys), _torch_numbering(param_groups, buffers)
-    of_param = {order[number]: state for number, state in states.items()}
-    for index, state in of_param.items():
-        _check_state(buffers, index, state)
-    return of_param
+    states, order = _by_number(_own(state_dict), keys), _torch_numbering(param_groups, buffers)
+    of_param: dict[int, Mapping[str, Any]] = {}
+    beside: dict[int, dict[str, Any]] = {}
+    for number, state in states.items():
+        index = order[number]
+        of_param[index], beside[index] = _split(state)
+        _check_state(buffers, index, of_param[index])
+    return of_param, beside
+
+
+def _split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what an optimizer keeps, what users have put beside it) of one parameter's state.
+
+    torch's unflattening leaves an empty dict for what it did not find. What torch's optimizers and the other rule keep
+    is not taken for a user's.
+    """
+    found = {key: value for key, value in state.items() if not (isinstance(value, Mapping) and not value)}
+    kept = {key: value for key, value in found.items() if key in _KEPT}
+    return kept, {key: value for key, value in found.items() if key not in kept}
+
+
+def entries_beside(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """The entries of a state that belong to no parameter: a user's own, under keys of another kind than parameters'."""
+    keys = {key for group in state_dict["param_groups"] for key in group["params"]}
+    kinds = (int, str) if any(isinstance(key, str) for key in keys) else (int,)
+    return {k: v for k, v in state_dict["state"].items() if k not in keys and not isinstance(k, kinds)}
+
+
+def _own(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """The entries of a state that are parameters', or should be."""
+    beside = entries_beside(state_dict)
+    return {key: state for key, state in state_dict["state"].items() if key not in beside}
 
 
 def load_full_state(buffers: Buffers, of_param: Mapping[int, Mapping[str, Any]]) -> None:
@@ -190,7 +215,7 @@ def check_form(state_dict: object) -> None:
     """Raise unless it has the form of a state dict of torch.optim; what stands in it is checked later."""
     entry = state_dict if isinstance(state_dict, Mapping) else {}
     states, groups = entry.get("state"), entry.get("param_groups")
-    if not isinstance(states, Mapping) or not all(isinstance(state, Mapping) for state in states.values()):
+    if not isinstance(states, Mapping):
         found = "no dict of states under 'state'"
     elif not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
         found = "no list of groups under 'param_groups'"
@@ -198,6 +223,8 @@ def check_form(state_dict: object) -> None:
         found = "a group without a list of 'params'"
     elif any(len(names) != len(group["params"]) for group in groups if (names := _names(group)) is not None):
         found = "a group with other 'param_names' than 'params'"
+    elif not all(isinstance(state, Mapping) for state in _own(entry).values()):
+        found = "no dict of states under 'state'"
     else:
         return
     raise problem("load_state_dict", found, "torch.optim's form is needed", "pass what state_dict() returned")
@@ -221,7 +248,7 @@ def rerouted(state_dict: Mapping[str, Any], current: Sequence[Mapping[str, Any]]
     group of its rule that holds the first of its parameters to be found; where none is, it keeps its own.
     """
     home = {name: (group, key) for group in state_dict["param_groups"] for name, key in _named(group)}
-    states: dict[int, Mapping[str, Any]] = {}
+    states: dict[Any, Any] = {}
     groups: list[dict[str, Any]] = []
     for ours in current:
         numbers = list(range(len(states), len(states) + len(ours["param_names"])))
@@ -232,7 +259,7 @@ def rerouted(state_dict: Mapping[str, Any], current: Sequence[Mapping[str, Any]]
             state = state_dict["state"].get(key, {})
             kept = state if group["rule"] == ours["rule"] else {k: v for k, v in state.items() if k == "master"}
             states[number] = kept
-    return {"state": states, "param_groups": groups}
+    return {"state": {**states, **entries_beside(state_dict)}, "param_groups": groups}
 
 
 def _named(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -245,21 +272,21 @@ def _named(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def is_empty(state_dict: Mapping[str, Any]) -> bool:
-    """Nothing to load: it was saved before the first step. Raises for torch's flattened form, which has lost it."""
-    states = state_dict["state"]
-    if any(states.values()):
+    """Nothing to load: it was saved before the first step. Raises for a flattened form that torch could not restore."""
+    states = _own(state_dict)
+    if any(state.keys() & _KEPT for state in states.values()):
         return False
     if any(isinstance(key, str) for key in states):
         raise problem(
-            "load_state_dict", "the state of every parameter is empty (torch unflattens only what it finds in "
-            "optimizer.state, where distmuon keeps nothing)", "a state dict that is not flattened is needed",
-            "leave flatten_optimizer_state_dict=False, or use distmuon.save_checkpoint",
+            "load_state_dict", "the state of every parameter is empty (torch unflattens what it finds in "
+            "optimizer.state, and leaves an optimizer without state as it is while there are gradients)",
+            "an optimizer that has its state is needed", "call optimizer.zero_grad() before set_optimizer_state_dict",
         )  # fmt: skip
     return True
 
 
 def _keys(buffers: Buffers, index: int) -> tuple[str, ...]:
-    return ("momentum_buffer",) if buffers.layout.specs[index].rule == "muon" else ("exp_avg", "exp_avg_sq", "step")
+    return state_keys(buffers.layout.specs[index].rule)
 
 
 def _shard_of(bucket: BucketBuffers, key: str, momentum_dtype: torch.dtype) -> Tensor | None:

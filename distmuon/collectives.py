@@ -37,8 +37,7 @@ too; that costs the host its lead, so it is for finding out.
 from __future__ import annotations
 
 import pickle
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -53,9 +52,9 @@ import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from distmuon.errors import problem
-from distmuon.roll_call import LostRanks, Place, RollCall
+from distmuon.roll_call import LOOK_S, LostRanks, Place, RollCall
 
-ROLL_CALL_S = 300.0  # how much later than the first a rank may come to a roll call
+MEETING_S = 25.0  # how much later than the first a rank may come to what all must call
 
 _NOBODYS_TAG = 0x6D756F6E
 
@@ -67,8 +66,12 @@ _optimizers_of: WeakKeyDictionary[dist.ProcessGroup, _Optimizers] = WeakKeyDicti
 
 @dataclass(slots=True)
 class _Optimizers:
-    """Those of one group: how many were made here and how many of them are built; see `take_number`."""
+    """Those of one group: how many were made here and how many of them are built; see `take_number`.
 
+    `started`: the collectives that they have started, on either channel. All ranks start the same, in the same order.
+    """
+
+    started: int = 0
     made: int = 0
     built: int = 0
     more: list[int] = field(default_factory=list)  # by rank, how many more than rank 0 it had made by then
@@ -77,6 +80,10 @@ class _Optimizers:
 # torch 2.13 renames the flat collectives and warns at the old names; older torch has only those.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def _await_work(work: dist.Work) -> None:
+    work.wait()
 
 
 @dataclass(slots=True)
@@ -88,6 +95,7 @@ class Pending:
     holds: tuple[Tensor, ...] = ()
     then: Callable[[], None] | None = field(default=None, repr=False)
     lost: Callable[[RuntimeError], LostRanks] | None = field(default=None, repr=False)
+    await_work: Callable[[dist.Work], object] = field(default=_await_work, repr=False)
 
     def wait(self) -> Tensor:
         """Make the current stream (on CPU: the thread) wait; run what has to follow; free the inputs.
@@ -96,7 +104,7 @@ class Pending:
         """
         try:
             for work in self.works:
-                work.wait()
+                self.await_work(work)
         except (torch.AcceleratorError, torch.OutOfMemoryError):  # a kernel's error, which no rank is missing for
             raise
         except RuntimeError as error:
@@ -132,11 +140,13 @@ class DataParallelGroup:
         self.roll = RollCall(process_group, self.dp_rank, self.dp_size)
         self.step = 1  # the one in progress, since the optimizer was made; for messages
         self._made = 0  # this one's number among those made here
+        self._optimizers = _Optimizers()
         if self.dp_size > 1:
-            optimizers = _optimizers_of.setdefault(self._group(), _Optimizers())
-            self._made = optimizers.made = optimizers.made + 1
+            self._optimizers = _optimizers_of.setdefault(self._group(), self._optimizers)
+            self._made = self._optimizers.made = self._optimizers.made + 1
         self.number = 0  # of the optimizer among those built on this group; 0: not built yet
         self._call, self._calls = "", 0  # the collective call that is running, and how many there were
+        self.leaves_word = True  # where this rank stands in them, for ranks that meet; see roll_call.py
 
     def check_current(self) -> None:
         """Raise if torch.distributed was initialised after this group was looked up: other ranks would be ignored."""
@@ -166,7 +176,7 @@ class DataParallelGroup:
         """
         if self.dp_size == 1:
             return
-        optimizers = _optimizers_of[self._group()]
+        optimizers = self._optimizers
         made = self.gather_objects(self._made, stage="comparison of the plans")
         more = [number - made[0] for number in made]
         if optimizers.more not in ([], more):
@@ -214,6 +224,26 @@ class DataParallelGroup:
         """The error to raise for `error` of a collective at `place`."""
         return self.roll.lost(place, error, partial(hang_up, self.process_group))
 
+    def _pending(
+        self, result: Tensor, works: tuple[dist.Work, ...], holds: tuple[Tensor, ...], stage: str, about: str,
+        then: Callable[[], None] | None = None,
+    ) -> Pending:  # fmt: skip
+        """The collective that starts now. On NCCL the host does not stand in `wait`, so it leaves no word there."""
+        self._optimizers.started += 1
+        if not self._gloo or not self.leaves_word:
+            return Pending(result, works, holds, then, self._lost(stage, about))
+        place = Place(stage, about, self.step)
+        await_work = partial(self._wait, place, self._optimizers.started)
+        return Pending(result, works, holds, then, self._lost(stage, about), await_work)
+
+    def _wait(self, place: Place, number: int, work: dist.Work) -> None:
+        """Wait for `work`; where that takes long, with word to those who wait elsewhere for this rank."""
+        try:
+            work.wait(timedelta(seconds=LOOK_S))
+        except RuntimeError:  # it failed, or the time is over
+            with self.roll.blocked(place, number):
+                work.wait()
+
     @contextmanager
     def _blocking(self, stage: str) -> Iterator[None]:
         try:
@@ -234,7 +264,7 @@ class DataParallelGroup:
         self.count(stage, (self.dp_size - 1) * output.numel() * input.element_size())
         if not self._gloo and input.is_cuda and input.dtype == output.dtype:
             work = _reduce_scatter(output, input, op=dist.ReduceOp.AVG, group=self.process_group, async_op=True)
-            return Pending(output, (work,), (input,), lost=self._lost(stage, about))
+            return self._pending(output, (work,), (input,), stage, about)
         received = torch.empty_like(input)
         work = dist.all_to_all_single(received, input, group=self.process_group, async_op=True)
 
@@ -247,7 +277,7 @@ class DataParallelGroup:
                 output.add_(other)
             output.div_(self.dp_size)
 
-        return Pending(output, (work,), (input, received), sum_in_rank_order, self._lost(stage, about))
+        return self._pending(output, (work,), (input, received), stage, about, sum_in_rank_order)
 
     def start_all_gather(self, output: Tensor, input: Tensor, *, stage: str, about: str = "") -> Pending:
         """`input` (n,) of every rank, in rank order, into `output` (dp_size * n,). `input` may be its own slice."""
@@ -258,7 +288,7 @@ class DataParallelGroup:
             works = self._broadcast_all(output, input)
         else:
             works = (_all_gather(output, input, group=self.process_group, async_op=True),)
-        return Pending(output, works, (input,), lost=self._lost(stage, about))
+        return self._pending(output, works, (input,), stage, about)
 
     def _broadcast_all(self, output: Tensor, input: Tensor) -> tuple[dist.Work, ...]:
         """See [Note: all-gather on gloo]."""
@@ -280,7 +310,7 @@ class DataParallelGroup:
         work = dist.all_to_all_single(
             output, input, receive_counts, send_counts, group=self.process_group, async_op=True
         )
-        return Pending(output, (work,), (input,), lost=self._lost(stage, about))
+        return self._pending(output, (work,), (input,), stage, about)
 
     def start_all_reduce(self, tensor: Tensor, *, stage: str) -> Pending:
         """Sum over ranks, in place. For a few numbers: counted as a ring's 2*(dp_size-1)/dp_size."""
@@ -288,7 +318,7 @@ class DataParallelGroup:
             return Pending(tensor)
         self.count(stage, 2 * (self.dp_size - 1) * tensor.numel() * tensor.element_size() // self.dp_size)
         work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
-        return Pending(tensor, (work,), lost=self._lost(stage, ""))
+        return self._pending(tensor, (work,), (), stage, "")
 
     def broadcast(self, tensor: Tensor, via: torch.device) -> None:
         """Rank 0's values to all, in place, blocking, any dtype and strides. Only while buffers are built: not counted.
@@ -315,7 +345,9 @@ class DataParallelGroup:
         if self.dp_size == 1:
             return [value]
         asks = (self.number, self._call, self._calls, stage)
-        with self._blocking(stage):
+        self._optimizers.started += 1
+        waits = self.roll.blocked(Place(stage, "", self.step), self._optimizers.started)
+        with self._blocking(stage), waits:
             gathered = self._gather_bytes(pickle.dumps((asks, value)))
         values: list[tuple[tuple[int, str, int, str], T]] = [pickle.loads(each) for each in gathered]
         if len({theirs for theirs, _ in values}) > 1:
@@ -323,33 +355,24 @@ class DataParallelGroup:
             raise _asked_apart([theirs for theirs, _ in values])
         return [theirs for _, theirs in values]
 
-    def missing_ranks(self, what: str) -> list[int]:
-        """The ranks that do not come to `what` within `ROLL_CALL_S` of this one: none, once all have. Blocking.
+    def missing_ranks(self, what: str, warning: Callable[[Sequence[int]], str], limit_s: float) -> dict[int, str]:
+        """The ranks that do not come to `what` within `limit_s` of the first one, or that cannot, with the place where
+        each is known to stand, or "": none, once all have come. The same on all that came.
 
-        The roll is kept in the group's store, so that a rank that came alone leaves no collective half done.
+        Blocking, in the group's store, so that a rank that came alone leaves no collective half done; see roll_call.py,
+        [Note: meeting]. `warning`: what to say on stderr while these ranks are waited for.
         """
         if self.dp_size == 1:
-            return []
-        store, deadline = self.roll.store(what), time.monotonic() + ROLL_CALL_S
-        turn = store.add(f"rank {self.dp_rank}", 1)
-        if store.add(f"turn {turn}", 1) == self.dp_size:
-            store.set(f"complete {turn}", "")
-        self.roll.stand(str(Place(what, "", self.step)))
-        while True:
-            try:
-                store.wait([f"complete {turn}"], timedelta(seconds=min(1.0, ROLL_CALL_S)))
+            return {}
+        place = Place(what, "", self.step)
+        self.roll.stand(str(place))
+        try:
+            return self.roll.meet(f"{what} {self.number}", self._optimizers.started, limit_s, warning)
+        except RuntimeError as error:
+            raise self.lost(place, error) from error
+        finally:
+            with suppress(RuntimeError):
                 self.roll.stand("")
-                return []
-            except RuntimeError as error:  # a DistStoreError, or a plain one from a FileStore
-                if self.roll.someone_spoke():
-                    raise self._lost(what, "")(error) from error
-                if time.monotonic() > deadline:
-                    break
-        self.roll.stand("")
-        store.add(f"turn {turn}", -1)
-        store.add(f"rank {self.dp_rank}", -1)
-        others = (rank for rank in range(self.dp_size) if rank != self.dp_rank)
-        return [rank for rank in others if store.add(f"rank {rank}", 0) < turn]
 
 
 def _asked_apart(asks: list[tuple[int, str, int, str]]) -> ValueError:

@@ -24,12 +24,13 @@ from distmuon import guards, rules
 from distmuon.buffers import Buffers
 from distmuon.collectives import DataParallelGroup
 from distmuon.config import Options
-from distmuon.errors import problem
 from distmuon.grad_reduce import make_source
 from distmuon.layout import Layout
 from distmuon.metrics import Metrics
 from distmuon.param_gather import ParamGather
 from distmuon.walk import BucketWalk, Step, pipeline
+
+LATE_S = 300.0  # how much later than the first a rank may come to drop gradients
 
 
 class Conductor:
@@ -154,13 +155,14 @@ class Conductor:
         ranks must come, and are told if one does not.
         """
         if self._may_have_begun and not self.source.finished and (self.source.begun or not self._stepped):
-            if missing := self._group.missing_ranks("zero_grad"):
-                raise problem(
-                    f"zero_grad on rank {self._group.dp_rank}",
-                    f"ranks {missing} did not call it within the time limit",
-                    "between backward and step, and when called twice, it drops what all ranks have begun to reduce",
-                    "call it on all ranks; model.zero_grad() drops what this rank alone has accumulated under no_sync",
-                )
+            named = self._group.roll.named
+            where = f"zero_grad on {named([self._group.dp_rank])}"
+
+            def warning(absent: Sequence[int]) -> str:
+                return str(guards.forgot_alone(where, f"waits for {named(absent)}"))
+
+            if missing := self._group.missing_ranks("zero_grad", warning, LATE_S):
+                raise guards.forgot_alone(where, f"{named(list(missing))} did not call it")
             self.settle()
         self._stepped = False
         self.source.reset()

@@ -7,7 +7,7 @@ and for each parameter on how many ranks it had a gradient. Non-finite values sh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd, isfinite
 from typing import Any
@@ -176,12 +176,47 @@ def loaded_unlike(empty: Sequence[int]) -> ValueError:
     )  # fmt: skip
 
 
-def asked_alone(dp_rank: int, missing: Sequence[int]) -> ValueError:
-    """The refusal of a `state_dict` that not all ranks call."""
+_ASK_TOGETHER = (
+    "the state is spread over the ranks, so all must call it",
+    "call optimizer.consolidate_state_dict() on all ranks first, then one rank alone may ask; "
+    "or let all call distmuon.save_checkpoint",
+)
+
+
+def waits_for(where: str, limit_s: float, absent: str) -> str:
+    """What a rank says while it waits at `where` for `absent` to ask with it."""
+    return str(problem(where, f"waits for {absent}, for {limit_s:g} s at the most", *_ASK_TOGETHER))
+
+
+def asked_alone(where: str, limit_s: float, absent: str, standing: Mapping[str, str]) -> ValueError:
+    """The refusal of a `state_dict` that not all ranks call. `standing`: by rank, in which collective it waits."""
+    found = [f"{absent} did not call it" + ("" if standing else f" within {limit_s:g} s")]
+    found += [f"{rank} stands at {place}, which waits for this rank" for rank, place in list(standing.items())[:3]]
+    return problem(where, "; ".join(found), *_ASK_TOGETHER)
+
+
+def kept_elsewhere(dp_rank: int, to: int) -> ValueError:
+    """The refusal of a `state_dict` on a rank that has let the consolidated state go."""
     return problem(
-        f"state_dict on rank {dp_rank}", f"ranks {list(missing)} did not call it within the time limit",
-        "the state is spread over the ranks, so all must call it",
-        "call optimizer.consolidate_state_dict() on all ranks first; then one rank alone may ask",
+        f"state_dict on rank {dp_rank}", f"the state was consolidated on rank {to} alone",
+        "a rank that asks alone needs the consolidated state",
+        "ask on that rank, or call optimizer.consolidate_state_dict() on all ranks, which keeps it on all",
+    )  # fmt: skip
+
+
+def forgot_alone(where: str, found: str) -> ValueError:
+    """The refusal of a `zero_grad` that not all ranks call, and what the first one says while it waits."""
+    return problem(
+        where, found, "between backward and step, and when called twice, it drops what all ranks have begun to reduce",
+        "call it on all ranks; model.zero_grad() drops what this rank alone has accumulated under no_sync",
+    )  # fmt: skip
+
+
+def not_a_rank(to: object, dp_size: int) -> ValueError:
+    """The refusal to consolidate on a rank that the group does not have."""
+    return problem(
+        "consolidate_state_dict", f"found to={to!r}", f"a rank of the group, 0 to {dp_size - 1}, or None is needed",
+        "None keeps the state on all ranks",
     )  # fmt: skip
 
 

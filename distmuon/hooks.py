@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.utils.dlpack
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
@@ -155,13 +154,26 @@ def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 def _own_storages(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
-    """See [Note: one storage a tensor]. Nothing is copied."""
+    """See [Note: one storage a tensor]. Nothing is copied, whatever the current device is."""
     for name in module._parameters:
         tensor = state.get(prefix + name)
         if not isinstance(tensor, Tensor) or isinstance(tensor, nn.Parameter):  # keep_vars=True wants them as they are
             continue
         if memory.is_plain(tensor) and memory.is_in_flat(tensor):
-            state[prefix + name] = torch.utils.dlpack.from_dlpack(tensor)
+            state[prefix + name] = _over_own_storage(tensor)
+
+
+def _over_own_storage(tensor: Tensor) -> Tensor:
+    """The same dense memory as a tensor whose storage is that memory and no more.
+
+    A slice of a storage shares its memory and keeps it alive. Unlike an exchange by DLPack it asks for no stream, so
+    the tensor's device need not be the current one.
+    """
+    start = tensor.storage_offset() * tensor.element_size()
+    storage = tensor.untyped_storage()[start : start + tensor.nbytes]
+    with torch.no_grad():
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return empty.set_(storage, 0, tensor.shape, tensor.stride())
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

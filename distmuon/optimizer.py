@@ -38,6 +38,7 @@ from distmuon.config import (
 from distmuon.errors import problem
 from distmuon.hooks import Hooks
 from distmuon.layout import Layout, make_layout
+from distmuon.local_state import LocalState
 from distmuon.metrics import Metrics
 from distmuon.routing import Route, make_groups, route_params
 from distmuon.trainer_face import TrainerFace, arrived
@@ -154,7 +155,6 @@ class DistMuon(TrainerFace):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         check_groups(self.param_groups)
         self._held = guards.held_by(self.param_groups)
-        self.state.update((param, {}) for param in self._params)  # torch's helpers step an optimizer without any
 
         self._metrics = Metrics()
         self.group = DataParallelGroup(process_group, self._metrics.count)
@@ -163,6 +163,7 @@ class DistMuon(TrainerFace):
             self._exchange_group = DataParallelGroup(exchange_group, self._metrics.count)
             self._exchange_group.check_same_ranks(self.group)
             self._exchange_group.roll = self.group.roll
+            self._exchange_group.leaves_word = False  # its collectives are counted apart from the other's
         self.layout = self._make_layout()
         self._conductor: Conductor | None = None
         self._sync = True
@@ -218,6 +219,8 @@ class DistMuon(TrainerFace):
             self._metrics,
             self._gathers_in_forward and self._exchange_group.process_group is self.group.process_group,
         )  # fmt: skip
+        self._local_state = LocalState(self._conductor.buffers)
+        self._local_state.show(self.state)
         # Whoever drops the optimizer after its last step keeps a model whose parameters are still under way.
         weakref.finalize(self, self._conductor.param_gather.wait_quietly).atexit = False
 
@@ -297,8 +300,11 @@ class DistMuon(TrainerFace):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update on all ranks. `closure` re-evaluates the model and returns the loss."""
         loss = torch.enable_grad()(closure)() if closure is not None else None
+        if self._conductor is None and self._build_if_asked():
+            return loss
         conductor = self._built(values_used=self._has_gradients())
         numbers = self._hyperparameters()
+        self._local_state.take_back(self.state)
         guards.check_held(self.param_groups, self._held)
         guards.check_frozen(self._frozen)
         if self.options.verify_every and (self._metrics.steps + 1) % self.options.verify_every == 0:

@@ -8,16 +8,26 @@ the group (where it stood), hangs up, so that ranks which wait for it fail now a
 and listens for `GRACE_S`. Then it knows: who left no word is missing, it hangs or is dead; who stood at another
 collective went another way; who raised is the cause. The store may be gone, or its host hang, with the rank that holds
 it: so the store is asked from a thread of its own, which is given up after `STORE_S`.
+
+[Note: meeting] What all ranks must call, but a user may call on one alone, begins with a meeting in the store: a rank
+that came alone has started no collective, and can go on when it was told. The first to come leads. It says on stderr
+whom it waits for, and ends the meeting for all who came: at its limit, or as soon as a rank stands in a collective of
+the group that the leader has not started, for that rank cannot come any more. A rank whose collective takes longer than
+`LOOK_S` looks whether a meeting is called and leaves word where it stands; nothing is written unless one is.
+
+    turn n:  all came, or the leader gave up  ->  one rank closes it: turn n + 1 begins, then the outcome of n is there
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
@@ -26,6 +36,8 @@ from distmuon.errors import problem
 
 GRACE_S = 5.0  # how long a rank listens for the others' words
 STORE_S = 10.0  # how much longer the store may take to answer
+LOOK_S = 1.0  # how often a rank that waits looks into the store
+SAY_S = 3.0  # when the leader of a meeting says whom it waits for
 
 
 class LostRanks(RuntimeError):
@@ -68,6 +80,85 @@ class RollCall:
         """Leave word beforehand that this rank waits at `at`, in the store and not in a collective; "": no more."""
         self.store("lost").set(f"stands {self._dp_rank}", at)
 
+    def meet(self, what: str, started: int, limit_s: float, warning: Callable[[Sequence[int]], str]) -> dict[int, str]:
+        """The ranks that do not come to `what`, each with the place where it is known to stand (or ""): none, once all
+        have come. The same on all that came. Blocking; see [Note: meeting].
+
+        started: how many of the group's collectives this rank has started. limit_s: how long the first rank waits for
+        the last. warning: what the first says on stderr, by the ranks that it waits for.
+        Raises RuntimeError where a rank has failed meanwhile, or the store does not answer.
+        """
+        store, words = self.store(what), self.store("lost")
+        turn = store.add("turn", 0)
+        store.set(f"rank {self._dp_rank}", str(turn))
+        came, outcome = store.add(f"came {turn}", 1), f"outcome {turn}"
+        if came == self._dp_size:
+            self._close(store, turn, {})
+        leads, asked, begin = came == 1, False, time.monotonic()
+        said = not leads
+        try:
+            while not _appeared(store, outcome, LOOK_S):
+                if self.someone_spoke():
+                    raise RuntimeError(f"while this rank waited for all to come to {what}, another one failed")
+                waited = time.monotonic() - begin
+                if leads and not asked:
+                    words.add("asking", 1)
+                    asked = True
+                absent = [rank for rank in range(self._dp_size) if not _came(store, rank, turn)] if leads else []
+                places = self._cut_off(words, absent, started)
+                if absent and not said and waited > SAY_S:
+                    print(f"distmuon: {warning(absent)}", file=sys.stderr, flush=True)
+                    said = True
+                if places or waited > limit_s + (0.0 if leads else STORE_S):
+                    absent = absent or [rank for rank in range(self._dp_size) if not _came(store, rank, turn)]
+                    self._close(store, turn, {rank: places.get(rank, "") for rank in absent})
+        finally:
+            if asked:
+                with suppress(RuntimeError):
+                    words.add("asking", -1)
+        return {int(rank): place for rank, place in json.loads(store.get(outcome)).items()}
+
+    def _close(self, store: c10d.Store, turn: int, missing: Mapping[int, str]) -> None:
+        """End turn `turn` with this outcome, unless another rank has ended it already."""
+        if store.add(f"closing {turn}", 1) == 1:
+            store.add("turn", 1)
+            store.set(f"outcome {turn}", json.dumps(missing))
+
+    def _cut_off(self, words: c10d.Store, ranks: Sequence[int], started: int) -> dict[int, str]:
+        """Those of `ranks` that stand in a collective which this rank has not started, and where."""
+        found = {}
+        for rank in ranks:
+            word = words.get(f"waits {rank}").decode() if _has(words, f"waits {rank}") else "0"
+            number, _, place = word.partition(" ")
+            if int(number) > started:
+                found[rank] = place
+        return found
+
+    @contextmanager
+    def blocked(self, place: Place, number: int) -> Iterator[None]:
+        """Inside, this rank waits in the group's collective number `number`; see [Note: meeting].
+
+        The store is asked from a thread of its own: it may be gone, or hang, and the collective must not wait for it.
+        """
+        over = threading.Event()
+
+        def look() -> None:
+            left = False
+            with suppress(RuntimeError):
+                words = self.store("lost")
+                while not over.wait(LOOK_S):
+                    if not left and _has(words, "asking") and words.add("asking", 0) > 0:
+                        words.set(f"waits {self._dp_rank}", f"{number} {place}")
+                        left = True
+                if left:
+                    words.set(f"waits {self._dp_rank}", "0")
+
+        threading.Thread(target=look, name="distmuon waits", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
     def someone_spoke(self) -> bool:
         """A rank has failed, or the store cannot say."""
         try:
@@ -79,7 +170,7 @@ class RollCall:
         """The error of a rank whose collective at `place` failed with `error`; the first one's, where others follow."""
         if not self._lost:
             why = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
-            where = f"{self._named([self._dp_rank])} at {place}"
+            where = f"{self.named([self._dp_rank])} at {place}"
             try:
                 words, standing = self._exchange(Word(at=str(place)), hang_up)
                 self._lost = str(self._finding(where, str(place), why, words, standing))
@@ -120,9 +211,13 @@ class RollCall:
         thread.join(GRACE_S + STORE_S)
         if not answers:
             raise TimeoutError(f"no answer for {GRACE_S + STORE_S:g} s")
-        if isinstance(answers[0], Exception):
-            raise answers[0]
-        return answers[0]
+        answer = answers.pop()
+        try:
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        finally:
+            del answer  # an error's traceback holds this frame
 
     def _listen(self, store: c10d.Store, to_all: bool) -> tuple[dict[int, Word], dict[int, str]]:
         """Until all have spoken, or (not `to_all`) one has raised, or the grace is over."""
@@ -144,18 +239,18 @@ class RollCall:
     ) -> ValueError:
         raised = [rank for rank, word in words.items() if word.raised]
         if raised:
-            found = "; ".join(f"{self._named([rank])} raised {words[rank].raised}" for rank in sorted(raised))
-            remedy = f"see the traceback of {self._named(raised)}"
+            found = "; ".join(f"{self.named([rank])} raised {words[rank].raised}" for rank in sorted(raised))
+            remedy = f"see the traceback of {self.named(raised)}"
             return problem(where, found, "all ranks must go on for one to go on", remedy)
         missing = [r for r in range(self._dp_size) if r not in (self._dp_rank, *words, *standing)]
         at = {**{rank: word.at for rank, word in words.items()}, **standing}
         elsewhere = {p: [r for r in sorted(at) if at[r] == p] for p in at.values()}
         here = elsewhere.pop(place, [])
-        findings = [f"{self._named(missing)} missing, without a word for {GRACE_S:g} s"] if missing else []
-        findings += [f"{self._named(ranks)} stood at {p}" for p, ranks in elsewhere.items()]
-        findings += [f"{self._named(here)} waited here, too"] if here else []
+        findings = [f"{self.named(missing)} missing, without a word for {GRACE_S:g} s"] if missing else []
+        findings += [f"{self.named(ranks)} stood at {p}" for p, ranks in elsewhere.items()]
+        findings += [f"{self.named(here)} waited here, too"] if here else []
         if missing:
-            remedy = f"see the output and the machine of {self._named(missing)}: it hangs, has died or is cut off"
+            remedy = f"see the output and the machine of {self.named(missing)}: it hangs, has died or is cut off"
         elif elsewhere:
             remedy = "let all ranks take the same steps, and call what is collective (state_dict, a save) on all"
         else:
@@ -167,7 +262,7 @@ class RollCall:
             where, f"{', '.join(findings)} ({why})", "every rank must come to every collective, in time", remedy
         )
 
-    def _named(self, ranks: Sequence[int]) -> str:
+    def named(self, ranks: Sequence[int]) -> str:
         """Ranks of this group, and where they differ those that the launcher knows."""
         pg = self._process_group
         of_world = list(ranks) if pg is None else [dist.get_process_group_ranks(pg)[rank] for rank in ranks]
@@ -175,3 +270,20 @@ class RollCall:
         if of_world == list(ranks):
             return text
         return f"{text} (of all processes: {of_world[0] if len(ranks) == 1 else of_world})"
+
+
+def _has(store: c10d.Store, key: str) -> bool:
+    return bool(store.check([key]))
+
+
+def _came(store: c10d.Store, rank: int, turn: int) -> bool:
+    return _has(store, f"rank {rank}") and store.get(f"rank {rank}").decode() == str(turn)
+
+
+def _appeared(store: c10d.Store, key: str, seconds: float) -> bool:
+    """Whether `key` is there within `seconds`. A store that is gone answers no."""
+    try:
+        store.wait([key], timedelta(seconds=seconds))
+    except RuntimeError:  # a DistStoreError, or a plain one from a FileStore
+        return False
+    return True

@@ -5,13 +5,19 @@ Decides nothing about the algorithm. `DistMuon` inherits it; the integrations an
 
 [Note: who may ask for the state] `state_dict` gathers the shards, so all ranks must call it. A trainer that lets one
 rank save calls `consolidate_state_dict` on all ranks first; from then to the next step or load `state_dict` answers
-from what was gathered, on any rank, without talking to others. A rank that asks alone without it is told so: before
-anything is gathered the ranks call the roll in the group's store, which no other collective waits for.
+from what was gathered, on the ranks that keep it, without talking to others. A rank that asks alone without it is told
+so: before anything is gathered the ranks meet in the group's store, which no collective waits for (roll_call.py).
+
+[Note: asked for its state to load into it] torch's `get_state_dict` and `set_state_dict` step an optimizer without
+state once, with gradients of zero and lr 0, for its state to be there. That step of an optimizer that has not been
+built builds it and counts as none: no momentum, no AdamW step, no metrics. A plain `state_dict` builds nothing, for
+engines that move and cast the model afterwards (accelerate) call it, too.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +26,11 @@ from torch import Tensor, nn
 
 from distmuon import checkpoint, guards, holdings
 from distmuon.agreement import agree_on_bits, together
-from distmuon.collectives import DataParallelGroup
+from distmuon.collectives import MEETING_S, DataParallelGroup
 from distmuon.conductor import Conductor
 from distmuon.config import Options, check_groups, hyperparameters
 from distmuon.layout import Layout
+from distmuon.local_state import LocalState
 from distmuon.param_gather import ParamGather
 from distmuon.routing import ParamSpec
 
@@ -42,7 +49,9 @@ class TrainerFace(torch.optim.Optimizer):
     _conductor: Conductor | None
     _sync: bool
     engine_is_led = False  # set by `distmuon.integrations.deepspeed`
-    _consolidated: dict[int, dict[str, Tensor]] | None = None
+    _consolidated: dict[int, dict[str, Tensor]] | None = None  # {}: kept on another rank, `_consolidated_on`
+    _consolidated_on = -1
+    _local_state: LocalState  # once built
 
     if TYPE_CHECKING:  # what `DistMuon` defines
 
@@ -54,18 +63,24 @@ class TrainerFace(torch.optim.Optimizer):
 
     def full_state_dict(self) -> dict[str, Any]:
         """`state_dict`, of what is built here if need be."""
+        if self._conductor is None:
+            self._meet("full_state_dict")
         self._built(to_train=False)
         return self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """Whole state of every parameter, on the CPU of every rank, in torch.optim's format; empty before the first
-        step or forward. Collective."""
-        state = self._whole_state()
+        step or forward. Collective, or on one rank alone after `consolidate_state_dict`.
+
+        What users have put into `optimizer.state` is in it, this rank's own. Raises `ValueError` on a rank that asks
+        alone, within half a minute.
+        """
+        state = self._packed_state()
         for hook in self._optimizer_state_dict_post_hooks.values():
             state = given if (given := hook(self, state)) is not None else state
         return state
 
-    def _whole_state(self) -> dict[str, Any]:
+    def _packed_state(self) -> dict[str, Any]:
         post_hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
         try:
             packed = super().state_dict()
@@ -73,12 +88,34 @@ class TrainerFace(torch.optim.Optimizer):
             self._optimizer_state_dict_post_hooks = post_hooks
         if self._conductor is None:
             return packed
-        if self._consolidated is not None:
-            return {"state": dict(self._consolidated), "param_groups": packed["param_groups"]}
-        if missing := self.group.missing_ranks("state_dict"):
-            raise guards.asked_alone(self.group.dp_rank, missing)
-        buffers = self.at_rest().buffers
-        return checkpoint.full_state_dict(buffers, self.group, self.param_groups, packed["param_groups"])
+        if self._consolidated is not None and not self._consolidated:
+            raise guards.kept_elsewhere(self.group.dp_rank, self._consolidated_on)
+        state = self._consolidated if self._consolidated is not None else self._gathered("state_dict")
+        buffers, groups = self._conductor.buffers, self.param_groups
+        extra = checkpoint.numbered(buffers, groups, self._local_state.extra_of(self.state))
+        whole: dict[Any, Any] = {number: {**entry, **extra[number]} for number, entry in state.items()}
+        whole.update(checkpoint.entries_beside(packed))
+        return {"state": whole, "param_groups": packed["param_groups"]}
+
+    def _gathered(self, what: str, keep: bool = True, limit_s: float | None = None) -> dict[int, dict[str, Tensor]]:
+        """The whole state by torch.optim's numbers where `keep`. Collective, in `what`."""
+        assert self._conductor is not None
+        self._meet(what, limit_s)
+        full = checkpoint.gather_full_state(self.at_rest().buffers, self.group, keep)
+        return checkpoint.numbered(self._conductor.buffers, self.param_groups, full)
+
+    def _meet(self, what: str, limit_s: float | None = None) -> None:
+        """Return once all ranks ask for a state; raise where that does not happen, see the first note above."""
+        limit, named = MEETING_S if limit_s is None else limit_s, self.group.roll.named
+        where = f"{what} on {named([self.group.dp_rank])}"
+
+        def warning(absent: Sequence[int]) -> str:
+            return guards.waits_for(where, limit, named(absent))
+
+        missing = self.group.missing_ranks("state_dict", warning, limit)
+        if missing:
+            standing = {named([rank]): place for rank, place in missing.items() if place}
+            raise guards.asked_alone(where, limit, named(list(missing)), standing)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any], on_route_change: str = "raise", **_ignored: object) -> None:
@@ -101,9 +138,15 @@ class TrainerFace(torch.optim.Optimizer):
             raise guards.loaded_unlike([rank for rank, is_empty in enumerate(emptiness) if is_empty])
         if not empty or self._conductor is not None:  # the state of before the first step is none
             gather = self.at_rest(to_write=True)
-            states = together(self.group, lambda: checkpoint.states_of(gather.buffers, self.param_groups, taken))
+            states, beside = together(
+                self.group, lambda: checkpoint.states_of(gather.buffers, self.param_groups, taken)
+            )
             checkpoint.load_full_state(gather.buffers, states)
             gather.publish()
+            self._local_state.load_extra(self.state, beside)
+        for key in checkpoint.entries_beside(torch.optim.Optimizer.state_dict(self)):
+            del self.state[key]
+        self.state.update(checkpoint.entries_beside(taken))
         checkpoint.load_groups(taken["param_groups"], self.param_groups)
         for done in self._optimizer_load_state_dict_post_hooks.values():
             done(self)
@@ -133,19 +176,48 @@ class TrainerFace(torch.optim.Optimizer):
         """For who reads or writes all state: nothing is in flight, foreign writes are taken over. Collective."""
         conductor = self._built(to_train=False)
         conductor.settle()
+        self._local_state.take_back(self.state)
         if to_write:
             self._consolidated = None
         return conductor.param_gather.settled()
 
-    def consolidate_state_dict(self) -> None:
-        """Gather the whole state on the CPU of every rank, for later calls of `state_dict`. Collective.
+    def consolidate_state_dict(self, to: int | None = None, *, timeout_s: float | None = None) -> None:
+        """Gather the whole state on the CPU of rank `to` of the group (None: of every rank), for later calls of
+        `state_dict` there, on that rank alone. Collective.
 
-        Every rank keeps it to the next step or load: as many bytes as all ranks' state together.
+        It is kept to the next step or load: as many bytes as all ranks' state together. The first rank waits
+        `timeout_s` for the last one (None: 25 s), and then all that came raise `ValueError`: give more where one rank
+        validates or writes files before it comes.
         """
+        size = self.group.dp_size
+        if to is not None and (isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < size):
+            raise guards.not_a_rank(to, size)
         self._consolidated = None
-        state = self._whole_state()["state"]
-        if any(state.values()):
-            self._consolidated = state
+        if self._conductor is None:
+            return
+        keeps = to is None or to == self.group.dp_rank
+        state = self._gathered("consolidate_state_dict", keeps, timeout_s)
+        self._consolidated, self._consolidated_on = (state if keeps else {}), to if to is not None else -1
+
+    def _asked_for_state(self) -> bool:
+        """torch asks an optimizer that has not been built for its state, see the second note above. Reads the device.
+
+        Never true once a backward has run, for that has built.
+        """
+        grads = [param.grad for param in self._params]
+        if self._conductor is not None or any(float(group["lr"]) != 0.0 for group in self.param_groups):
+            return False
+        return all(grad is not None and not bool(grad.any()) for grad in grads)
+
+    def _build_if_asked(self) -> bool:
+        """Build, if all ranks are asked for their state; whether they are."""
+        asked = self._asked_for_state()
+        if asked:
+            self._meet("the first step of torch's state_dict helpers")
+        self._built(to_train=not asked)
+        if any(float(group["lr"]) != 0.0 for group in self.param_groups):  # the same on all ranks: building compares
+            return False
+        return all(self.group.gather_objects(asked, stage="state_dict"))
 
     def __getstate__(self) -> dict[str, Any]:
         raise guards.not_copied()

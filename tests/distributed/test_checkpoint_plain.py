@@ -168,14 +168,16 @@ def test_torch_state_dict_helpers_round_trip(spawn, bf16: bool, whole: bool) -> 
         assert loaded == source
 
 
-def test_the_flattened_form_of_torchs_helpers_is_refused() -> None:
-    """It asks `optimizer.state` which entries a parameter has, finds none, and would lose the momentum silently."""
+def test_a_flattened_form_that_torch_cannot_restore_is_refused() -> None:
+    """torch asks `optimizer.state` which entries a parameter has: none before the first step, where gradients stand."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
     model, optimizer = make(None, Standing())
     train(None, model, optimizer, [0])
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
     flat = get_optimizer_state_dict(model, optimizer, options=options)
     assert "state.up.weight.momentum_buffer" in flat
-    with pytest.raises(ValueError, match=r"the state of every parameter is empty .* is not flattened"):
+    model, optimizer = make(None, Standing())
+    model.up.weight.grad = torch.ones_like(model.up.weight)
+    with pytest.raises(ValueError, match=r"the state of every parameter is empty .* call optimizer\.zero_grad\(\)"):
         set_optimizer_state_dict(model, optimizer, flat, options=options)
 
 

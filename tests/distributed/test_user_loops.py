@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import distmuon
+from distmuon import conductor
 from tests.distributed.test_in_flight import slow_peer
 from tests.training import digest, state_tensors, weights
 
@@ -469,7 +470,7 @@ def _zero_grad_alone(group: dist.ProcessGroup) -> str:
         with optimizer.no_sync():
             _loss(model, 7, rank).backward()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(distmuon.collectives, "ROLL_CALL_S", 1.0)
+            patch.setattr(conductor, "LATE_S", 1.0)
             try:
                 optimizer.zero_grad()
             except ValueError as error:
@@ -481,7 +482,7 @@ def _zero_grad_alone(group: dist.ProcessGroup) -> str:
 
 def test_zero_grad_on_one_rank_alone_says_what_is_local(spawn) -> None:
     alone, other = spawn(_zero_grad_alone, 2)
-    assert "ranks [1] did not call it" in alone and "model.zero_grad()" in alone
+    assert "rank 1 did not call it" in alone and "model.zero_grad()" in alone
     assert "zero_grad" not in other
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +18,8 @@ import torch.distributed as dist
 from torch import nn
 
 import distmuon
-from distmuon import collectives
+from distmuon import roll_call, trainer_face
+from distmuon.hooks import _own_storages
 from tests.standing import Standing, loss_fn, make_batch
 from tests.training import backward, digest, make, state_tensors, train, weights
 
@@ -53,18 +60,31 @@ def test_one_rank_may_ask_for_a_consolidated_state_until_the_next_step(spawn, dp
     assert {r[0] for r in results} == {collective} and {r[2] for r in results} == {after}
 
 
-def _alone(group: dist.ProcessGroup) -> tuple[str, str, bool]:
+@contextmanager
+def _hasty() -> Iterator[None]:
+    """Meetings that end soon, and no word of where a rank stands."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_face, "MEETING_S", 1.0)
+        patch.setattr(roll_call, "SAY_S", 0.0)
+        patch.setattr(roll_call, "LOOK_S", 0.3)
+        yield
+
+
+def _alone(group: dist.ProcessGroup, ask: str) -> tuple[str, str, bool]:
     """Only the last rank asks; nothing is left half done: training goes on, and a joint call is answered."""
-    collectives.ROLL_CALL_S = 1.0
     model, optimizer = make(group)
-    train(group, model, optimizer, [0])
+    if ask != "full_state_dict":
+        train(group, model, optimizer, [0])
     message = ""
     if dist.get_rank(group) == 1:
-        try:
-            optimizer.state_dict()
-        except ValueError as error:
-            message = str(error)
-    collectives.ROLL_CALL_S = 30.0
+        with _hasty(), contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                getattr(optimizer, ask)()
+            except ValueError as error:
+                message = f"{said.getvalue()}|{error}"
+    dist.barrier(group)
+    if ask == "full_state_dict":
+        train(group, model, optimizer, [0])
     train(group, model, optimizer, [1])
     joint = digest(state_tensors(optimizer))
     ends = weights(model, optimizer)
@@ -74,12 +94,85 @@ def _alone(group: dist.ProcessGroup) -> tuple[str, str, bool]:
     return message, joint, same
 
 
-def test_a_rank_that_asks_alone_is_told_who_is_missing_and_nothing_hangs(spawn) -> None:
-    results = spawn(_alone, 3)
+@pytest.mark.parametrize("ask", ["state_dict", "consolidate_state_dict", "full_state_dict"])
+def test_a_rank_that_asks_alone_is_told_who_is_missing_and_nothing_hangs(spawn, ask: str) -> None:
+    results = spawn(_alone, 3, ask=ask)
     assert results[0][0] == results[2][0] == ""
-    assert "state_dict on rank 1: ranks [0, 2] did not call it" in results[1][0]
-    assert "consolidate_state_dict() on all ranks first" in results[1][0]
+    said, message = results[1][0].split("|")
+    assert said.count("\n") == 1 and said.startswith(f"distmuon: {ask} on rank 1: waits for ranks [0, 2]"), said
+    assert message.startswith(f"{ask} on rank 1: ranks [0, 2] did not call it within 1 s; the state is spread")
+    assert all("consolidate_state_dict() on all ranks first" in text for text in (said, message))
     assert len({joint for _, joint, _ in results}) == 1 and all(same for *_, same in results)
+
+
+def _in_the_next_step(group: dist.ProcessGroup) -> tuple[str, float, str]:
+    """Rank 0 asks alone; the other trains on, and its step waits for rank 0, which goes on after it was told."""
+    model, optimizer = make(group)
+    train(group, model, optimizer, [0])
+    message, seconds = "", 0.0
+    if dist.get_rank(group) == 0:
+        start = time.monotonic()
+        try:
+            optimizer.state_dict()
+        except ValueError as error:
+            message, seconds = str(error), time.monotonic() - start
+    train(group, model, optimizer, [1])
+    return message, seconds, digest({**weights(model, optimizer), **state_tensors(optimizer)})
+
+
+def test_a_rank_whose_peers_train_on_is_told_at_once(spawn) -> None:
+    """nanoGPT at its first checkpoint: nothing was said for 300 s. Here the limit is 25 s, which is not waited for."""
+    (message, seconds, first), *others = spawn(_in_the_next_step, 3)
+    assert re.match(
+        r"state_dict on rank 0: ranks \[1, 2\] did not call it; rank [12] stands at \w+ .*step 2, which wai", message
+    )
+    assert 0 < seconds < 15
+    assert {other[2] for other in others} == {first} and all(not other[0] for other in others)
+
+
+def _late(group: dist.ProcessGroup) -> tuple[str, str]:
+    """The last rank comes later than a meeting lasts; consolidation was told so."""
+    model, optimizer = make(group)
+    train(group, model, optimizer, [0])
+    with _hasty():
+        if dist.get_rank(group) == 1:
+            time.sleep(2.5)
+        optimizer.consolidate_state_dict(timeout_s=30)
+    return digest(_tensors(optimizer.state_dict())), digest(state_tensors(optimizer))
+
+
+def test_consolidation_can_wait_for_a_rank_that_is_late(spawn) -> None:
+    assert len({text for pair in spawn(_late, 2) for text in pair}) == 1
+
+
+def _on_one_rank(group: dist.ProcessGroup) -> tuple[str, str, int]:
+    """After `to=1`: what rank 1 alone gets, what the others are told, and whether a step ends it."""
+    model, optimizer = make(group)
+    train(group, model, optimizer, [0])
+    whole = digest(state_tensors(optimizer))
+    optimizer.consolidate_state_dict(to=1)
+    kept = len(optimizer._consolidated)
+    try:
+        answer = digest(_tensors(optimizer.state_dict()))
+    except ValueError as error:
+        answer = str(error)
+    train(group, model, optimizer, [1])
+    assert set(optimizer.state_dict()["state"]) == set(range(len(optimizer._params)))
+    return whole, answer, kept
+
+
+def test_the_state_is_kept_on_the_rank_that_is_named(spawn) -> None:
+    """ZeroRedundancyOptimizer's spelling; there, too, the others raise."""
+    first, second = spawn(_on_one_rank, 2)
+    assert second[0] == second[1] and second[2] > 0
+    assert first[2] == 0 and first[1].startswith("state_dict on rank 0: the state was consolidated on rank 1 alone; ")
+
+
+@pytest.mark.parametrize("to", [-1, 1, True, 0.0, "0"])
+def test_consolidation_goes_to_a_rank_of_the_group(to: Any) -> None:
+    optimizer = make(None)[1]
+    with pytest.raises(ValueError, match=rf"consolidate_state_dict: found to={to!r}; a rank of the group, 0 to 0"):
+        optimizer.consolidate_state_dict(to=to)
 
 
 def _load_forgets(group: dist.ProcessGroup) -> tuple[str, str]:
@@ -168,6 +261,38 @@ def test_a_state_dict_has_a_storage_for_each_tensor_and_copies_nothing(tmp_path:
     fresh = Standing(seed=5)
     safetensors.load_model(fresh, str(tmp_path / "model.safetensors"))
     assert digest(dict(fresh.named_parameters())) == digest(params)
+
+
+def test_a_state_dict_asks_for_no_exchange_by_dlpack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DLPack refuses a tensor of a GPU that is not the current one, and so `model.state_dict()` raised there."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BufferError("Can't export tensors on a different CUDA device index")
+
+    monkeypatch.setattr(torch.Tensor, "__dlpack__", refuse)
+    model, optimizer = make(None)
+    train(None, model, optimizer, [0])
+    for fqn, tensor in model.state_dict().items():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, fqn
+        assert tensor.data_ptr() == dict(model.state_dict(keep_vars=True))[fqn].data_ptr()
+
+
+def test_a_storage_of_its_own_keeps_the_order_of_dimensions_and_the_memory() -> None:
+    """Weights in channels_last fill one run of memory as well; what does not is left as it is."""
+    module = nn.Module()
+    whole = torch.arange(240.0)
+    last = whole[24:144].view(2, 5, 4, 3).permute(0, 3, 1, 2)
+    gaps = whole[::2]
+    module.last, module.gaps = nn.Parameter(last), nn.Parameter(gaps)
+    state: dict[str, Any] = {"last": last.detach(), "gaps": gaps}
+    _own_storages(module, state, "", None)
+    own = state["last"]
+    assert own.untyped_storage().nbytes() == last.nbytes and own.stride() == last.stride()
+    assert own.data_ptr() == last.data_ptr() and own.is_contiguous(memory_format=torch.channels_last)
+    assert state["gaps"] is gaps
+    whole.add_(1)
+    del whole, last, gaps, module, state
+    assert own[0, 0, 0, 0] == 25 and own[1, 2, 4, 3] == 144  # the memory lives on
 
 
 @pytest.mark.parametrize("method", ["clip_grad_norm_", "zero_grad", "reduce_gradients"])

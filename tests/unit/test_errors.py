@@ -378,7 +378,7 @@ STATES: list[tuple[Change, str]] = [
     (_set("param_groups", 1, "betas", None), r"param_groups\[1\]\.betas: found None"),
     (_set("state", 9, {}), "the state has an entry 9; one of the 4 in its groups"),
     (_set("state", 0, {"exp_avg": torch.ones(8, 6)}), r"0\.weight: its state has \['exp_avg'\], not \['mom"),
-    (_set("state", 2, "extra", torch.ones(8)), r"0\.bias: its state has .*'extra'"),
+    (_set("state", 2, "max_exp_avg_sq", torch.ones(8)), r"0\.bias: its state has .*'max_exp_avg_sq'"),
     (_without("state", 2, "step"), r"0\.bias: its state has \['exp_avg', 'exp_avg_sq'\], not"),
     (_set("state", 0, "momentum_buffer", torch.ones(3, 3)), r"0\.weight\.momentum_buffer: .*shape \(3, 3\); \(8, 6\)"),
     (_set("state", 0, "momentum_buffer", None), r"0\.weight\.momentum_buffer: found None; a dense real tensor"),

@@ -24,7 +24,7 @@ FLOORS = {
     "layout": 5,
     "buffers": 6, "counts": 6,
     "grad_reduce": 7, "matrix_gather": 7, "param_gather": 7, "checkpoint": 7, "hooks": 7, "planner": 7,
-    "sharded": 7,
+    "sharded": 7, "local_state": 7,
     "walk": 8,
     "conductor": 9,
     "trainer_face": 10,
