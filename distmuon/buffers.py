@@ -13,6 +13,11 @@ Masters kept as remainders need no comparison: what was written and the remainde
 [Note: written while in flight] What is written between `step` and the arrival of the all-gather would be overwritten,
 on some ranks. `sent` and `arrived` frame that time: a parameter whose `_version` moved inside it raises. `arrived`
 then moves the version itself, so that autograd refuses a graph that saved the weight before it had arrived.
+
+[Note: sums] A sum of thousands of micro-batches in 16 bits stops growing: each addend is below half of its last place.
+So where the gradient buffers have 16 bits, and only while several backwards add up, a bucket has a float32 `grad_sum`
+in place of its `grad_flat`, from its first gradient that is not the last of its parameter until its reduction starts.
+A step of one micro-batch never has any.
 """
 
 from __future__ import annotations
@@ -33,16 +38,19 @@ from distmuon.errors import problem
 from distmuon.layout import Bucket, Layout, Segment
 
 
-def state_keys(rule: str) -> tuple[str, ...]:
+def state_keys(rule: str, momentum_dtype: torch.dtype) -> tuple[str, ...]:
     """The keys of a parameter's state under `rule`; ``master`` may come beside them."""
-    return ("momentum_buffer",) if rule == "muon" else ("exp_avg", "exp_avg_sq", "step")
+    if rule == "adamw":
+        return ("exp_avg", "exp_avg_sq", "step")
+    return ("momentum_buffer",) if momentum_dtype == torch.float32 else ("momentum_buffer", "step")
 
 
 @dataclass(slots=True)
 class ShardPiece:
     """One of this rank's segments: a view of the gradient shard, and its optimizer state (keys as in torch.optim).
 
-    An int8 ``momentum_buffer`` has its scales beside it, ``momentum_scale``; see `formats.quantize`.
+    An int8 ``momentum_buffer`` has its scales beside it, ``momentum_scale``; see `formats.quantize`. One of fewer than
+    32 bits counts the times that it was rounded in ``step``; see [Note: dither] in formats.py.
     """
 
     segment: Segment
@@ -59,10 +67,23 @@ class ShardPiece:
         return formats.dequantize(buffer, self.state["momentum_scale"]) if buffer.dtype == torch.int8 else buffer
 
     def encoded(self, momentum: Tensor) -> dict[str, Tensor]:
-        """(length,) float32 as the entries of `state` that keep it."""
+        """(length,) float32, which somebody wrote or saved, as the entries of `state` that keep it: the nearest."""
         if self.state["momentum_buffer"].dtype != torch.int8:
             return {"momentum_buffer": momentum}
         return dict(zip(("momentum_buffer", "momentum_scale"), formats.quantize(momentum)))
+
+    def stepped(self, momentum: Tensor) -> dict[str, Tensor]:
+        """(length,) float32, which a step made, as the entries of `state` that keep it: right on average."""
+        dtype, start = self.state["momentum_buffer"].dtype, self.segment.param_offset
+        if dtype == torch.float32:
+            return {"momentum_buffer": momentum}
+        step = self.state["step"]
+        if dtype == torch.bfloat16:
+            kept = {"momentum_buffer": formats.bfloat16_dithered(momentum, start, step)}
+        else:
+            codes, scales = formats.quantize_dithered(momentum, start, step)
+            kept = {"momentum_buffer": codes, "momentum_scale": scales}
+        return {**kept, "step": step + 1}
 
 
 @dataclass(slots=True)
@@ -81,6 +102,7 @@ class BucketBuffers:
     adamw: list[ShardPiece]
     staged: list[tuple[Tensor, Tensor]]  # (part of the flat buffer, the parameter's own elements), of one shape
     staged_here: list[tuple[Tensor, Tensor]]  # those in this rank's shard
+    grad_sum: Tensor | None = None  # float32, as grad_flat: several backwards add up here; see [Note: sums]
 
     @property
     def has_master(self) -> bool:
@@ -172,7 +194,7 @@ class Buffers:
             _allocate_state(muon, "momentum_scale", [formats.num_blocks(n) for n in lengths], torch.float32, device)
         for key in ("exp_avg", "exp_avg_sq"):
             _allocate_state(adamw, key, [piece.segment.length for piece in adamw], torch.float32, device)
-        for piece in adamw:
+        for piece in adamw if options.momentum_dtype == torch.float32 else muon + adamw:
             piece.state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         about = f"bucket {bucket.index} ({names([self.layout.specs[index].fqn for index in bucket.params], 3)})"
         return BucketBuffers(
@@ -210,16 +232,39 @@ class Buffers:
         segments = self.layout.segments_of[index]
         return [(s.rank * size + s.shard_offset, s.param_offset, s.length) for s in segments]
 
-    def open_grads(self, index: int) -> Tensor:
-        """The flat gradient buffer of bucket `index`, made anew (zeros) if it was released."""
+    def open_grads(self, index: int, *, several: bool = False) -> Tensor:
+        """Where the gradients of bucket `index` go, flat; made anew (zeros) if it was released.
+
+        `several`: what comes now is one of several addends, so that from here on they go to the bucket's `grad_sum`.
+        """
         bucket = self.buckets[index]
+        if several and self.lacks_sum(index):
+            begun, bucket.grad_flat = bucket.grad_flat, None
+            made = torch.zeros_like(bucket.param_flat, dtype=torch.float32) if begun is None else begun.float()
+            bucket.grad_sum = made
+        if bucket.grad_sum is not None:
+            return bucket.grad_sum
         if bucket.grad_flat is None:
             bucket.grad_flat = torch.zeros_like(bucket.param_flat, dtype=self.options.reduce_dtype)
         return bucket.grad_flat
 
+    def lacks_sum(self, index: int) -> bool:
+        """Bucket `index` would need a sum to add up in float32, and has none."""
+        return self.options.reduce_dtype != torch.float32 and self.buckets[index].grad_sum is None
+
+    def close_sum(self, index: int) -> Tensor:
+        """The flat gradient buffer of bucket `index`, in the reduce dtype; its sum, if it has one, rounded into it."""
+        bucket = self.buckets[index]
+        total, bucket.grad_sum = bucket.grad_sum, None
+        flat = self.open_grads(index)
+        return flat if total is None else flat.copy_(total)
+
     def release_grads(self, index: int) -> None:
-        """Bucket `index` is reduced: let go of all but its shard."""
-        self.buckets[index].grad_flat = None
+        """Bucket `index` is reduced, or its gradients are dropped: let go of its sum, and with `release_grads` of all
+        but its shard."""
+        self.buckets[index].grad_sum = None
+        if self.options.release_grads:
+            self.buckets[index].grad_flat = None
 
     def check_in_place(self, index: int) -> None:
         """Raise if parameter `index` no longer lies where it was put, or has another dtype."""

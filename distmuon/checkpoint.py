@@ -25,8 +25,8 @@ _KEPT = frozenset({"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq",
 def gather_full_state(buffers: Buffers, group: DataParallelGroup, keep: bool = True) -> list[dict[str, Tensor]]:
     """Per parameter its whole state on the CPU, on every rank that will `keep` it. Collective; a bucket at a time.
 
-    Keys: ``momentum_buffer`` (muon); ``exp_avg``, ``exp_avg_sq``, ``step`` (adamw); ``master`` where the master is not
-    the parameter itself.
+    Keys: ``momentum_buffer`` (muon), and ``step`` where that is kept in fewer than 32 bits; ``exp_avg``,
+    ``exp_avg_sq``, ``step`` (adamw); ``master`` where the master is not the parameter itself.
     """
     full: list[dict[str, Tensor]] = [{} for _ in buffers.params]
     steps = torch.zeros(len(full), dtype=torch.float32, device=buffers.params[0].device)
@@ -42,8 +42,8 @@ def gather_full_state(buffers: Buffers, group: DataParallelGroup, keep: bool = T
             for index in bucket.bucket.params if keep else ():
                 if key == "master" or key in _keys(buffers, index):
                     full[index][key] = _assemble(buffers, index, flat)
-        for piece in bucket.adamw:
-            if piece.segment.param_offset == 0:
+        for piece in bucket.muon + bucket.adamw:
+            if piece.segment.param_offset == 0 and "step" in piece.state:
                 steps[piece.segment.param] = piece.state["step"]
     group.start_all_reduce(steps, stage="state_dict").wait()
     for index, state in enumerate(full):
@@ -138,9 +138,14 @@ def _by_number(states: Mapping[Any, Mapping[str, Any]], keys: Sequence[Any]) -> 
 
 
 def _check_state(buffers: Buffers, index: int, state: Mapping[str, Any]) -> None:
-    """Raise for a state that has not all and only what its parameter's rule needs, in tensors of its shape."""
-    spec, needed = buffers.layout.specs[index], set(_keys(buffers, index))
-    if state.keys() - {"master"} not in (set(), needed):
+    """Raise for a state that has not all and only what its parameter's rule needs, in tensors of its shape.
+
+    A muon parameter's ``step`` may be there or not, whatever `momentum_dtype` was when it was saved.
+    """
+    spec = buffers.layout.specs[index]
+    optional = {"master", "step"} if spec.rule == "muon" else {"master"}
+    needed = set(_keys(buffers, index)) - optional
+    if state.keys() - optional not in (set(), needed):
         raise problem(
             spec.fqn, f"its state has {sorted(state)}, not {sorted(needed)}",
             "the state of the same rule is needed", "make the optimizer with the routes it was saved with",
@@ -286,7 +291,7 @@ def is_empty(state_dict: Mapping[str, Any]) -> bool:
 
 
 def _keys(buffers: Buffers, index: int) -> tuple[str, ...]:
-    return state_keys(buffers.layout.specs[index].rule)
+    return state_keys(buffers.layout.specs[index].rule, buffers.options.momentum_dtype)
 
 
 def _shard_of(bucket: BucketBuffers, key: str, momentum_dtype: torch.dtype) -> Tensor | None:

@@ -190,6 +190,8 @@ def _text(found: Plan, model: str, ranks: bool) -> str:
     for name in ("parameters", "staged", "gradients", "master", "momentum", "moments", "transient"):
         row(f"held, {name}", [_bytes(getattr(way.fullest, name)) for way in ways])
     row("held, fullest rank", [_bytes(way.fullest.total) for way in ways])
+    if any(way.fullest.accumulation for way in ways):
+        row("  more while accumulating", [_bytes(way.fullest.accumulation) for way in ways])
     row("straddlers", [f"{way.straddlers:,}" for way in ways])
     row("padding", [f"{way.padding:.3%}" for way in ways])
     row("state, max/mean", [f"{way.state_balance:.3f}" for way in ways])

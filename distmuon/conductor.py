@@ -87,7 +87,8 @@ class Conductor:
             guards.agree_on_reduced([p.grad for p in self.buffers.params if p.grad is not None], self._group)
         with self._metrics.stage("guard"):
             shards = [bucket.grad_shard for bucket in self.buffers.buckets]
-            self._verdict = guards.check(shards, present, self._group, fingerprint)
+            squared = [piece.grad for bucket in self.buffers.buckets for piece in bucket.adamw]
+            self._verdict = guards.check(shards, squared, present, self._group, fingerprint)
         self._clipped = False
         self.grad_norm = self._verdict.total_norm
         return present
@@ -136,6 +137,7 @@ class Conductor:
         under way."""
         verdict, self._verdict = self._verdict, None
         assert verdict is not None
+        verdict = verdict.of_clipped()
         if verdict.known is not False:
             step = Step(numbers, verdict)
             step.exchanges_to_come = sum(walk.exchanges for walk in self._walks)

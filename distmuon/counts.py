@@ -19,7 +19,11 @@ from distmuon.step_time import BucketLoad
 
 @dataclass(frozen=True, slots=True)
 class HeldBytes:
-    """What one rank holds. `transient`: the most that a step allocates on top of it, an upper estimate."""
+    """What one rank holds. `transient`: the most that a step allocates on top of it, an upper estimate.
+
+    `accumulation`: what a step of several micro-batches holds more than `gradients` until the reduction of each bucket
+    starts, and which is no part of `total`: float32 sums in place of buffers of 16 bits, or of released ones.
+    """
 
     parameters: int  # flat buffers, padding included
     staged: int  # own storage of parameters that are no views of a flat buffer
@@ -28,6 +32,7 @@ class HeldBytes:
     momentum: int
     moments: int
     transient: int
+    accumulation: int
 
     @property
     def state(self) -> int:
@@ -84,9 +89,9 @@ def sent_bytes(layout: Layout, options: Options, rank: int) -> dict[str, int]:
 
 
 def guard_bytes(layout: Layout) -> int:
-    """What a rank sends in the guard's all-reduce, around a ring: float64 for the norm, for the fingerprint of the
-    hyperparameters and its square, and one a parameter."""
-    return 2 * (layout.dp_size - 1) * (3 + len(layout.specs)) * torch.float64.itemsize // layout.dp_size
+    """What a rank sends in the guard's all-reduce, around a ring: float64 for the norm, for the count of ranks with
+    elements too large to square, for the fingerprint of the hyperparameters and its square, and one a parameter."""
+    return 2 * (layout.dp_size - 1) * (4 + len(layout.specs)) * torch.float64.itemsize // layout.dp_size
 
 
 def _load(layout: Layout, options: Options) -> list[BucketLoad]:
@@ -138,6 +143,9 @@ def _held(layout: Layout, options: Options, loads: Sequence[BucketLoad]) -> Iter
     dp_size = layout.dp_size
     parameters = dp_size * sum(bucket.shard_size * bucket.dtype.itemsize for bucket in layout.buckets)
     gradients = sum(_gradient_bytes(layout, options, bucket) for bucket in layout.buckets)
+    stays = 0 if options.release_grads else options.reduce_dtype.itemsize
+    more = torch.float32.itemsize - stays if options.grad_reduction == "reduce_scatter" else 0
+    accumulation = more * dp_size * sum(bucket.shard_size for bucket in layout.buckets)
     scales = [0] * dp_size
     if options.momentum_dtype == torch.int8:
         for segment in (s for bucket in layout.buckets for s in bucket.segments):
@@ -150,7 +158,8 @@ def _held(layout: Layout, options: Options, loads: Sequence[BucketLoad]) -> Iter
         masters = sum((m + a) * each for m, a, each in zip(muon, adamw, beside))
         momentum = sum(muon) * options.momentum_dtype.itemsize + 4 * scales[rank]
         transient = _transient(layout, loads, options, rank)
-        yield HeldBytes(parameters, staged, gradients, masters, momentum, 8 * sum(adamw), transient)
+        moments = 8 * sum(adamw)
+        yield HeldBytes(parameters, staged, gradients, masters, momentum, moments, transient, accumulation)
 
 
 def _gradient_bytes(layout: Layout, options: Options, bucket: Bucket) -> int:

@@ -70,7 +70,7 @@ class BackwardReducer:
     """Overlapped reduce-scatter, see [Note: bucket readiness].
 
     A reported gradient is moved into the flat buffer in the reduce dtype, and an `InReduction` takes its place in
-    `param.grad`: the next micro-batch adds to the flat buffer.
+    `param.grad`: the next micro-batch adds to it, in float32 whatever the reduce dtype ([Note: sums] in buffers.py).
     """
 
     def __init__(self, buffers: Buffers, group: DataParallelGroup, overlap: bool) -> None:
@@ -103,7 +103,7 @@ class BackwardReducer:
                 raise self._second_reduction(index)
             self.reset()  # `model.zero_grad()`: the gradients that were reduced are not wanted
         self._buffers.check_in_place(index)
-        self._move_in(index, grad)
+        self._move_in(index, grad, several=not sync)
         param.grad = self._placeholders[index]
         if not sync:
             return
@@ -151,10 +151,10 @@ class BackwardReducer:
             self._start_next()
 
     @torch.no_grad()
-    def _move_in(self, index: int, grad: Tensor) -> None:
+    def _move_in(self, index: int, grad: Tensor, *, several: bool = False) -> None:
         _check_dense(self._buffers.layout.specs[index].fqn, grad)
         elements, bucket = grad.reshape(-1), self._bucket_of[index]
-        flat = self._open(bucket)
+        flat = self._open(bucket, several=several or self._has_grad[index])
         for start, offset, length in self._places[index]:
             place, piece = flat[start : start + length], elements[offset : offset + length]
             if self._has_grad[index]:
@@ -163,16 +163,29 @@ class BackwardReducer:
                 place.copy_(piece)
         self._has_grad[index] = True
 
-    def _open(self, bucket: int) -> Tensor:
-        """The bucket's flat buffer, for the current stream to write. Backward may run on several streams."""
-        flat = self._buffers.open_grads(bucket)
-        if flat.is_cuda:
-            stream = torch.cuda.current_stream(flat.device)
-            if stream not in self._streams[bucket]:
-                for other in self._streams[bucket]:  # one of them made the buffer, in memory that it may still use
-                    stream.wait_stream(other)
-                self._streams[bucket].add(stream)
+    def _open(self, bucket: int, *, several: bool = False) -> Tensor:
+        """`Buffers.open_grads`, for the current stream to write. Backward may run on several streams."""
+        if self._buffers.device.type != "cuda":
+            return self._buffers.open_grads(bucket, several=several)
+        stream = torch.cuda.current_stream(self._buffers.device)
+        begins_sum = several and self._buffers.lacks_sum(bucket)
+        others = self._streams[bucket] - {stream}
+        if begins_sum or stream not in self._streams[bucket]:
+            for other in others:  # one of them made the buffer, in memory that it may still use, and all wrote into it
+                stream.wait_stream(other)
+            self._streams[bucket].add(stream)
+        flat = self._buffers.open_grads(bucket, several=several)
+        if begins_sum:
+            for other in others:
+                other.wait_stream(stream)
         return flat
+
+    def _let_go(self, bucket: int) -> None:
+        """Make streams that wrote into gradient memory, and may get it next, wait for the current one to be done."""
+        for stream in self._streams[bucket]:
+            current = torch.cuda.current_stream(stream.device)
+            if stream != current:
+                stream.wait_stream(current)
 
     @torch.no_grad()
     def _start_next(self) -> None:
@@ -189,9 +202,13 @@ class BackwardReducer:
             if not self._has_grad[number]:
                 for start, _, length in self._places[number]:
                     self._open(index)[start : start + length].zero_()
-        flat = self._open(index)
+        gathered = self._open(index)
         for stream in self._streams[index]:
-            torch.cuda.current_stream(flat.device).wait_stream(stream)
+            torch.cuda.current_stream(gathered.device).wait_stream(stream)
+        flat = buffers.close_sum(index)
+        if flat is not gathered:
+            self._let_go(index)
+        del gathered
         with torch.profiler.record_function(f"distmuon::reduce_scatter/{index}"):
             shard, about = bucket.grad_shard, bucket.about
             pending = self._group.start_reduce_scatter(shard, flat, stage="reduce_scatter", about=about)
@@ -203,8 +220,7 @@ class BackwardReducer:
         """Wait for bucket `bucket`, whose reduction has started."""
         self._pending[bucket].wait()
         if self._buffers.options.release_grads:
-            for stream in self._streams[bucket]:  # they may get the buffer's memory next
-                stream.wait_stream(torch.cuda.current_stream(stream.device))
+            self._let_go(bucket)
             self._buffers.release_grads(bucket)
         self._streams[bucket].clear()
 
@@ -254,9 +270,11 @@ class BackwardReducer:
         for pending in self._pending:  # what travels must arrive before its buffer is written again
             pending.wait()
         for bucket, streams in enumerate(self._streams):
+            for stream in streams:  # of gradients that nobody reduced
+                torch.cuda.current_stream(stream.device).wait_stream(stream)
+            self._let_go(bucket)
             streams.clear()
-            if self._buffers.options.release_grads:
-                self._buffers.release_grads(bucket)
+            self._buffers.release_grads(bucket)
         for param, placeholder in zip(self._buffers.params, self._placeholders):
             if param.grad is placeholder:
                 param.grad = None

@@ -93,7 +93,8 @@ def _to_torch(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[dict[
         found.update(amsgrad=False, maximize=False, foreach=None, capturable=False, differentiable=False, fused=None)
         found["decoupled_weight_decay"] = True
     states = [state["state"].get(number, {}) for number in group["params"]]
-    return found, [{key: value for key, value in own.items() if key != "master"} for own in states]
+    not_torchs = ("master", "step") if muon else ("master",)
+    return found, [{key: value for key, value in own.items() if key not in not_torchs} for own in states]
 
 
 def _numbered(groups: Sequence[tuple[dict[str, Any], list[Mapping[str, Any]]]]) -> dict[str, Any]:

@@ -81,12 +81,13 @@ class LocalState:
 
     def _entry(self, index: int) -> dict[str, Any]:
         homes, spec = self._homes[index], self._buffers.layout.specs[index]
+        known = state_keys(spec.rule, self._buffers.options.momentum_dtype)
         has_master = self._buffers.buckets[self._buffers.layout.bucket_of[index]].has_master
         if not homes:
-            keys = [*state_keys(spec.rule), *["master"] * has_master]
+            keys = [*known, *["master"] * has_master]
             return {key: torch.empty(0, device=self._buffers.device) for key in keys}
         entry: dict[str, Any] = {}
-        for key in state_keys(spec.rule):
+        for key in known:
             entry[key] = _run([piece.state[key] for _, piece in homes]) if key != "step" else homes[0][1].state[key]
         if has_master:
             entry["master"] = _run([piece.cut(_kept_masters(bucket)) for bucket, piece in homes])

@@ -7,8 +7,8 @@ it: another cut of ours, or another reader of DCP.
 
     model.<fqn>                      every parameter and module buffer, in its own dtype; rank 0's where ranks differ
     rank.<r>.<fqn>                   what rank r holds instead, for a load at the same number of ranks
-    optimizer.state.<fqn>.<key>      master (float32, where the parameter is not), momentum_buffer;
-                                     exp_avg, exp_avg_sq, step
+    optimizer.state.<fqn>.<key>      master (float32, where the parameter is not), momentum_buffer (and step, where
+                                     that has fewer than 32 bits); exp_avg, exp_avg_sq, step
 
 [Note: which part of DCP] Its file format, in which every box is what `torch.save` wrote of it, and for `.metadata` the
 metadata classes and `FileSystemWriter.finish`, all public. Not `dcp.save` and `dcp.load`: they call collectives of
@@ -57,6 +57,7 @@ from distmuon.manifest import (
     sum_of,
     table_file,
 )
+from distmuon.routing import ParamSpec
 
 Others = Mapping[str, Tensor]
 
@@ -357,10 +358,16 @@ def missing_from(reader: Reader, buffers: Buffers, fresh: set[str], others: Othe
             spec = buffers.layout.specs[piece.segment.param]
             needed[reader.master(spec.fqn)] = spec.shape
             for key in keys_of(bucket, piece):
-                if key != "master" and spec.fqn not in fresh:
+                if key != "master" and not _starts_anew(reader, spec, key, fresh):
                     needed[f"optimizer.state.{spec.fqn}.{key}"] = () if key == "step" else spec.shape
     found = [(name, reader.shape(name), shape) for name, shape in needed.items()]
     return [f"{name} has shape {theirs}, not {ours}" for name, theirs, ours in found if theirs != ours]
+
+
+def _starts_anew(reader: Reader, spec: ParamSpec, key: str, fresh: set[str]) -> bool:
+    """Zeros: what is not read of a `fresh` parameter, and the step of a momentum that was saved without one."""
+    absent = spec.rule == "muon" and key == "step" and reader.shape(f"optimizer.state.{spec.fqn}.step") is None
+    return absent or spec.fqn in fresh
 
 
 def read_bucket(
@@ -371,7 +378,7 @@ def read_bucket(
     for piece in bucket.muon + bucket.adamw:
         spec, start = buffers.layout.specs[piece.segment.param], piece.segment.param_offset
         for key in dict.fromkeys(("master", *keys_of(bucket, piece))):
-            if key != "master" and spec.fqn in fresh:
+            if key != "master" and _starts_anew(reader, spec, key, fresh):
                 values.append((piece, key, torch.zeros_like(read_value(bucket, piece, key))))
             elif key == "step":
                 values.append((piece, key, reader.read(f"optimizer.state.{spec.fqn}.step", 0, 1).view(())))

@@ -121,7 +121,7 @@ class BucketWalk:
     @staticmethod
     def _keep(piece: ShardPiece, momentum: Tensor, verdict: Verdict) -> None:
         if verdict.present[piece.segment.param]:
-            for key, value in piece.encoded(momentum).items():
+            for key, value in piece.stepped(momentum).items():
                 rules.commit(verdict.ok, piece.state[key], value)
 
     def _orthogonalize(self, key: StackKey, stack: Tensor) -> Tensor:

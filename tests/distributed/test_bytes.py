@@ -50,8 +50,8 @@ def _expected(layout: Layout, rank: int, ns_bytes: int, reduce_bytes: int) -> di
     found = {
         "reduce_scatter": others * sum(shards) * reduce_bytes,
         "all_gather": others * sum(b.shard_size * b.dtype.itemsize for b in layout.buckets),
-        # float64: the norm, two for the fingerprint, one a parameter for its presence, around a ring
-        "guard": 2 * others * 8 * (3 + len(layout.specs)) // layout.dp_size,
+        # float64: the norm, what is too large to square, two for the fingerprint, one a parameter, around a ring
+        "guard": 2 * others * 8 * (4 + len(layout.specs)) // layout.dp_size,
         "dp_gather": 0,
         "scatter": 0,
     }

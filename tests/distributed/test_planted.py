@@ -129,8 +129,8 @@ def _without_a_common_verdict(what: str) -> Callable[..., guards.Verdict]:
     """`guards.check` as if this rank were alone in "verdict" or in "presence"."""
     check = guards.check
 
-    def alone(grad_shards: Any, present: Any, group: Any) -> guards.Verdict:
-        verdict = check(grad_shards, present, group)
+    def alone(grad_shards: Any, adamw_grads: Any, present: Any, group: Any, *rest: Any) -> guards.Verdict:
+        verdict = check(grad_shards, adamw_grads, present, group, *rest)
         if what == "presence":
             return replace(verdict, present=list(present))
         mine = torch.stack([torch.isfinite(shard).all() for shard in grad_shards]).all()
