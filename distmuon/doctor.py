@@ -21,6 +21,7 @@ TESTED = {
     "transformers": ("transformers", (5,), (6,)),
     "deepspeed": ("deepspeed", (0, 19, 8), (0, 20)),
     "lightning-fabric": ("fabric", (2, 6), (3,)),
+    "lightning": ("lightning", (2, 6), (3,)),
 }
 
 

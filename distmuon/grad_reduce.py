@@ -58,6 +58,10 @@ class GradSource(Protocol):
     def changed(self) -> bool:
         """Somebody has written the gradients since `finish` read them."""
 
+    @property
+    def holds_grads(self) -> bool:
+        """Gradients of this step have left `param.grad`."""
+
 
 def make_source(buffers: Buffers, group: DataParallelGroup, options: Options) -> GradSource:
     """The source that `grad_reduction` names; in one process gradients stay where autograd puts them."""
@@ -292,6 +296,10 @@ class BackwardReducer:
     def changed(self) -> bool:
         return False
 
+    @property
+    def holds_grads(self) -> bool:
+        return any(self._has_grad)
+
 
 def _at_the_end_of_backward(call: Callable[[], None]) -> None:
     """Call `call` when the outermost backward that is running ends; see [Note: the end of a backward]."""
@@ -379,3 +387,7 @@ class GivenGrads:
         now = self._now()
         same = len(now) == len(self._seen)
         return not same or any(a is not b or before != v for (a, v), (b, before) in zip(now, self._seen))
+
+    @property
+    def holds_grads(self) -> bool:
+        return False

@@ -1,7 +1,8 @@
 """Loss scaling for float16: `torch.amp.GradScaler` whose unscaling and overflow check see the reduced gradients.
 
 torch's own looks into `param.grad`, which is empty by then, and each rank would look by itself: one that overflows
-alone would skip a step that the others take. Here all ranks hold the guard's verdict.
+alone would skip a step that the others take. Here all ranks hold the guard's verdict. Where somebody else averages
+(`DistMuon.keeps_grads`), `param.grad` is averaged and stays, and torch's own scaler serves as well as this one.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class GradScaler(torch.amp.GradScaler):
         self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         unscale = getattr(optimizer, "unscale_grads", None)
-        if unscale is None:
+        if unscale is None or getattr(optimizer, "keeps_grads", False):
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         flag: Tensor = unscale(inv_scale)
         return {flag.device: flag}

@@ -240,10 +240,31 @@ def not_a_rank(to: object, dp_size: int) -> ValueError:
 def no_loss_scaling() -> ValueError:
     """The refusal of torch.amp.GradScaler, raised when it asks whether this optimizer scales by itself."""
     return problem(
-        "GradScaler", "torch's own looks for gradients in param.grad, which distmuon has reduced and freed by then",
-        "a scaler that asks the reduction is needed",
-        "use distmuon.GradScaler with float16; bfloat16 needs none",
-    )  # fmt: skip
+        "GradScaler",
+        "torch's own, or a trainer's clip, looks for gradients in param.grad, which distmuon has taken by then",
+        "a scaler and a clip that ask the reduction are needed",
+        "use distmuon.GradScaler with float16 (bfloat16 needs none) and optimizer.clip_grad_norm_; under a trainer "
+        'that averages by itself, as Lightning\'s does, pass grad_reduction="external"',
+    )
+
+
+SILENCED = "reduces_nothing_for_distmuon"  # set by `distmuon.integrations.ddp.silence` on its wrapper
+
+
+def check_wrapper(params: Sequence[nn.Parameter]) -> None:
+    """Raise within the forward of a DistributedDataParallel that will average the gradients of `params` as well."""
+    wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
+    if wrapper is None or getattr(wrapper, SILENCED, False):
+        return
+    ours = {id(param) for param in params}
+    if any(id(param) in ours for param in wrapper.parameters()):
+        raise problem(
+            "DistributedDataParallel", "it runs the model, and averages the gradients that DistMuon reduces",
+            "one reduction of the gradients is needed",
+            "prepare the model with the trainer's own line: distmuon.integrations.accelerate.prepare in the place of "
+            "accelerator.prepare, distmuon.integrations.fabric.setup; silence a wrapper of your own by "
+            'distmuon.integrations.ddp.silence; or let it average (Lightning\'s Trainer): grad_reduction="external"',
+        )  # fmt: skip
 
 
 def clipped_before_unscaling() -> ValueError:

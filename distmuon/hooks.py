@@ -48,6 +48,11 @@ class Listener(Protocol):
 _manager_of = WeakIdKeyDictionary()  # parameter -> weakref of the Listener that manages it
 
 
+def manager_of(param: Tensor) -> Listener | None:
+    """The living optimizer that manages `param` now: the newest made for it; None if there is none."""
+    return _manager_of[param]() if param in _manager_of else None
+
+
 class Hooks:
     """All hooks of one listener; gone when it is, or on `remove`."""
 
@@ -65,12 +70,17 @@ class Hooks:
                 self._wait_in_forward(model, {id(param): index for index, param in enumerate(params)})
         weakref.finalize(listener, _remove, self._handles)
 
+    @property
+    def listener(self) -> Listener | None:
+        """Whom these hooks call; None once it is gone."""
+        return self._listener()
+
     def check_self(self, caller: object) -> None:
         """Raise for an object that borrows the optimizer's methods: what it writes would stay in itself."""
         if self._listener() is not caller:
             raise problem(
                 type(caller).__name__, "it runs DistMuon's methods on itself instead of on the optimizer it wraps",
-                "the optimizer must be called itself", "Fabric: use distmuon.integrations.fabric.setup",
+                "the optimizer must be called itself", "call the wrapped optimizer's own method",
             )  # fmt: skip
 
     def check_active(self, caller: object) -> None:
@@ -86,7 +96,7 @@ class Hooks:
         _remove(self._handles)
 
     def _take_over(self, param: nn.Parameter) -> None:
-        previous = _manager_of[param]() if param in _manager_of else None
+        previous = manager_of(param)
         if previous is not None and previous is not self._listener():
             previous.release()
         _manager_of[param] = self._listener

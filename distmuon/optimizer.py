@@ -229,7 +229,7 @@ class DistMuon(TrainerFace):
         if self._conductor is None:
             with torch.inference_mode(False):
                 self._build(values_used=values_used, to_train=to_train)
-        assert self._conductor is not None
+            assert self._conductor is not None
         return self._conductor
 
     def _hyperparameters(self) -> list[dict[str, Any]]:
@@ -324,7 +324,10 @@ class DistMuon(TrainerFace):
         parameters."""
         if not torch.is_grad_enabled():
             self.synchronize()
-        elif self._conductor is not None or self._model is None or guards.is_ordinary(self._model, self._params):
+            return
+        if not self.keeps_grads:
+            guards.check_wrapper(self._params)
+        if self._conductor is not None or self._model is None or guards.is_ordinary(self._model, self._params):
             self._built()
 
     def wait_for(self, params: Iterable[int]) -> None:

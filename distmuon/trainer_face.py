@@ -17,8 +17,10 @@ engines that move and cast the model afterwards (accelerate) call it, too.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import wraps
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +31,7 @@ from distmuon.agreement import agree_on_bits, together
 from distmuon.collectives import MEETING_S, DataParallelGroup
 from distmuon.conductor import Conductor
 from distmuon.config import Options, check_groups, hyperparameters
+from distmuon.hooks import Hooks
 from distmuon.layout import Layout
 from distmuon.local_state import LocalState
 from distmuon.param_gather import ParamGather
@@ -52,6 +55,12 @@ class TrainerFace(torch.optim.Optimizer):
     _consolidated: dict[int, dict[str, Tensor]] | None = None  # {}: kept on another rank, `_consolidated_on`
     _consolidated_on = -1
     _local_state: LocalState  # once built
+    _hooks: Hooks
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if any(not issubclass(base, torch.optim.Optimizer) for base in cls.__mro__[:-1]):
+            _lead_to_the_wrapped(cls)
 
     if TYPE_CHECKING:  # what `DistMuon` defines
 
@@ -229,24 +238,18 @@ class TrainerFace(torch.optim.Optimizer):
         """
         self._sync = requires
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if hasattr(self, "layout"):
-            raise guards.late_group()
-        super().add_param_group(param_group)
-
-    @torch.no_grad()
-    def unscale_grads(self, inverse_scale: Tensor) -> Tensor:
-        """For `distmuon.GradScaler`: reduce, undo the loss scale, clip. 1.0 if any rank's gradient was not finite."""
-        self._reduce()
-        found_inf = self._built().unscale(inverse_scale)
-        if self.options.max_grad_norm is not None:
-            self.clip_grad_norm_(self.options.max_grad_norm)
-        return found_inf
+    @property
+    def keeps_grads(self) -> bool:
+        """Whether `param.grad` stays where autograd put it, as with torch's own optimizers: somebody else averages, or
+        nobody has to."""
+        return self.options.grads_stay(self.group.dp_size)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """torch.amp.GradScaler asks this before it steps, and must not go on; ours has announced itself."""
-        if not self.loss_scaling:
+        """Whether `step` unscales by itself, which it does not. torch.amp.GradScaler asks this, and Lightning before it
+        clips. Where the gradients have left `param.grad`, whoever asks would look for them in vain and must not go on;
+        our own scaler has announced itself."""
+        if not self.loss_scaling and self._conductor is not None and self._conductor.source.holds_grads:
             raise guards.no_loss_scaling()
         return False
 
@@ -271,6 +274,35 @@ class TrainerFace(torch.optim.Optimizer):
         """DeepSpeed's name for a last step that was skipped. Reads the device."""
         norm = self._global_grad_norm
         return norm is not None and not bool(torch.isfinite(norm))
+
+
+def _lead_to_the_wrapped(cls: type[TrainerFace]) -> None:
+    """See [Note: wrappers that borrow the class]."""
+    for name in dir(cls):
+        owner = next(base for base in cls.__mro__ if name in vars(base))
+        found = vars(owner)[name]
+        if not issubclass(owner, torch.optim.Optimizer):
+            continue
+        if isinstance(found, property) and found.fset is None:
+            setattr(cls, name, property(_led(name, found.fget)))
+        elif isinstance(found, FunctionType) and not name.startswith("_"):
+            setattr(cls, name, _led(name, found))
+
+
+def _led(name: str, method: Callable[..., Any] | None) -> Callable[..., Any]:
+    """`method`, run on the optimizer that its caller wraps, if it wraps one."""
+    assert method is not None
+
+    @wraps(method)
+    def led(caller: Any, *args: Any, **kwargs: Any) -> Any:
+        hooks = getattr(caller, "_hooks", None)  # none while a subclass is being made
+        optimizer = caller if hooks is None else hooks.listener
+        if optimizer is caller:
+            return method(caller, *args, **kwargs)
+        found = getattr(optimizer, name)  # the instance's, which schedulers replace
+        return found(*args, **kwargs) if callable(found) else found
+
+    return led
 
 
 def arrived(optimizer: TrainerFace, *_: object) -> None:

@@ -1,7 +1,8 @@
 """The recipe of `launch.pretrain` under DeepSpeed. Two CPU processes (needs g++ and ninja), or one a GPU:
 
+    DS_ACCELERATOR=cpu deepspeed --num_gpus 2 --module launch.deepspeed_train --config configs/quickstart.yaml
+    deepspeed --num_gpus 8 --module launch.deepspeed_train --config configs/llama_1b_gpu.yaml
     torchrun --standalone --nproc_per_node=2 -m launch.deepspeed_train --config configs/quickstart.yaml
-    torchrun --standalone --nproc_per_node=8 -m launch.deepspeed_train --config configs/llama_1b_gpu.yaml
 
 The engine's settings come from configs/deepspeed/engine.json, batch sizes and clipping from the recipe's own config. A
 launch of your own names the optimizer in its JSON instead: configs/deepspeed/distmuon.json and `register()`.
@@ -10,6 +11,7 @@ launch of your own names the optimizer in its JSON instead: configs/deepspeed/di
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -45,8 +47,9 @@ def train(run: Run) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what the command line describes."""
-    with open_run("deepspeed", argv) as run:
+    """Run what the command line describes. DeepSpeed's launcher adds --local_rank to it, which LOCAL_RANK says too."""
+    given = sys.argv[1:] if argv is None else argv
+    with open_run("deepspeed", [word for word in given if not word.startswith("--local_rank=")]) as run:
         train(run)
 
 

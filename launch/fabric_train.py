@@ -1,10 +1,13 @@
 """The recipe of `launch.pretrain` under Lightning Fabric. Two CPU processes, or one a GPU:
 
+PYTHONPATH=. fabric run --accelerator cpu --devices 2 launch/fabric_train.py --config configs/quickstart.yaml
 OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 -m launch.fabric_train --config configs/quickstart.yaml
 torchrun --standalone --nproc_per_node=8 -m launch.fabric_train --config configs/llama_1b_gpu.yaml
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 from lightning_fabric import Fabric
@@ -21,7 +24,8 @@ def train(run: Run) -> None:
         devices=run.ranks.world_size,
         strategy=DistMuonStrategy(),
     )
-    fabric.launch()
+    if "LT_CLI_USED" not in os.environ:  # `fabric run` has launched already, and Fabric refuses a second time
+        fabric.launch()
     optimizer = run.optimizer()
     scheduler = run.scheduler(optimizer)
     model, wrapped = setup(fabric, run.model, optimizer)

@@ -163,9 +163,10 @@ def validate(model: nn.Module, windows: TokenWindows, indices: Sequence[int], mi
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: nn.Module, process_group: dist.ProcessGroup | None = None, verify_every: int = 0
+    config: OptimizerConfig, model: nn.Module, process_group: dist.ProcessGroup | None = None, **options: Any
 ) -> distmuon.DistMuon:
-    """`DistMuon` as configured. The baseline is the same class with every parameter sent to AdamW."""
+    """`DistMuon` as configured, with further `options`. The baseline is the same class with every parameter sent to
+    AdamW."""
     kwargs: dict[str, Any] = {key: value for key, value in asdict(config).items() if key not in ("name", "routes")}
     for key in ("reduce_dtype", "momentum_dtype", "ns_dtype", "exchange_dtype"):
         kwargs[key] = None if kwargs[key] is None else getattr(torch, kwargs[key])
@@ -173,7 +174,7 @@ def build_optimizer(
         kwargs["routes"] = "adamw"
     elif config.routes:
         kwargs["routes"] = [distmuon.Route(**asdict(route)) for route in config.routes]
-    return distmuon.DistMuon(model, process_group=process_group, verify_every=verify_every, **kwargs)
+    return distmuon.DistMuon(model, process_group=process_group, **kwargs, **options)
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -11,6 +11,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +47,9 @@ class Run:
         """Micro-batches of a rank and step."""
         return self.config.train.accumulation(self.ranks.world_size)
 
-    def optimizer(self) -> distmuon.DistMuon:
-        """The configured one, on the run's model."""
-        return build_optimizer(self.config.optimizer, self.model)
+    def optimizer(self, **options: Any) -> distmuon.DistMuon:
+        """The configured one, on the run's model; `options` as `DistMuon` takes them."""
+        return build_optimizer(self.config.optimizer, self.model, **options)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
         return LambdaLR(optimizer, lr_lambda(self.config.train))

@@ -3,14 +3,18 @@
     accelerator = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=4)
     model, optimizer, loader = distmuon.integrations.accelerate.prepare(accelerator, model, optimizer, loader)
 
-The model is not wrapped in DDP: nothing else averages, no second set of gradient buckets is held. `accumulate`,
-`no_sync`, `clip_grad_norm_`, `save_state`, `load_state`, `optimizer_step_was_skipped` stay the accelerator's own words.
+What a DistMuon trains is not wrapped in DDP: nothing else averages, no second set of gradient buckets is held. Models
+of other optimizers are wrapped as ever, and so are those of a DistMuon with grad_reduction="external".
+`accumulate`, `no_sync`, `clip_grad_norm_`, `save_state`, `load_state`, `optimizer_step_was_skipped` stay the
+accelerator's own words and go to the optimizer whose parameters are meant, whatever was prepared when.
 With "fp16" a `distmuon.GradScaler` of the same settings stands in the place of the accelerator's.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,22 +22,60 @@ from torch import Tensor, nn
 
 from distmuon.errors import problem
 from distmuon.grad_scaler import GradScaler
-from distmuon.integrations import need
+from distmuon.integrations import (
+    averaged_model,
+    averaging_managers_of,
+    need,
+    params_of,
+    reduced_by,
+    reducing_managers_of,
+)
 from distmuon.optimizer import DistMuon
 
 accelerate: Any = need("accelerate", "accelerate")
 
+OURS = "distmuon.integrations.accelerate.prepare"
 
-def prepare(accelerator: Any, model: nn.Module, optimizer: DistMuon, *others: Any) -> tuple[Any, ...]:
-    """(model, optimizer, *others) as `accelerator.prepare` returns them; `others`: loaders and schedulers.
 
-    Raises `ValueError` for FSDP, Megatron, tensor parallelism, fp8, and `sync_each_batch`.
+def prepare(accelerator: Any, *objects: Any, device_placement: list[bool] | None = None) -> Any:
+    """What `accelerator.prepare(*objects)` returns: models, optimizers, loaders and schedulers in their order, any
+    number of each. What is prepared later may go through `accelerator.prepare` as well.
+
+    Raises `ValueError` for FSDP, Megatron, tensor parallelism, fp8, and `sync_each_batch`; and where the model of a
+    DistMuon is neither among `objects` nor prepared yet, or is wrapped in DDP already.
     """
     if accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED:
-        return _prepare_deepspeed(accelerator, model, optimizer, *others)
-    route(accelerator, optimizer)
-    prepared: tuple[Any, ...] = accelerator.prepare(model, optimizer, *others)
-    return prepared
+        return _prepare_deepspeed(accelerator, *objects)
+    check(accelerator)
+    _check_objects(accelerator, objects)
+    route(accelerator)
+    return accelerator.prepare(*objects, device_placement=device_placement)
+
+
+def _check_objects(accelerator: Any, objects: tuple[Any, ...]) -> None:
+    """Refuse what `accelerator.prepare` would accept and train wrongly."""
+    kinds = ", ".join(type(each).__name__ for each in objects) or "nothing"
+    ours = [each for each in objects if isinstance(each, DistMuon)]
+    if not ours:
+        raise problem(
+            OURS, f"no DistMuon in ({kinds})", "the optimizer and its model are needed",
+            "pass model and optimizer in one call; what has no DistMuon goes through accelerator.prepare",
+        )  # fmt: skip
+    models = [each for each in (*objects, *accelerator._models) if isinstance(each, nn.Module)]
+    held = {id(param) for model in models for param in model.parameters()}
+    for optimizer in ours:
+        if any(id(param) not in held for param in params_of(optimizer)):
+            raise problem(
+                OURS, f"a DistMuon without its model in ({kinds})", "the model that it trains is needed beside it",
+                "pass the model, as an nn.Module, in the same call",
+            )  # fmt: skip
+    for model in models:
+        if isinstance(model, nn.parallel.DistributedDataParallel) and averaging_managers_of(model.parameters()):
+            raise problem(
+                OURS, f"the model of a DistMuon in DistributedDataParallel, in ({kinds}) or from accelerator.prepare",
+                "one reduction of the gradients is needed",
+                'pass the unwrapped model to this function alone, or let DDP average: grad_reduction="external"',
+            )  # fmt: skip
 
 
 def check(accelerator: Any) -> None:
@@ -57,30 +99,124 @@ def check(accelerator: Any) -> None:
         )  # fmt: skip
 
 
-def route(accelerator: Any, optimizer: DistMuon) -> None:
-    """Lead what this accelerator does with gradients to `optimizer`. A second call takes the newer optimizer."""
+def route(accelerator: Any) -> None:
+    """Lead what this accelerator does with models and gradients to the DistMuon that manages the parameters, if one
+    does. See [Note: whose parameters]. May be called again."""
     check(accelerator)
-    if accelerator.scaler is not None:
-        accelerator.scaler = _Scaler.in_place_of(accelerator.scaler, accelerator.device)
+    if accelerator.scaler is not None and not isinstance(accelerator.scaler, _Scaler):
+        replaced, accelerator.scaler = accelerator.scaler, _Scaler.in_place_of(accelerator.scaler, accelerator.device)
+        for prepared in accelerator._optimizers:  # of another model, before ours: one loss scale for all
+            if getattr(prepared, "scaler", None) is replaced:
+                prepared.scaler = accelerator.scaler
+    if isinstance(getattr(accelerator.clip_grad_norm_, "__self__", None), _Routed):
+        return
+    routed = _Routed(accelerator)
+    accelerator.prepare_model = routed.prepare_model
+    accelerator.no_sync = routed.no_sync
+    accelerator.clip_grad_norm_ = routed.clip_grad_norm_
+    accelerator.clip_grad_value_ = routed.clip_grad_value_
+    accelerator.join_uneven_inputs = routed.join_uneven_inputs
 
-    def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        accelerator.unscale_gradients(optimizer)
-        return optimizer.clip_grad_norm_(max_norm, norm_type)
 
-    def clip_grad_value_(*_: Any, **__: Any) -> None:
-        raise problem(
-            "clip_grad_value_", "asked for", "gradients are in the reduction, where only the norm is known",
-            "use accelerator.clip_grad_norm_",
-        )  # fmt: skip
+class _Routed:
+    """The methods that stand in the place of one accelerator's own."""
 
-    def no_sync(model: nn.Module | None = None) -> Any:
-        return optimizer.no_sync()
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = weakref.proxy(accelerator)
+        self._own = type(accelerator)
 
-    own = type(accelerator)
-    accelerator.prepare_model = partial(own.prepare_model, accelerator, evaluation_mode=True)  # without DDP
-    accelerator.no_sync = no_sync
-    accelerator.clip_grad_norm_ = clip_grad_norm_
-    accelerator.clip_grad_value_ = clip_grad_value_
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> Any:
+        """Without DDP where DistMuon reduces."""
+        is_averaged = averaged_model(model)
+        prepared = self._own.prepare_model(
+            self._accelerator, model, device_placement=device_placement, evaluation_mode=evaluation_mode or is_averaged
+        )
+        if is_averaged:
+            _give_no_sync(prepared)
+        return prepared
+
+    def no_sync(self, model: nn.Module | None = None) -> AbstractContextManager[Any]:
+        """`model` None: all that the accelerator has prepared."""
+        models = self._accelerator._models if model is None else [model]
+        stack = ExitStack()
+        for each in models:
+            ours = averaging_managers_of(each.parameters())
+            contexts = [optimizer.no_sync() for optimizer in ours] or [self._own.no_sync(self._accelerator, each)]
+            for context in contexts:
+                stack.enter_context(context)
+        return stack
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        params = _listed(parameters)
+        optimizer = reduced_by("accelerator.clip_grad_norm_", params)
+        if optimizer is not None:
+            self._accelerator.unscale_gradients(optimizer)
+            return optimizer.clip_grad_norm_(max_norm, norm_type)
+        self._unscale(params)
+        return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type=norm_type)
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        params = _listed(parameters)
+        if reducing_managers_of(params):
+            raise problem(
+                "clip_grad_value_", "asked for", "gradients are in the reduction, where only the norm is known",
+                "use accelerator.clip_grad_norm_",
+            )  # fmt: skip
+        self._unscale(params)
+        torch.nn.utils.clip_grad_value_(params, clip_value)
+
+    def join_uneven_inputs(self, joinables: list[Any], even_batches: bool | None = None) -> Any:
+        for each in joinables:
+            if isinstance(each, DistMuon) or (isinstance(each, nn.Module) and averaged_model(each)):
+                raise problem(
+                    "join_uneven_inputs", "a model that DistMuon reduces",
+                    "every rank must run every backward of a step",
+                    "leave it out: Accelerator(even_batches=True), the default, evens the batches",
+                )  # fmt: skip
+        return self._own.join_uneven_inputs(self._accelerator, joinables, even_batches)
+
+    def _unscale(self, params: list[Tensor]) -> None:
+        """Undo the loss scale of those optimizers alone that hold `params`: others may be in the middle of a step."""
+        wanted = {id(param) for param in params}
+        for prepared in self._accelerator._optimizers:
+            if any(id(param) in wanted for group in prepared.param_groups for param in group["params"]):
+                self._accelerator.unscale_gradients(prepared)
+
+
+def _listed(parameters: Any) -> list[Tensor]:
+    given: Iterable[Tensor] = [parameters] if isinstance(parameters, Tensor) else parameters
+    return list(given)
+
+
+def _give_no_sync(model: Any) -> None:
+    """`model.no_sync`, which models have where DDP wraps them."""
+    model_ref = weakref.ref(model)
+
+    def no_sync() -> AbstractContextManager[None]:
+        model = model_ref()
+        return _no_sync([] if model is None else averaging_managers_of(model.parameters()))
+
+    model.no_sync = no_sync
+
+
+@contextmanager
+def _no_sync(optimizers: list[DistMuon]) -> Iterator[None]:
+    """Accumulate, and take no step meanwhile: with DDP each rank would step by itself (accelerate's LocalSGD)."""
+    with ExitStack() as stack:
+        for optimizer in optimizers:
+            stack.enter_context(optimizer.no_sync())
+            stack.callback(optimizer.register_step_pre_hook(_no_local_step).remove)
+        yield
+
+
+def _no_local_step(*_: object) -> None:
+    raise problem(
+        "step", "called within model.no_sync(), as accelerate's LocalSGD does, where each rank would go its own way",
+        "ranks that step together are needed: each holds a shard of the optimizer's state",
+        "leave LocalSGD out, and accumulate by accelerator.accumulate(model) for fewer reductions",
+    )  # fmt: skip
 
 
 class _Scaler(GradScaler):
@@ -99,10 +235,9 @@ class _Scaler(GradScaler):
         return any(bool(flag) for flag in optimizer_state["found_inf_per_device"].values())
 
 
-def _prepare_deepspeed(accelerator: Any, model: nn.Module, optimizer: DistMuon, *others: Any) -> tuple[Any, ...]:
+def _prepare_deepspeed(accelerator: Any, *objects: Any) -> Any:
     """Under accelerate's DeepSpeed plugin the engine is accelerate's, and led by the DeepSpeed integration."""
     from distmuon.integrations import deepspeed
 
     deepspeed.register()
-    prepared: tuple[Any, ...] = accelerator.prepare(model, optimizer, *others)
-    return prepared
+    return accelerator.prepare(*objects)

@@ -1,69 +1,99 @@
-# No `from __future__ import annotations`: DDP compares the annotations of a communication hook as objects.
 """Plain `DistributedDataParallel`, kept for what it does in forward, relieved of the gradients.
 
 Two ways. `DistMuon(ddp_model, grad_reduction="external")` lets DDP average (twice the traffic, no overlap with ours).
 `silence` keeps the wrapper (buffer broadcasts, inputs to the device, `no_sync`) and lets distmuon reduce.
+
+[Note: the flag] DDP averages in the backward of a forward that found `require_backward_grad_sync` True. `no_sync`
+clears it for its block; many loops write it themselves, a micro-batch at a time, and never call `no_sync`. So the flag
+is read in each forward, where DDP reads it. `no_sync` around the backward alone counts too: DDP would average once more
+than needed there, to the same end, while a second reduction of ours is refused.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distmuon.errors import problem
+from distmuon.guards import SILENCED
+from distmuon.integrations import params_of
 from distmuon.optimizer import DistMuon
 
 
 def silence(model: DistributedDataParallel, optimizer: DistMuon) -> DistributedDataParallel:
-    """`model`, whose buckets are no longer reduced, and whose `no_sync` is the optimizer's as well.
+    """`model`, whose buckets are no longer reduced, and whose `no_sync` and `require_backward_grad_sync` are the
+    optimizer's as well; see [Note: the flag].
 
     `optimizer` holds `model.module`. DDP keeps its buckets in memory (as many bytes as the gradients): without DDP
-    there are none.
+    there are none. Raises `ValueError` for grad_reduction="external", for parameters that are not all the optimizer's,
+    and for arguments in another order.
     """
+    if not isinstance(model, DistributedDataParallel) or not isinstance(optimizer, DistMuon):
+        raise problem(
+            "silence", f"({type(model).__name__}, {type(optimizer).__name__})",
+            "the wrapped model and its optimizer are needed, in this order",
+            "call silence(DistributedDataParallel(model), optimizer)",
+        )  # fmt: skip
     if optimizer.options.grad_reduction == "external":
         raise problem(
             "DistributedDataParallel", 'silenced with grad_reduction="external"', "somebody has to average",
             "drop one of the two",
         )  # fmt: skip
-    model.register_comm_hook(_Silence(optimizer), _reduce_nothing)
+    reduced, trained = {id(p) for p in params_of(optimizer)}, [p for p in model.parameters() if p.requires_grad]
+    if num_others := sum(id(param) not in reduced for param in trained):
+        raise problem(
+            "silence", f"{num_others} of the wrapper's {len(trained)} trainable parameters are not the optimizer's",
+            "somebody has to average them", "silence the wrapper of what this optimizer trains, and that alone",
+        )  # fmt: skip
+    if model.static_graph:
+        raise problem(
+            "DistributedDataParallel", "silenced with static_graph=True", "a reduction that may be left out is needed",
+            "leave static_graph out: it tunes DDP's own reduction",
+        )  # fmt: skip
+    setattr(model, SILENCED, True)
+    flag = _Flag(optimizer)
+    model.register_forward_pre_hook(torch.compiler.disable(flag.before))  # type: ignore[no-untyped-call]
+    model.register_forward_hook(torch.compiler.disable(flag.after), always_call=True)  # type: ignore[no-untyped-call]
     ddp_no_sync = model.no_sync
 
     @contextmanager
     def no_sync() -> Iterator[None]:
-        with ddp_no_sync(), optimizer.no_sync():
-            yield
+        try:
+            with ddp_no_sync(), optimizer.no_sync():
+                yield
+        finally:
+            flag.repeat()
 
     model.no_sync = no_sync  # type: ignore[method-assign,unused-ignore]
     return model
 
 
-@dataclass
-class _Silence:
-    """DDP fills `param.grad` with its (zero) buckets at the end of backward. Afterwards they are dropped again."""
+class _Flag:
+    """`require_backward_grad_sync`, told to the optimizer and cleared while DDP's own forward runs.
 
-    optimizer: DistMuon
+    So DDP prepares no reduction for the backward that follows, and reads and writes no `param.grad` in it.
+    """
 
-    def forget_after_backward(self) -> None:
-        """Runs after DDP's own last callback, which is queued once the last bucket's hook has returned."""
-        engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined,unused-ignore]
-        engine.queue_callback(lambda: engine.queue_callback(self.forget))
+    def __init__(self, optimizer: DistMuon) -> None:
+        self._optimizer = optimizer
+        self._last = self._found = True
 
-    def forget(self) -> None:
-        for group in self.optimizer.param_groups:
-            for param in group["params"]:
-                param.grad = None
+    def before(self, model: DistributedDataParallel, _args: object) -> None:
+        """Told when it changes, so that `optimizer.no_sync` around forwards that leave it alone counts as well."""
+        self._found = bool(model.require_backward_grad_sync)
+        if torch.is_grad_enabled() and self._found != self._last:
+            self._last = self._found
+            self._optimizer.set_requires_gradient_sync(self._found)
+        model.require_backward_grad_sync = False
 
+    def after(self, model: DistributedDataParallel, _args: object, _output: object) -> None:
+        """DDP sends its module buffers in the forward that follows one whose gradients are reduced."""
+        model.require_backward_grad_sync = self._found
+        if torch.is_grad_enabled():
+            model.require_forward_param_sync = self._found
 
-def _reduce_nothing(
-    state: _Silence,
-    bucket: dist.GradBucket,  # type: ignore[name-defined,unused-ignore]
-) -> torch.futures.Future[Tensor]:
-    if bucket.is_last():
-        state.forget_after_backward()
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
+    def repeat(self) -> None:
+        """The block of `no_sync` has ended and the forward before this has not: its backward is still to come."""
+        if not self._last:
+            self._optimizer.set_requires_gradient_sync(False)

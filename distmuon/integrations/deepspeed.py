@@ -14,7 +14,9 @@ versions, or where a seam is missing, and each engine is looked at once more aft
 
 [Note: bf16] The engine's bf16 block does two things at stage 0: it casts the parameters (buffers stay float32) and it
 wraps the optimizer in masters of its own, with another order of clipping and reduction. The cast is over when the
-optimizer is configured. From then on the flag is off: masters are distmuon's, checkpoints those of the float32 engine.
+optimizer is configured. While it is, the flag is off, so that nothing is wrapped: masters are distmuon's. Afterwards it
+is on again, because scripts cast their inputs by `engine.bfloat16_enabled()`. What the engine decides by it later makes
+no difference here: it clears gradients by `optimizer.zero_grad`, and passes `load_optimizer_states` when it loads.
 """
 
 from __future__ import annotations
@@ -73,7 +75,12 @@ def register() -> None:
             original(engine, client_optimizer, model_parameters)
             return
         take_over(engine, optimizer)
-        original(engine, optimizer, model_parameters)
+        bf16, wanted = engine._config.bfloat16_config, engine.bfloat16_enabled()
+        try:
+            bf16.enabled = False  # see [Note: bf16]
+            original(engine, optimizer, model_parameters)
+        finally:
+            bf16.enabled = wanted
         if engine.optimizer is not optimizer:
             raise problem(
                 "DeepSpeed config", f"{type(engine.optimizer).__name__} around DistMuon",
@@ -111,7 +118,6 @@ def take_over(engine: Any, optimizer: DistMuon) -> None:
     `register` calls it for each engine, when the model has been cast and before the optimizer could be wrapped.
     """
     _check(engine, optimizer)
-    engine._config.bfloat16_config.enabled = False  # see [Note: bf16]
     if (max_norm := float(engine.gradient_clipping() or 0.0)) > 0.0:  # DeepSpeed's default is 1.0
         object.__setattr__(optimizer.options, "max_grad_norm", max_norm)
     engine._config.gradient_clipping = 0.0

@@ -1,8 +1,9 @@
-"""Lightning Fabric: a strategy without DDP, and `setup` in the place of `fabric.setup`.
+"""Lightning Fabric: a strategy that leaves to DistMuon what it trains, and `setup` in the place of `fabric.setup`.
 
     fabric = Fabric(devices=8, strategy=distmuon.integrations.fabric.DistMuonStrategy(), precision="bf16-mixed")
     model, optimizer = distmuon.integrations.fabric.setup(fabric, model, optimizer)
 
+Models of other optimizers are wrapped in DDP as ever, and so are those of a DistMuon with grad_reduction="external".
 `fabric.backward`, `no_backward_sync`, `clip_gradients(max_norm=...)`, `save` and `load` stay Fabric's own words. With
 "16-mixed" a `distmuon.GradScaler` of the same settings stands in the place of the precision plugin's.
 
@@ -13,55 +14,78 @@ give its float outputs back in float32; torch.autocast alone does neither. Token
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from distmuon.errors import problem
 from distmuon.grad_scaler import GradScaler
-from distmuon.integrations import need
+from distmuon.integrations import averaged_model, averaging_managers_of, need, params_of
 from distmuon.optimizer import DistMuon
 
 strategies: Any = need("lightning_fabric.strategies", "fabric")
 
 
-class _OptimizerNoSync(strategies.strategy._BackwardSyncControl):  # type: ignore[misc]
-    def __init__(self) -> None:
-        self.optimizer: DistMuon | None = None
+class _NoSync(strategies.strategy._BackwardSyncControl):  # type: ignore[misc]
+    """`own`: the strategy's, for modules in DDP."""
 
-    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-        return self.optimizer.no_sync() if enabled and self.optimizer is not None else nullcontext()
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
+        optimizers = averaging_managers_of(module.parameters())
+        if not enabled or not optimizers:
+            context: AbstractContextManager[Any] = self._own.no_backward_sync(module, enabled)
+            return nullcontext() if not enabled else context
+        stack = ExitStack()
+        for optimizer in optimizers:
+            stack.enter_context(optimizer.no_sync())
+        return stack
 
 
 class DistMuonStrategy(strategies.DDPStrategy):  # type: ignore[misc]
-    """Fabric's DDP launcher and process group; the model stays unwrapped and distmuon reduces."""
+    """Fabric's DDP launcher and process group. A model that a DistMuon reduces stays unwrapped."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._backward_sync_control = _OptimizerNoSync()
+        self._backward_sync_control = _NoSync(strategies.ddp._DDPBackwardSyncControl())
+        self._averaged = WeakIdKeyDictionary()  # parameters that DDP averages
 
     def setup_module(self, module: nn.Module) -> nn.Module:
-        return module
+        if averaged_model(module):
+            return module
+        self._averaged.update(dict.fromkeys(module.parameters(), True))
+        if not any(param.requires_grad for param in module.parameters()):
+            return module
+        wrapped: nn.Module = super().setup_module(module)
+        return wrapped
 
     def setup_optimizer(self, optimizer: Any) -> Any:
-        if not isinstance(optimizer, DistMuon):
+        averages = isinstance(optimizer, DistMuon) and optimizer.options.grad_reduction != "external"
+        if averages and any(param in self._averaged for param in params_of(optimizer)):
             raise problem(
-                "DistMuonStrategy", f"a {type(optimizer).__name__}", "it averages no gradients, DistMuon does",
-                "use Fabric's DDPStrategy for other optimizers",
+                "DistMuonStrategy", "the model was set up before its DistMuon was made, and is wrapped in DDP",
+                "one reduction of the gradients is needed",
+                "make the optimizer first, then distmuon.integrations.fabric.setup(fabric, model, optimizer)",
             )  # fmt: skip
-        self._backward_sync_control.optimizer = optimizer
         return optimizer
 
     def clip_gradients_norm(
-        self, module: nn.Module, optimizer: Any, max_norm: float, norm_type: float = 2.0, **_: Any
-    ) -> Tensor:
+        self, module: nn.Module, optimizer: Any, max_norm: float, norm_type: float = 2.0, **kwargs: Any
+    ) -> Any:
         """The averaged gradient's; a non-finite one is skipped by all ranks in `step`, so none raises here."""
+        if not isinstance(optimizer, DistMuon) or optimizer.options.grad_reduction == "external":
+            return super().clip_gradients_norm(module, optimizer, max_norm, norm_type, **kwargs)
         self.precision.unscale_gradients(optimizer)
-        norm: Tensor = optimizer.clip_grad_norm_(max_norm, norm_type)
-        return norm
+        return optimizer.clip_grad_norm_(max_norm, norm_type)
 
     def clip_gradients_value(self, module: nn.Module, optimizer: Any, clip_val: float) -> None:
+        if not isinstance(optimizer, DistMuon) or optimizer.keeps_grads:
+            super().clip_gradients_value(module, optimizer, clip_val)
+            return
         raise problem(
             "clip_gradients", f"clip_val={clip_val}", "gradients are in the reduction, where only the norm is known",
             "use max_norm",
@@ -72,24 +96,30 @@ class DistMuonStrategy(strategies.DDPStrategy):  # type: ignore[misc]
         return state
 
 
-def setup(fabric: Any, model: nn.Module, optimizer: DistMuon, **kwargs: Any) -> tuple[Any, Any]:
-    """(model, optimizer) as `fabric.setup` returns them; the optimizer's methods are DistMuon's own.
+def setup(fabric: Any, model: nn.Module, *optimizers: Any, **kwargs: Any) -> Any:
+    """What `fabric.setup` returns: (model, *optimizers). One model a call, and a DistMuon among its optimizers.
 
-    Fabric's wrapper borrows the class of what it wraps: without this its `clip_grad_norm_` or `no_sync` would write
-    into the wrapper (the optimizer refuses that). Raises `ValueError` for another strategy.
+    Raises `ValueError` for another strategy, and for arguments in another order.
     """
     if not isinstance(fabric.strategy, DistMuonStrategy):
         raise problem(
             "Fabric", f"strategy {type(fabric.strategy).__name__}", "gradients must be left to distmuon",
             "pass strategy=distmuon.integrations.fabric.DistMuonStrategy()",
         )  # fmt: skip
+    ours = [each for each in optimizers if isinstance(each, DistMuon)]
+    held = {id(param) for param in model.parameters()} if isinstance(model, nn.Module) else set()
+    is_one_model = all(isinstance(each, Optimizer) for each in optimizers)
+    if not (ours and is_one_model and all(id(param) in held for each in ours for param in params_of(each))):
+        raise problem(
+            "distmuon.integrations.fabric.setup",
+            f"({', '.join(type(each).__name__ for each in (model, *optimizers))})",
+            "one model and the DistMuon made of it are needed, in this order",
+            "call it once for each model; a model that has no DistMuon goes through fabric.setup",
+        )  # fmt: skip
     precision = fabric.strategy.precision
     if getattr(precision, "scaler", None) is not None:
-        precision.scaler = GradScaler.in_place_of(precision.scaler, precision.device)
-        optimizer.loss_scaling = True  # Fabric's clipping asks before the first step
-    wrapped_model, wrapped = fabric.setup(model, optimizer, **kwargs)[:2]
-    own = {"state_dict", "load_state_dict", "step"}  # Fabric's
-    for name in dir(DistMuon):
-        if not name.startswith("_") and name not in own and callable(getattr(optimizer, name)):
-            setattr(wrapped, name, getattr(optimizer, name))
-    return wrapped_model, wrapped
+        if not isinstance(precision.scaler, GradScaler):
+            precision.scaler = GradScaler.in_place_of(precision.scaler, precision.device)
+        for optimizer in ours:
+            optimizer.loss_scaling = True  # Fabric's clipping asks before the first step
+    return fabric.setup(model, *optimizers, **kwargs)

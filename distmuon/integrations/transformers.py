@@ -65,7 +65,7 @@ def attach(trainer: Any, **options: Any) -> None:
 
         def __call__(self, model: nn.Module, **kwargs: Any) -> DistMuon:
             optimizer = DistMuon(model, **kwargs)
-            route(trainer.accelerator, optimizer)
+            route(trainer.accelerator)
             trainer.remove_callback(moments)
             trainer.add_callback(moments)  # after all others, which may decide on a save
             return optimizer

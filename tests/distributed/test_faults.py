@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pytest
@@ -378,11 +379,19 @@ def _train_under_ddp(group: dist.ProcessGroup, how: str, num_micro: int, **optio
     for step in range(3):
         micro_batches = [make_batch(step, rank, micro) for micro in range(num_micro)]
         for micro, batch in enumerate(micro_batches):
-            if micro < num_micro - 1:
-                with optimizer.no_sync(), model.no_sync():
-                    (loss_fn(model, batch) / num_micro).backward()
-            else:
-                (loss_fn(model, batch) / num_micro).backward()
+            accumulates = micro < num_micro - 1
+            with ExitStack() as stack:
+                if how == "silenced, flag":
+                    model.require_backward_grad_sync = not accumulates
+                elif accumulates and how == "silenced, forward alone":
+                    with model.no_sync():
+                        loss = loss_fn(model, batch)
+                elif accumulates:
+                    stack.enter_context(optimizer.no_sync() if how != "silenced, its own" else nullcontext())
+                    stack.enter_context(model.no_sync() if how != "silenced, optimizer's" else nullcontext())
+                if not (accumulates and how == "silenced, forward alone"):
+                    loss = loss_fn(model, batch)
+                (loss / num_micro).backward()
         optimizer.step()
         optimizer.zero_grad()
     return weights(inner, optimizer)
@@ -397,9 +406,14 @@ def _train_under_ddp(group: dist.ProcessGroup, how: str, num_micro: int, **optio
         "external, unwrapped",
         "silenced",
         "silenced, views",
+        "silenced, its own",
+        "silenced, optimizer's",
+        "silenced, flag",
+        "silenced, forward alone",
     ],
 )
 def test_every_lawful_way_to_combine_with_ddp_is_right(spawn, how: str, num_micro: int) -> None:
+    """The flag that DDP's `no_sync` clears is what many loops write themselves, and was not heard."""
     oracle = reference()
     for step in range(3):
         oracle.step(loss_fn, make_batches(step, 2, num_micro))
@@ -411,9 +425,48 @@ def test_every_lawful_way_to_combine_with_ddp_is_right(spawn, how: str, num_micr
 @pytest.mark.refuses("DDP around the model, not silenced", "DDP", use="`silence`")
 @pytest.mark.parametrize("how", ["wrapped afterwards", "wrapped afterwards, views"])
 def test_a_second_averaging_raises(spawn_raises, how: str) -> None:
-    """DDP put zeros where distmuon had taken the gradient: a trainer that clips those clips nothing."""
-    match = r"in the reduction over the ranks.*wrapped in DDP.*ddp\.silence"
-    spawn_raises(_train_under_ddp, 2, match=match, how=how, num_micro=1)
+    """DDP put zeros where distmuon had taken the gradient: a trainer that clips those clips nothing. Refused in the
+    first forward, whatever comes after it: with accumulation the message spoke of `no_sync`."""
+    match = r"DistributedDataParallel: it runs the model, and averages.*integrations\.accelerate\.prepare in the place"
+    spawn_raises(_train_under_ddp, 2, match=match, how=how, num_micro=2)
+
+
+def _wrapped_in_a_run(group: dist.ProcessGroup, pairs: bool) -> None:
+    model, optimizer = make(group)
+    if pairs:  # no module, so nothing is seen of a forward
+        named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        optimizer = distmuon.DistMuon(named, routes="adamw", process_group=group)
+    train(group, model, optimizer, [0])
+    train(group, DistributedDataParallel(model, process_group=group, find_unused_parameters=True), optimizer, [1])
+
+
+def test_a_wrapper_that_comes_later_is_refused_too(spawn_raises) -> None:
+    spawn_raises(_wrapped_in_a_run, 2, match="it runs the model, and averages", pairs=False)
+    spawn_raises(
+        _wrapped_in_a_run, 2, match=r"in the reduction over the ranks.*wrapped in DDP.*ddp\.silence", pairs=True
+    )
+
+
+def _frozen_inside(group: dist.ProcessGroup) -> bool:
+    """A model of ours that runs within the forward of another's DDP, which does not average it."""
+
+    class Critic(nn.Module):
+        def __init__(self, body: nn.Module) -> None:
+            super().__init__()
+            self.head, self._body = nn.Linear(4, 1), [body]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self._body[0](x))
+
+    body = nn.Sequential(nn.Linear(4, 80), nn.Tanh(), nn.Linear(80, 4))
+    optimizer = distmuon.DistMuon(body, process_group=group)
+    DistributedDataParallel(Critic(body), process_group=group)(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    return bool(optimizer.metrics()["grad_norm"] > 0)
+
+
+def test_a_model_that_runs_inside_the_ddp_of_another_is_none_of_its_business(spawn) -> None:
+    assert spawn(_frozen_inside, 2) == [True, True]
 
 
 def _external_that_nobody_reduced(group: dist.ProcessGroup) -> None:

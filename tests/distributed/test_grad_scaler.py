@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import distmuon
 from tests.standing import Standing, loss_fn, make_batch
@@ -125,3 +126,43 @@ def test_other_optimizers_are_scaled_as_ever() -> None:
     scaler.scale(model(torch.ones(1, 4)).sum()).backward()
     scaler.step(optimizer)
     assert torch.allclose(before - model.bias, torch.ones(4))
+
+
+def _external(group: dist.ProcessGroup, scaler: str, scale: float) -> list[tuple[str, float]]:
+    """DDP averages and `param.grad` stays: by step digest of the weights and scale; rank 1 overflows in the second."""
+    inner = Standing()
+    model = DistributedDataParallel(inner, process_group=group)
+    _, optimizer = make(group, model, grad_reduction="external")
+    kind = torch.amp.GradScaler if scaler == "torch" else distmuon.GradScaler
+    scaling = kind("cpu", init_scale=scale, growth_interval=100)
+    seen = []
+    for step in range(3):
+        loss = loss_fn(model, make_batch(step, dist.get_rank(group), 0))
+        scaling.scale(loss * (float("inf") if step == 1 and dist.get_rank(group) == 1 else 1.0)).backward()
+        scaling.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(inner.parameters(), 0.5)  # torch's own, on what stays where it was
+        scaling.step(optimizer)
+        scaling.update()
+        optimizer.zero_grad()
+        seen.append((digest(weights(inner, optimizer)), scaling.get_scale() / scale))
+    return seen
+
+
+def test_where_somebody_else_averages_torchs_own_scaler_serves_too(spawn) -> None:
+    """It was refused, though `param.grad` is averaged and stays; ours hid the gradients from torch's clip."""
+    runs = [spawn(_external, 2, scaler=kind, scale=scale) for kind in ("torch", "ours") for scale in (1024.0, 1.0)]
+    first = runs[0][0]
+    assert all(ranks == [first, first] for ranks in runs)
+    assert [scale for _, scale in first] == [1.0, 0.5, 0.5] and first[0][0] == first[1][0] != first[2][0]
+
+
+def _torchs_scaler(group: dist.ProcessGroup) -> None:
+    model, optimizer = make(group)
+    scaler = torch.amp.GradScaler("cpu")
+    assert optimizer._step_supports_amp_scaling is False, "asked before there is any gradient: nothing is missed"
+    scaler.scale(loss_fn(model, make_batch(0, dist.get_rank(group), 0))).backward()
+    scaler.step(optimizer)
+
+
+def test_torchs_scaler_is_refused_where_the_gradients_have_left(spawn_raises) -> None:
+    spawn_raises(_torchs_scaler, 2, match=r"GradScaler: torch's own, or a trainer's clip.*use distmuon\.GradScaler")

@@ -228,7 +228,11 @@ def float32_buffers() -> dict[str, str]:
         model = small()
         model.register_buffer("inv_freq", torch.ones(3))
         engine = make(model, config(bf16={"enabled": True}))
-        dtypes[name] = f"{model[0].weight.dtype} {model.inv_freq.dtype} {engine.bfloat16_enabled()}"
+        asked = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
+        engine.backward(engine(torch.ones(2, 6, dtype=asked)).sum())  # a script casts its inputs by what it is told
+        engine.step()
+        kind = type(engine.optimizer).__name__
+        dtypes[name] = f"{model[0].weight.dtype} {model.inv_freq.dtype} {engine.bfloat16_enabled()} {kind}"
     return dtypes
 
 

@@ -32,6 +32,7 @@ TRAINERS = {
     "Trainer": "trainer",
     "DeepSpeed": "deepspeed",
     "Fabric": "fabric",
+    "Lightning": "lightning",
 }
 ONLY_DEEPSPEED = {trainer: "n/a" for trainer in TRAINERS if trainer != "DeepSpeed"}
 # row -> words for the cells in which there is nothing to test
@@ -40,23 +41,28 @@ FEATURES: dict[str, dict[str, str]] = {
     "accumulation, clipping, bf16 weights": {},
     "bf16 autocast": {},
     "fp16 with a loss scaler": {"DDP": "your own loop, `distmuon.GradScaler`"},
-    "one reduction a step, no gradient all-reduced": {},
+    "one reduction a step, no gradient all-reduced": {"Lightning": "DDP's all-reduce"},
     "save and resume, bit-equal": {"DDP": "your own loop"},
     "resume with another number of ranks": {"DDP": "your own loop"},
     "its saved optimizer state loads into the plain loop": {"DDP": "your own loop"},
     "recipe with the loss curve of `launch.pretrain`": {"DDP": "`launch.pretrain`"},
     "a run begun here goes on under `launch.pretrain`, and back": {"DDP": "`launch.pretrain`"},
+    "its recipe under its own launcher, two processes on CPUs": {
+        t: "`torchrun`" for t in ("DDP", "Trainer", "Lightning")
+    },
     "evaluation, `save_total_limit`, best model, `resume_from_checkpoint=True`": {
         trainer: "n/a" for trainer in TRAINERS if trainer != "Trainer"
     },
+    "several models and optimizers": {"DDP": "your own loop", "Trainer": "n/a", "DeepSpeed": "n/a"},
     "its own `prepare` instead of ours": {trainer: "n/a" for trainer in TRAINERS if trainer != "accelerate"},
+    'its own `prepare` with grad_reduction="external"': {t: "n/a" for t in TRAINERS if t != "accelerate"},
     "DDP around the model, silenced or averaging by itself": {t: "n/a" for t in TRAINERS if t != "DDP"},
     "DDP around the model, not silenced": {"accelerate": "not wrapped", "Trainer": "not wrapped", "DeepSpeed": "n/a"},
     "clipping by value": {"DDP": "n/a", "Trainer": "n/a", "DeepSpeed": "n/a"},
     "ZeRO stage >= 1, FSDP": {"DDP": "n/a"},
     "the trainer's pipelines and expert groups": ONLY_DEEPSPEED,
-    "a DeepSpeed engine that somebody else makes": {"DDP": "n/a", "Fabric": "n/a"},
-    "the `bf16` block of the JSON": {"DDP": "n/a", "Fabric": "n/a"},
+    "a DeepSpeed engine that somebody else makes": {"DDP": "n/a", "Fabric": "n/a", "Lightning": "untested"},
+    "the `bf16` block of the JSON": {"DDP": "n/a", "Fabric": "n/a", "Lightning": "untested"},
     "`managed_gradient_accumulation: false`, `engine.no_sync()`": ONLY_DEEPSPEED,
 }
 

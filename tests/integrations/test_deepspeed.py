@@ -146,8 +146,8 @@ def test_deepspeeds_own_muon_never_sees_our_class(ran: tuple[Facts, Any]) -> Non
 
 
 @pytest.mark.supports("the `bf16` block of the JSON", "DeepSpeed")
-def test_the_bf16_block_casts_parameters_and_leaves_buffers(ran: tuple[Facts, Any]) -> None:
-    wanted = "torch.bfloat16 torch.float32 False"  # False: no wrapper, and checkpoints of the plain engine
+def test_the_bf16_block_casts_parameters_and_leaves_buffers_and_is_told_to_scripts(ran: tuple[Facts, Any]) -> None:
+    wanted = "torch.bfloat16 torch.float32 True DistMuon"  # the engine says what its config says, and wraps nothing
     assert ran[0][0]["float32_buffers"] == {"register": wanted, "initialize": wanted}
 
 

@@ -73,13 +73,26 @@ def test_accelerates_scaler_is_exchanged_and_its_schedulers_hear_of_a_skip(accel
     assert optimizer.metrics()["skipped_steps"] == 1
 
 
-def test_accelerates_own_prepare_with_float16_raises(accelerator: Any) -> None:
-    """Without ours, torch's scaler is in place: it would find no gradient, and call that fine."""
-    model, optimizer = _made()
-    model, wrapped = accelerator.prepare(model, optimizer)
-    accelerator.backward(_loss(model, 0))
-    with pytest.raises(ValueError, match=r"GradScaler: torch's own looks for gradients.*distmuon\.GradScaler"):
-        wrapped.step()
+def test_accelerates_own_prepare_with_float16_serves_in_one_process(accelerator: Any) -> None:
+    """Without ours torch's scaler is in place; `param.grad` stays there for it, so it was refused for nothing."""
+    from distmuon.integrations.accelerate import prepare
+
+    ends = []
+    for own in (True, False):
+        model, optimizer = _made()
+        model, wrapped = accelerator.prepare(model, optimizer) if own else prepare(accelerator, model, optimizer)
+        scales = []
+        for step in range(3):
+            accelerator.backward(_loss(model, step))
+            wrapped.step()
+            wrapped.zero_grad()
+            scales.append((wrapped.step_was_skipped, accelerator.scaler.get_scale()))
+        assert [skipped for skipped, _ in scales] == [False, True, False]
+        assert isinstance(wrapped.scaler, distmuon.GradScaler) is not own
+        ends.append((scales, [param.detach().clone() for param in model.parameters()]))
+        accelerator.scaler = torch.amp.GradScaler("cpu", **SETTINGS)
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(ends[0][1], ends[1][1]))
 
 
 def test_a_disabled_scaler_stays_disabled(accelerator: Any) -> None:

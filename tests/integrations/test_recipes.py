@@ -18,7 +18,13 @@ from tests.launch.test_pretrain import ROOT, SHORT, TINY, records
 
 PACKAGE = {
     "accelerate_train": "accelerate", "trainer_train": "accelerate", "deepspeed_train": "deepspeed",
-    "fabric_train": "lightning_fabric",
+    "fabric_train": "lightning_fabric", "lightning_train": "lightning",
+}  # fmt: skip
+LAUNCHERS = {
+    "accelerate_train": ("accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+                         "--dynamo_backend no --module launch.accelerate_train"),
+    "deepspeed_train": "deepspeed --num_gpus 2 --module launch.deepspeed_train",
+    "fabric_train": "fabric run --accelerator cpu --devices 2 launch/fabric_train.py",
 }  # fmt: skip
 
 
@@ -32,10 +38,14 @@ def torchrun(recipe: str, folder: Path, *arguments: str) -> list[dict[str, Any]]
     """Four steps of two micro-batches on two ranks, or what is left of them; the records."""
     pytest.importorskip(PACKAGE.get(recipe, "torch"), reason=f"{recipe} needs more, see docs/integrations.md")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", f"launch.{recipe}", "--config", "configs/quickstart.yaml", *RUN]
-    command += [f"--log.dir={folder}", *arguments]
+    return launched([*command, "-m", f"launch.{recipe}"], folder, *arguments)
+
+
+def launched(command: list[str], folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """The records of the recipe that `command` starts."""
+    command = [*command, "--config", "configs/quickstart.yaml", *RUN, f"--log.dir={folder}", *arguments]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return records(folder)
@@ -84,6 +94,18 @@ def test_a_recipe_has_the_loss_curve_of_pretrain(recipe: str, whole: Whole) -> N
 
 
 SLOW = pytest.mark.slow
+LAUNCHED = [r if r == "accelerate_train" else pytest.param(r, marks=SLOW) for r in LAUNCHERS]
+
+
+@pytest.mark.supports("its recipe under its own launcher, two processes on CPUs")
+@pytest.mark.parametrize("recipe", LAUNCHED)
+def test_a_frameworks_own_launcher_starts_its_recipe(recipe: str, whole: Whole, tmp_path: Path) -> None:
+    """DeepSpeed's gives each process a --local_rank, which the command line did not know; `fabric run` has launched
+    before Fabric.launch, which raised."""
+    pytest.importorskip(PACKAGE[recipe], reason=f"{recipe} needs more, see docs/integrations.md")
+    run = launched(LAUNCHERS[recipe].split(), tmp_path)
+    assert [record["world_size"] for record in run if record["kind"] == "run"] == [2]
+    assert curve(run) == curve(records(whole("pretrain")))
 
 
 @pytest.mark.supports("a run begun here goes on under `launch.pretrain`, and back")

@@ -72,23 +72,76 @@ def test_accelerate_refuses_sharding_fp8_and_a_reduction_a_micro_batch(accelerat
     check(_accelerator(accelerate))
 
 
-@pytest.mark.refuses("clipping by value", "accelerate", use="`clip_grad_norm_`")
-def test_accelerates_clip_is_the_optimizers_even_in_one_process(accelerate: Any) -> None:
-    """torch's own sees no gradient at all and returns 0 in silence: the planted fault, then the cure."""
+def test_accelerates_clips_are_torchs_in_one_process(accelerate: Any) -> None:
+    """Gradients stay in `param.grad`, so a part of the parameters may be clipped, and by value."""
     from distmuon.integrations.accelerate import prepare
 
     accelerator = accelerate.Accelerator(cpu=True)
     model = _model()
     optimizer = distmuon.DistMuon(model, lr=0.02)
-    model(torch.ones(2, 6)).sum().backward()
-    assert float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)) == 0.0
-    optimizer.zero_grad()
     model, wrapped = prepare(accelerator, model, optimizer)
     model(torch.ones(2, 6)).sum().backward()
     assert float(accelerator.clip_grad_norm_(model.parameters(), 0.1)) > 1.0
-    with pytest.raises(ValueError, match="clip_grad_value_: asked for"):
-        accelerator.clip_grad_value_(model.parameters(), 0.1)
+    part = float(accelerator.clip_grad_norm_(model[0].parameters(), 0.01))
+    assert 0.01 < part < 0.1 and model[0].weight.grad is not None
+    accelerator.clip_grad_value_(model.parameters(), 1e-4)
     wrapped.step()
+    assert 0.0 < optimizer.metrics()["grad_norm"] < 1e-4 * 92**0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("loader, optimizer", r"a DistMuon without its model in \(DataLoader, DistMuon\).*pass the model"),
+        ("optimizer", r"a DistMuon without its model in \(DistMuon\)"),
+        ("other, optimizer", r"a DistMuon without its model in \(Sequential, DistMuon\)"),
+        ("model, sgd", r"no DistMuon in \(Sequential, SGD\).*goes through accelerator\.prepare"),
+        ("", r"no DistMuon in \(nothing\)"),
+    ],
+)
+def test_prepare_refuses_at_once_what_it_could_not_lead(accelerate: Any, given: str, found: str) -> None:
+    """A loader in the model's place was accepted."""
+    from distmuon.integrations.accelerate import prepare
+
+    model = _model()
+    objects = {
+        "model": model, "other": _model(), "optimizer": distmuon.DistMuon(model),
+        "loader": torch.utils.data.DataLoader([torch.zeros(6)]), "sgd": torch.optim.SGD(model.parameters(), lr=1.0),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=rf"^distmuon\.integrations\.accelerate\.prepare: {found}"):
+        prepare(accelerate.Accelerator(cpu=True), *(objects[name] for name in given.split(", ") if name))
+
+
+def test_prepare_takes_its_arguments_in_any_order_and_an_optimizer_after_its_model(accelerate: Any) -> None:
+    from distmuon.integrations.accelerate import prepare
+
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = _model()
+    loader = torch.utils.data.DataLoader([torch.ones(6)], 1)
+    optimizer = distmuon.DistMuon(model)
+    assert accelerator.prepare(model) is model
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    loader, wrapped, scheduler = prepare(accelerator, loader, optimizer, scheduler)
+    assert wrapped.optimizer is optimizer and len(loader) == 1
+    assert prepare(accelerator, wrapped.optimizer).optimizer is optimizer, "one object alone comes back as one"
+
+
+def test_a_dropped_accelerator_and_optimizer_are_freed_without_the_collector(accelerate: Any) -> None:
+    import gc
+    import weakref
+
+    from distmuon.integrations.accelerate import prepare
+
+    model = _model()
+    accelerator = accelerate.Accelerator(cpu=True)
+    prepared, wrapped = prepare(accelerator, model, distmuon.DistMuon(model))
+    held = [weakref.ref(each) for each in (accelerator, wrapped.optimizer, model)]
+    gc.disable()
+    try:
+        del accelerator, prepared, wrapped, model
+        assert [ref() for ref in held] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 # ------------------------------------------------------------------------------------------- transformers
@@ -139,8 +192,7 @@ def test_attach_takes_the_trainers_hyperparameters(accelerate: Any, tmp_path: An
 
 @pytest.mark.refuses("DDP around the model, not silenced", "Fabric", use="`DistMuonStrategy`")
 @pytest.mark.refuses("ZeRO stage >= 1, FSDP", "Fabric", use="`DistMuonStrategy`")
-@pytest.mark.refuses("clipping by value", "Fabric", use="`clip_grad_norm_`")
-def test_fabric_refuses_another_strategy_values_and_other_optimizers() -> None:
+def test_fabric_refuses_another_strategy_values_and_another_order() -> None:
     lightning = pytest.importorskip("lightning_fabric", reason="pip install distmuon[fabric]")
     from distmuon.integrations.fabric import DistMuonStrategy, setup
 
@@ -148,11 +200,13 @@ def test_fabric_refuses_another_strategy_values_and_other_optimizers() -> None:
     model = _model()
     with pytest.raises(ValueError, match="Fabric: strategy SingleDeviceStrategy"):
         setup(fabric, model, distmuon.DistMuon(model))
-    strategy = DistMuonStrategy()
-    with pytest.raises(ValueError, match="a SGD; it averages no gradients"):
-        strategy.setup_optimizer(torch.optim.SGD(model.parameters(), lr=1.0))
-    with pytest.raises(ValueError, match="clip_val=1"):
-        strategy.clip_gradients_value(model, None, 1.0)
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, strategy=DistMuonStrategy())
+    optimizer, other = distmuon.DistMuon(model), _model()
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    for wrong in ((optimizer, model), (model, sgd), (model,), (other, optimizer), (model, other, optimizer, sgd)):
+        kinds = ", ".join(type(each).__name__ for each in wrong)
+        with pytest.raises(ValueError, match=rf"fabric\.setup: \({kinds}\); one model and the DistMuon made of it"):
+            setup(fabric, *wrong)
 
 
 # --------------------------------------------------- DeepSpeed, where no engine is needed; others in test_deepspeed.py

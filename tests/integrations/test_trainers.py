@@ -162,5 +162,13 @@ def test_ddp_is_not_silenced_where_it_is_to_average() -> None:
         model = DistributedDataParallel(nn.Linear(64, 64))
         with pytest.raises(ValueError, match='silenced with grad_reduction="external"; somebody has to average; drop'):
             silence(model, DistMuon(model, grad_reduction="external"))
+        optimizer = DistMuon(model.module, routes="adamw")
+        with pytest.raises(ValueError, match=r"silence: \(DistMuon, DistributedDataParallel\).*in this order"):
+            silence(optimizer, model)  # type: ignore[arg-type]
+        both = DistributedDataParallel(nn.Sequential(model.module, nn.Linear(64, 2)))
+        with pytest.raises(
+            ValueError, match="silence: 2 of the wrapper's 4 trainable parameters are not the optimizer"
+        ):
+            silence(both, optimizer)
     finally:
         dist.destroy_process_group()
