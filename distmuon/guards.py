@@ -13,7 +13,7 @@ one does not, the step is taken only if clipping has brought the norm below that
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd, isfinite
 from typing import Any
@@ -72,6 +72,29 @@ def unwrap(params: Any, grad_reduction: str) -> Any:
             "pass the plain module: distmuon shards optimizer state and gradients by itself",
         )  # fmt: skip
     return params
+
+
+def listed(params: Any) -> Any:
+    """A module as it is; what else an optimizer may be given as lists, since it is read twice."""
+    if isinstance(params, nn.Module):
+        return params
+    return [
+        {**entry, "params": _as_list(entry.get("params"))} if isinstance(entry, Mapping) else entry
+        for entry in _as_list(params)
+    ]
+
+
+def _as_list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, Tensor) else [given]
+
+
+def frozen(params: Any) -> list[tuple[str, nn.Parameter]]:
+    """(fqn, parameter) of all in `params`, a module or `listed` and routed, that need no gradient now."""
+    if isinstance(params, nn.Module):
+        named = list(params.named_parameters())
+    else:
+        named = [pair for entry in params for pair in (entry["params"] if isinstance(entry, Mapping) else [entry])]
+    return [(fqn, param) for fqn, param in named if not param.requires_grad]
 
 
 def _uncompiled(params: Any) -> Any:

@@ -143,16 +143,18 @@ class DistMuon(TrainerFace):
             ns_coefficients=ns_coefficients, adjust_lr_fn=adjust_lr_fn, adamw_lr=adamw_lr, adamw_betas=adamw_betas,
             adamw_eps=adamw_eps, adamw_weight_decay=adamw_weight_decay,
         )  # fmt: skip
-        params = guards.unwrap(params, grad_reduction)
+        params = guards.listed(guards.unwrap(params, grad_reduction))
         self._model, routed = (params if isinstance(params, nn.Module) else None), route_params(params, routes)
-        named = () if self._model is None else self._model.named_parameters()
-        self._frozen = [(fqn, param) for fqn, param in named if not param.requires_grad]
+        self._frozen = guards.frozen(params)
         self._specs = tuple(spec for spec, _ in routed)
         self._params = [param for _, param in routed]
         groups, self._group_of = make_groups(routed, start)
         for group in groups:  # schedulers write into tensors, group by group
             group.update((key, value.clone()) for key, value in group.items() if isinstance(value, Tensor))
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        # CyclicLR and OneCycleLR look here for what to cycle in all groups: beta1 goes before momentum.
+        has_muon = any(group["rule"] == "muon" for group in groups)
+        cycled = {"momentum": momentum} if has_muon else {"betas": adamw_betas}
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, **cycled})
         check_groups(self.param_groups)
         self._held = guards.held_by(self.param_groups)
 
