@@ -274,7 +274,8 @@ class Buffers:
                 self.layout.specs[index].fqn,
                 f"its storage changed since distmuon's buffers were built (now {param.dtype} on {param.device})",
                 "parameters must stay where they are once training has begun",
-                "move and cast the model before the first forward, or make a new DistMuon afterwards",
+                "move and cast the model before the first forward, or make a new DistMuon afterwards; "
+                "write values with param.data.copy_(values), not param.data = values",
             )
 
     @torch.no_grad()

@@ -44,7 +44,9 @@ class InReduction(Tensor):
 
     @staticmethod
     def __new__(cls, param: nn.Parameter, fqn: str) -> InReduction:
-        made: InReduction = Tensor._make_wrapper_subclass(cls, param.shape, dtype=param.dtype, device=param.device)
+        made: InReduction = Tensor._make_wrapper_subclass(
+            cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device
+        )
         made.fqn, made.arrived = fqn, None
         return made
 

@@ -31,6 +31,7 @@ class Reference:
     """The weights that a single process would have.
 
     `rules` {fqn: "muon" or "adamw"}; `splits` {fqn: (sizes, dim)} of fused weights; `stacks` names (E, m, n) weights.
+    `own` {fqn: {"lr" or "weight_decay": number}}, empty at first: what goes before the numbers of the rule.
     The model keeps its dtype; weights and state are held in `dtype` and copied into it. `ns_dtype`: of Newton-Schulz.
     """
 
@@ -54,6 +55,7 @@ class Reference:
         self.adamw_lr = lr if adamw_lr is None else adamw_lr
         self.adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
         self.betas, self.eps = adamw_betas, adamw_eps
+        self.own: dict[str, dict[str, float]] = {}
         self.skipped_steps = 0
 
     def mean_gradients(
@@ -92,13 +94,18 @@ class Reference:
         mu = self.momentum
         state["momentum_buffer"] = mu * state.get("momentum_buffer", torch.zeros_like(grad)) + (1 - mu) * grad
         update = (1 - mu) * grad + mu * state["momentum_buffer"] if self.nesterov else state["momentum_buffer"]
-        weight.mul_(1 - self.lr * self.weight_decay)
+        lr = self._number(fqn, "lr")
+        weight.mul_(1 - lr * self._number(fqn, "weight_decay"))
         slices = zip(weight, update, strict=True) if fqn in self.stacks else [(weight.flatten(1), update.flatten(1))]
         for w, u in slices:
             sizes, dim = self.splits.get(fqn, ([w.shape[0]], 0))
             for w_part, u_part in zip(w.split(list(sizes), dim), u.split(list(sizes), dim), strict=True):
                 polar_factor = newton_schulz(u_part.to(self.ns_dtype), self.ns_steps).to(self.dtype)
-                w_part.sub_(self.lr * self._scale(*w_part.shape) * polar_factor)
+                w_part.sub_(lr * self._scale(*w_part.shape) * polar_factor)
+
+    def _number(self, fqn: str, key: str) -> float:
+        of_rule: float = getattr(self, key if self.rules[fqn] == "muon" else f"adamw_{key}")
+        return self.own.get(fqn, {}).get(key, of_rule)
 
     def _scale(self, m: int, n: int) -> float:
         return 0.2 * math.sqrt(max(m, n)) if self.adjust_lr_fn == "match_rms_adamw" else math.sqrt(max(1.0, m / n))
@@ -109,5 +116,6 @@ class Reference:
         state["exp_avg"] = beta1 * state.get("exp_avg", torch.zeros_like(grad)) + (1 - beta1) * grad
         state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", torch.zeros_like(grad)) + (1 - beta2) * grad.square()
         denominator = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt() + self.eps
-        weight.mul_(1 - self.adamw_lr * self.adamw_weight_decay)
-        weight.sub_(self.adamw_lr * (state["exp_avg"] / (1 - beta1**t)) / denominator)
+        lr = self._number(fqn, "lr")
+        weight.mul_(1 - lr * self._number(fqn, "weight_decay"))
+        weight.sub_(lr * (state["exp_avg"] / (1 - beta1**t)) / denominator)

@@ -159,3 +159,16 @@ def test_clip_skip_and_missing_gradients() -> None:
     free.apply(grads)
     assert torch.equal(free.weights["vector"], before["vector"]) and free.state["vector"]["step"] == 1
     assert not torch.equal(free.weights["matrices.tall"], before["matrices.tall"])
+
+
+def test_numbers_of_a_parameters_own_are_those_of_a_run_with_them_for_all() -> None:
+    model = _Matrices(torch.float64)
+    common = Reference(model, _rules(model), dtype=torch.float64, lr=0.3, weight_decay=0.2)
+    own = Reference(model, _rules(model), dtype=torch.float64)
+    own.own = {fqn: {"lr": 0.3, "weight_decay": 0.2} for fqn in ("matrices.tall", "vector")}
+    for seed in range(2):
+        grads = common.mean_gradients(_loss, [[seed]])
+        common.apply(grads)
+        own.apply(grads)
+    for fqn, weight in common.weights.items():
+        assert torch.equal(weight, own.weights[fqn]) == (fqn in own.own), fqn
