@@ -167,7 +167,7 @@ def num_logical_matrices(model: Standing) -> int:
 
 
 def routes() -> tuple[Any, ...]:
-    """The declarations this model needs: the fused weight, the stacks of raw parameters, and what would be left to AdamW
+    """What this model must declare: the fused weight, the stacks of raw parameters, and what would be left to AdamW
     as too small, a vector or an input, though it is here for Muon to meet awkward shapes."""
     import distmuon
 

@@ -136,7 +136,7 @@ def talks_to_ranks(room: str, source: str) -> list[str]:
 
 
 def allocates(room: str, source: str) -> list[str]:
-    """Law (b): config, routing and what it reads, packing, layout and planner make no tensor and know no process group."""
+    """Law (b): config, routing and its rooms, packing, layout and planner make no tensor and know no process group."""
     if room not in INTEGERS_ONLY:
         return []
     breaches = [
