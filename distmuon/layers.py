@@ -94,11 +94,10 @@ def read_module(model: nn.Module) -> Read:
             owner, parts = modules.get(".".join(around)), around
         elif parts[-1:] != ["parametrizations"] and "parametrizations" not in parts:
             classes[unwrapped(parts)] = type(module)
-        for name, param in module._parameters.items():
-            if param is not None:
-                name = _parametrized(module, name, stands_for)
-                uses.append(_use(first[id(param)], unwrapped(parts), name, param, owner))
-        heads |= {first[id(param)] for param in _own_head(module) if param.ndim > 1}
+        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = _parametrized(module, name, stands_for)
+            uses.append(_use(first[id(param)], unwrapped(parts), name, param, owner))
+        heads |= {first[id(param)] for param in _own_head(module) if param.ndim > 1 and id(param) in first}
     return Read(tuple(uses), classes, frozenset(heads))
 
 

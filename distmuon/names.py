@@ -1,7 +1,7 @@
 """What the name and shape of a parameter say where no module type does.
 
 Two kinds of parameters have nothing but a name: raw ones (a class token, a table of positions, a stack of experts), and
-all of them where the user handed in (name, parameter) pairs. Decides only what is unmistakable; the rest is None, and
+all of them where the user handed in (name, parameter) pairs. Decides only what is unmistakable; the rest is "unknown", and
 routing refuses it. Knows texts and shapes only.
 """
 
@@ -53,10 +53,10 @@ def is_adapter(fqn: str) -> bool:
 def is_head(name: str) -> bool:
     """Whether a module of this name is an output, a list of outputs or an auxiliary classifier, wherever it stands.
 
-    Not a "pre_classifier" or "conv_head", which stand before the head.
+    Not a "pre_classifier" or "conv_head", which stand before the head, nor the heads of an attention.
     """
     found = words(name)
-    if {"pre", "conv"}.intersection(found):
+    if {"pre", "conv", "attn", "attention", "multi"}.intersection(found):
         return False
     return (
         bool(_HEADS.intersection(found)) or name.lower().startswith("aux") or found in (["embed", "out"], ["unembed"])

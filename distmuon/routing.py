@@ -109,7 +109,8 @@ def _route(named: Sequence[tuple[str, nn.Parameter]], routes: Sequence[Route], p
         reason = f"route {stated.pattern!r}" if stated else by.pattern
         spec = ParamSpec(fqn, shape, param.dtype, by.rule, matrices, reason, tuple(sorted(by.options.items())))
         routed.append((spec, param))
-    for unused in (r for r in routes if routed and r not in chosen.values()):
+    used = set(chosen.values())
+    for unused in (r for r in routes if routed and r not in used):
         needed = "every route must decide one"
         raise problem(f"Route({unused.pattern!r})", "matched no parameter", needed, "correct the pattern")
     return routed
@@ -147,7 +148,7 @@ def route_params(params: nn.Module | Iterable[Any], routes: Sequence[Route] | st
         seen |= {fqn, id(param)}
     given = checked_routes(routes)
     both = [_both(fqn, own, given) for fqn, own in stated.items()]
-    # the routes themselves stay, behind what they were merged with, so that one that matches nothing is still an error
+    # The routes themselves stay behind what they were merged with, so that one that matches nothing is still an error.
     return _with_muon(route(pairs, [*both, *_used_by_dicts(given, stated, pairs)]), routes)
 
 
@@ -268,7 +269,7 @@ class _Plan:
             return Route("fewer than 2 dimensions", "adamw")
         if use.is_vector:
             return Route("vector: one dimension only is larger than 1", "adamw")
-        for place in sorted(uses, key=lambda place: place.kind != "embedding"):  # tied ones follow the embedding
+        for place in uses:  # what is tied to an embedding follows it
             if place.kind in ("embedding", "vector", "normalization"):
                 return Route(place.reason, "adamw")
         kept = []

@@ -680,7 +680,8 @@ def _unusual_loss(model: nn.Module, seed: int) -> Tensor:
 
 
 def _train_unusual(group: dist.ProcessGroup) -> Weights:
-    model, optimizer = make(group, Unusual(), routes=[distmuon.Route("transposed", "muon")], bucket_mb=1e-4)
+    routes = [distmuon.Route("transposed", "muon"), distmuon.Route("kernel.weight", "muon")]
+    model, optimizer = make(group, Unusual(), routes=routes, bucket_mb=1e-4)
     for step in range(3):
         _unusual_loss(model, 10 * step + dist.get_rank(group)).backward()
         optimizer.step()

@@ -163,6 +163,18 @@ def test_raw_tensors_are_not_guessed_and_the_routes_to_paste_are_accepted() -> N
     distmuon.DistMuon(Raw(), routes=routes)
 
 
+def test_patterns_to_paste_match_nothing_else() -> None:
+    """`layers.*.mix` would also take `layers.0.inner.mix`, which is a vector; then each is named by itself."""
+    model = Raw()
+    model.layers[0].inner = nn.Module()
+    model.layers[0].inner.mix = nn.Parameter(torch.zeros(16))
+    with pytest.raises(ValueError) as raised:
+        distmuon.DistMuon(model)
+    routes = pasted(raised.value)
+    assert [r.pattern for r in routes][2:] == ["layers.0.mix", "layers.1.mix", "layers.2.mix"]
+    distmuon.DistMuon(model, routes=routes)
+
+
 def test_routes_to_paste_are_muons_where_nothing_else_is() -> None:
     """A cure must not be refused next: a stack goes to Muon if AdamW alone would be left, and 4 dimensions never do."""
 
@@ -429,6 +441,10 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         {"actor.net.2.weight", "critic.net.2.weight"},
     ),
     "autoencoder": (lambda: net(encoder=mlp(96, 48, 16), decoder=mlp(16, 48, 96)), {"decoder.1.weight"}),
+    "heads of an attention": (
+        lambda: net(a=blocks(), multi_head_attention=mlp(32, 32, 32), b=blocks(), out=nn.Linear(32, 9)),
+        {"out.weight"},
+    ),
     "linear patches": (Patches, set()),
 }  # fmt: skip
 
