@@ -17,7 +17,7 @@ are not contiguous: they stay one unit and are told apart only when it is orthog
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from glob import escape
 from math import prod
@@ -29,20 +29,11 @@ from torch.nn.parameter import is_lazy
 
 from distmuon.config import Hyperparameters, Rule, checked_routes
 from distmuon.config import Route as Route
+from distmuon.ends import ends
 from distmuon.errors import problem
+from distmuon.layers import Read, Use, read_module, read_pairs
 
-_HEAD_NAMES = frozenset({"lm_head", "head", "classifier", "score", "embed_out", "output", "unembed", "fc"})
-# Raw parameters of well-known models, (pattern, rule, number of equal parts their rows fuse).
-_KNOWN_NAMES: tuple[tuple[str, Rule, int], ...] = (
-    ("*.lora_[AB].*", "adamw", 1),  # peft: adapters are fine-tuned, where Muon's case is weak
-    ("*.lora_embedding_[AB].*", "adamw", 1),
-    ("*.lora_magnitude_vector.*", "adamw", 1),  # DoRA; (1, out, 1, 1) for a convolution
-    ("*.trainable_tokens_delta.*", "adamw", 1),
-    ("*.experts.gate_up_proj", "muon", 2),  # transformers: (E, 2I, H), gate and up fused
-    ("*.experts.down_proj", "muon", 1),
-    ("*.mlp.gate.weight", "muon", 1),  # routers: Moonlight trains them with Muon (arXiv 2502.16982, section 3.4)
-    ("*.router.weight", "muon", 1),
-)
+_SMALL = 256  # elements; Newton-Schulz has nothing to balance in a smaller matrix, and costs a launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,39 +79,37 @@ Routed = list[tuple[ParamSpec, nn.Parameter]]
 def route(model: nn.Module | Iterable[tuple[str, nn.Parameter]], routes: Sequence[Route] | str | None = None) -> Routed:
     """Route every trainable parameter of `model`, tied ones once, in registration order.
 
-    `routes="adamw"` gives every parameter to AdamW on purpose. Raises `ValueError` for a route that matches nothing, a
-    split that does not fit, and for weights that no rule decides (all of them named).
+    `routes="adamw"` gives every parameter to AdamW on purpose. Of (name, parameter) pairs only names and shapes are
+    known. Raises `ValueError` for a route that matches nothing, a split that does not fit, and for weights that nothing
+    decides (all of them named, with the routes to add).
     """
-    routes = checked_routes(routes)
-    named = model.named_parameters() if isinstance(model, nn.Module) else model
-    owners = _owners(model) if isinstance(model, nn.Module) else {}
-    heads = _head_weights(model) if isinstance(model, nn.Module) else set()
-
-    routed, undecided = [], []
-    used: set[Route | None] = set()
+    named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
     for fqn, param in named:
         if is_lazy(param):
             raise problem(fqn, "a lazy parameter without a shape", "shapes are needed", "run one forward first")
-        chosen = next((r for r in routes if fnmatchcase(fqn, r.pattern)), None)
-        used.add(chosen)
-        if not param.requires_grad or not param.numel():
-            continue
-        if chosen is None:
-            chosen = _default_route(fqn, param, owners.get(id(param), []), id(param) in heads)
-        if chosen is None:
-            undecided.append(f"{fqn} {tuple(param.shape)}")
-            continue
-        is_conv = any(isinstance(m, nn.modules.conv._ConvNd) for m in owners.get(id(param), []))
-        matrices = _matrices(fqn, tuple(param.shape), chosen, is_conv) if chosen.rule == "muon" else ()
-        reason = f"route {chosen.pattern!r}" if chosen in routes else chosen.pattern
-        options = tuple(sorted(chosen.options.items()))
-        spec = ParamSpec(fqn, tuple(param.shape), param.dtype, chosen.rule, matrices, reason, options)
-        routed.append((spec, param))
+    is_module = isinstance(model, nn.Module)
+    plan = _Plan(read_module(model) if isinstance(model, nn.Module) else read_pairs(named), is_module)
+    return _route(named, checked_routes(routes), plan)
+
+
+def _route(named: Sequence[tuple[str, nn.Parameter]], routes: Sequence[Route], plan: _Plan) -> Routed:
+    chosen = {fqn: next((r for r in routes if fnmatchcase(fqn, r.pattern)), None) for fqn, _ in named}
+    trained = [(fqn, param) for fqn, param in named if param.requires_grad and param.numel()]
+    decided = plan.decide([fqn for fqn, _ in trained], chosen)
+    undecided = [(fqn, tuple(param.shape)) for fqn, param in trained if chosen[fqn] is None and decided[fqn] is None]
     if undecided:
-        raise problem(
-            ", ".join(undecided), f"{len(undecided)} weights that neither module type nor name decides",
-            "each needs a rule", 'add routes=[distmuon.Route(pattern, "muon" or "adamw")] for them',
-        )  # fmt: skip
+        raise _undecided(undecided, named, routes, plan)
+    routed = []
+    for fqn, param in trained:
+        stated = chosen[fqn]
+        by = stated or decided[fqn]
+        assert by is not None
+        shape = tuple(param.shape)
+        matrices = _matrices(fqn, shape, by, plan.is_convolution(fqn)) if by.rule == "muon" else ()
+        reason = f"route {stated.pattern!r}" if stated else by.pattern
+        spec = ParamSpec(fqn, shape, param.dtype, by.rule, matrices, reason, tuple(sorted(by.options.items())))
+        routed.append((spec, param))
+    used = set(chosen.values())
     for unused in (r for r in routes if routed and r not in used):
         needed = "every route must decide one"
         raise problem(f"Route({unused.pattern!r})", "matched no parameter", needed, "correct the pattern")
@@ -130,24 +119,26 @@ def route(model: nn.Module | Iterable[tuple[str, nn.Parameter]], routes: Sequenc
 def route_params(params: nn.Module | Iterable[Any], routes: Sequence[Route] | str | None) -> Routed:
     """`route` for everything an optimizer may be given: a module, (fqn, parameter) pairs, or group dicts of pairs.
 
-    A dict says its rule itself: ``{"params": [(fqn, parameter), ...], "rule": "muon" | "adamw", **group entries}``.
+    A dict says its rule itself: ``{"params": [(fqn, parameter), ...], "rule": "muon" | "adamw", **group entries}``;
+    with `routes="adamw"` it need not. Its entries hold beside a route for the same parameters, whose own go first.
     """
     if isinstance(params, nn.Module):
         return _with_muon(route(params, routes), routes)
-    pairs, stated = [], []
+    pairs: list[tuple[str, nn.Parameter]] = []
+    stated: dict[str, Route] = {}
     for entry in params if isinstance(params, Iterable) else (params,):
         if isinstance(entry, Mapping):
             held = entry.get("params")
             named: list[Any] = list(held) if isinstance(held, Iterable) else [held]
             options = {key: value for key, value in entry.items() if key not in ("params", "rule")}
-            rule = entry.get("rule", "unstated")
-            stated += [Route(escape(pair[0]), rule, options=options) for pair in named if _is_pair(pair)]
+            rule = entry.get("rule", "adamw" if routes == "adamw" else "unstated")
+            stated |= {pair[0]: Route(escape(pair[0]), rule, options=options) for pair in named if _is_pair(pair)}
         else:
             named = [entry]
         if not all(_is_pair(pair) for pair in named):
             raise problem(
                 "params", "parameters without names", "routing needs modules or names",
-                "pass the model itself, model.named_parameters(), or dicts of named parameters with a rule",
+                "pass the model itself, or dicts of named parameters with a rule",
             )  # fmt: skip
         pairs += named
     seen: set[object] = set()
@@ -155,19 +146,51 @@ def route_params(params: nn.Module | Iterable[Any], routes: Sequence[Route] | st
         if seen & {fqn, id(param)}:
             raise problem(fqn, "its name or parameter was given before", "each is needed once", "leave the second out")
         seen |= {fqn, id(param)}
-    return _with_muon(route(pairs, routes if isinstance(routes, str) else [*checked_routes(routes), *stated]), routes)
+    given = checked_routes(routes)
+    both = [_both(fqn, own, given) for fqn, own in stated.items()]
+    # The routes themselves stay behind what they were merged with, so that one that matches nothing is still an error.
+    return _with_muon(route(pairs, [*both, *_used_by_dicts(given, stated, pairs)]), routes)
+
+
+def _both(fqn: str, own: Route, routes: Sequence[Route]) -> Route:
+    """What a dict and the first route that matches say together of the parameter `fqn`."""
+    found = next((r for r in routes if fnmatchcase(fqn, r.pattern)), None)
+    if found is None:
+        return own
+    if found.rule != own.rule:
+        raise problem(
+            fqn, f"its dict says rule {own.rule!r} and Route({found.pattern!r}) says {found.rule!r}",
+            "one rule is needed", "correct the dict's rule or the routes",
+        )  # fmt: skip
+    return replace(found, pattern=own.pattern, options={**own.options, **found.options})
+
+
+def _used_by_dicts(
+    routes: Sequence[Route], stated: Mapping[str, Route], pairs: Sequence[tuple[str, nn.Parameter]]
+) -> list[Route]:
+    """`routes` without those that were merged into dicts and decide nothing else."""
+    first = {fqn: next((r for r in routes if fnmatchcase(fqn, r.pattern)), None) for fqn, _ in pairs}
+    merged = {first[fqn] for fqn in stated}
+    return [r for r in routes if r not in merged or any(first[fqn] is r for fqn in first if fqn not in stated)]
 
 
 def _with_muon(routed: Routed, routes: Sequence[Route] | str | None) -> Routed:
-    """`routed`, if some parameter is Muon's or none was meant to be; else raises with the reason of each."""
+    """`routed`, if some parameter is Muon's or none was meant to be: every one of them was given to AdamW by name.
+
+    Raises otherwise, with the reason of each.
+    """
     if not routed:
         raise problem("params", "no trainable parameter", "one at least is needed", "unfreeze some")
-    if routes != "adamw" and not any(spec.rule == "muon" for spec, _ in routed):
+    on_purpose = routes == "adamw" or all(spec.reason.startswith("route ") for spec, _ in routed)
+    if not on_purpose and not any(spec.rule == "muon" for spec, _ in routed):
         reasons = ", ".join(f"{spec.fqn} ({spec.reason})" for spec, _ in routed[:20])
+        cure = 'say routes="adamw" to use AdamW on purpose'
+        heads = [spec.fqn for spec, _ in routed if spec.reason.startswith(("output head", "input"))]
+        if heads:
+            cure += f", or give Muon a matrix: routes=[distmuon.Route({escape(heads[-1])!r}, \"muon\")]"
         raise problem(
             "params", f"none of {len(routed)} trainable parameters is updated by Muon",
-            f"at least one matrix is needed, found {reasons}",
-            'correct the routes, or say routes="adamw" to use AdamW on purpose',
+            f"at least one matrix is needed, found {reasons}", cure,
         )  # fmt: skip
     return routed
 
@@ -203,78 +226,158 @@ def _is_pair(entry: object) -> bool:
     return pair and entry[1].is_leaf  # type: ignore[index]
 
 
-def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """id(parameter) -> the modules that hold it (several where it is tied)."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for param in module.parameters(recurse=False):
-            owners.setdefault(id(param), []).append(module)
-    return owners
+class _Plan:
+    """What is decided without the user, from what the model's parameters are and where it begins and ends."""
+
+    def __init__(self, read: Read, is_module: bool) -> None:
+        self.is_module = is_module
+        self.ends = ends(read)
+        self.uses: dict[str, list[Use]] = {}
+        for use in read.uses:
+            self.uses.setdefault(use.fqn, []).append(use)
+
+    def is_convolution(self, fqn: str) -> bool:
+        """Whether `fqn` is stored (out, in, *kernel); of a pair with more than 3 dimensions nothing else is known."""
+        uses = self.uses[fqn]
+        is_filter = any(use.kind in ("convolution", "depthwise") for use in uses)
+        return is_filter or (not self.is_module and len(uses[0].shape) > 3)
+
+    def decide(self, trained: Sequence[str], chosen: Mapping[str, Route | None]) -> dict[str, Route | None]:
+        """The rule of each of `trained` that the user has not `chosen`, as a `Route` whose pattern is the reason; None
+        where nothing decides.
+
+        A model whose only matrices are small, or a first convolution, or a last layer keeps these for Muon: a rule that
+        is to spare a few of many matrices must not take them all. The last layer of a frozen model stays AdamW's.
+        """
+        left = [fqn for fqn in trained if chosen[fqn] is None]
+        by_user = any(route is not None and route.rule == "muon" for route in chosen.values())
+        matrices = {use.fqn for uses in self.uses.values() for use in uses if use.is_matrix}
+        is_whole = matrices.issubset(trained)
+        found: dict[str, Route | None] = {}
+        for spared in ((), ("small",), ("small", "input"), ("small", "input", "output")):
+            if "output" in spared and not is_whole:
+                break
+            found = {fqn: self._default(fqn, spared) for fqn in left}
+            if by_user or any(route is None or route.rule == "muon" for route in found.values()):
+                break
+        return found
+
+    def _default(self, fqn: str, spared: Sequence[str]) -> Route | None:
+        uses = self.uses[fqn]
+        use = next((use for use in uses if use.is_matrix), uses[0])
+        if len(use.shape) < 2:
+            return Route("fewer than 2 dimensions", "adamw")
+        if use.is_vector:
+            return Route("vector: one dimension only is larger than 1", "adamw")
+        for place in uses:  # what is tied to an embedding follows it
+            if place.kind in ("embedding", "vector", "normalization"):
+                return Route(place.reason, "adamw")
+        kept = []
+        end = self.ends.get(fqn)
+        if end is not None and (end.is_certain or end.side not in spared):
+            return Route(f"{'output head' if end.side == 'output' else 'input'}: {end.reason}", "adamw")
+        if end is not None:
+            kept.append(end.reason)
+        if use.kind == "depthwise":
+            return Route(use.reason, "adamw")
+        if prod(use.shape) < _SMALL:
+            if "small" not in spared or use.kind == "unknown":
+                return Route(f"fewer than {_SMALL} elements", "adamw")
+            kept.append(f"fewer than {_SMALL} elements")
+        found = _matrix_route(use)
+        if found is None or not kept:
+            return found
+        return replace(found, pattern=f"{found.pattern} ({', '.join(kept)}; the model has no other matrix)")
 
 
-def _head_weights(model: nn.Module) -> set[int]:
-    """ids of output-head weights: what the model itself names as its head, else linear layers outside the repeated
-    blocks: those called like one, and the last if it maps to the vocabulary of the largest embedding. A head may be
-    wrapped: peft trains a copy of it, `modules_to_save`."""
-    own_head = getattr(model, "get_output_embeddings", lambda: None)()
-    if isinstance(own_head, nn.Module):
-        return {id(p) for p in own_head.parameters() if p.ndim > 1}
-    vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=None)
-    heads = set()
-    last = None
-    for name, module in model.named_modules():
-        parts = name.split(".modules_to_save.")[0].split(".")
-        if not isinstance(module, nn.Linear) or any(part.isdigit() for part in parts):
-            continue
-        last = module
-        if parts[-1] in _HEAD_NAMES:
-            heads.add(id(module.weight))
-    if last is not None and last.out_features == vocabulary:
-        heads.add(id(last.weight))
-    return heads
+def _matrix_route(use: Use) -> Route | None:
+    """Muon for what is a matrix or several, with the parts it fuses."""
+    rows, columns = use.shape[-2:]
+    if use.kind == "unknown":
+        return None
+    if use.kind == "attention" and use.name == "in_proj_weight":
+        return Route(use.reason, "muon", [rows // 3] * 3)
+    if use.kind == "linear" and use.name == "in_proj_weight" and rows == 3 * columns:
+        return Route(use.reason, "muon", [columns] * 3)
+    if use.kind == "stored (in, out)" and use.path[-1:] == ("c_attn",) and columns == 3 * rows:
+        return Route("fused attention projection stored (in, out)", "muon", [rows] * 3, split_dim=1)
+    if use.kind == "recurrent":
+        hidden = getattr(use.owner, "hidden_size", rows)
+        gates = 1 if use.name.startswith("weight_hr") else rows // hidden
+        return Route(use.reason, "muon", [hidden] * gates if gates > 1 else None)
+    if use.kind == "fused experts":
+        return _fused_experts(use)
+    return Route(use.reason, "muon")
 
 
-def _default_route(fqn: str, param: nn.Parameter, owners: list[nn.Module], is_head: bool) -> Route | None:
-    """The decision without the user, as a `Route` whose pattern is the reason; None where nothing decides."""
-    if param.ndim < 2:
-        return Route("fewer than 2 dimensions", "adamw")
-    if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in owners):
-        return Route("embedding (or tied to one)", "adamw")
-    if is_head:
-        return Route("output head", "adamw")
-    if any(isinstance(m, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) for m in owners):
-        return Route("normalization", "adamw")
-    for pattern, rule, parts in _KNOWN_NAMES:
-        if fnmatchcase(f".{fqn}", pattern):
-            if parts > 1 and not _fuses_rows(param, owners):
-                return None
-            split = [param.shape[-2] // parts] * parts if parts > 1 else None
-            return Route(f"known name {pattern}", rule, split)
-    for module in owners:
-        if isinstance(module, nn.modules.conv._ConvNd):
-            if param.shape[1] == 1:
-                return Route("depthwise convolution", "adamw")
-            return Route("convolution", "muon")
-        if isinstance(module, nn.Linear):
-            return Route("linear", "muon")
-        if isinstance(module, nn.MultiheadAttention):
-            return Route("attention projection", "muon", [param.shape[0] // 3] * 3 if "in_proj" in fqn else None)
-        if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
-            width = param.shape[0]
-            if fqn.endswith(".c_attn.weight") and param.shape[1] == 3 * width:  # GPT-2: q, k and v fused
-                return Route("fused attention projection stored (in, out)", "muon", [width] * 3, split_dim=1)
-            return Route("linear stored (in, out)", "muon")
+def _fused_experts(use: Use) -> Route | None:
+    """Gate and up as halves of the rows, (E, 2I, H), or of the columns, (E, H, 2I), if it is known which.
+
+    The sibling `down_proj` shows the rows, whose shape (E, H, I) it has then. Columns may hold halves or alternate; in
+    transformers the module says which by `is_transposed` and `is_concatenated`.
+    """
+    down = getattr(use.owner, "down_proj", None)
+    if not isinstance(down, nn.Parameter) or down.ndim != 3 or not getattr(use.owner, "is_concatenated", True):
+        return None
+    _, rows, columns = use.shape
+    shape = tuple(down.shape[1:])
+    is_transposed = getattr(use.owner, "is_transposed", None)
+    if shape == (columns, rows // 2) and not is_transposed:
+        return Route(use.reason, "muon", [rows // 2] * 2)
+    if shape == (columns // 2, rows) and is_transposed:
+        return Route(f"{use.reason}, stored (in, out)", "muon", [columns // 2] * 2, split_dim=1)
     return None
 
 
-def _fuses_rows(gate_up: nn.Parameter, owners: list[nn.Module]) -> bool:
-    """Whether gate and up lie in the rows, (E, 2I, H), as the sibling `down_proj` (E, H, I) shows; some models store
-    the transpose, or interleave the two."""
-    down = getattr(owners[0], "down_proj", None) if owners else None
-    if not isinstance(down, nn.Parameter) or gate_up.ndim != 3:
-        return False
-    count, rows, columns = gate_up.shape
-    return tuple(down.shape) == (count, columns, rows // 2)
+def _undecided(
+    undecided: Sequence[tuple[str, tuple[int, ...]]],
+    named: Sequence[tuple[str, nn.Parameter]],
+    routes: Sequence[Route],
+    plan: _Plan,
+) -> ValueError:
+    """The error for weights that nothing decides, with routes that are accepted when they are pasted."""
+    groups = _patterns(undecided, [fqn for fqn, _ in named])
+    texts = []
+    for pattern, members in groups.items():
+        fqn, shape = members[0]
+        texts.append(f"{fqn} {shape}" + (f" and {len(members) - 1} more of {pattern}" if len(members) > 1 else ""))
+    added: list[Route] = []
+    for pattern, members in groups.items():
+        rule: Rule = "muon" if len(members[0][1]) == 2 else "adamw"
+        added.append(Route(pattern, rule))
+    if not _has_muon(named, [*routes, *added], plan):
+        added = [replace(r, rule="muon") if len(m[0][1]) == 3 else r for r, m in zip(added, groups.values())]
+    given = ["..."] if routes else []
+    lines = ", ".join(given + [f"distmuon.Route({r.pattern!r}, {r.rule!r})" for r in added])
+    cure = f"check and add routes=[{lines}]"
+    if not _has_muon(named, [*routes, *added], plan):
+        cure = 'reshape them to matrices, or say routes="adamw" to use AdamW on purpose'
+    return problem(
+        ", ".join(texts), f"{len(undecided)} weights that neither module type nor name decides",
+        "each needs a rule", cure if plan.is_module else f"pass the model itself, whose modules say more, or {cure}",
+    )  # fmt: skip
+
+
+def _has_muon(named: Sequence[tuple[str, nn.Parameter]], routes: Sequence[Route], plan: _Plan) -> bool:
+    return any(spec.rule == "muon" for spec, _ in _route(named, routes, plan))
+
+
+def _patterns(
+    undecided: Sequence[tuple[str, tuple[int, ...]]], names: Sequence[str]
+) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """`undecided` by patterns that match them and no other parameter; numbers are left open where several are alike."""
+    alike: dict[tuple[str, int], list[tuple[str, tuple[int, ...]]]] = {}
+    for fqn, shape in undecided:
+        open_ = ".".join("*" if part.isdigit() else escape(part) for part in fqn.split("."))
+        alike.setdefault((open_, len(shape)), []).append((fqn, shape))
+    found: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for (pattern, _), members in alike.items():
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if len(members) > 1 and matched == {fqn for fqn, _ in members}:
+            found[pattern] = members
+        else:
+            found |= {escape(fqn): [(fqn, shape)] for fqn, shape in members}
+    return found
 
 
 def _matrices(fqn: str, shape: tuple[int, ...], chosen: Route, is_conv: bool) -> tuple[Matrix, ...]:

@@ -167,11 +167,13 @@ def num_logical_matrices(model: Standing) -> int:
 
 
 def routes() -> tuple[Any, ...]:
-    """The two declarations this model needs: the fused weight and the stacks of raw parameters."""
+    """What this model must declare: the fused weight, the stacks of raw parameters, and what would be left to AdamW
+    as too small, a vector or an input, though it is here for Muon to meet awkward shapes."""
     import distmuon
 
     sizes, dim = SPLITS["attention.qkv.weight"]
     return (
         distmuon.Route("attention.qkv.weight", "muon", split=sizes, split_dim=dim),
         distmuon.Route("experts_*", "muon"),
+        *(distmuon.Route(f"{name}.weight", "muon") for name in ("picture", "router", "gauge", "spread")),
     )

@@ -38,7 +38,7 @@ class Branched(nn.Module):
 
 def _made(group: dist.ProcessGroup, **options: Any) -> tuple[Branched, Any, Tensor]:
     model = Branched()
-    given = {"lr": 0.05, "bucket_mb": 0.0505, **options}
+    given = {"lr": 0.05, "bucket_mb": 0.0505, "routes": [distmuon.Route("*weight", "muon")], **options}
     inputs = torch.randn(4, 24, generator=torch.Generator().manual_seed(dist.get_rank(group)))
     return model, distmuon.DistMuon(model, process_group=group, **given), inputs
 

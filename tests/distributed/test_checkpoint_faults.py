@@ -541,8 +541,9 @@ def test_another_model_is_refused_by_name(two: tuple[Path, list[str]]) -> None:
         ([*_small()[0], nn.Linear(4, 3)], r"model\.5\.weight has shape None, not \(3, 4\)"),
     ):
         model = nn.Sequential(*layers)
+        routes = [distmuon.Route("4.weight", "adamw")] if len(layers) > 5 else None  # no longer the last
         with pytest.raises(ValueError, match=match):
-            distmuon.load_checkpoint(folder, model, distmuon.DistMuon(model))
+            distmuon.load_checkpoint(folder, model, distmuon.DistMuon(model, routes=routes))
 
 
 # -------------------------------------------------------------------------------- what all ranks compare

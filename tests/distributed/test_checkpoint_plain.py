@@ -22,7 +22,10 @@ from distmuon.interchange import from_torch_optim, to_torch_optim
 from tests.standing import Standing, routes
 from tests.training import Weights, assert_equals_reference, digest, make, state_tensors, train, weights
 
-OPTIONS: dict[str, Any] = {"lr": 0.02, "adamw_lr": 0.005, "weight_decay": 0.1, "ns_dtype": torch.float32}
+OPTIONS: dict[str, Any] = {
+    "lr": 0.02, "adamw_lr": 0.005, "weight_decay": 0.1, "ns_dtype": torch.float32,
+    "routes": [distmuon.Route("[123].weight", "muon")],
+}  # fmt: skip
 
 
 def _model() -> nn.Module:

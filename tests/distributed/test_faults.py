@@ -260,7 +260,8 @@ def test_no_muon_parameter_raises_and_names_the_deliberate_way() -> None:
         distmuon.DistMuon(vectors)
     assert "fewer than 2 dimensions" in str(raised.value), "the reason of each parameter"
     with pytest.raises(ValueError, match="updated by Muon"):
-        distmuon.DistMuon(Standing(), routes=[distmuon.Route("*", "adamw")])
+        distmuon.DistMuon(Standing(), routes=[distmuon.Route("*weight", "adamw"), distmuon.Route("experts*", "adamw")])
+    assert len(distmuon.DistMuon(Standing(), routes=[distmuon.Route("*", "adamw")]).param_groups) == 1, "on purpose"
     with pytest.raises(ValueError, match=r"no.* trainable parameter"):
         distmuon.DistMuon(nn.Linear(3, 3).requires_grad_(False))
 
@@ -679,7 +680,8 @@ def _unusual_loss(model: nn.Module, seed: int) -> Tensor:
 
 
 def _train_unusual(group: dist.ProcessGroup) -> Weights:
-    model, optimizer = make(group, Unusual(), routes=[distmuon.Route("transposed", "muon")], bucket_mb=1e-4)
+    routes = [distmuon.Route("transposed", "muon"), distmuon.Route("kernel.weight", "muon")]
+    model, optimizer = make(group, Unusual(), routes=routes, bucket_mb=1e-4)
     for step in range(3):
         _unusual_loss(model, 10 * step + dist.get_rank(group)).backward()
         optimizer.step()

@@ -37,7 +37,8 @@ from tests.training import (
 def _small(**options: Any) -> tuple[nn.Module, distmuon.DistMuon]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-    return model, distmuon.DistMuon(model, lr=0.02, adamw_lr=0.005, ns_dtype=torch.float32, **options)
+    given = {"lr": 0.02, "adamw_lr": 0.005, "ns_dtype": torch.float32, **options}
+    return model, distmuon.DistMuon(model, routes=[distmuon.Route("*.weight", "muon")], **given)
 
 
 def _small_step(model: nn.Module, optimizer: distmuon.DistMuon) -> Tensor:

@@ -122,7 +122,7 @@ def test_a_head_that_the_model_names_and_peft_wraps_is_a_head() -> None:
 
     reasons = {spec.fqn: spec.reason for spec, _ in route(adapted(Named(), modules_to_save=["scorer"]))}
     (reason,) = [reason for fqn, reason in reasons.items() if fqn.endswith("scorer.modules_to_save.default.weight")]
-    assert reason == "output head"
+    assert reason.startswith("output head")
 
 
 def test_a_dora_convolution_is_decided() -> None:
@@ -238,6 +238,6 @@ def _head_only(group: dist.ProcessGroup) -> dict[str, Tensor]:
 
 
 def test_only_the_head_of_a_frozen_model_is_trained(spawn) -> None:
-    with pytest.raises(ValueError, match=r"head\.weight \(output head\)"):
+    with pytest.raises(ValueError, match=r"head\.weight \(output head: .*\)"):
         distmuon.DistMuon(head_only())
     check_against_oracle(head_only(), spawn(_head_only, 2), dict.fromkeys(["head.weight", "head.bias"], "adamw"))

@@ -33,7 +33,7 @@ def _model() -> nn.Sequential:
 
 def _made(**options: Any) -> tuple[nn.Sequential, distmuon.DistMuon]:
     model = _model()
-    return model, distmuon.DistMuon(model, **options)
+    return model, distmuon.DistMuon(model, **{"routes": [Route("*.weight", "muon")], **options})
 
 
 def _step(model: nn.Module, optimizer: distmuon.DistMuon) -> None:

@@ -15,10 +15,10 @@ import pytest
 
 LIBRARY = Path(__file__).parents[2] / "distmuon"
 FLOORS = {
-    "roll_call": 0,
+    "roll_call": 0, "names": 0,
     "errors": 1, "coefficients": 1, "rules": 1, "formats": 1, "metrics": 1, "collectives": 1, "step_time": 1,
-    "grad_scaler": 1, "boxes": 1, "memory": 1, "placeholder": 1, "archives": 1,
-    "config": 2, "guards": 2, "holdings": 2, "newton_schulz": 2, "agreement": 2, "manifest": 2,
+    "grad_scaler": 1, "boxes": 1, "memory": 1, "placeholder": 1, "archives": 1, "layers": 1,
+    "config": 2, "ends": 2, "guards": 2, "holdings": 2, "newton_schulz": 2, "agreement": 2, "manifest": 2,
     "routing": 3, "ns_kernels": 3, "run_state": 3, "snapshot": 3,
     "packing": 4, "shapes": 4,
     "layout": 5,
@@ -33,7 +33,10 @@ FLOORS = {
 }  # fmt: skip
 GUESTS = {("ns_kernels", "gram_newton_schulz")}  # asked for by name, on one kind of GPU, and checked before use
 FACES = {"integrations", "cli", "__main__"}
-INTEGERS_ONLY = {"boxes", "config", "routing", "packing", "shapes", "layout", "counts", "planner", "step_time"}
+INTEGERS_ONLY = {
+    "boxes", "config", "names", "layers", "ends", "routing", "packing", "shapes", "layout", "counts", "planner",
+    "step_time",
+}  # fmt: skip
 COLLECTIVES = {
     "all_reduce", "all_reduce_coalesced", "reduce", "broadcast", "all_gather", "all_gather_into_tensor",
     "all_gather_single", "all_gather_coalesced", "all_gather_object", "gather", "gather_object", "gather_single",
@@ -133,7 +136,7 @@ def talks_to_ranks(room: str, source: str) -> list[str]:
 
 
 def allocates(room: str, source: str) -> list[str]:
-    """Law (b): config, routing, packing, layout and planner make no tensor and know no process group."""
+    """Law (b): config, routing and its rooms, packing, layout and planner make no tensor and know no process group."""
     if room not in INTEGERS_ONLY:
         return []
     breaches = [
