@@ -140,12 +140,11 @@ def _by_number(states: Mapping[Any, Mapping[str, Any]], keys: Sequence[Any]) -> 
 def _check_state(buffers: Buffers, index: int, state: Mapping[str, Any]) -> None:
     """Raise for a state that has not all and only what its parameter's rule needs, in tensors of its shape.
 
-    A muon parameter's ``step`` may be there or not, whatever `momentum_dtype` was when it was saved.
+    A momentum's ``step`` may be there or not, whatever `momentum_dtype` was when it was saved.
     """
-    spec = buffers.layout.specs[index]
-    optional = {"master", "step"} if spec.rule == "muon" else {"master"}
-    needed = set(_keys(buffers, index)) - optional
-    if state.keys() - optional not in (set(), needed):
+    spec, needed = buffers.layout.specs[index], set(_keys(buffers, index))
+    optional = {"step"} if "momentum_buffer" in state else set()
+    if state.keys() - {"master"} - optional not in (set(), needed - optional):
         raise problem(
             spec.fqn, f"its state has {sorted(state)}, not {sorted(needed)}",
             "the state of the same rule is needed", "make the optimizer with the routes it was saved with",

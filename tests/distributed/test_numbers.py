@@ -236,6 +236,10 @@ def _without_steps(group: dist.ProcessGroup, dtype: torch.dtype) -> bool:
     assert not any(
         "step" in entry for entry in plain_optimizer.full_state_dict()["state"].values() if "momentum_buffer" in entry
     )
+    for other in (optimizer, plain_optimizer):  # a count alone is no state: momentum would begin at zero, in silence
+        alone = {n: {"step": e["step"]} for n, e in state["state"].items() if "momentum_buffer" in e}
+        with pytest.raises(ValueError, match=r"its state has \['step'\]"):
+            other.load_state_dict({**state, "state": alone})
     for entry in muon:
         del entry["step"]
     optimizer.load_state_dict(state)
