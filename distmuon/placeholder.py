@@ -20,13 +20,22 @@ from torch import Tensor, nn
 from distmuon.errors import problem
 
 _aten = torch.ops.aten
-_KNOWN = ("shape", "dtype", "device", "layout", "ndim", "is_sparse", "is_cuda", "is_cpu", "requires_grad", "grad_fn")
+_KNOWN = (
+    *("shape", "dtype", "device", "layout", "ndim", "nbytes", "itemsize", "requires_grad", "grad_fn", "grad", "is_leaf"),
+    *("is_cuda", "is_cpu", "is_xpu", "is_mps", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested"),
+    *("is_mkldnn", "_version"),
+)
 _ALLOWED = {getattr(Tensor, name).__get__ for name in _KNOWN} | {
     Tensor.size,
     Tensor.dim,
     Tensor.numel,
     Tensor.nelement,
     Tensor.element_size,
+    Tensor.stride,
+    Tensor.storage_offset,
+    Tensor.is_contiguous,
+    Tensor.get_device,
+    Tensor.is_inference,
     Tensor.is_floating_point,
     Tensor.is_complex,
     Tensor.requires_grad_,

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import distmuon
 from distmuon import collectives
+from distmuon.placeholder import InReduction
 from tests.training import digest, state_tensors, weights
 
 WARM_UP, TOLERANCE = 100, 1.01
@@ -85,8 +86,9 @@ def _read(step: int, model: nn.Module, optimizer: Any) -> Reading:
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # free pages that the allocator keeps are not held by anybody
     objects = gc.get_objects()
-    # By type: isinstance asks deprecated objects for their class. FakeTensors, which compilers leave, have no memory.
-    found = [t for t in objects if issubclass(type(t), Tensor) and not issubclass(type(t), FakeTensor)]
+    # By type: isinstance asks deprecated objects for their class. FakeTensors, which compilers leave, and what
+    # stands in param.grad have no memory.
+    found = [t for t in objects if issubclass(type(t), Tensor) and not issubclass(type(t), FakeTensor | InReduction)]
     storages = [t.untyped_storage() for t in found if t.layout == torch.strided]
     held = {storage.data_ptr(): storage.nbytes() for storage in storages}
     pages = int(Path("/proc/self/statm").read_text().split()[1])
