@@ -21,9 +21,10 @@ from distmuon.errors import problem
 
 _aten = torch.ops.aten
 _KNOWN = (
-    *("shape", "dtype", "device", "layout", "ndim", "nbytes", "itemsize", "requires_grad", "grad_fn", "grad", "is_leaf"),
+    *("shape", "dtype", "device", "layout", "ndim", "nbytes", "itemsize"),
+    *("requires_grad", "grad_fn", "grad", "is_leaf", "_version"),
     *("is_cuda", "is_cpu", "is_xpu", "is_mps", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_nested"),
-    *("is_mkldnn", "_version"),
+    *("is_mkldnn",),
 )
 _ALLOWED = {getattr(Tensor, name).__get__ for name in _KNOWN} | {
     Tensor.size,
