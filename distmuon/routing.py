@@ -187,7 +187,7 @@ def _with_muon(routed: Routed, routes: Sequence[Route] | str | None) -> Routed:
         cure = 'say routes="adamw" to use AdamW on purpose'
         heads = [spec.fqn for spec, _ in routed if spec.reason.startswith(("output head", "input"))]
         if heads:
-            cure += f", or give Muon a matrix: routes=[distmuon.Route({escape(heads[-1])!r}, \"muon\")]"
+            cure += f', or give Muon a matrix: routes=[distmuon.Route({escape(heads[-1])!r}, "muon")]'
         raise problem(
             "params", f"none of {len(routed)} trainable parameters is updated by Muon",
             f"at least one matrix is needed, found {reasons}", cure,

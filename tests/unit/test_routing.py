@@ -474,6 +474,7 @@ def test_a_head_behind_a_wrapper_is_a_head() -> None:
             self.module = module
 
     assert heads(net(lm_head=Wrapped(nn.Linear(32, 9)), layers=blocks())) == {"lm_head.module.weight"}
+    assert heads(nn.Sequential(Wrapped(nn.Linear(32, 64)), Wrapped(nn.Linear(64, 32)))) == {"1.module.weight"}
     copies = net(original_module=nn.Linear(32, 9), modules_to_save=nn.ModuleDict({"default": nn.Linear(32, 9)}))
     copies.original_module.requires_grad_(False)
     assert heads(net(classifier=copies, layers=blocks())) == {"classifier.modules_to_save.default.weight"}
