@@ -367,7 +367,7 @@ class DataParallelGroup:
         place = Place(what, "", self.step)
         self.roll.stand(str(place))
         try:
-            return self.roll.meet(f"{what} {self.number}", self._optimizers.started, limit_s, warning)
+            return self.roll.meet(what, self._optimizers.started, limit_s, warning)
         except RuntimeError as error:
             raise self.lost(place, error) from error
         finally:

@@ -110,6 +110,7 @@ class TrainerFace(torch.optim.Optimizer):
         """The whole state by torch.optim's numbers where `keep`. Collective, in `what`."""
         assert self._conductor is not None
         self._meet(what, limit_s)
+        self.group.gather_objects(None, stage="state_dict")  # all came, and must ask for the same optimizer's
         full = checkpoint.gather_full_state(self.at_rest().buffers, self.group, keep)
         return checkpoint.numbered(self._conductor.buffers, self.param_groups, full)
 

@@ -512,7 +512,7 @@ def _two_optimizers(group: dist.ProcessGroup, swapped: str) -> str:
     [
         ("from the first on", "built in one order"),
         ("step", r"\[0\] asked for optimizer \d+, comparison of the plans; \[1\]"),
-        ("state_dict", r"\[0\] asked for optimizer \d+, reductions under way; \[1\]"),
+        ("state_dict", r"\[0\] asked for optimizer \d+, state_dict; \[1\]"),
     ],
 )
 def test_optimizers_used_in_another_order_are_told_apart(spawn_raises, swapped: str, match: str) -> None:
