@@ -239,6 +239,20 @@ class TrainerFace(torch.optim.Optimizer):
         """
         self._sync = requires
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "layout"):
+            raise guards.late_group()
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def unscale_grads(self, inverse_scale: Tensor) -> Tensor:
+        """For `distmuon.GradScaler`: reduce, undo the loss scale, clip. 1.0 if any rank's gradient was not finite."""
+        self._reduce()
+        found_inf = self._built().unscale(inverse_scale)
+        if self.options.max_grad_norm is not None:
+            self.clip_grad_norm_(self.options.max_grad_norm)
+        return found_inf
+
     @property
     def keeps_grads(self) -> bool:
         """Whether `param.grad` stays where autograd put it, as with torch's own optimizers: somebody else averages, or
