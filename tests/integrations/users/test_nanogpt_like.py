@@ -146,7 +146,7 @@ def _train(group: dist.ProcessGroup, way: str, folder: str, until: int, resume: 
         for micro in range(ACCUMULATE):
             last = micro == ACCUMULATE - 1
             with model.no_sync() if "no_sync" in way and not last else nullcontext():
-                if external:
+                if is_ddp and "no_sync" not in way:
                     model.require_backward_grad_sync = last
                 elif not is_ddp:
                     optimizer.set_requires_gradient_sync(last)
@@ -190,8 +190,8 @@ def plain() -> tuple[Weights, dict[int, float]]:
 
 slow = pytest.mark.slow
 WAYS = [
-    "external", "external, views", "reduce", "silenced, no_sync", "silenced, no_sync, views", "reduce, compiled",
-    pytest.param("external, compiled", marks=slow),
+    "external", "external, views", "reduce", "silenced", "silenced, no_sync", "silenced, no_sync, views",
+    "reduce, compiled", pytest.param("external, compiled", marks=slow),
 ]  # fmt: skip
 
 
