@@ -13,7 +13,8 @@ the buffers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -39,11 +40,12 @@ class LocalState:
             for piece in sorted(bucket.muon + bucket.adamw, key=lambda piece: piece.segment.param_offset):
                 self._homes[piece.segment.param].append((bucket, piece))
         self._shown = [self._entry(index) for index in range(len(buffers.params))]
+        self._tensors = [tensor for entry in self._shown for tensor in entry.values()]
+        self._placed: list[dict[str, Any]] = []  # the dicts that stand in `optimizer.state`
 
     def show(self, state: MutableMapping[Any, Any]) -> None:
         """Put all entries into `state`, beside what stands there."""
-        for param, entry in zip(self._buffers.params, self._shown):
-            state[param] = {**entry, **_extra(state.get(param), entry)}
+        self._put(state, self.extra_of(state))
 
     def extra_of(self, state: Mapping[Any, Any]) -> list[dict[str, Any]]:
         """By parameter, what users have put into its entry of `state`."""
@@ -51,16 +53,20 @@ class LocalState:
 
     def load_extra(self, state: MutableMapping[Any, Any], of_param: Mapping[int, Mapping[str, Any]]) -> None:
         """Put `of_param`, by parameter, in the place of what users have put into the entries of `state`."""
-        for index, (param, entry) in enumerate(zip(self._buffers.params, self._shown)):
-            extra = {k: v.to(param.device) if isinstance(v, Tensor) else v for k, v in of_param.get(index, {}).items()}
-            state[param] = {**entry, **extra}
+        extras = [of_param.get(index, {}) for index in range(len(self._shown))]
+        device = self._buffers.device
+        self._put(
+            state, [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in extra.items()} for extra in extras]
+        )
 
     def take_back(self, state: MutableMapping[Any, Any]) -> None:
         """Write into the buffers what stands in `state` instead of their views; see the note above.
 
-        Raises, before anything is written, for what does not fit. Costs two comparisons a parameter where all is as it
-        was.
+        Raises, before anything is written, for what does not fit. Every step asks, so where all is as it was nothing
+        but pointers is compared, without a hash of any parameter.
         """
+        if self._is_as_placed(state):
+            return
         changed = [index for index, entry in enumerate(self._shown) if not self._is_shown(index, entry, state)]
         given = {index: self._given(index, state.get(self._buffers.params[index])) for index in changed}
         for index, own in given.items():
@@ -70,6 +76,17 @@ class LocalState:
                 self._write(index, own)
         if changed:
             self.show(state)
+
+    def _put(self, state: MutableMapping[Any, Any], extras: Sequence[Mapping[str, Any]]) -> None:
+        self._placed = [{**entry, **extra} for entry, extra in zip(self._shown, extras)]
+        state.update(zip(self._buffers.params, self._placed))
+
+    def _is_as_placed(self, state: Mapping[Any, Any]) -> bool:
+        """May say no where users have added something, or in another order."""
+        if len(state) < len(self._placed) or not all(map(is_, state.values(), self._placed)):
+            return False
+        values = chain.from_iterable(map(dict.values, self._placed))
+        return sum(map(len, self._placed)) == len(self._tensors) and all(map(is_, values, self._tensors))
 
     def _is_shown(self, index: int, entry: dict[str, Any], state: Mapping[Any, Any]) -> bool:
         given = state.get(self._buffers.params[index])

@@ -19,7 +19,7 @@ from torch import nn
 
 import distmuon
 from distmuon import roll_call, trainer_face
-from distmuon.hooks import _own_storages
+from distmuon.hooks import _over_own_storage
 from tests.standing import Standing, loss_fn, make_batch
 from tests.training import backward, digest, make, state_tensors, train, weights
 
@@ -278,20 +278,14 @@ def test_a_state_dict_asks_for_no_exchange_by_dlpack(monkeypatch: pytest.MonkeyP
 
 
 def test_a_storage_of_its_own_keeps_the_order_of_dimensions_and_the_memory() -> None:
-    """Weights in channels_last fill one run of memory as well; what does not is left as it is."""
-    module = nn.Module()
+    """Weights in channels_last fill one run of memory as well."""
     whole = torch.arange(240.0)
     last = whole[24:144].view(2, 5, 4, 3).permute(0, 3, 1, 2)
-    gaps = whole[::2]
-    module.last, module.gaps = nn.Parameter(last), nn.Parameter(gaps)
-    state: dict[str, Any] = {"last": last.detach(), "gaps": gaps}
-    _own_storages(module, state, "", None)
-    own = state["last"]
+    own = _over_own_storage(last)
     assert own.untyped_storage().nbytes() == last.nbytes and own.stride() == last.stride()
     assert own.data_ptr() == last.data_ptr() and own.is_contiguous(memory_format=torch.channels_last)
-    assert state["gaps"] is gaps
     whole.add_(1)
-    del whole, last, gaps, module, state
+    del whole, last
     assert own[0, 0, 0, 0] == 25 and own[1, 2, 4, 3] == 144  # the memory lives on
 
 
