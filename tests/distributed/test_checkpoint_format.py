@@ -42,9 +42,8 @@ class _Tiny(nn.Module):
 
 def _make(group: dist.ProcessGroup) -> tuple[Any, Any, Any]:
     model = _Tiny().bfloat16()
-    optimizer = distmuon.DistMuon(
-        model, lr=0.01, process_group=group, routes=[distmuon.Route("experts_*", "muon")], bucket_mb=0.0001
-    )
+    routes = [distmuon.Route(name, "muon") for name in ("experts_*", "out.weight")]  # rules of then, whatever is now
+    optimizer = distmuon.DistMuon(model, lr=0.01, process_group=group, routes=routes, bucket_mb=0.0001)
     return model, optimizer, LambdaLR(optimizer, lambda step: 0.5**step)
 
 
