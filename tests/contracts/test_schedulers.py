@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import distmuon
 from tests.contracts.differences import differs
-from tests.contracts.inputs import Given, assert_equal, copies, groups, make, train
+from tests.contracts.inputs import Given, assert_equal, copies, groups, make, named, train
 
 LRS = (0.5, 0.03125)
 EPOCHS = 24
@@ -58,11 +58,6 @@ class Case:
 
 def _each(optimizer: Optimizer, factor: float) -> list[float]:
     return [float(group["lr"]) * factor for group in optimizer.param_groups]
-
-
-def _some(optimizer: Optimizer, values: list[Any]) -> list[Any]:
-    """As many of `values` as there are groups."""
-    return values[: len(optimizer.param_groups)]
 
 
 def _half(epoch: int) -> float:
@@ -113,11 +108,9 @@ def _four_chained(o: Optimizer) -> LRScheduler:
 
 CASES: dict[str, Case] = {
     "LambdaLR": Case(lambda o: [lrs.LambdaLR(o, _half)]),
-    "LambdaLR, one each": Case(lambda o: [lrs.LambdaLR(o, _some(o, [_half, Decay(0.8)]))]),
+    "LambdaLR, one each": Case(lambda o: [lrs.LambdaLR(o, [_half, Decay(0.8)])]),
     "MultiplicativeLR": Case(lambda o: [lrs.MultiplicativeLR(o, _nine_tenths)]),
-    "MultiplicativeLR, one each": Case(
-        lambda o: [lrs.MultiplicativeLR(o, _some(o, [_nine_tenths, Decay(0.99)]))], by_night=True
-    ),
+    "MultiplicativeLR, one each": Case(lambda o: [lrs.MultiplicativeLR(o, [_nine_tenths, Decay(0.99)])], by_night=True),
     "StepLR": Case(lambda o: [lrs.StepLR(o, 3)]),
     "StepLR, every step": Case(lambda o: [lrs.StepLR(o, 1, gamma=0.9)], by_night=True),
     "MultiStepLR": Case(lambda o: [lrs.MultiStepLR(o, [2, 5, 9])]),
@@ -145,7 +138,7 @@ CASES: dict[str, Case] = {
         by_night=True,
     ),
     "ReduceLROnPlateau, cooldown": Case(
-        lambda o: [lrs.ReduceLROnPlateau(o, factor=0.5, patience=0, cooldown=3, min_lr=_some(o, [0.1, 0.01]))],
+        lambda o: [lrs.ReduceLROnPlateau(o, factor=0.5, patience=0, cooldown=3, min_lr=[0.1, 0.01])],
         _metric,
     ),
     "CyclicLR": Case(lambda o: [lrs.CyclicLR(o, _each(o, 0.1), _each(o, 1.0), 4, cycle_momentum=False)]),
@@ -167,9 +160,7 @@ CASES: dict[str, Case] = {
         cycles_momentum=True,
     ),
     "CyclicLR, momentum of each": Case(
-        lambda o: [
-            lrs.CyclicLR(o, 0.01, 0.1, 3, base_momentum=_some(o, [0.7, 0.8]), max_momentum=_some(o, [0.9, 0.95]))
-        ],
+        lambda o: [lrs.CyclicLR(o, 0.01, 0.1, 3, base_momentum=[0.7, 0.8], max_momentum=[0.9, 0.95])],
         cycles_momentum=True,
         by_night=True,
     ),
@@ -178,7 +169,7 @@ CASES: dict[str, Case] = {
         lambda o: [lrs.OneCycleLR(o, 0.3, epochs=5, steps_per_epoch=6, anneal_strategy="linear", cycle_momentum=False)]
     ),
     "OneCycleLR, three phases": Case(
-        lambda o: [lrs.OneCycleLR(o, _each(o, 2.0), EPOCHS + 1, three_phase=True, base_momentum=_some(o, [0.8, 0.7]))],
+        lambda o: [lrs.OneCycleLR(o, _each(o, 2.0), EPOCHS + 1, three_phase=True, base_momentum=[0.8, 0.7])],
         cycles_momentum=True,
         by_night=True,
     ),
@@ -189,7 +180,7 @@ CASES: dict[str, Case] = {
     "ChainedScheduler of four": Case(lambda o: [_four_chained(o)], by_night=True),
     "SWALR": Case(lambda o: [swa_utils.SWALR(o, 0.01, anneal_epochs=6)]),
     "SWALR, linear, of each": Case(
-        lambda o: [swa_utils.SWALR(o, _some(o, [0.2, 0.01]), anneal_epochs=9, anneal_strategy="linear")], by_night=True
+        lambda o: [swa_utils.SWALR(o, [0.2, 0.01], anneal_epochs=9, anneal_strategy="linear")], by_night=True
     ),
     "SWALR, at once": Case(lambda o: [swa_utils.SWALR(o, 0.01, anneal_epochs=0)], by_night=True),
     "two side by side": Case(lambda o: [lrs.StepLR(o, 5, 0.5), lrs.ExponentialLR(o, 0.95)]),
@@ -278,8 +269,11 @@ def test_an_lr_in_a_tensor_is_led_alike(case: Case) -> None:
 def test_weights_follow_as_under_adamw(case: Case) -> None:
     """Values and weights of an AdamW optimizer are torch.optim.AdamW's, also where momentum is cycled in beta1."""
     params, twins = Given(SHAPES).params(), Given(SHAPES).params()
-    ours = make(params, only_adamw=True, lr=LRS[1])
-    theirs = torch.optim.AdamW(twins, lr=LRS[1], betas=(0.9, 0.95), weight_decay=0.1)
+    ours = distmuon.DistMuon(
+        [{"params": [pair], "rule": "adamw", "lr": lr} for pair, lr in zip(named(params), LRS, strict=True)]
+    )
+    given = [{"params": [twin], "lr": lr} for twin, lr in zip(twins, LRS, strict=True)]
+    theirs = torch.optim.AdamW(given, betas=(0.9, 0.95), weight_decay=0.1)
     _compare(case, (params, ours), (twins, theirs))
     for one, other in zip(copies(params), copies(twins)):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -505,7 +499,7 @@ def test_momentum_may_be_any_number(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["CyclicLR", "OneCycleLR"])
 @differs(
-    instead='with routes="adamw" as in torch; beside Muon the cycle leads "momentum", which AdamW does not use',
+    instead='without Muon as in torch; beside Muon the cycle leads "momentum", which AdamW does not use',
     reason="torch's schedulers choose between momentum and beta1 for all groups at once",
     match=r"beta1 stays",
     raises=AssertionError,

@@ -373,24 +373,40 @@ def test_one_rank_may_ask_for_a_consolidated_state(spawn: Any) -> None:
     assert nothing is None and all(state["state"].values())
 
 
-@differs(
-    instead="all ranks keep the state; the argument is not there",
-    reason="whoever asks may be any rank",
-    match=r"TypeError: .*consolidate_state_dict\(\) got an unexpected keyword argument 'to'",
-    raises=WorkerError,
-)
-def test_consolidation_names_a_rank(spawn: Any) -> None:
-    """`consolidate_state_dict(to=rank)` gathers the state on that rank."""
-    spawn(_consolidated_to, 2)
-
-
-def _consolidated_to(group: Any) -> None:
+def _consolidated_to(group: Any) -> str:
     model = _model()
     optimizer: Any = _optimizer(model, group)
     _steps(model, optimizer, group, 0, 1)
     optimizer.consolidate_state_dict(to=1)
+    try:
+        return "kept" if all(optimizer.state_dict()["state"].values()) else "empty"
+    except ValueError as error:
+        return str(error)
+
+
+def test_consolidation_names_a_rank(spawn: Any) -> None:
+    """`consolidate_state_dict(to=rank)` gathers the state on that rank; another one that asks is told at once."""
+    elsewhere, kept = spawn(_consolidated_to, 2)
+    assert kept == "kept" and "consolidated on rank 1 alone" in elsewhere
+
+
+def _unconsolidated(group: Any) -> str:
+    model = _model()
+    optimizer: Any = _optimizer(model, group)
+    _steps(model, optimizer, group, 0, 1)
     if dist.get_rank(group) == 1:
-        assert optimizer.state_dict()["state"]
+        return ""
+    try:
+        return str(optimizer.state_dict())
+    except ValueError as error:
+        return str(error)
+
+
+@night
+def test_one_rank_alone_is_told(spawn: Any) -> None:
+    """A rank that asks for the state, though nothing was consolidated, gets an error that says what to call."""
+    alone, _ = spawn(_unconsolidated, 2)
+    assert "consolidate_state_dict() on all ranks" in alone
 
 
 def _resumed(group: Any, state: dict[str, Any], weights: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
