@@ -143,9 +143,10 @@ def test_a_sharpness_aware_loop_that_looks_for_reduced_gradients_raises(spawn_ra
     spawn_raises(_sam, RANKS, way="reduce", match='in the reduction over the ranks.*grad_reduction="external"')
 
 
-def test_weights_put_back_as_other_tensors_raise_with_the_way_to_write_them(spawn_raises) -> None:
+@pytest.mark.parametrize("way", ["external", "local"])
+def test_weights_put_back_as_other_tensors_raise_with_the_way_to_write_them(spawn_raises, way: str) -> None:
     """`param.data = before` is how the best known such class does it; `copy_` is what the test above does."""
-    for message in spawn_raises(_sam, RANKS, way="external", back="data", match="its storage changed"):
+    for message in spawn_raises(_sam, RANKS, way=way, back="data", match="its storage changed"):
         assert "param.data.copy_" in message
 
 
@@ -290,7 +291,7 @@ def _taught_plain() -> dict[str, Weights]:
     ("way", "where", "swap"),
     [
         ("reduce", "loop", ""), ("external", "loop", ""), ("reduce", "hook", ""), ("external", "hook", ""),
-        ("reduce", "loop", "all"), ("reduce", "loop", "rank 0"),
+        ("reduce", "loop", "all"), ("reduce", "loop", "rank 0"), ("external", "loop", "all"),
     ],
 )  # fmt: skip
 def test_a_teacher_and_an_average_follow_the_weights_of_each_step(spawn, way: str, where: str, swap: str) -> None:
