@@ -184,7 +184,7 @@ def _elsewhere(group: dist.ProcessGroup, call: str) -> tuple[str, str, float]:
 def test_ranks_at_different_collectives_are_told_where_the_others_stood(spawn, call: str) -> None:
     """`state_dict` waits in the store, `verify_parameters` in a collective of another kind."""
     results = spawn(_elsewhere, 4, call=call)
-    stage = {"state_dict": "state_dict", "verify_parameters": "comparison of the plans"}[call]
+    stage = {"state_dict": "state_dict", "verify_parameters": "reductions under way"}[call]
     step, state = r"reduce_scatter of bucket 0 \(.+\), step 2", f"{stage}, step 2"
     for rank, (message, *_) in enumerate(results[:2]):
         assert re.match(rf"LostRanks: rank {rank} at {step}: rank 2 stood at {state}, .*waited here, too", message), (
