@@ -263,6 +263,7 @@ def _on_a_subgroup(group: Any) -> dict[str, Tensor]:
     return _steps(model, _adamw(model, group), group)
 
 
+@night
 def test_a_group_other_than_the_default(spawn: Any) -> None:
     """A process group that does not begin at global rank 0 trains alike."""
     ours = spawn(_on_a_subgroup, 2, first_rank=2)
@@ -466,6 +467,7 @@ def _to_others(group: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return optimizer.state_dict(), weights
 
 
+@night
 def test_a_state_loads_at_another_number_of_ranks(spawn: Any) -> None:
     """A state consolidated from two ranks loads on one and on three, bit for bit."""
     state, weights = spawn(_to_others, 2)[0]
