@@ -394,8 +394,9 @@ def _asked_apart(asks: list[tuple[int, str, int, str]]) -> ValueError:
 
 def _timeout_of(process_group: dist.ProcessGroup) -> timedelta:
     """How long collectives of this group wait."""
-    options: Any = [process_group._get_backend(device).options for device in process_group._device_types]
-    timeout: timedelta = max(each._timeout for each in options)
+    backends = [process_group._get_backend(device) for device in process_group._device_types]
+    options: list[Any] = [backend.options for backend in backends if hasattr(backend, "options")]
+    timeout: timedelta = max((each._timeout for each in options), default=c10d.default_pg_timeout)
     return timeout
 
 
