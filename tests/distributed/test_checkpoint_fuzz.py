@@ -114,7 +114,7 @@ def _load_changed(run: Run, source: Path, change: Callable[[Path], None]) -> str
     try:
         run.load(path)
     except ValueError as error:
-        named = (str(path), "param_groups[", "ns_", "load_state_dict: ", *dict(run.model.named_parameters()))
+        named = (str(path), "param_groups[", "ns_", "load_state_dict: ", *run.model.state_dict())
         assert any(name in str(error) for name in named), error
         assert run.bits() == before, f"half loaded before: {error}"
         return str(error)
@@ -432,10 +432,11 @@ def _of_file(name: str, edit: Callable[[bytes], bytes]) -> Callable[[Path], None
 
 
 def _peak(action: Callable[[], Any]) -> tuple[Any, int, float]:
+    """(what it returned, most bytes that Python held meanwhile, seconds of this process: others may be busy)."""
     tracemalloc.start()
-    began = time.monotonic()
+    began = time.process_time()
     try:
-        return action(), tracemalloc.get_traced_memory()[1], time.monotonic() - began
+        return action(), tracemalloc.get_traced_memory()[1], time.process_time() - began
     finally:
         tracemalloc.stop()
 
