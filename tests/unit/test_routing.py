@@ -371,6 +371,18 @@ class Patches(nn.Module):
         self.blocks = blocks()
 
 
+class NamesItsHead(nn.Module):
+    """What the head is put upon holds a projector that was registered after its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = net(layers=blocks(), projector=nn.Linear(32, 32))
+        self.lm_head, self.score = nn.Linear(32, 99), nn.Linear(32, 12)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
 HEADS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "only blocks": (lambda: blocks(3), set()),
     "only blocks in a Sequential": (lambda: nn.Sequential(Block(), Block()), set()),
@@ -430,6 +442,7 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         lambda: net(vision=blocks(), text=blocks(), multi_modal_projector=mlp(32, 64), lm_head=nn.Linear(32, 99)),
         {"lm_head.weight"},
     ),
+    "head named by the model": (NamesItsHead, {"lm_head.weight", "score.weight"}),
     "no blocks": (lambda: mlp(32, 64, 64, 32), {"2.weight"}),
     "no blocks, list": (lambda: net(layers=nn.ModuleList(mlp(32, 64, 48))), {"layers.1.weight"}),
     "no blocks, two heads": (
