@@ -257,7 +257,7 @@ class _Mixed(nn.Module):
 def _mixed(group: dist.ProcessGroup, folder: str, save: bool) -> dict[str, Tensor]:
     torch.manual_seed(5 if save else 6)
     model = _Mixed()
-    optimizer = distmuon.DistMuon(model, process_group=group)
+    optimizer = distmuon.DistMuon(model, process_group=group, routes=[distmuon.Route("out.weight", "muon")])
     model(torch.randn(4, 6)).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
