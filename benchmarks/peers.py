@@ -208,6 +208,7 @@ def all_peers() -> Iterator[Peer]:
 
     mine, ns = "distmuon.walk:orthogonalize", ("torch.optim._muon:_zeropower_via_newtonschulz",)
     yield Peer(name="distmuon", make=ours(), counted=(mine,))
+    yield Peer(name="distmuon, gathers under the forward", make=ours(overlap="forward"), counted=(mine,))
     yield Peer(name="distmuon, no overlap", make=ours(overlap=False), counted=(mine,))
     yield Peer(name="distmuon, updates travel", make=ours(param_gather="updates"), counted=(mine,),
                note="bfloat16 polar factors are gathered in place of float32 parameters")  # fmt: skip
