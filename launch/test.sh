@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 # DeepSpeed's operators are built when first used, not at installation.
 export DS_BUILD_OPS=0
-install_extras recipes,accelerate,fabric,deepspeed,peft,dev
+install_extras recipes,accelerate,fabric,lightning,deepspeed,peft,dev
 
 stage "ruff"
 python -m ruff check .
