@@ -90,10 +90,14 @@ def _split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def entries_beside(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
-    """The entries of a state that belong to no parameter: a user's own, under keys of another kind than parameters'."""
+    """The entries of a state that belong to no parameter: a user's own, under keys of another kind than parameters'.
+
+    What holds momentum or moments is a parameter's, whatever its key: JSON makes texts of the numbers.
+    """
     keys = {key for group in state_dict["param_groups"] for key in group["params"]}
     kinds = (int, str) if any(isinstance(key, str) for key in keys) else (int,)
-    return {k: v for k, v in state_dict["state"].items() if k not in keys and not isinstance(k, kinds)}
+    others = {k: v for k, v in state_dict["state"].items() if k not in keys and not isinstance(k, kinds)}
+    return {key: v for key, v in others.items() if not (isinstance(v, Mapping) and v.keys() & _KEPT)}
 
 
 def _own(state_dict: Mapping[str, Any]) -> dict[Any, Any]:

@@ -67,7 +67,7 @@ def _late_to(stage: str) -> Callable[[dist.ProcessGroup, int], None]:
     """Training in which the last rank sleeps before `stage` of the second step, longer than the others wait."""
 
     def act(own: dist.ProcessGroup, rank: int) -> None:
-        model, optimizer = make(own)
+        model, optimizer = make(own, overlap="forward")  # all-gathers after the exchanges: one place to stand
         late = rank == dist.get_world_size(own) - 1
         train(own, model, optimizer, [0])
         _limit(own)

@@ -238,9 +238,8 @@ def test_what_offers_no_memory_is_left_and_named_once(spawn, tmp_path: Path, kin
     """A frozen quantised weight under two ranks was told as a lost rank; at one rank it could not be saved."""
     (kept, on_0), (other_kept, on_1) = spawn(_left, 2, kind=kind, folder=str(tmp_path), timeout=30)
     assert kept and other_kept and not on_1
-    assert [line.partition(";")[0] for line in on_0] == [
-        "not sent from rank 0 to the others: base", "not saved: base"
-    ]  # fmt: skip
+    not_saved = ["not saved: base"] if kind != "windows" else []  # what overlaps can be read, and written alike
+    assert [line.partition(";")[0] for line in on_0] == ["not sent from rank 0 to the others: base", *not_saved]
 
 
 KEPT = ["coo", "csr", "expanded", "subclass", "transposed"]
