@@ -442,6 +442,14 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         lambda: net(vision=blocks(), text=blocks(), multi_modal_projector=mlp(32, 64), lm_head=nn.Linear(32, 99)),
         {"lm_head.weight"},
     ),
+    "branches that are joined": (
+        lambda: net(path_1=Mlp(32, 64, 24), path_2=Mlp(32, 64, 24), out=nn.Linear(48, 9)),
+        {"out.weight"},
+    ),
+    "a stem in a list, and a trunk outside": (
+        lambda: net(stem=nn.ModuleList([Mlp(32, 64, 32)]), a=nn.Linear(32, 48), b=nn.Linear(48, 64), c=nn.Linear(64, 9)),
+        {"c.weight"},
+    ),
     "head named by the model": (NamesItsHead, {"lm_head.weight", "score.weight"}),
     "no blocks": (lambda: mlp(32, 64, 64, 32), {"2.weight"}),
     "no blocks, list": (lambda: net(layers=nn.ModuleList(mlp(32, 64, 48))), {"layers.1.weight"}),
