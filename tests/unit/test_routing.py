@@ -447,7 +447,7 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         {"out.weight"},
     ),
     "a stem in a list, and a trunk outside": (
-        lambda: net(stem=nn.ModuleList([Mlp(32, 64, 32)]), a=nn.Linear(32, 48), b=nn.Linear(48, 64), c=nn.Linear(64, 9)),
+        lambda: net(stem=nn.ModuleList([Mlp(8, 64, 32)]), a=nn.Linear(32, 48), b=nn.Linear(48, 64), c=nn.Linear(64, 9)),
         {"c.weight"},
     ),
     "head named by the model": (NamesItsHead, {"lm_head.weight", "score.weight"}),
