@@ -44,10 +44,11 @@ class LateWork:
         for tensor in written:
             tensor.detach().view(torch.uint8).fill_(255)  # NaN in every floating dtype
 
-    def wait(self) -> None:
-        call, self._call = self._call, None
-        if call is not None:
-            call(*[place.tensor() for place in self._places])
+    def wait(self, timeout: object = None) -> None:
+        """What it raises, it raises again: who waits in steps must not lose it."""
+        if self._call is not None:
+            self._call(*[place.tensor() for place in self._places])
+            self._call = None
 
 
 class _LateDist:

@@ -39,6 +39,7 @@ def loopback_bytes() -> int:
 
 def measure_optimizer(group: dist.ProcessGroup, packing: str) -> tuple[int, dict[str, int]]:
     """(bytes on the wire between two barriers, bytes counted by this rank in between, by stage)."""
+    torch.manual_seed(0)  # gradients by hand before any forward need the same values on all ranks
     model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)])
     optimizer = distmuon.DistMuon(model, process_group=group, packing=packing, ns_steps=1, bucket_mb=4.5)
     counted: dict[str, int] = {}

@@ -255,7 +255,7 @@ def _release_before_it_was_sent(patch: pytest.MonkeyPatch) -> None:
         self._buffers.buckets[bucket].grad_flat.zero_()
         wait(self, bucket)
 
-    patch.setattr(BackwardReducer, "wait", eager)
+    patch.setattr(BackwardReducer, "_wait", eager)
 
 
 BUFFER_FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
