@@ -249,7 +249,7 @@ def _read_before_it_arrived(patch: pytest.MonkeyPatch) -> None:
 
 
 def _release_before_it_was_sent(patch: pytest.MonkeyPatch) -> None:
-    wait = BackwardReducer.wait
+    wait = BackwardReducer._wait
 
     def eager(self: Any, bucket: int) -> None:
         self._buffers.buckets[bucket].grad_flat.zero_()
