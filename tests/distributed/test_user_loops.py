@@ -306,7 +306,7 @@ def _dropped(group: dist.ProcessGroup, way: str) -> tuple[str, str, list[str]]:
 def test_a_gradient_set_to_none_after_backward_is_none(spawn) -> None:
     """It was in the reduction, and was used."""
     for never, none in zip(*(spawn(_dropped, 2, way=way) for way in ("never made", "set to None")), strict=True):
-        assert never[0] == none[0] and never[2] == none[2] == ["branch.bias.step"]
+        assert never[0] == none[0] and never[2] == none[2] and "branch.bias.step" in never[2]
         assert float(never[1]) == pytest.approx(float(none[1]), rel=1e-6)
 
 
