@@ -46,7 +46,7 @@ class GradScaler(torch.amp.GradScaler):
         self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         unscale = getattr(optimizer, "unscale_grads", None)
-        if unscale is None or getattr(optimizer, "keeps_grads", False):
+        if unscale is None:
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         flag: Tensor = unscale(inv_scale)
         return {flag.device: flag}
