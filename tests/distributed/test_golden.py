@@ -1,0 +1,35 @@
+"""No bit and no collective has moved since tests/golden.json was written; `python -m tests.golden --write` does it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.golden import FILE, differences
+
+
+def test_every_kind_of_run_is_as_it_was() -> None:
+    done = subprocess.run([sys.executable, "-m", "tests.golden"], capture_output=True, text=True, timeout=600)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("key", ["weights", "state", "bytes", "calls", "collectives"])
+def test_whatever_moves_is_named(key: str) -> None:
+    wanted = json.loads(FILE.read_text())
+    found = copy.deepcopy(wanted)
+    assert differences(found, wanted) == []
+    found["runs"]["plain, dp 3"][key] = "moved"
+    assert [text.partition(" moved")[0] for text in differences(found, wanted)] == [f"plain, dp 3: {key}"]
+
+
+def test_where_the_arithmetic_differs_traffic_is_still_compared() -> None:
+    wanted = json.loads(FILE.read_text())
+    found = copy.deepcopy(wanted)
+    found["probe"] = "of another processor"
+    found["runs"]["plain, dp 2"].update(weights="moved", collectives="moved")
+    assert len(differences(found, wanted)) == 1
