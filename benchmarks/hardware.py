@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 import distmuon
 from benchmarks.newton_schulz import others
-from distmuon.collectives import DataParallelGroup
-from distmuon.step_time import Hardware
+from distmuon.comm.group import DataParallelGroup
+from distmuon.planning.step_time import Hardware
 
 LAYERS, VOCABULARY, BUCKETS = 4, 4096, 4
 LARGE = 4 << 20  # elements of what is copied or sent: 16 MiB of float32

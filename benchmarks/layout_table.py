@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 
-from distmuon.planner import Plan, plan
-from distmuon.step_time import ORDERS
+from distmuon.planning.plan import Plan, plan
+from distmuon.planning.step_time import ORDERS
 
 LAYOUTS = {
     "gpt2-124m": (2, 4, 8), "llama-1b": (8, 64), "llama-8b": (8, 16, 64), "llama-70b": (8, 64, 256),

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distmuon import formats
+from distmuon.math import codecs as formats
 
 SHAPE, TURN, MU = (256, 512), 40, 0.95
 Rounding = Callable[[Tensor, Tensor], Tensor]  # (new momentum, how many steps before) -> what is left of it

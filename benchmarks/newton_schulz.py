@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz as torch_muon
 
-from distmuon.coefficients import COEFFICIENTS, Triple, resolve
-from distmuon.newton_schulz import form, orthogonalize
+from distmuon.math.coefficients import COEFFICIENTS, Triple, resolve
+from distmuon.math.newton_schulz import form, orthogonalize
 
 JORDAN: Triple = (3.4445, -4.7750, 2.0315)
 STEPS = 5

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distmuon.routing import Routed, route
+from distmuon.layout.routing import Routed, route
 
 Builders = Iterator[tuple[str, Callable[[], nn.Module]]]
 MAPPINGS = {

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import distmuon
 from benchmarks.processes import namespace
 from benchmarks.setting import Setting, make_gradients, make_trainee
-from distmuon.planner import STAGES
+from distmuon.planning.plan import STAGES
 from tests.distributed.loopback import bring_up_loopback, loopback_bytes
 from tests.pool import Pool
 

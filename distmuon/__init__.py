@@ -1,14 +1,14 @@
 """distmuon: the Muon optimizer under ZeRO-1 (arXiv 2502.16982)."""
 
-from distmuon.agreement import shared_fate
-from distmuon.grad_scaler import GradScaler
-from distmuon.loading import load_checkpoint, verify_parameters
+from distmuon.checkpoint.folder import latest_checkpoint
+from distmuon.checkpoint.load import load_checkpoint, verify_parameters
+from distmuon.checkpoint.save import finish_saves, save_checkpoint
+from distmuon.comm.agreement import shared_fate
+from distmuon.comm.lost_ranks import LostRanks
+from distmuon.integrations.grad_scaler import GradScaler
+from distmuon.layout.routing import Route, route
 from distmuon.optimizer import DistMuon
-from distmuon.planner import Plan, plan
-from distmuon.roll_call import LostRanks
-from distmuon.routing import Route, route
-from distmuon.saving import finish_saves, save_checkpoint
-from distmuon.snapshot import latest_checkpoint
+from distmuon.planning.plan import Plan, plan
 
 __version__ = "0.1.0"
 __all__ = [

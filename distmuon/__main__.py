@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from distmuon import cli, doctor
+from distmuon.cli import doctor
+from distmuon.cli import plan as cli
 
 if __name__ == "__main__":
     sys.exit(doctor.main() if sys.argv[1:] == ["doctor"] else cli.main())

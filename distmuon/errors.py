@@ -6,6 +6,8 @@ This module decides only the wording. Whether all ranks raise together is decide
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def problem(where: str, found: str, needed: str, remedy: str) -> ValueError:
     """Make (not raise) the `ValueError` ``"<where>: <found>; <needed>; <remedy>"``.
@@ -13,3 +15,9 @@ def problem(where: str, found: str, needed: str, remedy: str) -> ValueError:
     `where` is a parameter's fqn, an argument or a rank; numbers belong into `found`.
     """
     return ValueError(f"{where}: {found}; {needed}; {remedy}")
+
+
+def names(paths: Sequence[object], most: int = 5) -> str:
+    """The first few of a long list, for messages."""
+    shown = ", ".join(map(str, paths[:most]))
+    return shown if len(paths) <= most else f"{shown} and {len(paths) - most} more"

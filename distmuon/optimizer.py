@@ -1,16 +1,34 @@
-"""`DistMuon`, the face that torch.optim's users know: arguments, param groups, hooks, state, metrics.
+"""`DistMuon`, the optimizer that torch.optim's users know: arguments, param groups, hooks, state, metrics.
 
-Decides what may be asked for and when the rooms are built. The order of a step is `conductor.py`, the algorithm of one
-bucket `walk.py`; which rule is `routing`, where is `layout`, storage is `buffers`, bytes are the movers'.
+Decides what may be asked for and when buffers are built. The order of a step is `step/engine.py`, the algorithm of one
+bucket `step/bucket.py`; the rule of a parameter is `layout/routing.py`, the place of its elements `layout/layout.py`.
+
+[Note: who may ask for the state] `state_dict` gathers the shards, so all ranks must call it. A trainer that lets one
+rank save calls `consolidate_state_dict` on all ranks first; from then to the next step or load `state_dict` answers
+from what was gathered, on the ranks that keep it, without talking to others. A rank that asks alone without it is told
+so: before anything is gathered the ranks meet in the group's store, which no collective waits for (lost_ranks.py).
+
+[Note: asked for its state to load into it] torch's `get_state_dict` and `set_state_dict` step an optimizer without
+state once, with gradients of zero and lr 0, for its state to be there. That step of an optimizer that has not been
+built builds it and counts as none: no momentum, no AdamW step, no metrics. A plain `state_dict` builds nothing, for
+engines that move and cast the model afterwards (accelerate) call it, too.
+
+[Note: wrappers that borrow the class] Fabric's and Lightning's wrappers are made as subclasses of the wrapped
+optimizer's class, without its `__init__`, and forward only the attributes that they do not find. Our methods would run
+on the wrapper and write into it. So in a class with bases other than optimizers each of our public methods is led to
+the optimizer whose hooks the wrapper holds.
 """
 
 from __future__ import annotations
 
 import hashlib
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,33 +36,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from distmuon import guards, holdings, memory, ns_kernels, planner, rules
-from distmuon.agreement import together
-from distmuon.collectives import DataParallelGroup
-from distmuon.conductor import Conductor
-from distmuon.config import (
+from distmuon import checks
+from distmuon import state_dict as full_state
+from distmuon.comm.agreement import agree_on_bits, agree_on_plan, together
+from distmuon.comm.group import MEETING_S, DataParallelGroup
+from distmuon.errors import problem
+from distmuon.layout import memory, report
+from distmuon.layout.layout import Layout, make_layout
+from distmuon.layout.routing import Route, make_groups, route_params
+from distmuon.math import rules
+from distmuon.options import (
     AdjustLrFn,
     GradReduction,
     Hyperparameters,
-    MasterFormat,
     Options,
-    Overlap,
-    Packing,
-    ParamGather,
-    Placement,
+    Precision,
+    Sharding,
     check_groups,
     hyperparameters,
-)  # fmt: skip
-from distmuon.errors import problem
-from distmuon.hooks import Hooks
-from distmuon.layout import Layout, make_layout
-from distmuon.local_state import LocalState
-from distmuon.metrics import Metrics
-from distmuon.routing import Route, make_groups, route_params
-from distmuon.trainer_face import TrainerFace, arrived
+)
+from distmuon.step import initial_values
+from distmuon.step.engine import Engine
+from distmuon.step.hooks import Hooks
+from distmuon.step.local_state import LocalState
+from distmuon.step.metrics import Metrics
 
 
-class DistMuon(TrainerFace):
+class DistMuon(torch.optim.Optimizer):
     r"""Muon for hidden matrices and AdamW for the rest, sharded over the data-parallel group (ZeRO-1).
 
     For each matrix ``W`` of logical shape (m, n), stored (out, in), with averaged gradient ``G``
@@ -64,25 +82,13 @@ class DistMuon(TrainerFace):
             the name of a table in `coefficients.COEFFICIENTS` or as a triple.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: the AdamW part; None: the same as Muon's.
         routes: decisions that go before the defaults, first match wins; ``"adamw"``: no Muon, on purpose.
+        sharding: `distmuon.Sharding`, how parameters are cut over the ranks, what travels, and when.
+        precision: `distmuon.Precision`, the dtypes of what is kept, computed and sent.
         process_group: the data-parallel group. None: the default group, or one rank without torch.distributed.
-        bucket_mb: size of a bucket in MiB of float32 gradients. None: chosen; `distmuon.plan` compares ("auto").
-        packing: "balanced" (whole matrices where they fit) or "contiguous" (even cuts, Megatron's way).
-        placement: "owner" (each matrix orthogonalized once) or "replicated" (by all that hold a piece).
+        exchange_group: a second group of the same ranks for the exchange of matrix pieces, so that on NCCL it does not
+            queue behind all-gathers. None: process_group.
         grad_reduction: "reduce_scatter" (here, under backward) or "external" (gradients arrive averaged).
-        reduce_dtype: of the gradient buffers and what their reduction sends; sums are float32. None: float32.
-        release_grads: hold two buckets of gradients at the most during the last backward, none between steps.
-        param_gather: "parameters", or "updates": send polar factors in `exchange_dtype` and let every rank apply them
-            (parameters must be float32; three quarters of AdamW's traffic in bfloat16).
-        master_format: "float32", or "remainder": the 16 bits that a bfloat16 parameter lacks, lossless.
-        momentum_dtype: of the momentum buffer: float32, bfloat16 or int8 (blocks of 256 with a scale each).
-        ns_dtype, ns_kernels: of Newton-Schulz, None: bfloat16; `ns_kernels.decide`.
-        exchange_dtype: of what the exchange of matrix pieces sends. None: ns_dtype.
-        exchange_group: a second group of the same ranks for that exchange, so that on NCCL it does not queue behind
-            all-gathers. None: process_group.
         max_grad_norm: clip every step's averaged gradient to this global norm. None: only on `clip_grad_norm_`.
-        overlap: reduce under backward and pipeline the buckets in `step`, which ends when parameters have arrived.
-            "forward": all-gathers run under the next forward, whose modules wait for them; whoever else reads or
-            writes parameters after `step` must call `synchronize` first. False: one bucket after the other.
         verify_every: compare the bits of all parameters across ranks before every such step writes; 0: never.
         broadcast_buffers: give all ranks rank 0's module buffers when ours are built, once; later forwards send none,
             unlike DDP's. False: each rank keeps its own, which are not compared either.
@@ -93,6 +99,12 @@ class DistMuon(TrainerFace):
     and with ``grad_reduction="external"``, gradients stay where autograd puts them, as with any torch optimizer.
     Raises `ValueError` naming thing, number and cure for whatever would train wrongly.
     """
+
+    loss_scaling = False  # set by `distmuon.GradScaler`
+    engine_is_led = False  # set by `distmuon.integrations.deepspeed`
+    _consolidated: dict[int, dict[str, Tensor]] | None = None  # {}: kept on another rank, `_consolidated_on`
+    _consolidated_on = -1
+    _local_state: LocalState  # once built
 
     def __init__(
         self,
@@ -110,42 +122,40 @@ class DistMuon(TrainerFace):
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float | None = None,
         routes: Sequence[Route] | str | None = None,
+        sharding: Sharding | None = None,
+        precision: Precision | None = None,
         process_group: dist.ProcessGroup | None = None,
-        bucket_mb: float | None = None,
-        packing: Packing = "balanced",
-        placement: Placement = "owner",
-        grad_reduction: GradReduction = "reduce_scatter",
-        reduce_dtype: torch.dtype | None = None,
-        release_grads: bool = False,
-        param_gather: ParamGather = "parameters",
-        master_format: MasterFormat = "float32",
-        momentum_dtype: torch.dtype = torch.float32,
-        ns_dtype: torch.dtype | None = None,
-        exchange_dtype: torch.dtype | None = None,
         exchange_group: dist.ProcessGroup | None = None,
+        grad_reduction: GradReduction = "reduce_scatter",
         max_grad_norm: float | None = None,
-        overlap: Overlap = True,
-        ns_kernels: bool = False,
         verify_every: int = 0,
         broadcast_buffers: bool = True,
     ) -> None:
-        ns_dtype = torch.bfloat16 if ns_dtype is None else ns_dtype
-        reduce_dtype = torch.float32 if reduce_dtype is None else reduce_dtype
         self.options = Options(
-            packing=packing, placement=placement, grad_reduction=grad_reduction, param_gather=param_gather,
-            bucket_mb=bucket_mb, reduce_dtype=reduce_dtype, release_grads=release_grads,
-            master_format=master_format, momentum_dtype=momentum_dtype, ns_dtype=ns_dtype,
-            exchange_dtype=exchange_dtype, max_grad_norm=max_grad_norm, overlap=overlap,
-            ns_kernels=ns_kernels, verify_every=verify_every, broadcast_buffers=broadcast_buffers,
-        )  # fmt: skip
+            sharding=Sharding() if sharding is None else sharding,
+            precision=Precision() if precision is None else precision,
+            grad_reduction=grad_reduction,
+            max_grad_norm=max_grad_norm,
+            verify_every=verify_every,
+            broadcast_buffers=broadcast_buffers,
+        )
         start = Hyperparameters(
-            lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps,
-            ns_coefficients=ns_coefficients, adjust_lr_fn=adjust_lr_fn, adamw_lr=adamw_lr, adamw_betas=adamw_betas,
-            adamw_eps=adamw_eps, adamw_weight_decay=adamw_weight_decay,
-        )  # fmt: skip
-        params = guards.listed(guards.unwrap(params, grad_reduction))
-        self._model, routed = (params if isinstance(params, nn.Module) else None), route_params(params, routes)
-        self._frozen = guards.frozen(params)
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            nesterov=nesterov,
+            ns_steps=ns_steps,
+            ns_coefficients=ns_coefficients,
+            adjust_lr_fn=adjust_lr_fn,
+            adamw_lr=adamw_lr,
+            adamw_betas=adamw_betas,
+            adamw_eps=adamw_eps,
+            adamw_weight_decay=adamw_weight_decay,
+        )
+        params = checks.listed(checks.unwrap(params, grad_reduction))
+        self._model = params if isinstance(params, nn.Module) else None
+        routed = route_params(params, routes)
+        self._frozen = checks.frozen(params)
         self._specs = tuple(spec for spec, _ in routed)
         self._params = [param for _, param in routed]
         groups, self._group_of = make_groups(routed, start)
@@ -156,7 +166,7 @@ class DistMuon(TrainerFace):
         cycled = {"momentum": momentum} if has_muon else {"betas": adamw_betas}
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, **cycled})
         check_groups(self.param_groups)
-        self._held = guards.held_by(self.param_groups)
+        self._members = checks.group_members(self.param_groups)
 
         self._metrics = Metrics()
         self.group = DataParallelGroup(process_group, self._metrics.count)
@@ -167,16 +177,26 @@ class DistMuon(TrainerFace):
             self._exchange_group.roll = self.group.roll
             self._exchange_group.leaves_word = False  # its collectives are counted apart from the other's
         self.layout = self._make_layout()
-        self._conductor: Conductor | None = None
+        self._engine: Engine | None = None
         self._sync = True
-        if overlap == "forward" and self._model is None:
+        gathers_in_forward = self.options.sharding.overlap == "forward"
+        if gathers_in_forward and self._model is None:
             raise problem(
-                "overlap", 'found "forward" with parameters by name', "the modules that use them must wait for them",
+                "sharding.overlap",
+                'found "forward" with parameters by name',
+                "the modules that use them must wait for them",
                 "pass the model itself, or overlap=True",
-            )  # fmt: skip
-        self._gathers_in_forward = overlap == "forward" and self.group.dp_size > 1
+            )
+        self._gathers_in_forward = gathers_in_forward and self.group.dp_size > 1
         self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward)
-        self.register_step_pre_hook(arrived)  # before the user's own, which may read parameters
+        self.register_step_pre_hook(_wait_params)  # before the user's own, which may read parameters
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if any(not issubclass(base, torch.optim.Optimizer) for base in cls.__mro__[:-1]):
+            _lead_to_the_wrapped(cls)
+
+    # --------------------------------------------------------------------------------------------------- construction
 
     def release(self) -> None:
         """A newer optimizer manages these parameters: finish what is in flight and let go of them."""
@@ -187,14 +207,18 @@ class DistMuon(TrainerFace):
         """The layout of the parameters as they are: until buffers are built, engines may still move and cast them."""
         self.group.check_current()
         self.check_parameters()
-        guards.check_memory(self._named())
+        checks.check_memory(self._named())
         stays = memory.stays(self._params, self._model)
         now = zip(self._specs, self._params, stays)
         self._specs = tuple(replace(spec, dtype=param.dtype, stays=kept) for spec, param, kept in now)
-        o = self.options
-        o.check_dtypes([(spec.fqn, spec.dtype) for spec in self._specs])
+        self.options.check_dtypes([(spec.fqn, spec.dtype) for spec in self._specs])
+        sharding = self.options.sharding
         return make_layout(
-            self._specs, self.group.dp_size, packing=o.packing, placement=o.placement, bucket_mb=o.bucket_mb
+            self._specs,
+            self.group.dp_size,
+            packing=sharding.packing,
+            placement=sharding.placement,
+            bucket_mb=sharding.bucket_mb,
         )
 
     def _build(self, *, values_used: bool, to_train: bool) -> None:
@@ -205,43 +229,70 @@ class DistMuon(TrainerFace):
         """
         self.group.take_number()
         self.layout = together(self.group, self._make_layout, stage="comparison of the plans")
+        fqns = [spec.fqn for spec in self._specs]
         lines = [f"{s.fqn} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
-        guards.agree_on_plan(repr(lines), lines, self.group)
-        kernels = ns_kernels.summary(self.options, self._params[0].device, self.param_groups, reasons=False)
-        self.verify_options(also=self.layout.fingerprint() + kernels)
-        held = holdings.held(self._named(), self._model, buffers=self.options.broadcast_buffers)
-        holdings.agree_on(held, self.group)
+        agree_on_plan(repr(lines), lines, self.group)
+        self.verify_options(also=self.layout.fingerprint())
+        held = initial_values.held(self._named(), self._model, buffers=self.options.broadcast_buffers)
+        initial_values.agree_on(held, self.group)
         if any(self.group.gather_objects(values_used, stage="comparison of the plans")):
-            guards.agree_on_values([spec.fqn for spec in self._specs], self._params, self.group)
-        holdings.send(held, self.group, self._params[0].device)
+            initial_values.agree_on_values(fqns, self._params, self.group)
+        initial_values.send(held, self.group, self._params[0].device)
         if to_train:
-            guards.check_finite(guards.not_finite([spec.fqn for spec in self._specs], self._params))
-        self._conductor = Conductor(
-            self.layout, self._params, self.group, self._exchange_group, self.options, self._group_of,
+            initial_values.check_finite(initial_values.not_finite(fqns, self._params))
+        self._engine = Engine(
+            self.layout,
+            self._params,
+            self.group,
+            self._exchange_group,
+            self.options,
+            self._group_of,
             self._metrics,
-            self._gathers_in_forward and self._exchange_group.process_group is self.group.process_group,
-        )  # fmt: skip
-        self._local_state = LocalState(self._conductor.buffers)
+            gathers_last=self._gathers_in_forward
+            and self._exchange_group.process_group is self.group.process_group,
+        )
+        self._local_state = LocalState(self._engine.storage)
         self._local_state.show(self.state)
-        # Whoever drops the optimizer after its last step keeps a model whose parameters are still under way.
-        weakref.finalize(self, self._conductor.param_gather.wait_quietly).atexit = False
+        # If the optimizer is dropped right after `step`, the model is still left with its final weights.
+        weakref.finalize(self, self._engine.wait_quietly).atexit = False
 
-    def _built(self, *, values_used: bool = False, to_train: bool = True) -> Conductor:
+    def _built(self, *, values_used: bool = False, to_train: bool = True) -> Engine:
         self._hooks.check_active(self)
-        if self._conductor is None:
+        if self._engine is None:
             with torch.inference_mode(False):
                 self._build(values_used=values_used, to_train=to_train)
-            assert self._conductor is not None
-        return self._conductor
+            assert self._engine is not None
+        return self._engine
 
-    def _hyperparameters(self) -> list[dict[str, Any]]:
-        """The param groups' entries as they are now, checked, all numbers."""
-        check_groups(self.param_groups)
-        return [{**group, "lr": rules.scalar(group["lr"])} for group in self.param_groups]
+    def verify_options(self, also: str = "") -> None:
+        """Raise on all ranks, naming the first difference, unless all have the same options and hyperparameters now: a
+        scheduler fed with each rank's own loss sets another lr on each. Collective."""
+        together(self.group, lambda: check_groups(self.param_groups), stage="comparison of the plans")
+        items = self.options.items() + hyperparameters(self.param_groups)
+        agree_on_plan(repr(items) + also, items, self.group)
+
+    def check_parameters(self) -> None:
+        """Raise if parameters are not, or no longer, what the layout was made for."""
+        checks.check_parameters(self._model, self._named(), [spec.shape for spec in self._specs])
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return [(spec.fqn, param) for spec, param in zip(self._specs, self._params)]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "layout"):
+            raise problem(
+                "add_param_group",
+                "called after construction",
+                "the layout is fixed by all parameters together",
+                "make a new DistMuon with all parameters",
+            )
+        super().add_param_group(param_group)
+
+    # -------------------------------------------------------------------------------------------------------- a step
 
     def on_gradient(self, index: int) -> None:
         """Called by autograd when the gradient of parameter `index` is complete."""
-        self._built(values_used=True).accept(index, self._params[index], self._sync)
+        self._built(values_used=True).collect(index, self._sync)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -252,24 +303,39 @@ class DistMuon(TrainerFace):
         finally:
             self._sync = before
 
+    def set_requires_gradient_sync(self, requires: bool) -> None:
+        """Whether the following backwards end an optimizer step; `no_sync` for callers that hold no context open.
+
+        With False for every backward the reduction starts in `reduce_gradients`, with no overlap.
+        """
+        self._sync = requires
+
+    @property
+    def keeps_grads(self) -> bool:
+        """Whether `param.grad` stays where autograd put it, as with torch's own optimizers: somebody else averages, or
+        nobody has to."""
+        return self.options.grads_stay(self.group.dp_size)
+
     @torch.no_grad()
     def reduce_gradients(self, **_ignored: object) -> None:
         """Finish the reduction and agree on the verdict. Idempotent until `step`; `step` calls it."""
         if self._reduce() and self.options.max_grad_norm is not None:
-            self.clip_grad_norm_(self.options.max_grad_norm)
+            self._built().clip(self.options.max_grad_norm, 2.0)
 
     def _reduce(self) -> bool:
         """Whether this call has reduced, and not one before it."""
-        conductor = self._built(values_used=self._has_gradients())
-        present = conductor.reduce(self._fingerprint())
+        engine = self._built(values_used=self._has_gradients())
+        present = engine.reduce(self._fingerprint())
         if present is None:
             return False
-        if conductor.ranks_went_apart():
+        if engine.ranks_went_apart():
             self.verify_options()
             raise problem(
-                "step", "the ranks' hyperparameters differed, and are equal now", "they must be equal in every step",
+                "step",
+                "the ranks' hyperparameters differed, and are equal now",
+                "they must be equal in every step",
                 "let schedulers depend on the step alone",
-            )  # fmt: skip
+            )
         if not all(present):
             self.check_parameters()  # the model may hold others by now
         return True
@@ -282,7 +348,7 @@ class DistMuon(TrainerFace):
 
     def _has_gradients(self) -> bool:
         """Before anything is built: gradients that no forward of ours has made, of values that are this rank's own."""
-        return self._conductor is None and any(param.grad is not None for param in self._params)
+        return self._engine is None and any(param.grad is not None for param in self._params)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -291,35 +357,63 @@ class DistMuon(TrainerFace):
         self.reduce_gradients()
         return self._built().clip(max_norm, norm_type)
 
+    @torch.no_grad()
+    def unscale_grads(self, inverse_scale: Tensor) -> Tensor:
+        """For `distmuon.GradScaler`: reduce, undo the loss scale, clip. 1.0 if any rank's gradient was not finite."""
+        self._reduce()
+        found_inf = self._built().unscale(inverse_scale)
+        if self.options.max_grad_norm is not None:
+            self.clip_grad_norm_(self.options.max_grad_norm)
+        return found_inf
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, also those already accumulated or reduced but not yet used by a step."""
         self._hooks.check_self(self)
-        if self._conductor is not None:
-            self._conductor.forget()
+        if self._engine is not None:
+            self._engine.forget()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update on all ranks. `closure` re-evaluates the model and returns the loss."""
         loss = torch.enable_grad()(closure)() if closure is not None else None
-        if self._conductor is None and self._build_if_asked():
+        if self._engine is None and self._build_if_asked():
             return loss
-        conductor = self._built(values_used=self._has_gradients())
-        numbers = self._hyperparameters()
-        self._local_state.take_back(self.state)
-        guards.check_held(self.param_groups, self._held)
-        guards.check_frozen(self._frozen)
-        if self.options.verify_every and (self._metrics.steps + 1) % self.options.verify_every == 0:
-            with self._metrics.stage("verify"):
-                self.verify_bits()
+        engine = self._built(values_used=self._has_gradients())
+        hyperparameters_now = self._check_step()
         self._consolidated = None
         self.reduce_gradients()
-        conductor.update(numbers)
+        engine.update(hyperparameters_now)
         if not self._gathers_in_forward or self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
             self.synchronize()
         self._metrics.close_step()
         self.group.step = self._exchange_group.step = self._metrics.steps + 1
         return loss
+
+    def _check_step(self) -> list[dict[str, Any]]:
+        """The hyperparameters of this step, all numbers, once nothing speaks against it."""
+        check_groups(self.param_groups)
+        found = [{**group, "lr": rules.scalar(group["lr"])} for group in self.param_groups]
+        self._local_state.take_back(self.state)
+        checks.check_members(self.param_groups, self._members)
+        checks.check_frozen(self._frozen)
+        if self.options.verify_every and (self._metrics.steps + 1) % self.options.verify_every == 0:
+            with self._metrics.stage("verify"):
+                self.verify_bits()
+        return found
+
+    def verify_bits(self) -> None:
+        """Compare parameters as this step's forwards used them: an update and its all-gather heal or spread a bit."""
+        named, _ = initial_values.plain([*self._named(), *self._frozen])
+        self._built().finish_reductions()  # on all ranks, also one that had no backward
+        agree_on_bits(list(named), list(named.values()), self.group, stage="verify")
+
+    def synchronize(self) -> None:
+        """Wait for the parameter all-gathers that `step` left under way. Forwards do so by themselves."""
+        if self._engine is not None:
+            self._engine.wait_params()
+
+    # ----------------------------------------------------------------------------------------- called by module hooks
 
     def on_forward(self) -> None:
         """Called by the model's forward. In training the first ordinary one builds; evaluation waits for all
@@ -328,38 +422,292 @@ class DistMuon(TrainerFace):
             self.synchronize()
             return
         if not self.keeps_grads:
-            guards.check_wrapper(self._params)
-        if self._conductor is not None or self._model is None or guards.is_ordinary(self._model, self._params):
+            checks.check_wrapper(self._params)
+        if self._engine is not None or self._model is None or checks.is_ordinary(self._model, self._params):
             self._built()
 
     def wait_for(self, params: Iterable[int]) -> None:
         """Called by a module's forward."""
-        if self._conductor is not None and self._conductor.param_gather.any_in_flight:
-            self._conductor.param_gather.wait({self.layout.bucket_of[index] for index in params})
+        if self._engine is not None and self._engine.params_in_flight:
+            self._engine.wait_params({self.layout.bucket_of[index] for index in params})
 
     def on_load(self) -> None:
         """Called before a module's state is loaded."""
         self.synchronize()
         self._consolidated = None
 
-    def synchronize(self) -> None:
-        """Wait for the parameter all-gathers that `step` left under way. Forwards do so by themselves."""
-        if self._conductor is not None:
-            self._conductor.param_gather.wait()
+    # ------------------------------------------------------------------------------------------------------- reports
 
     def metrics(self) -> dict[str, Any]:
         """This rank's last step in numbers; ``grad_norm`` before clipping. Reads the device: not for the hot loop."""
-        built = self._conductor
+        built = self._engine
         return {
             **self._metrics.last(),
             "skipped_steps": int(built.skipped) if built is not None else 0,
             "grad_norm": float(built.grad_norm) if built is not None and built.grad_norm is not None else None,
             "lr": {group["rule"]: rules.scalar(group["lr"]) for group in reversed(self.param_groups)},
-            "state_bytes": built.buffers.state_bytes if built is not None else 0,
+            "state_bytes": built.storage.state_bytes if built is not None else 0,
         }
 
     def report(self, *, full: bool = False) -> str:
         """What went where, in a few lines; `full`: and one line a parameter with the reason."""
-        kernels = ns_kernels.summary(self.options, self._params[0].device, self.param_groups)
-        text = f"{planner.describe(self.layout, len(self._frozen))}\n{kernels}"
-        return f"{text}\n{planner.routing_table(self.layout)}" if full else text
+        text = report.describe(self.layout, len(self._frozen))
+        return f"{text}\n{report.routing_table(self.layout)}" if full else text
+
+    # --------------------------------------------------------------------------------------------------------- state
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """`state_dict`, of what is built here if need be."""
+        if self._engine is None:
+            self._meet("full_state_dict")
+        self._built(to_train=False)
+        return self.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whole state of every parameter, on the CPU of every rank, in torch.optim's format; empty before the first
+        step or forward. Collective, or on one rank alone after `consolidate_state_dict`.
+
+        What users have put into `optimizer.state` is in it, this rank's own. Raises `ValueError` on a rank that asks
+        alone, within half a minute.
+        """
+        state = self._packed_state()
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, state)
+            state = state if changed is None else changed
+        return state
+
+    def _packed_state(self) -> dict[str, Any]:
+        post_hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
+        try:
+            packed = super().state_dict()
+        finally:
+            self._optimizer_state_dict_post_hooks = post_hooks
+        if self._engine is None:
+            return packed
+        if self._consolidated is not None and not self._consolidated:
+            raise problem(
+                f"state_dict on rank {self.group.dp_rank}",
+                f"the state was consolidated on rank {self._consolidated_on} alone",
+                "a rank that asks alone needs the consolidated state",
+                "ask on that rank, or call optimizer.consolidate_state_dict() on all ranks, which keeps it on all",
+            )
+        state = self._consolidated if self._consolidated is not None else self._gathered("state_dict")
+        storage, groups = self._engine.storage, self.param_groups
+        extra = full_state.numbered(storage, groups, self._local_state.extra_of(self.state))
+        whole: dict[Any, Any] = {number: {**entry, **extra[number]} for number, entry in state.items()}
+        whole.update(full_state.entries_beside(packed))
+        return {"state": whole, "param_groups": packed["param_groups"]}
+
+    def _gathered(self, what: str, keep: bool = True, limit_s: float | None = None) -> dict[int, dict[str, Tensor]]:
+        """The whole state by torch.optim's numbers where `keep`. Collective, in `what`."""
+        assert self._engine is not None
+        self._meet(what, limit_s)
+        self.group.gather_objects(None, stage="state_dict")  # all came, and must ask for the same optimizer's
+        full = full_state.gather_full_state(self.quiesced().storage, self.group, keep)
+        return full_state.numbered(self._engine.storage, self.param_groups, full)
+
+    def _meet(self, what: str, limit_s: float | None = None) -> None:
+        """Return once all ranks ask for a state; raise where that does not happen, see [Note: who may ask for the
+        state]."""
+        limit, named = MEETING_S if limit_s is None else limit_s, self.group.roll.named
+        where = f"{what} on {named([self.group.dp_rank])}"
+        cure = (
+            "the state is spread over the ranks, so all must call it",
+            "call optimizer.consolidate_state_dict() on all ranks first, then one rank alone may ask; "
+            "or let all call distmuon.save_checkpoint",
+        )
+
+        def warning(absent: Sequence[int]) -> str:
+            return str(problem(where, f"waits for {named(absent)}, for {limit:g} s at the most", *cure))
+
+        missing = self.group.missing_ranks("state_dict", warning, limit)
+        if missing:
+            standing = {named([rank]): place for rank, place in missing.items() if place}
+            found = [f"{named(list(missing))} did not call it" + ("" if standing else f" within {limit:g} s")]
+            found += [f"{r} stands at {place}, which waits for this rank" for r, place in list(standing.items())[:3]]
+            raise problem(where, "; ".join(found), *cure)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any], on_route_change: str = "raise", **_ignored: object) -> None:
+        """Load a full state saved at any dp_size. State keeps its own dtype; masters, if any, become the parameters.
+        A parameter under another rule than then raises, or with "reset" begins with no state. Collective; what raises,
+        raises on all ranks and before anything is changed."""
+
+        def check() -> tuple[dict[str, Any], bool]:
+            state = state_dict
+            for hook in self._optimizer_load_state_dict_pre_hooks.values():
+                changed = hook(self, state)
+                state = state if changed is None else changed
+            full_state.check_form(state)
+            taken = full_state.routed(state, self.param_groups, on_route_change)
+            full_state.load_groups(taken["param_groups"], [dict(group) for group in self.param_groups])
+            return taken, full_state.is_empty(taken)
+
+        self.group.begin("load_state_dict")
+        taken, empty = together(self.group, check, stage="load_state_dict")
+        emptiness = self.group.gather_objects(empty, stage="load_state_dict")
+        if len(set(emptiness)) > 1:
+            raise problem(
+                "load_state_dict",
+                f"the state of ranks {[rank for rank, is_empty in enumerate(emptiness) if is_empty]} is empty, "
+                "that of the others is not",
+                "every rank needs the whole state",
+                "read the same file on every rank",
+            )
+        if not empty or self._engine is not None:  # the state of before the first step is none
+            engine = self.quiesced(to_write=True)
+            states, beside = together(
+                self.group, lambda: full_state.states_of(engine.storage, self.param_groups, taken)
+            )
+            full_state.load_full_state(engine.storage, states)
+            engine.gather_all()
+            self._local_state.load_extra(self.state, beside)
+        for key in full_state.entries_beside(torch.optim.Optimizer.state_dict(self)):
+            del self.state[key]
+        self.state.update(full_state.entries_beside(taken))
+        full_state.load_groups(taken["param_groups"], self.param_groups)
+        for done in self._optimizer_load_state_dict_post_hooks.values():
+            done(self)
+
+    def quiesced(self, *, to_write: bool = False) -> Engine:
+        """The engine, ready for all state to be read or written: nothing is in flight, external writes are absorbed.
+        Collective."""
+        engine = self._built(to_train=False)
+        engine.settle()
+        self._local_state.take_back(self.state)
+        if to_write:
+            self._consolidated = None
+        engine.wait_params()
+        engine.storage.absorb_external_writes()
+        return engine
+
+    def consolidate_state_dict(self, to: int | None = None, *, timeout_s: float | None = None) -> None:
+        """Gather the whole state on the CPU of rank `to` of the group (None: of every rank), for later calls of
+        `state_dict` there, on that rank alone. Collective.
+
+        It is kept to the next step or load: as many bytes as all ranks' state together. The first rank waits
+        `timeout_s` for the last one (None: 25 s), and then all that came raise `ValueError`: give more where one rank
+        validates or writes files before it comes.
+        """
+        size = self.group.dp_size
+        if to is not None and (isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < size):
+            raise problem(
+                "consolidate_state_dict",
+                f"found to={to!r}",
+                f"a rank of the group, 0 to {size - 1}, or None is needed",
+                "None keeps the state on all ranks",
+            )
+        self._consolidated = None
+        if self._engine is None:
+            return
+        keeps = to is None or to == self.group.dp_rank
+        state = self._gathered("consolidate_state_dict", keeps, timeout_s)
+        self._consolidated = state if keeps else {}
+        self._consolidated_on = to if to is not None else -1
+
+    def _asked_for_state(self) -> bool:
+        """torch asks an optimizer that has not been built for its state, see [Note: asked for its state to load into
+        it]. Reads the device.
+
+        Never true once a backward has run, for that has built.
+        """
+        grads = [param.grad for param in self._params]
+        if self._engine is not None or any(float(group["lr"]) != 0.0 for group in self.param_groups):
+            return False
+        return all(grad is not None and not bool(grad.any()) for grad in grads)
+
+    def _build_if_asked(self) -> bool:
+        """Build, if all ranks are asked for their state; whether they are."""
+        asked = self._asked_for_state()
+        if asked:
+            self._meet("the first step of torch's state_dict helpers")
+        self._built(values_used=not asked and self._has_gradients(), to_train=not asked)
+        if any(float(group["lr"]) != 0.0 for group in self.param_groups):  # the same on all ranks: building compares
+            return False
+        return all(self.group.gather_objects(asked, stage="state_dict"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise problem(
+            "DistMuon",
+            "copied or pickled as an object (or with a scheduler that holds it)",
+            "one optimizer manages a parameter, with hooks and buffers",
+            "use state_dict() or distmuon.save_checkpoint",
+        )
+
+    # ----------------------------------------------------------------------- what torch's GradScaler and DeepSpeed ask
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `step` unscales by itself, which it does not. torch.amp.GradScaler asks this, and Lightning before it
+        clips. Where the gradients have left `param.grad`, both would look for them in vain and must not go on;
+        our own scaler has announced itself."""
+        if not self.loss_scaling and self._engine is not None and self._engine.holds_grads:
+            raise problem(
+                "GradScaler",
+                "torch's own, or a trainer's clip, looks for gradients in param.grad, which distmuon has taken by then",
+                "a scaler and a clip that ask the reduction are needed",
+                "use distmuon.GradScaler with float16 (bfloat16 needs none) and optimizer.clip_grad_norm_; under a "
+                'trainer that averages by itself, as Lightning\'s does, pass grad_reduction="external"',
+            )
+        return False
+
+    def get_grads_for_reduction(self) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """DeepSpeed asks at the last micro-batch which gradients it must average: none, that is done here."""
+        if not self.engine_is_led:
+            raise problem(
+                "DeepSpeed",
+                "an engine that the integration does not lead",
+                "its clip and accumulation must reach DistMuon",
+                "call distmuon.integrations.deepspeed.register() before deepspeed.initialize",
+            )
+        self.reduce_gradients()
+        return [], {}
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """DeepSpeed's name for `set_requires_gradient_sync`; its engine calls it when it is told the boundary."""
+        self.set_requires_gradient_sync(is_boundary)
+
+    @property
+    def _global_grad_norm(self) -> Tensor | None:
+        """DeepSpeed's name for the norm of the last averaged gradient before clipping; 0-dim, on the device."""
+        return self._engine.grad_norm if self._engine is not None else None
+
+    @property
+    def overflow(self) -> bool:
+        """DeepSpeed's name for a last step that was skipped. Reads the device."""
+        norm = self._global_grad_norm
+        return norm is not None and not bool(torch.isfinite(norm))
+
+
+def _lead_to_the_wrapped(cls: type[DistMuon]) -> None:
+    """See [Note: wrappers that borrow the class]."""
+    for name in dir(cls):
+        owner = next(base for base in cls.__mro__ if name in vars(base))
+        found = vars(owner)[name]
+        if not issubclass(owner, torch.optim.Optimizer):
+            continue
+        if isinstance(found, property) and found.fset is None:
+            setattr(cls, name, property(_led(name, found.fget)))
+        elif isinstance(found, FunctionType) and not name.startswith("_"):
+            setattr(cls, name, _led(name, found))
+
+
+def _led(name: str, method: Callable[..., Any] | None) -> Callable[..., Any]:
+    """`method`, run on the optimizer that its caller wraps, if it wraps one."""
+    assert method is not None
+
+    @wraps(method)
+    def led(caller: Any, *args: Any, **kwargs: Any) -> Any:
+        hooks = getattr(caller, "_hooks", None)  # none while a subclass is being made
+        optimizer = caller if hooks is None else hooks.listener
+        if optimizer is caller:
+            return method(caller, *args, **kwargs)
+        found = getattr(optimizer, name)  # the instance's, which schedulers replace
+        return found(*args, **kwargs) if callable(found) else found
+
+    return led
+
+
+def _wait_params(optimizer: DistMuon, *_: object) -> None:
+    """A step hook: parameters are there."""
+    optimizer.synchronize()

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmuon import guards
+from distmuon import checks as guards
 from tests.pool import Pool
 from tests.standing import Standing, make_batch
 from tests.training import backward, digest, make, state_tensors, weights

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distmuon.routing import route
+from distmuon.layout.routing import route
 
 Table = dict[str, list[str]]
 

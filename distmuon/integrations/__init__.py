@@ -18,8 +18,8 @@ from types import ModuleType
 from torch import Tensor, nn
 
 from distmuon.errors import problem
-from distmuon.hooks import manager_of
 from distmuon.optimizer import DistMuon
+from distmuon.step.hooks import manager_of
 
 
 def need(package: str, extra: str) -> ModuleType:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from distmuon.errors import problem
-from distmuon.grad_scaler import GradScaler
 from distmuon.integrations import (
     averaged_model,
     averaging_managers_of,
@@ -30,6 +29,7 @@ from distmuon.integrations import (
     reduced_by,
     reducing_managers_of,
 )
+from distmuon.integrations.grad_scaler import GradScaler
 from distmuon.optimizer import DistMuon
 
 accelerate: Any = need("accelerate", "accelerate")

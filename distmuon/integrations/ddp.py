@@ -15,8 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from distmuon.checks import SILENCED
 from distmuon.errors import problem
-from distmuon.guards import SILENCED
 from distmuon.integrations import params_of
 from distmuon.optimizer import DistMuon
 

@@ -34,8 +34,8 @@ from torch import nn
 
 from distmuon.errors import problem
 from distmuon.integrations import need
+from distmuon.layout.routing import Route
 from distmuon.optimizer import DistMuon
-from distmuon.routing import Route
 
 deepspeed: Any = need("deepspeed", "deepspeed")
 

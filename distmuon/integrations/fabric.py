@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from distmuon.errors import problem
-from distmuon.grad_scaler import GradScaler
 from distmuon.integrations import averaged_model, averaging_managers_of, need, params_of
+from distmuon.integrations.grad_scaler import GradScaler
 from distmuon.optimizer import DistMuon
 
 strategies: Any = need("lightning_fabric.strategies", "fabric")

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import distmuon
-from distmuon import snapshot
+from distmuon.checkpoint import folder as snapshot
 from tests.standing import make_batch
 from tests.training import backward, digest, make, state_tensors, weights
 

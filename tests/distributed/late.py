@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from distmuon import collectives
+from distmuon.comm import group as collectives
 
 
 class _Place:
@@ -52,7 +52,7 @@ class LateWork:
 
 
 class _LateDist:
-    """torch.distributed as `collectives.py` sees it."""
+    """torch.distributed as `group.py` sees it."""
 
     started = 0
 

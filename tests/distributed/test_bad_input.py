@@ -14,9 +14,9 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import distmuon
-from distmuon.agreement import together
-from distmuon.collectives import DataParallelGroup
-from distmuon.guards import agree_on_plan
+from distmuon.checks import agree_on_plan
+from distmuon.comm.agreement import together
+from distmuon.comm.group import DataParallelGroup
 from tests.training import digest, make, state_tensors, train, weights
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distmuon.layout import Layout
+from distmuon.layout.layout import Layout
 from tests.standing import Batch, Standing, loss_fn, make_batch, num_logical_matrices
 from tests.training import assert_equals_reference, backward, make, reference, train, weights
 
@@ -187,7 +187,7 @@ def test_the_wire_carries_what_was_counted(dp_size: int, packing: str) -> None:
 
 @pytest.mark.parametrize("dp_size", [2, 4])
 def test_reduce_scatter_of_gloo_itself_sends_twice_the_floor(dp_size: int) -> None:
-    """Why `collectives.py` has its own: when this fails, torch has learnt to do better, and the note there can go."""
+    """Why `group.py` has its own: when this fails, torch has learnt to do better, and the note there can go."""
     on_the_wire, floor = _measured()[f"gloo, dp_size {dp_size}"]
     print(f"\ndp_size {dp_size}: gloo's reduce_scatter / floor = {on_the_wire / floor:.3f}")
     assert 1.9 < on_the_wire / floor < 2.1

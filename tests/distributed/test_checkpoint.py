@@ -21,8 +21,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distmuon
-from distmuon import snapshot
-from distmuon.boxes import boxes
+from distmuon.checkpoint import folder as snapshot
+from distmuon.layout.boxes import boxes
 from tests.standing import Standing, make_batch
 from tests.training import (
     Weights,

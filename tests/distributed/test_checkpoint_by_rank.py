@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import distmuon
-from distmuon.agreement import bit_sums
-from distmuon.archives import MAX_NESTING
+from distmuon.checkpoint.archives import MAX_NESTING
+from distmuon.comm.agreement import bit_sums
 from tests.training import digest
 
 

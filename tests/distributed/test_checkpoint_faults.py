@@ -28,10 +28,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import distmuon
-from distmuon import saving, snapshot
-from distmuon.agreement import agree_on_bits
-from distmuon.manifest import write_file
-from distmuon.param_gather import ParamGather
+from distmuon.checkpoint import folder as snapshot
+from distmuon.checkpoint import save as saving
+from distmuon.checkpoint.manifest import write_file
+from distmuon.comm.agreement import agree_on_bits
+from distmuon.step.param_gather import ParamGather
 from tests.training import digest, make, state_tensors, train, weights
 
 ROOT = Path(__file__).parents[2]

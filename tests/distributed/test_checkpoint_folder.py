@@ -20,7 +20,9 @@ import torch
 from torch import nn
 
 import distmuon
-from distmuon import loading, sharded, snapshot
+from distmuon.checkpoint import folder as snapshot
+from distmuon.checkpoint import load as loading
+from distmuon.checkpoint import tensors as sharded
 
 ROOT = Path(__file__).parents[2]
 
@@ -235,7 +237,7 @@ def test_the_file_of_other_readers_is_named_too(tmp_path: Path, monkeypatch: pyt
 def test_a_folder_that_goes_while_it_is_written_is_said_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distmuon.saving._write_part", lambda aside, *_: shutil.rmtree(aside))
+    monkeypatch.setattr("distmuon.checkpoint.save._write_part", lambda aside, *_: shutil.rmtree(aside))
     saving = distmuon.save_checkpoint(tmp_path / "step-1", *_small(), asynchronous=True)
     with pytest.raises(ValueError, match=r"step-1.*saving: it has gone while it was written"):
         saving.wait()

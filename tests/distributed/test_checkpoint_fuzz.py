@@ -390,7 +390,7 @@ def test_a_generator_is_never_put_where_none_can_be(saved: dict[int, Path], forg
 
 def test_every_state_that_the_generators_can_be_in_is_restored(saved: dict[int, Path]) -> None:
     """At each place of the tables, with and without a second normal number kept."""
-    from distmuon.run_state import restore_rng, rng_states
+    from distmuon.checkpoint.extras import restore_rng, rng_states
 
     for draws in (0, 1, 2, 623, 624, 625, 1248):
         for kept in (False, True):
@@ -567,7 +567,7 @@ def test_a_list_is_measured_before_it_is_parsed(saved: dict[int, Path], name: st
 
 
 def test_a_list_longer_than_any_is_not_read(saved: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distmuon.manifest.read_small.__defaults__", (1000,))
+    monkeypatch.setattr("distmuon.checkpoint.manifest.read_small.__defaults__", (1000,))
     assert re.search(r"manifest\.json: it has more than 1000 bytes", _load_changed(Run(), saved[1], lambda path: None))
 
 

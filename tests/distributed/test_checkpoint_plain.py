@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import distmuon
-from distmuon.interchange import from_torch_optim, to_torch_optim
+from distmuon.checkpoint.torch_optim import from_torch_optim, to_torch_optim
 from tests.standing import Standing, routes
 from tests.training import Weights, assert_equals_reference, digest, make, state_tensors, train, weights
 

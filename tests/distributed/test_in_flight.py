@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distmuon
-import distmuon.param_gather
+import distmuon.step.param_gather
 from tests.standing import Standing
 from tests.training import digest, make, state_tensors, train, weights
 
@@ -28,17 +28,17 @@ class slow_peer:
         self.late, self.seconds = dist.get_rank(group) > 0, seconds
 
     def __enter__(self) -> None:
-        self.original = original = distmuon.param_gather.ParamGather.start
+        self.original = original = distmuon.step.param_gather.ParamGather.start
         pause = self.seconds if self.late else 0.0
 
         def start(gather: Any, index: int) -> None:
             time.sleep(pause)
             original(gather, index)
 
-        distmuon.param_gather.ParamGather.start = start  # type: ignore[method-assign]
+        distmuon.step.param_gather.ParamGather.start = start  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
-        distmuon.param_gather.ParamGather.start = self.original  # type: ignore[method-assign]
+        distmuon.step.param_gather.ParamGather.start = self.original  # type: ignore[method-assign]
 
 
 class Pair(nn.Module):

@@ -26,7 +26,8 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 import distmuon
-from distmuon import collectives, roll_call
+from distmuon.comm import group as collectives
+from distmuon.comm import lost_ranks as roll_call
 from tests.standing import Standing, make_batch
 from tests.training import Weights, backward, digest, make, train, weights
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distmuon
-from distmuon import guards
-from distmuon.buffers import Buffers
-from distmuon.planner import plan
+from distmuon import checks as guards
+from distmuon.planning.plan import plan
+from distmuon.step.storage import Buffers
 from tests.training import digest, hand_gradients, make, state_tensors, train, weights
 
 # ------------------------------------------------------------------------------------------------------- micro-batches

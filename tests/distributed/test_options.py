@@ -12,8 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distmuon
-from distmuon import collectives, guards, param_gather, rules
-from distmuon.buffers import Buffers
+from distmuon import checks as guards
+from distmuon.comm import group as collectives
+from distmuon.math import rules
+from distmuon.step import param_gather
+from distmuon.step.storage import Buffers
 from tests.distributed.test_parity import _model, _train_by_hand, _wanted_by_hand
 from tests.standing import Standing, loss_fn, make_batch
 from tests.training import backward, digest, errors, make, state_tensors, train, weights

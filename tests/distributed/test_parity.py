@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distmuon
-import distmuon.collectives
-import distmuon.rules
-import distmuon.walk
+import distmuon.comm.group
+import distmuon.math.rules
+import distmuon.step.bucket
 from tests.reference import Reference
 from tests.standing import SPLITS, Standing, loss_fn, make_batches, routes
 from tests.training import (
@@ -236,12 +236,12 @@ def _on_pieces(matrices: Tensor, **options: Any) -> Tensor:
     return torch.cat([_whole(rows, **options) for rows in matrices.tensor_split(2, dim=1) if rows.size(1)], dim=1)
 
 
-_whole = distmuon.walk.orthogonalize
+_whole = distmuon.step.bucket.orthogonalize
 
 
-def _own_gradient(self: Any, output: Tensor, input: Tensor, *, stage: str, about: str) -> distmuon.collectives.Pending:
+def _own_gradient(self: Any, output: Tensor, input: Tensor, *, stage: str, about: str) -> distmuon.comm.group.Pending:
     """A reduction that forgets the other ranks."""
-    return distmuon.collectives.Pending(output.copy_(input.view(self.dp_size, -1)[self.dp_rank]))
+    return distmuon.comm.group.Pending(output.copy_(input.view(self.dp_size, -1)[self.dp_rank]))
 
 
 def _train_with_fault(group: dist.ProcessGroup, fault: str, config: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -249,7 +249,7 @@ def _train_with_fault(group: dist.ProcessGroup, fault: str, config: dict[str, An
         if fault == "newton_schulz_on_pieces":
             patch.setattr(distmuon.walk, "orthogonalize", _on_pieces)
         elif fault == "own_gradient_only":
-            patch.setattr(distmuon.collectives.DataParallelGroup, "start_reduce_scatter", _own_gradient)
+            patch.setattr(distmuon.comm.group.DataParallelGroup, "start_reduce_scatter", _own_gradient)
         elif fault == "wrong_scale":
             patch.setattr(distmuon.rules, "lr_scale", lambda m, n, fn: 0.2 * min(m, n) ** 0.5)
         elif fault == "no_momentum":
@@ -257,7 +257,7 @@ def _train_with_fault(group: dist.ProcessGroup, fault: str, config: dict[str, An
         return _train_all(group, 1, [config])
 
 
-_momentum = distmuon.rules.muon_momentum
+_momentum = distmuon.math.rules.muon_momentum
 
 
 def _forgetful(grad: Tensor, buffer: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:

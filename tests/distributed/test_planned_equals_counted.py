@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 import distmuon
-from distmuon import walk
-from distmuon.planner import RankPlan, plan
+from distmuon.planning.plan import RankPlan, plan
+from distmuon.step import bucket as walk
 from tests.standing import Standing, routes
 
 MODELS: dict[str, tuple[str, dict[str, Any], float]] = {  # model_type, its config, bucket_mb: a few buckets each

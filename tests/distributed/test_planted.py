@@ -18,8 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distmuon
-from distmuon import collectives, conductor, guards, matrix_gather, walk
-from distmuon.grad_reduce import BackwardReducer
+from distmuon import checks as guards
+from distmuon.comm import group as collectives
+from distmuon.step import bucket as walk
+from distmuon.step import engine as conductor
+from distmuon.step import matrix_exchange as matrix_gather
+from distmuon.step.grad_reduce import BackwardReducer
 from tests.distributed.late import late_collectives
 from tests.standing import Standing, loss_fn, make_batch, make_batches, num_logical_matrices
 from tests.training import (
@@ -316,7 +320,7 @@ def _loaded_into(group: dist.ProcessGroup, folder: str, dtype: torch.dtype, way:
 
 
 def _adopts_the_saved_dtype(patch: pytest.MonkeyPatch) -> None:
-    from distmuon import sharded
+    from distmuon.checkpoint import tensors as sharded
 
     def write(bucket: Any, piece: Any, key: str, value: Tensor) -> None:
         if key == "master":

@@ -25,8 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedTensorMixin
 
 import distmuon
-from distmuon import collectives
-from distmuon.placeholder import InReduction
+from distmuon.comm import group as collectives
+from distmuon.step.placeholder import InReduction
 from tests.training import digest, state_tensors, weights
 
 WARM_UP, TOLERANCE = 100, 1.01

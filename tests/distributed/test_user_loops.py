@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import distmuon
-from distmuon import conductor
+from distmuon.step import engine as conductor
 from tests.distributed.test_in_flight import slow_peer
 from tests.training import digest, state_tensors, weights
 

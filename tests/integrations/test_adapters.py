@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 import distmuon
-from distmuon.routing import route
+from distmuon.layout.routing import route
 from tests.reference import Reference
 from tests.training import assert_equals_reference, digest, weights
 

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import nn
 
 import distmuon
-from distmuon import roll_call, trainer_face
-from distmuon.hooks import _over_own_storage
+from distmuon import trainer_face
+from distmuon.comm import lost_ranks as roll_call
+from distmuon.step.hooks import _over_own_storage
 from tests.standing import Standing, loss_fn, make_batch
 from tests.training import backward, digest, make, state_tensors, train, weights
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from distmuon import doctor
+from distmuon.cli import doctor
 
 
 def _versions(monkeypatch: pytest.MonkeyPatch, **installed: str) -> None:

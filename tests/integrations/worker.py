@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distmuon
-from distmuon.placeholder import InReduction
+from distmuon.step.placeholder import InReduction
 from tests.standing import Batch, Standing, loss_fn, make_batch, routes
 from tests.training import EXACT, digest, state_tensors, weights
 

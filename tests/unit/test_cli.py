@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from distmuon import cli
-from distmuon.planner import plan
+from distmuon.cli import plan as cli
+from distmuon.planning.plan import plan
 
 GOLDEN = """\
 gpt2, dp_size 2: 124,439,808 parameters, 72 matrices; 8 buckets, the largest 31.0%; staged 0.0%

@@ -18,9 +18,9 @@ from torch import nn
 
 import distmuon
 from distmuon import Route
-from distmuon.planner import plan
-from distmuon.routing import route
-from distmuon.run_state import unpacked
+from distmuon.checkpoint.extras import unpacked
+from distmuon.layout.routing import route
+from distmuon.planning.plan import plan
 from tests.training import digest, state_tensors, weights
 
 FORM = re.compile(r"(?s).+: .+; .+; .+")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.momentum_formats import ROUNDINGS, errors
-from distmuon.formats import (
+from distmuon.math.codecs import (
     BLOCK,
     bfloat16_dithered,
     dequantize,

@@ -11,9 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from distmuon.layout import Layout, make_layout, ns_cost
-from distmuon.packing import ALIGNMENT
-from distmuon.routing import ParamSpec, Route, route
+from distmuon.layout.layout import Layout, make_layout, ns_cost
+from distmuon.layout.packing import ALIGNMENT
+from distmuon.layout.routing import ParamSpec, Route, route
 
 PACKINGS, PLACEMENTS = ("balanced", "contiguous"), ("owner", "replicated")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 import distmuon
-from distmuon import Route, memory
+from distmuon import Route
+from distmuon.layout import memory
 from tests.training import digest, state_tensors, weights
 from tests.unit.test_errors import refused
 

@@ -16,9 +16,9 @@ from torch.optim._muon import _zeropower_via_newtonschulz as torch_muon
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.newton_schulz import composition, relaxed_cubics
-from distmuon import newton_schulz
-from distmuon.coefficients import COEFFICIENTS, Triple, reach, resolve
-from distmuon.newton_schulz import Form, evaluate, flops, form, orthogonalize
+from distmuon.math import newton_schulz
+from distmuon.math.coefficients import COEFFICIENTS, Triple, reach, resolve
+from distmuon.math.newton_schulz import Form, evaluate, flops, form, orthogonalize
 
 TABLES = sorted(COEFFICIENTS)
 STEPS = {name: max(5, table.fewest) for name, table in COEFFICIENTS.items()}

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 import distmuon
-from distmuon import layout
-from distmuon.config import Options
-from distmuon.counts import count
-from distmuon.layout import make_layout
-from distmuon.planner import describe, plan, plan_rank, sent_bytes, whole_matrix_layout
-from distmuon.routing import ParamSpec, route
-from distmuon.shapes import TABLES, shape_table
-from distmuon.step_time import HARDWARE, BucketLoad, Hardware, Order, StepTime, estimate
+from distmuon.layout import layout
+from distmuon.layout.layout import make_layout
+from distmuon.layout.routing import ParamSpec, route
+from distmuon.options import Options
+from distmuon.planning.counts import count
+from distmuon.planning.plan import describe, plan, plan_rank, sent_bytes, whole_matrix_layout
+from distmuon.planning.shapes import TABLES, shape_table
+from distmuon.planning.step_time import HARDWARE, BucketLoad, Hardware, Order, StepTime, estimate
 from tests.standing import Standing, routes
 
 # Sums of the shapes in the published safetensors (the number that each model's page on huggingface.co shows), without
@@ -152,7 +152,7 @@ def test_the_plan_of_a_meta_model_is_that_of_the_real_one() -> None:
         unreal = Standing()
     for dp_size in (1, 3):
         given = {"dp_size": dp_size, "routes": routes(), "bucket_mb": 0.026}
-        assert plan(unreal, **given) == plan(real, **given) == distmuon.planner.plan(real, **given)
+        assert plan(unreal, **given) == plan(real, **given) == distmuon.planning.plan.plan(real, **given)
     assert all(param.is_meta for param in unreal.parameters())
 
 

@@ -25,13 +25,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import distmuon
-from distmuon.boxes import boxes, make_up
-from distmuon.config import Options
-from distmuon.layout import Layout, make_layout, ns_cost
-from distmuon.manifest import FileSum, Manifest, table_file
-from distmuon.packing import _fill_level
-from distmuon.routing import Route, route
-from distmuon.sharded import Part, Reader, write_parts
+from distmuon.checkpoint.manifest import FileSum, Manifest, table_file
+from distmuon.checkpoint.tensors import Part, Reader, write_parts
+from distmuon.layout.boxes import boxes, make_up
+from distmuon.layout.layout import Layout, make_layout, ns_cost
+from distmuon.layout.packing import _fill_level
+from distmuon.layout.routing import Route, route
+from distmuon.options import Options
 from tests.standing import Standing, routes
 from tests.unit import test_layout as small
 
@@ -115,8 +115,8 @@ def test_straddlers_fill_up_the_lowest(ranks: list[tuple[int, int]], data: st.Da
 
 
 HASHED = """
-from distmuon.layout import make_layout
-from distmuon.routing import route
+from distmuon.layout.layout import make_layout
+from distmuon.layout.routing import route
 from tests.standing import Standing, routes
 specs = [spec for spec, _ in route(Standing(), routes())]
 print([make_layout(specs, n, bucket_mb=mb).fingerprint() for n in (2, 5) for mb in (None, 0.026)])

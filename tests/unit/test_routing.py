@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import distmuon
-from distmuon.routing import Route, route
+from distmuon.layout.routing import Route, route
 from tests.routing_models import MODELS, Block
 from tests.routing_models import table as golden_table
 
@@ -672,7 +672,7 @@ def test_convolutions_as_pairs() -> None:
     specs = {spec.fqn: spec for spec, _ in route(model.named_parameters())}
     assert {fqn for fqn, spec in specs.items() if spec.rule == "muon"} == {"middle.weight", "conv1d.weight"}
     stated = [{"params": [("anything", model.middle.weight)], "rule": "muon"}]
-    ((spec, _),) = distmuon.routing.route_params(stated, None)
+    ((spec, _),) = distmuon.layout.routing.route_params(stated, None)
     assert [matrix.logical_shapes for matrix in spec.matrices] == [((32, 144),)]
 
 
@@ -709,7 +709,7 @@ def test_a_route_and_a_dict_hold_together() -> None:
     stated = [dict(group, rule=rule) for group, rule in zip(groups(model), ("muon", "adamw"))]
     routes = [Route("0.weight", "muon", split=[32, 64], options={"lr": 0.07})]
     assert made(stated, routes=routes) == [(0.07, 0.1), (0.05, 0.1), (0.5, 0.0)]
-    (spec, *_) = [spec for spec, _ in distmuon.routing.route_params(stated, routes) if spec.fqn == "0.weight"]
+    (spec, *_) = [spec for spec, _ in distmuon.layout.routing.route_params(stated, routes) if spec.fqn == "0.weight"]
     assert [matrix.rows for matrix in spec.matrices] == [32, 64]
     with pytest.raises(ValueError, match=r"0\.weight: its dict says rule 'muon' and Route\('0\.\*'\) says 'adamw'"):
         made(stated, routes=[Route("0.*", "adamw")])

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from distmuon.layout import Layout, make_layout
-from distmuon.routing import route
+from distmuon.layout.layout import Layout, make_layout
+from distmuon.layout.routing import route
 from tests.reference import Reference
 from tests.standing import (
     BUCKET_MB,

@@ -1,0 +1,393 @@
+"""Shard state <-> boxes of whole tensors, in the files of torch.distributed.checkpoint (DCP).
+
+Decides what is saved under which key, and how a flat segment is cut into boxes. A segment is a contiguous range of its
+flattened parameter; as part of the n-dimensional tensor it is a few boxes (`boxes`), and boxes are what DCP calls
+chunks. So a file says nothing of dp_size, packing or buckets, and whoever wants any other part of the tensor can have
+it: another cut of ours, or another reader of DCP.
+
+    model.<fqn>                      every parameter and module buffer, in its own dtype; rank 0's where ranks differ
+    rank.<r>.<fqn>                   what rank r holds instead, for a load at the same number of ranks
+    optimizer.state.<fqn>.<key>      master (float32, where the parameter is not), momentum_buffer (and step, where
+                                     that has fewer than 32 bits); exp_avg, exp_avg_sq, step
+
+[Note: which part of DCP] Its file format, in which every box is what `torch.save` wrote of it, and for `.metadata` the
+metadata classes and `FileSystemWriter.finish`, all public. Not `dcp.save` and `dcp.load`: they call collectives of
+their own, unpickle `.metadata`, and hold every tensor of a file in memory until it is written. One private name is
+needed, `_StorageInfo`, which stands in every `.metadata` that DCP ever wrote.
+
+[Note: reading a box] The tables say which dtype and shape a box has, and its elements are one stored member of its
+archive. So they are read as bytes, only those that are wanted, and no pickle is opened.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from distmuon.checkpoint import folder as snapshot
+from distmuon.checkpoint.archives import Slice, tensor_in
+from distmuon.checkpoint.manifest import (
+    FileSum,
+    Manifest,
+    SummedFile,
+    count,
+    damaged,
+    naming,
+    not_understood,
+    parse_json,
+    read_small,
+    sum_of,
+    table_file,
+)
+from distmuon.layout.boxes import MAX_DIMS, Box, boxes, make_up, ranges_of
+from distmuon.layout.routing import ParamSpec
+from distmuon.step.storage import BucketBuffers, Buffers, ShardPiece
+
+Others = Mapping[str, Tensor]
+
+
+# ------------------------------------------------------------------------- the two doors to a piece's state
+
+
+def keys_of(bucket: BucketBuffers, piece: ShardPiece) -> tuple[str, ...]:
+    """What is saved of a piece beside the parameter itself."""
+    kept = [key for key in piece.state if key != "momentum_scale"]
+    return ("master", *kept) if bucket.has_master else tuple(kept)
+
+
+def read_value(bucket: BucketBuffers, piece: ShardPiece, key: str) -> Tensor:
+    """The logical value of `key`, (length,) or for "step" 0-d, in the dtype in which it is saved. May be a view."""
+    if key == "param":
+        return piece.cut(bucket.param_shard)
+    if key == "momentum_buffer":
+        return piece.momentum()
+    return bucket.master_of(piece) if key == "master" else piece.state[key]
+
+
+def write_value(bucket: BucketBuffers, piece: ShardPiece, key: str, value: Tensor) -> None:
+    """Take over the logical value of `key`, of the shape that `read_value` gives, any dtype and device.
+
+    "master" is always given; the parameter follows, on other ranks when the bucket is gathered.
+    """
+    if key == "master":
+        bucket.write_master(piece, value)
+        return
+    encoded = {key: value}
+    if key == "momentum_buffer":
+        encoded = piece.encoded(value.to(piece.state[key].device, torch.float32))
+    for name, stored in encoded.items():
+        piece.state[name].copy_(stored)
+
+
+def _views(flat: Tensor, shape: Sequence[int], start: int) -> Iterator[tuple[Box, Tensor]]:
+    """The boxes of a flat segment, each with its elements as a view."""
+    done = 0
+    for box in boxes(shape, start, flat.numel()):
+        size = prod(box[1])
+        yield box, flat[done : done + size].view(box[1])
+        done += size
+
+
+# ------------------------------------------------------------------------------------------------ saving
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A flat range of a tensor that this rank saves. `read` is asked when it is written, not before."""
+
+    name: tuple[str, ...]  # ("model", fqn), ("rank", number, fqn) or ("optimizer", "state", fqn, key)
+    shape: tuple[int, ...]
+    start: int
+    read: Callable[[], Tensor]
+
+
+def parts_of(
+    buffers: Buffers, others: Others, dp_size: int, shared: Sequence[str], alike: Collection[str]
+) -> Iterator[Part]:
+    """What this rank saves: its pieces of the trainable parameters and their state, its share of those of `others` that
+    are `alike` on all ranks, and all of those that are not.
+
+    `shared`: what all ranks hold, alike or not, in the same order everywhere. Of what is not alike rank 0's goes by the
+    plain name, which loads at any number of ranks.
+    """
+    for bucket in buffers.buckets:
+        for piece in bucket.muon + bucket.adamw:
+            spec, start = buffers.layout.specs[piece.segment.param], piece.segment.param_offset
+            yield Part(("model", spec.fqn), spec.shape, start, _reader(bucket, piece, "param"))
+            for key in keys_of(bucket, piece):
+                name = ("optimizer", "state", spec.fqn, key)
+                if key != "step":
+                    yield Part(name, spec.shape, start, _reader(bucket, piece, key))
+                elif start == 0:
+                    yield Part(name, (), 0, _reader(bucket, piece, key))
+    dealt = [fqn for fqn in shared if fqn in alike][buffers.dp_rank :: dp_size]
+    for fqn, tensor in others.items():
+        if fqn in dealt or (buffers.dp_rank == 0 and fqn in shared and fqn not in alike):
+            yield Part(("model", fqn), tuple(tensor.shape), 0, _resolver(tensor))
+        elif fqn not in alike:
+            yield Part(("rank", str(buffers.dp_rank), fqn), tuple(tensor.shape), 0, _resolver(tensor))
+
+
+def _resolver(tensor: Tensor) -> Callable[[], Tensor]:
+    """The elements as they are, not as a view says that they shall be read (conjugated, negated)."""
+    return lambda: tensor.detach().resolve_conj().resolve_neg()
+
+
+def _reader(bucket: BucketBuffers, piece: ShardPiece, key: str) -> Callable[[], Tensor]:
+    return lambda: read_value(bucket, piece, key)
+
+
+def copied(parts: Iterable[Part]) -> list[Part]:
+    """The same parts, read now, on the CPU: what is trained afterwards cannot alter them."""
+    copies = [(part, part.read().reshape(-1).to("cpu", copy=True)) for part in parts]
+    return [Part(part.name, part.shape, part.start, copy.detach) for part, copy in copies]
+
+
+def write_parts(path: Path, parts: Iterable[Part]) -> tuple[FileSum, dict[str, Any]]:
+    """One rank's file, a box at a time: its sum, and the table that says where in it which box lies."""
+    tensors: dict[str, Any] = {}
+    with SummedFile(path) as file:
+        for part in parts:
+            snapshot.reached("in data")
+            value = part.read().reshape(-1)
+            entry = {"name": part.name, "shape": part.shape, "dtype": str(value.dtype), "boxes": []}
+            entry = tensors.setdefault(".".join(part.name), entry)
+            for (offsets, sizes), elements in _views(value, part.shape, part.start):
+                at = file.size
+                torch.save(
+                    elements.to("cpu", copy=True), cast(IO[bytes], file)
+                )  # of a view, the whole storage is written
+                entry["boxes"].append([offsets, sizes, at, file.size - at])
+            del value
+    return file.sum, {"file": path.name, "tensors": tensors}
+
+
+def write_metadata(folder: Path, tables: Sequence[Mapping[str, Any]]) -> FileSum:
+    """`.metadata`, for other readers of DCP. Raises unless the boxes of all ranks make up every tensor exactly once."""
+    metadata, results = metadata_of(tables)
+    for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        assert _is_whole(entry), f"{name}: {entry.chunks}"
+    with naming(folder / ".metadata"):
+        writer = FileSystemWriter(folder)
+        writer.set_up_storage_writer(True)
+        writer.finish(metadata, results)
+        return sum_of(folder / ".metadata")
+
+
+def _is_whole(entry: TensorStorageMetadata) -> bool:
+    return make_up(tuple(entry.size), [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks])
+
+
+def metadata_of(tables: Sequence[Mapping[str, Any]]) -> tuple[Metadata, list[list[WriteResult]]]:
+    """The ranks' tables in DCP's own classes."""
+    found: dict[str, TensorStorageMetadata] = {}
+    names: dict[str, tuple[str, ...]] = {}
+    results: list[WriteResult] = []
+    for table in tables:
+        for name, entry in table["tensors"].items():
+            properties = TensorProperties(dtype=getattr(torch, entry["dtype"].removeprefix("torch.")))
+            tensor = found.setdefault(name, TensorStorageMetadata(properties, torch.Size(entry["shape"]), []))
+            names[name] = tuple(entry["name"])
+            for offsets, sizes, at, size in entry["boxes"]:
+                tensor.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                place = _StorageInfo(table["file"], at, size)
+                results.append(WriteResult(MetadataIndex(name, offsets), size, place))
+    return Metadata({**found}, planner_data=names), [results]
+
+
+# ----------------------------------------------------------------------------------------------- loading
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A contiguous range of a flattened tensor, and where the archive of it lies."""
+
+    start: int
+    end: int
+    file: str
+    at: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A tensor of a checkpoint: its boxes as ranges, in order."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    ranges: list[_Stored]
+
+
+class Reader:
+    """The tensors of a complete checkpoint, by name; any flat range of each. Executes nothing that stands in it."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.tensors: dict[str, Saved] = {}
+        for rank in range(manifest.dp_size):
+            table = _table(path / table_file(rank), manifest)
+            for name, entry in table["tensors"].items():
+                shape, dtype = tuple(entry["shape"]), _dtype(entry["dtype"])
+                saved = self.tensors.setdefault(name, Saved(shape, dtype, []))
+                places = [(offsets, sizes) for offsets, sizes, _, _ in entry["boxes"]]
+                ranges = ranges_of(shape, places) if (saved.shape, saved.dtype) == (shape, dtype) else None
+                if ranges is None:
+                    raise self._unlike(name)
+                for (start, end), (_, _, at, length) in zip(ranges, entry["boxes"]):
+                    saved.ranges.append(_Stored(start, end, table["file"], at, length))
+        for name, saved in self.tensors.items():
+            saved.ranges.sort(key=lambda stored: stored.start)
+            if [*(s.start for s in saved.ranges), prod(saved.shape)] != [0, *(s.end for s in saved.ranges)]:
+                raise self._unlike(name)
+
+    def _unlike(self, name: str) -> ValueError:
+        return damaged(self.path, f"{name}: the boxes in its tables do not make it up exactly once")
+
+    def read(self, name: str, start: int, length: int) -> Tensor:
+        """Elements [start, start + length) of the flattened tensor, (length,) in the dtype of the save, on the CPU."""
+        saved = self.tensors[name]
+        size = saved.dtype.itemsize
+        memory = bytearray(length * size)
+        first = bisect_right(saved.ranges, start, key=lambda stored: stored.end)
+        for stored in saved.ranges[first:]:
+            if stored.start >= start + length:
+                break
+            low, high = max(start, stored.start), min(start + length, stored.end)
+            into = memoryview(memory)[(low - start) * size : (high - start) * size]
+            try:
+                self._read_into(into, stored, (low - stored.start) * size, (stored.end - stored.start) * size)
+            except Exception as error:  # whatever a zip archive may be instead of one
+                found = f"its tensors cannot be read ({type(error).__name__}: {error})"
+                raise damaged(self.path / stored.file, found) from error
+        elements = torch.frombuffer(memory, dtype=torch.uint8) if memory else torch.empty(0, dtype=torch.uint8)
+        try:
+            return elements.view(saved.dtype)
+        except RuntimeError as error:  # a dtype that is more than its bits
+            raise damaged(self.path, f"{name}: {saved.dtype} is not read here") from error
+
+    def _read_into(self, into: memoryview, stored: _Stored, skipped: int, length: int) -> None:
+        """The bytes of `into`, which lie `skipped` bytes after the first of the `length` in a box."""
+        with (self.path / stored.file).open("rb") as file:
+            archive = Slice(file, stored.at, stored.length)
+            first, found = tensor_in(archive, stored.length)
+            if found != length:
+                raise ValueError(f"{found} bytes of elements, not {length}")
+            archive.seek(first + skipped)
+            if archive.readinto(into) != len(into):
+                raise ValueError("the file ends before them")
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """None for what is not in the checkpoint."""
+        return self.tensors[name].shape if name in self.tensors else None
+
+    def master(self, fqn: str) -> str:
+        """Where the most precise value of a parameter stands: its master, or itself if it has none."""
+        name = f"optimizer.state.{fqn}.master"
+        return name if name in self.tensors else f"model.{fqn}"
+
+    def other(self, fqn: str, rank: int) -> str:
+        """Where `rank`'s value of a frozen parameter or module buffer stands: its own, or that of all."""
+        name = f"rank.{rank}.{fqn}"
+        return name if name in self.tensors else f"model.{fqn}"
+
+    def others(self, rank: int) -> set[str]:
+        """The fqns of all that `rank` held: parameters and module buffers."""
+        own = (name.removeprefix(f"rank.{rank}.") for name in self.tensors if name.startswith(f"rank.{rank}."))
+        return {*own, *(name.removeprefix("model.") for name in self.tensors if name.startswith("model."))}
+
+    def unlike(self) -> set[str]:
+        """The fqns of what was not the same on all ranks."""
+        return {name.split(".", 2)[2] for name in self.tensors if name.startswith("rank.")}
+
+
+def _dtype(name: str) -> torch.dtype:
+    """Raises a `TypeError` for anything but a dtype's name."""
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name!r:.40} is no dtype")
+    return dtype
+
+
+def _table(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """One rank's table. Whatever is wrong with it, a `ValueError` that names the file."""
+    text = read_small(path)
+    try:
+        raw = parse_json(text)
+        size = manifest.files[raw["file"]].size
+        for name, entry in raw["tensors"].items():
+            shape, dtype = entry["shape"], _dtype(entry["dtype"])
+            if len(shape) > MAX_DIMS:
+                raise TypeError(f"{name!r:.80} has {len(shape)} dimensions, more than the {MAX_DIMS} of any tensor")
+            numbers = [*shape]
+            whole = name == ".".join(entry["name"]) and not (name.startswith("rank.") and name.count(".") < 2)
+            for offsets, sizes, at, length in entry["boxes"]:
+                whole &= len(offsets) == len(sizes) == len(shape)
+                if not whole:
+                    break
+                numbers += [*offsets, *sizes, at, length]
+                whole &= at + length <= size and prod(sizes) * dtype.itemsize <= length
+            if not whole or not all(count(number) == number for number in numbers):
+                raise TypeError(f"{name!r:.80} has boxes of another shape or outside of its file")
+        return dict(raw)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise not_understood(path, error) from error
+
+
+def missing_from(reader: Reader, buffers: Buffers, fresh: set[str], others: Others, rank: int) -> list[str]:
+    """What loading would need and not find: "name: what was found", one line a tensor. Reads no data."""
+    needed = {reader.other(fqn, rank): tuple(tensor.shape) for fqn, tensor in others.items()}
+    for bucket in buffers.buckets:
+        for piece in bucket.muon + bucket.adamw:
+            spec = buffers.layout.specs[piece.segment.param]
+            needed[reader.master(spec.fqn)] = spec.shape
+            for key in keys_of(bucket, piece):
+                if key != "master" and not _starts_anew(reader, spec, key, fresh):
+                    needed[f"optimizer.state.{spec.fqn}.{key}"] = () if key == "step" else spec.shape
+    found = [(name, reader.shape(name), shape) for name, shape in needed.items()]
+    return [f"{name} has shape {theirs}, not {ours}" for name, theirs, ours in found if theirs != ours]
+
+
+def _starts_anew(reader: Reader, spec: ParamSpec, key: str, fresh: set[str]) -> bool:
+    """Zeros: what is not read of a `fresh` parameter, and the step of a momentum that was saved without one."""
+    absent = spec.rule == "muon" and key == "step" and reader.shape(f"optimizer.state.{spec.fqn}.step") is None
+    return absent or spec.fqn in fresh
+
+
+def read_bucket(
+    reader: Reader, buffers: Buffers, bucket: BucketBuffers, fresh: set[str]
+) -> list[tuple[ShardPiece, str, Tensor]]:
+    """What `write_value` shall write: masters and state of this rank's pieces, zeros for state of the `fresh`."""
+    values: list[tuple[ShardPiece, str, Tensor]] = []
+    for piece in bucket.muon + bucket.adamw:
+        spec, start = buffers.layout.specs[piece.segment.param], piece.segment.param_offset
+        for key in dict.fromkeys(("master", *keys_of(bucket, piece))):
+            if key != "master" and _starts_anew(reader, spec, key, fresh):
+                values.append((piece, key, torch.zeros_like(read_value(bucket, piece, key))))
+            elif key == "step":
+                values.append((piece, key, reader.read(f"optimizer.state.{spec.fqn}.step", 0, 1).view(())))
+            else:
+                name = reader.master(spec.fqn) if key == "master" else f"optimizer.state.{spec.fqn}.{key}"
+                values.append((piece, key, reader.read(name, start, piece.segment.length)))
+    return values
+
+
+def read_other(reader: Reader, fqn: str, tensor: Tensor, rank: int) -> Tensor:
+    """A frozen parameter or module buffer: what `tensor` shall be on `rank`, on the CPU."""
+    return reader.read(reader.other(fqn, rank), 0, tensor.numel()).view(tensor.shape)

@@ -1,0 +1,115 @@
+"""State to and from a pair of torch.optim.Muon and torch.optim.AdamW: a run may go on without distmuon, and come back.
+
+Decides how torch.optim spells what distmuon holds. Values are the same: momentum is torch.optim.Muon's moving average.
+Weights travel apart, as the model's state dict (`model.safetensors`). torch.optim has no place for the float32 master
+of a bfloat16 weight: to keep it, make the torch model float32 from `full_state_dict`'s masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from distmuon.errors import names, problem
+from distmuon.math.coefficients import resolve
+from distmuon.optimizer import DistMuon
+
+_MUON = ("lr", "weight_decay", "momentum", "nesterov", "ns_steps", "adjust_lr_fn")
+_ADAMW = ("lr", "weight_decay", "betas", "eps")
+
+
+def to_torch_optim(optimizer: DistMuon) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state dict of torch.optim.Muon, of torch.optim.AdamW), whole, on every rank. Collective.
+
+    Make the two with `optimizer.param_groups`' parameters in that order, one group for each of the same rule
+    (``param_names`` are in both dicts). Raises `ValueError` for what torch.optim.Muon would train differently: stacks,
+    convolutions and fused weights, which distmuon cuts into matrices, and coefficients that change from step to step.
+    """
+    unlike = [s.fqn for s in optimizer.layout.specs if s.rule == "muon" and not _is_plain(s)]
+    if unlike:
+        raise problem(
+            names(unlike), "of several logical matrices or of more than 2 dimensions",
+            "torch.optim.Muon takes a 2-D parameter as one matrix", 'send these to AdamW: Route(name, "adamw")',
+        )  # fmt: skip
+    state = optimizer.full_state_dict()
+    muon = [_to_torch(group, state) for group in state["param_groups"] if group["rule"] == "muon"]
+    adamw = [_to_torch(group, state) for group in state["param_groups"] if group["rule"] == "adamw"]
+    return _numbered(muon), _numbered(adamw)
+
+
+def from_torch_optim(
+    optimizer: DistMuon, muon: Mapping[str, Any] | None, adamw: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What `optimizer.load_state_dict` takes, from the state dicts of the pair (None: there is none of it).
+
+    Parameters are matched by the groups' ``param_names``, or where torch's have none, by their order, which must be
+    that of `optimizer.param_groups` of the same rule. Load the weights into the model first.
+    Raises `ValueError` naming parameters that are missing, or whose group here lies in several groups there.
+    """
+    packed = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
+    states: dict[int, Mapping[str, Any]] = {}
+    for rule, theirs, keys in (("muon", muon, _MUON), ("adamw", adamw, _ADAMW)):
+        ours = [group for group in packed if group["rule"] == rule]
+        found = _by_name(theirs, [name for group in ours for name in group["param_names"]])
+        for group in ours:
+            missing = [name for name in group["param_names"] if name not in found]
+            homes = [found[name][0] for name in group["param_names"] if name in found]
+            if missing or any(home is not homes[0] for home in homes):
+                text = names(missing or group["param_names"])
+                raise problem(
+                    text, f"not in one group of torch.optim's {rule} state", "those of one group must be together",
+                    "give both optimizers the same groups",
+                )  # fmt: skip
+            group.update({key: homes[0][key] for key in keys})
+            if rule == "muon":
+                group["ns_coefficients"] = homes[0]["ns_coefficients"]
+                group["adjust_lr_fn"] = homes[0]["adjust_lr_fn"] or "original"
+            for number, name in zip(group["params"], group["param_names"]):
+                states[number] = found[name][1]
+    return {"state": states, "param_groups": packed}
+
+
+def _is_plain(spec: Any) -> bool:
+    return len(spec.shape) == 2 and len(spec.matrices) == 1 and not spec.matrices[0].column_split
+
+
+def _to_torch(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
+    """One group under torch.optim's keys, and the states of its parameters."""
+    muon = group["rule"] == "muon"
+    found: dict[str, Any] = {key: group[key] for key in (_MUON if muon else _ADAMW)}
+    found["param_names"] = list(group["param_names"])
+    if muon:
+        triples = set(resolve(group["ns_coefficients"], group["ns_steps"]))
+        if len(triples) > 1:
+            raise problem(
+                "ns_coefficients", f"{len(triples)} triples in {group['ns_steps']} steps",
+                "torch.optim.Muon takes one for all steps", 'continue with "jordan" or a triple of your own',
+            )  # fmt: skip
+        found.update(ns_coefficients=triples.pop(), eps=1e-7)
+    else:
+        found.update(amsgrad=False, maximize=False, foreach=None, capturable=False, differentiable=False, fused=None)
+        found["decoupled_weight_decay"] = True
+    states = [state["state"].get(number, {}) for number in group["params"]]
+    not_torchs = ("master", "step") if muon else ("master",)
+    return found, [{key: value for key, value in own.items() if key not in not_torchs} for own in states]
+
+
+def _numbered(groups: Sequence[tuple[dict[str, Any], list[Mapping[str, Any]]]]) -> dict[str, Any]:
+    states: dict[int, Mapping[str, Any]] = {}
+    for group, own in groups:
+        group["params"] = list(range(len(states), len(states) + len(own)))
+        states.update(zip(group["params"], own))
+    return {"state": {n: state for n, state in states.items() if state}, "param_groups": [g for g, _ in groups]}
+
+
+def _by_name(state: Mapping[str, Any] | None, order: Sequence[str]) -> dict[str, tuple[Any, Mapping[str, Any]]]:
+    """{fqn: (its group, its state)}."""
+    found: dict[str, tuple[Any, Mapping[str, Any]]] = {}
+    for group in state["param_groups"] if state is not None else []:
+        assert state is not None
+        theirs = group.get("param_names") or order[len(found) : len(found) + len(group["params"])]
+        for name, number in zip(theirs, group["params"]):
+            found[name] = (group, state["state"].get(number, {}))
+    return found

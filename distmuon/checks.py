@@ -1,0 +1,195 @@
+"""What is refused before it would train wrongly: wrapped models, parameters that were cut up, moved, shared or replaced.
+
+Each function raises, or says what it found; none changes anything or talks to other ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distmuon.errors import problem
+from distmuon.layout import memory
+
+SILENCED = "reduces_nothing_for_distmuon"  # set by `distmuon.integrations.ddp.silence` on its wrapper
+GroupMembers = list[tuple[object, list[int]]]
+
+
+def unwrap(params: Any, grad_reduction: str) -> Any:
+    """The module to route, under its own names: not as `torch.compile` or DDP wraps it. Refuses wrappers that would
+    average a second time or that hold no whole parameters."""
+    params = _uncompiled(params)
+    if isinstance(params, nn.parallel.DistributedDataParallel):
+        if grad_reduction == "reduce_scatter":
+            raise problem(
+                "params", "a model wrapped in DistributedDataParallel, which averages the gradients itself",
+                "one reduction of the gradients is needed",
+                'pass grad_reduction="external", or pass the unwrapped model (and silence the wrapper: '
+                "distmuon.integrations.ddp.silence)",
+            )  # fmt: skip
+        return _uncompiled(params.module)
+    if type(params).__module__.startswith("torch.distributed.fsdp"):
+        raise problem(
+            "params", f"a model wrapped in {type(params).__name__}", "whole parameters are needed (ZeRO-1)",
+            "pass the plain module: distmuon shards optimizer state and gradients by itself",
+        )  # fmt: skip
+    return params
+
+
+def _uncompiled(params: Any) -> Any:
+    """Told by its name: torch._dynamo takes seconds to import."""
+    is_compiled = (type(params).__module__, type(params).__name__) == ("torch._dynamo.eval_frame", "OptimizedModule")
+    return params._orig_mod if is_compiled else params
+
+
+def listed(params: Any) -> Any:
+    """A module as it is; what else an optimizer may be given as lists, since it is read twice."""
+    if isinstance(params, nn.Module):
+        return params
+    return [
+        {**entry, "params": _as_list(entry.get("params"))} if isinstance(entry, Mapping) else entry
+        for entry in _as_list(params)
+    ]
+
+
+def _as_list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, Tensor) else [given]
+
+
+def frozen(params: Any) -> list[tuple[str, nn.Parameter]]:
+    """(fqn, parameter) of all in `params`, a module or `listed` and routed, that need no gradient now."""
+    if isinstance(params, nn.Module):
+        named = list(params.named_parameters())
+    else:
+        named = [pair for entry in params for pair in (entry["params"] if isinstance(entry, Mapping) else [entry])]
+    return [(fqn, param) for fqn, param in named if not param.requires_grad]
+
+
+def check_parameters(
+    model: nn.Module | None, named: Sequence[tuple[str, nn.Parameter]], shapes: Sequence[tuple[int, ...]]
+) -> None:
+    """Raise for parameters that some framework has cut up, reshaped or replaced, or that live on several devices."""
+    held = None if model is None else {id(param) for param in model.parameters()}
+    first_fqn, first = named[0]
+    for (fqn, param), shape in zip(named, shapes):
+        if type(param).__module__.startswith("torch.distributed"):
+            found = "a DTensor (FSDP2 or tensor parallel)"
+        elif hasattr(param, "ds_id"):
+            found = "partitioned by DeepSpeed (zero.Init or stage 3)"
+        elif param.is_complex() or not param.is_floating_point():
+            found = f"of dtype {param.dtype}"
+        elif param.is_meta:
+            found = "on the meta device, without values"
+        elif param.device != first.device:
+            found = f"on {param.device} while {first_fqn} is on {first.device}"
+        elif tuple(param.shape) != shape:
+            found = f"of shape {tuple(param.shape)} now, {shape} when the optimizer was made"
+        elif param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            found = f"of dtype {param.dtype}, which a float32 master would round"
+        elif held is not None and id(param) not in held:
+            found = "no longer the one that the model holds there"
+        else:
+            continue
+        cure = "make DistMuon from the complete plain model (ZeRO stage 0)"
+        if found.startswith("no longer"):
+            cure += "; an ordinary forward must come before a functional_call with Parameters of another model"
+        raise problem(
+            fqn, f"the parameter is {found}", "whole real ones on one device, unchanged since then, are needed", cure
+        )
+    known = {id(param) for _, param in named}
+    for fqn, param in model.named_parameters() if model is not None else ():
+        if param.requires_grad and param.numel() and id(param) not in known:
+            raise problem(
+                fqn, "it is trainable now, and was not in the model or frozen when the optimizer was made",
+                "the layout holds no state for it", "make a new DistMuon once the model is complete",
+            )  # fmt: skip
+
+
+def check_memory(named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """Raise for parameters whose values are not, each in a place of its own, in memory that kernels may write.
+
+    What an optimizer writes into the memory of a tensor subclass that keeps its values elsewhere reaches nobody.
+    """
+    for fqn, param in named:
+        if not memory.is_plain(param):
+            kind = type(param).__name__ if param.layout == torch.strided else f"tensor of {param.layout}"
+            raise problem(
+                fqn, f"the parameter is a {kind}, whose values are not simply those in its memory",
+                "a plain nn.Parameter is needed for what is trained",
+                "put nn.Parameter(a plain copy of its values) there, or freeze it with requires_grad_(False)",
+            )  # fmt: skip
+        if not memory.is_dense(param):
+            raise problem(
+                fqn, f"the parameter of shape {tuple(param.shape)} has strides {param.stride()}: it is expanded, or a "
+                "slice with gaps", "a place for each element, without gaps, is needed",
+                "put nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format)) there",
+            )  # fmt: skip
+    pair = memory.overlapping([param for _, param in named])
+    if pair is not None:
+        (other, _), (fqn, _) = named[pair[0]], named[pair[1]]
+        raise problem(
+            fqn, f"it lies in the memory of {other}, as a Parameter of its own", "one Parameter a memory is needed",
+            "tie weights as modules do, module.weight = other.weight (not .data), before DistMuon is made",
+        )  # fmt: skip
+
+
+def is_ordinary(model: nn.Module, params: Sequence[nn.Parameter]) -> bool:
+    """Whether this forward of `model` is one to build buffers in.
+
+    Inside `torch.func.functional_call` the model holds other tensors than `params` for a moment; inside a transform of
+    torch.func, or under FakeTensorMode, a copy of a parameter is no memory that lasts. A Parameter in the place of
+    another is taken for one that stays: `check_parameters` refuses it.
+    """
+    known = {id(param) for param in params}
+    swapped = any(id(held) not in known and not isinstance(held, nn.Parameter) for held in model.parameters())
+    in_transform = torch._C._functorch.peek_interpreter_stack() is not None
+    return not swapped and not in_transform and type(torch.empty(0)) is Tensor
+
+
+def check_wrapper(params: Sequence[nn.Parameter]) -> None:
+    """Raise within the forward of a DistributedDataParallel that will average the gradients of `params` as well."""
+    wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
+    if wrapper is None or getattr(wrapper, SILENCED, False):
+        return
+    ours = {id(param) for param in params}
+    if any(id(param) in ours for param in wrapper.parameters()):
+        raise problem(
+            "DistributedDataParallel", "it runs the model, and averages the gradients that DistMuon reduces",
+            "one reduction of the gradients is needed",
+            "prepare the model with the trainer's own line: distmuon.integrations.accelerate.prepare in the place of "
+            "accelerator.prepare, distmuon.integrations.fabric.setup; silence a wrapper of your own by "
+            'distmuon.integrations.ddp.silence; or let it average (Lightning\'s Trainer): grad_reduction="external"',
+        )  # fmt: skip
+
+
+def check_frozen(named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """Raise for a parameter that was frozen at construction and is trained now."""
+    for fqn, param in named:
+        if param.requires_grad:
+            raise problem(
+                fqn, "requires_grad was switched on after construction", "the layout holds no state for it",
+                "make a new DistMuon when parameters are unfrozen",
+            )  # fmt: skip
+
+
+def group_members(param_groups: Sequence[dict[str, Any]]) -> GroupMembers:
+    """(rule, ids of its parameters) of each group."""
+    lists = [group.get("params") for group in param_groups]
+    ids_per_group = [[id(param) for param in params] if isinstance(params, list) else [] for params in lists]
+    return [(group.get("rule"), ids) for group, ids in zip(param_groups, ids_per_group)]
+
+
+def check_members(param_groups: Sequence[dict[str, Any]], made: GroupMembers) -> None:
+    """Raise if somebody exchanged the parameters, rules or order of the groups that were `made`: updates would miss
+    what they hold now."""
+    members = group_members(param_groups)
+    if members != made:
+        now, then = (sum(len(ids) for _, ids in groups) for groups in (members, made))
+        raise problem(
+            "param_groups", f"they hold {now} parameters that are not the {then} of construction, in their groups",
+            "distmuon keeps its own masters and needs the model's own parameters, under their rules, in order",
+            "keep other optimizers' wrappers away (DeepSpeed: ZeRO stage 0, cast the model itself)",
+        )  # fmt: skip

@@ -1,0 +1,252 @@
+"""The command line: `python -m distmuon plan MODEL --dp 8,64,512` prints what training would move, hold and take.
+
+Decides only how numbers look and how a model is named; the numbers are `plan.py`'s. Bad input is one line on
+stderr and exit status 2. transformers and matplotlib are imported only where a config or a drawing is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import torch
+from torch import nn
+
+from distmuon.errors import problem
+from distmuon.layout.routing import ParamSpec
+from distmuon.options import MasterFormat, Overlap, ParamGather
+from distmuon.planning.plan import HARDWARE, STAGES, Plan, plan
+from distmuon.planning.shapes import TABLES, shape_table
+from distmuon.planning.step_time import Order
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OVERLAP: dict[str, Overlap] = {"step": True, "forward": "forward", "none": False}
+_MOMENTUM = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+_ORDERS: dict[Order, str] = {  # labels
+    "one_group": "one group",
+    "exchange_group": "exchange group",
+    "gathers_last": "gathers last",
+}
+_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        plans = _plans(arguments)
+        if arguments.plot is not None:
+            _draw(plans, arguments.model, arguments.plot)
+    except (ValueError, OSError) as error:
+        print(f"distmuon plan: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        print(json.dumps([found.to_dict(ranks=arguments.ranks) for found in plans], indent=2))
+    else:
+        print("\n\n".join(_text(found, arguments.model, arguments.ranks) for found in plans))
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but bad input is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m distmuon", description="Muon under ZeRO-1")
+    command = parser.add_subparsers(required=True, metavar="plan").add_parser(
+        "plan", help="what a step moves, holds and takes", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = command.add_argument
+    add("model", help=f"one of {', '.join(TABLES)} (or the beginning of one); a Hugging Face config.json or its "
+        "folder; a model_type of transformers")  # fmt: skip
+    add("--dp", required=True, type=_dp_sizes, metavar="N[,N...]", help="data-parallel ranks, such as 8,64,512")
+    add("--bucket-mb", type=_bucket_mb, metavar="MIB", help="MiB of float32 gradients, or auto")
+    add("--packing", default="balanced", choices=("balanced", "contiguous"))
+    add("--placement", default="owner", choices=("owner", "replicated"))
+    add("--grad-bytes", default=4, type=int, choices=(2, 4), help="4: float32 reduction, 2: bfloat16")
+    add("--param-dtype", default="bfloat16", type=lambda name: _NAMES.get(name, name), choices=tuple(_DTYPES))
+    add("--release-grads", action="store_true", help="gradient buffers go as soon as they are reduced")
+    add("--param-gather", default="parameters", choices=get_args(ParamGather), help="what all-gathers carry")
+    add("--master-format", default="float32", choices=get_args(MasterFormat))
+    add("--momentum-dtype", default="float32", choices=tuple(_MOMENTUM))
+    add("--overlap", default="step", choices=tuple(_OVERLAP), help="what buckets and all-gathers run under")
+    add("--ns-steps", default=5, type=int, help="Newton-Schulz steps")
+    add("--hardware", default="h100", choices=(*HARDWARE, "none"), help="for the estimated times")
+    add("--exchange-group", action="store_true", help="exchanges in a process group of their own (estimated times)")
+    add("--routes", choices=("adamw",), help="adamw: every parameter, on purpose")
+    add("--no-compare", action="store_true", help="plan distmuon alone")
+    add("--ranks", action="store_true", help="also every single rank")
+    add("--json", action="store_true", help="JSON instead of the table")
+    add("--plot", type=Path, metavar="PNG", help="draw traffic, balance and time over dp (needs matplotlib)")
+    return parser
+
+
+def _dp_sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; whole numbers from 1 on are needed; write 8 or 8,64,512")
+    return sizes
+
+
+def _bucket_mb(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}; MiB or auto is needed; write 512") from None
+
+
+def _plans(arguments: argparse.Namespace) -> list[Plan]:
+    model = _model(arguments.model)
+    return [
+        plan(
+            model,
+            dp_size=dp_size,
+            routes=arguments.routes,
+            packing=arguments.packing,
+            placement=arguments.placement,
+            bucket_mb=arguments.bucket_mb,
+            reduce_dtype=torch.float32 if arguments.grad_bytes == 4 else torch.bfloat16,
+            param_dtype=_DTYPES[arguments.param_dtype],
+            release_grads=arguments.release_grads,
+            param_gather=arguments.param_gather,
+            master_format=arguments.master_format,
+            momentum_dtype=_MOMENTUM[arguments.momentum_dtype],
+            overlap=_OVERLAP[arguments.overlap],
+            ns_steps=arguments.ns_steps,
+            exchange_group=arguments.exchange_group,
+            hardware=None if arguments.hardware == "none" else arguments.hardware,
+            compare=not arguments.no_compare,
+        )
+        for dp_size in arguments.dp
+    ]
+
+
+def _model(name: str) -> nn.Module | tuple[ParamSpec, ...]:
+    """A shipped table, or a causal language model on the meta device. Never reaches for the network."""
+    try:
+        return shape_table(name)
+    except KeyError:
+        pass
+    needed = f"one of {', '.join(TABLES)}, a config.json or a model_type is needed"
+    try:
+        from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        raise problem("model", f"found {name!r}", needed, "pip install transformers for the last two") from None
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    path = Path(name)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.is_file():
+        try:
+            entries = json.loads(path.read_text())
+        except ValueError as error:
+            raise problem(str(path), f"no JSON ({error})", "a config.json is needed", "correct the file") from error
+        model_type = entries.get("model_type") if isinstance(entries, dict) else None
+        if model_type not in CONFIG_MAPPING:
+            known = "a model_type that transformers knows is needed"
+            raise problem(str(path), f"its model_type is {model_type!r}", known, "correct it or update transformers")
+    elif name in CONFIG_MAPPING:
+        entries = {"model_type": name}
+    else:
+        raise problem("model", f"found {name!r}", needed, "correct the name or the path")
+    build: Any = AutoModelForCausalLM.from_config
+    try:
+        with torch.device("meta"):
+            model: nn.Module = build(AutoConfig.for_model(**entries))
+    except Exception as error:  # of whatever kind a model's code raises for values that it cannot use
+        found = f"transformers makes no causal language model of it ({type(error).__name__}: {error})"
+        raise problem(name, found.partition("\n")[0][:300], "a model's own config is needed", "correct it") from error
+    return model
+
+
+def _text(found: Plan, model: str, ranks: bool) -> str:
+    title = f"{model}, dp_size {found.dp_size}: {found.num_elements:,} parameters, {found.num_matrices:,} matrices"
+    shape = f"{found.num_buckets} buckets, the largest {found.largest_bucket:.1%}; staged {found.staged:.1%}"
+    lines = [f"{title}; {shape}"]
+    lines += [f"bucket_mb auto: {found.why}"] if found.why else []
+    ways = (found, *found.others)
+    lines.append(f"{'':34}" + "".join(f"{way.way:>16}" for way in ways))
+
+    def row(label: str, cells: Sequence[str]) -> None:
+        lines.append(f"{label:34}" + "".join(f"{cell:>16}" for cell in cells))
+
+    for stage in STAGES:
+        row(f"sent, {stage}", [_bytes(way.stage_bytes(stage)) for way in ways])
+    row("sent, busiest rank", [_bytes(way.sent) for way in ways])
+    adamw = next((way.sent for way in found.others if way.way == "adamw"), 0)
+    if adamw:
+        row("  relative to AdamW's own ZeRO-1", [f"{way.sent / adamw:.4f}" for way in ways])
+    for name in ("parameters", "staged", "gradients", "master", "momentum", "moments", "transient"):
+        row(f"held, {name}", [_bytes(getattr(way.fullest, name)) for way in ways])
+    row("held, fullest rank", [_bytes(way.fullest.total) for way in ways])
+    if any(way.fullest.accumulation for way in ways):
+        row("  more while accumulating", [_bytes(way.fullest.accumulation) for way in ways])
+    row("straddlers", [f"{way.straddlers:,}" for way in ways])
+    row("padding", [f"{way.padding:.3%}" for way in ways])
+    row("state, max/mean", [f"{way.state_balance:.3f}" for way in ways])
+    row("Newton-Schulz, max/mean", [f"{way.ns_balance:.3f}" for way in ways])
+    row("Newton-Schulz, busiest, TFLOP", [f"{max(rank.ns_flops for rank in way.ranks) / 1e12:.3f}" for way in ways])
+    times = [way.time for way in ways if way.time]
+    if times:
+        row("estimated ms: step", [f"{1e3 * time.step_s:.2f}" for time in times])
+        row("  Newton-Schulz, slowest rank", [f"{1e3 * time.newton_schulz_s:.2f}" for time in times])
+        row("  elementwise, slowest rank", [f"{1e3 * time.elementwise_s:.2f}" for time in times])
+        row("  exposed communication", [f"{1e3 * time.exposed_s:.2f}" for time in times])
+        row("  all-gathers left to hide", [f"{1e3 * time.left_s:.2f}" for time in times])
+        for order, label in _ORDERS.items() if len(found.orders) > 1 else ():
+            at = [way.orders[order] for way in ways]
+            row(f"step + left, {label}", [f"{1e3 * time.step_s:.2f} + {1e3 * time.left_s:.2f}" for time in at])
+    for number, rank in enumerate(found.ranks if ranks else ()):
+        sent = ", ".join(f"{stage} {n}" for stage, n in rank.sent_bytes.items())
+        lines.append(f"rank {number}: sends {sent or 'nothing'}; holds {rank.state_bytes} of state; "
+                     f"{rank.ns_matrices} matrices, {rank.ns_flops} FLOPs")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _bytes(n: int) -> str:
+    """In decimal units, as network and memory vendors count."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n >= size:
+            return f"{n / size:.3f} {unit}"
+    return f"{n} B"
+
+
+def _draw(plans: Sequence[Plan], model: str, path: Path) -> None:
+    """Three panels over dp_size: traffic, balance, time."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise problem("--plot", "matplotlib is not installed", "it draws the plot", "pip install matplotlib") from None
+    figure: Any
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    sizes = [found.dp_size for found in plans]
+    for number, way in enumerate(["distmuon", *(other.way for other in plans[0].others)]):
+        of_way = [(found, *found.others)[number] for found in plans]
+        axes[0].plot(sizes, [one.sent / 1e9 for one in of_way], "o-", label=way)
+        axes[1].plot(sizes, [one.ns_balance for one in of_way], "o-", label=way)
+        if all(one.time for one in of_way):
+            axes[2].plot(sizes, [1e3 * one.time.step_s for one in of_way if one.time], "o-", label=way)
+    titles = ("sent by the busiest rank, GB", "Newton-Schulz, max/mean", "estimated step, ms")
+    for axis, title in zip(axes, titles):
+        axis.set_xscale("log", base=2)
+        axis.set_title(title)
+        axis.set_xlabel("dp_size")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(model)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

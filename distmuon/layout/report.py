@@ -1,0 +1,28 @@
+"""What went where, as short texts: `DistMuon.report`. Reads a layout; counts nothing that a layout does not know."""
+
+from __future__ import annotations
+
+from distmuon.layout.layout import Layout
+
+
+def describe(layout: Layout, num_frozen: int = 0) -> str:
+    """What went where, in a few lines: rules, logical matrices, buckets, straddlers, padding."""
+    lines = []
+    for rule, label in (("muon", "Muon"), ("adamw", "AdamW")):
+        specs = [spec for spec in layout.specs if spec.rule == rule]
+        matrices = sum(len(m.logical_shapes) for spec in specs for m in spec.matrices)
+        of_matrices = f" ({matrices} matrices)" if rule == "muon" else ""
+        lines.append(f"{label}: {len(specs)} tensors{of_matrices}, {sum(s.numel for s in specs):,} elements")
+    lines.append(f"frozen: {num_frozen} tensors")
+    lines.append(
+        f"layout: dp_size {layout.dp_size}, {len(layout.buckets)} buckets, {layout.num_straddlers} straddlers, "
+        f"Newton-Schulz max/mean {layout.ns_balance:.3f}, padding {100 * layout.padding:.3f} %, "
+        f"staged {100 * layout.staged:.1f} %"
+    )
+    return "\n".join(lines)
+
+
+def routing_table(layout: Layout) -> str:
+    """One line a parameter: fqn, shape, rule, reason."""
+    width = max(len(spec.fqn) for spec in layout.specs)
+    return "\n".join(f"{s.fqn:<{width}}  {s.shape!s:<20} {s.rule:<6} {s.reason}" for s in layout.specs)

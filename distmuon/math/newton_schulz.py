@@ -1,0 +1,222 @@
+"""Newton-Schulz: a stack of matrices goes in, their (nearly) polar factors come out.
+
+This module decides how each step's odd polynomial is evaluated: in which form, dtype and blocks. It decides from
+shapes, dtype and coefficients, never from values, so nothing in it waits for a device. It knows no rank, no parameter.
+Error bands, measurements, and what was tried and left: docs/newton_schulz.md.
+
+Shapes: B matrices, m rows, n columns; inside, k is the short side and l the long one. A step sends each singular value
+s of X (k, l), all in [0, 1] at first, to a*s + b*s^3 + c*s^5:
+    G = X X^T       P = b*G + c*G^2       X <- a*X + P X
+
+[Note: segments]  A segment of several steps touches X twice only. In between, all is k x k and symmetric:
+    Q <- (a*I + P) Q       G <- (a*I + P) G (a*I + P)       and, after its last step,    X <- Q X
+Segments of one step are the standard form; longer ones are the Gram form, restarted (G made anew from X) between
+segments: what rounding did to G at a small singular value grows up to (a*u)^2 times in a step whose input reaches u.
+`_GROWTH` bounds the product of these factors. The first segment, where P is small beside a*I, keeps Q's multiple of I
+apart and so unrounded; in bfloat16 that makes two first steps in one as exact as two, or more so. No later two are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import inf, isqrt
+
+import torch
+from torch import Tensor
+
+from distmuon.errors import problem
+from distmuon.math.coefficients import Coefficients, Triple, reach, resolve
+
+
+def flops(m: int, n: int, steps: int) -> int:
+    """FLOPs of the standard form for one (m, n) matrix, steps * (4*k*k*l + 2*k^3): the model that balances owners."""
+    return steps * (4 * min(m, n) * m * n + 2 * min(m, n) ** 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How to evaluate; `form` chooses one."""
+
+    segments: tuple[int, ...]  # steps from one G = X X^T to the next: see [Note: segments]
+    dtype: torch.dtype  # of the products
+    stacked: bool = True  # the stack by batched products, or matrix by matrix
+    gram_panels: int = 1  # G = X X^T as so many column panels of its upper triangle, mirrored
+    square_panels: int = 1  # the same for symmetric products of k x k matrices
+
+
+# Bounds of [Note: segments], of the first segment and of later ones. A dtype that is not here keeps the standard form.
+_GROWTH = {torch.float32: (250.0, 250.0), torch.float16: (70.0, 70.0), torch.bfloat16: (17.0, 0.0)}
+_SAVED = {torch.bfloat16: 2e7}  # the least multiply-adds that two steps in one must save, against the calls they add
+_TINY = 2**19  # CPU: products of no more multiply-adds run in float32: calling the bfloat16 kernel takes longer
+_LEAST = 128  # the least k of the Gram form, and width of a panel. p panels save (p-1)/2p of a product and cost p calls
+_PAIR = 384  # bfloat16 on a CPU: two panels at least from this k on: batched products take 1.2 of a loop's time there
+_PANEL_WORK = {torch.bfloat16: 5e7, torch.float32: 1.1e7}  # and copies: p = sqrt(the product's multiply-adds / these)
+_ALONE = 32  # a stack of one matrix from this k on is multiplied as a matrix: the bits of a batch, 2 us sooner a call
+_SMALL = 2**16  # elements of a matrix whose norm is taken in float64
+_COLUMNS = 1024  # X is updated in place, in panels of about so many columns, whose old values stay in cache
+
+
+@lru_cache(maxsize=4096)
+def form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, device_type: str) -> Form:
+    """The cheapest safe way to evaluate `triples` on (m, n) matrices, by the thresholds above (measured: see docs).
+
+    dtype     as asked; on a CPU float32 for float16, whose products are 70 times slower there, and for tiny ones
+    segments  longer than 1 for l >= 1.5 k, where products of k x k matrices are the cheap ones, as `_GROWTH` allows;
+              not in bfloat16 on other devices, where nobody has measured it
+    panels    on a CPU only, for products large enough to gain from computing one triangle
+    stacked   unless there are panels: one such matrix fills the cores, and panels of a stack would be copied
+    """
+    short, long = min(m, n), max(m, n)
+    if device_type == "cpu" and (dtype == torch.float16 or short * short * long <= _TINY):
+        dtype = torch.promote_types(dtype, torch.float32)
+    gram = 2 * long >= 3 * short >= 3 * _LEAST and short * short * (2 * long - 3 * short) >= _SAVED.get(dtype, 0.0)
+    gram = gram and (dtype != torch.bfloat16 or device_type == "cpu")
+    segments, growth, bounds = [1], 1.0, _GROWTH.get(dtype, (0.0, 0.0))
+    for (a, _, _), top in zip(triples[:-1], reach(triples)):
+        growth *= (a * top) ** 2
+        if gram and growth <= bounds[len(segments) > 1]:
+            segments[-1] += 1
+        else:
+            segments, growth = [*segments, 1], 1.0
+    work = _PANEL_WORK.get(dtype, inf) if device_type == "cpu" else inf
+    least = 2 if device_type == "cpu" and dtype == torch.bfloat16 and short >= _PAIR else 1
+    panels = [max(least, min(short // _LEAST, isqrt(int(short * short * length / work)))) for length in (long, short)]
+    return Form(tuple(segments), dtype, panels[0] == 1, *panels)
+
+
+def orthogonalize(
+    matrices: Tensor,
+    *,
+    steps: int,
+    coefficients: Coefficients,
+    dtype: torch.dtype | None = None,
+    kernel: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """(B, m, n), floating-point -> (B, m, n) in `dtype` (None: bfloat16): each U S V^T becomes U p(S / |S|) V^T.
+
+    The input is never written; the result is new memory, for m > n a transposed view of it. The input's scale, 1e-20 to
+    1e20, does not matter; a matrix of zeros gives zeros; each matrix gives the bits that it gives alone (k >= 16 in
+    float32 and bfloat16; below, a library may batch with another kernel, and the last bit may differ). Raises
+    ValueError as `resolve` does, and for anything but a stack of floating-point matrices. `kernel`: evaluates this very
+    polynomial in our place (`ns_kernels.decide`), of float32 matrices with norm 1; then these promises are its own.
+    """
+    if matrices.dim() != 3 or not matrices.is_floating_point():
+        found = f"{tuple(matrices.shape)} of {matrices.dtype} found"
+        cure = "add a dimension to a single matrix, flatten a kernel to (out, in)"
+        raise problem("matrices", found, "a floating-point stack (B, m, n) is needed", cure)
+    dtype = torch.bfloat16 if dtype is None else dtype
+    triples = resolve(coefficients, steps)
+    if kernel is not None and matrices.numel():
+        return kernel(_normalized(matrices.detach(), torch.float32)).to(dtype)
+    how = form(matrices.size(1), matrices.size(2), triples, dtype, matrices.device.type)
+    return evaluate(matrices.detach(), triples, how).to(dtype)
+
+
+def evaluate(matrices: Tensor, triples: tuple[Triple, ...], how: Form) -> Tensor:
+    """(B, m, n) -> (B, m, n) in how.dtype, by the form asked."""
+    if matrices.numel() == 0:
+        return matrices.new_empty(matrices.shape, dtype=how.dtype)
+    unit = _normalized(matrices, torch.promote_types(how.dtype, torch.float32))
+    tall = unit.size(1) > unit.size(2)  # then all that follows works on the transpose, contiguous too
+    x = (unit.mT if tall else unit).to(how.dtype, memory_format=torch.contiguous_format).contiguous()  # (B, k, l)
+    if how.stacked:
+        alone = x.size(0) == 1 and x.size(1) >= _ALONE
+        x = x[0] if alone else x
+        x = _standard(x, triples) if max(how.segments) == 1 else _segmented(x, torch.empty_like(x), triples, how)
+        x = x.unsqueeze(0) if alone else x
+    else:
+        old = x.new_empty(x.size(1), -(-x.size(2) // -(-x.size(2) // _COLUMNS)))
+        for matrix in x:  # (k, l), in place
+            _segmented(matrix, old, triples, how)
+    return x.mT if tall else x
+
+
+def _normalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """X / |X|, Frobenius, contiguous, in new memory. Small matrices, where calls count: the norm in float64, which the
+    squares of float32 cannot leave. Large ones, where passes count: by way of X / max|X|, whose squares cannot overflow
+    either, and of the rows' norms, as a float32 sum over a large matrix stagnates (1e-4 off at 1024 x 4096)."""
+    vector_norm = torch.linalg.vector_norm
+    if matrices.size(1) * matrices.size(2) <= _SMALL:
+        norm = vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float64).clamp_(min=2.0**-126)
+        return torch.div(matrices, norm.to(dtype)).contiguous()
+    wide = matrices.to(dtype)
+    peak = torch.maximum(wide.amax((1, 2), True), wide.amin((1, 2), True).neg_()).clamp_(min=2.0**-126)
+    unit = torch.div(wide, peak, out=None if wide is matrices else wide)
+    norm = vector_norm(vector_norm(unit, dim=2, keepdim=True), dim=1, keepdim=True)
+    return unit.div_(norm.clamp_(min=1.0)).contiguous()  # below 1 is only the norm of zeros
+
+
+def _standard(x: Tensor, triples: tuple[Triple, ...]) -> Tensor:
+    """The formula as it stands, three products a step. x is (k, l) or (B, k, l)."""
+    multiply, accumulate = (torch.mm, torch.addmm) if x.dim() == 2 else (torch.bmm, torch.baddbmm)
+    for a, b, c in triples:
+        gram = multiply(x, x.mT)
+        if c:
+            x = accumulate(x, accumulate(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        else:
+            x = accumulate(x, gram, x, beta=a, alpha=b)
+    return x
+
+
+def _segmented(x: Tensor, spare: Tensor, triples: tuple[Triple, ...], how: Form) -> Tensor:
+    """[Note: segments]. x, (k, l) or (B, k, l), like spare, is overwritten; not stacked: (k, l) in place, by panels."""
+    gram, square, factor, half, other = x.new_empty(5, *x.shape[:-1], x.size(-2))
+    panels, remaining = how.square_panels, iter(triples)
+    apart = 0.0  # the multiple of I that factor, which is Q, lacks
+    for index, length in enumerate(how.segments):
+        _symmetric(x, x.mT, gram, how.gram_panels, gram, 0.0, 1.0)
+        for number in range(1, length + 1):
+            a, b, c = next(remaining)
+            p, scale = (square, 1.0) if c else (gram, b)  # P = scale * p
+            if c:
+                _symmetric(gram, gram, square, panels, gram, b, c)
+            if length == 1:
+                x, spare = _advance(x, spare, p, a, scale, how.stacked)
+            elif number == 1:
+                apart = 0.0 if index else a
+                torch.mul(p, scale, out=factor).diagonal(dim1=-2, dim2=-1).add_(a - apart)
+            else:
+                whole = half.copy_(factor) if apart else factor
+                whole.diagonal(dim1=-2, dim2=-1).add_(apart)
+                _symmetric(p, whole, other, panels, factor, a, scale)
+                factor, other, apart = other, factor, apart * a
+            if number < length:
+                _symmetric(p, gram, half, panels, gram, a, scale)
+                _symmetric(p, half, other, panels, half, a, scale)
+                gram, other = other, gram
+        if length > 1:
+            x, spare = _advance(x, spare, factor, apart, 1.0, how.stacked)
+    return x
+
+
+def _advance(x: Tensor, spare: Tensor, p: Tensor, beta: float, alpha: float, whole: bool) -> tuple[Tensor, Tensor]:
+    """X <- beta*X + alpha * p X; returns the new X and the new spare. Not whole: in place, in panels wide as spare."""
+    if whole:
+        _product(p, x, spare, x, beta, alpha)
+        return spare, x
+    for low in range(0, x.size(1), spare.size(1)):
+        panel = x[:, low : low + spare.size(1)]
+        _product(p, spare[:, : panel.size(1)].copy_(panel), panel, panel, beta, alpha)
+    return x, spare
+
+
+def _symmetric(left: Tensor, right: Tensor, out: Tensor, panels: int, base: Tensor, beta: float, alpha: float) -> None:
+    """out = beta*base + alpha * left right, which is symmetric; left (k, j), right (j, k), or stacks if panels is 1."""
+    if panels == 1:
+        return _product(left, right, out, base, beta, alpha)
+    columns = 32 * -(-out.size(0) // (32 * panels))
+    for low in range(0, out.size(0), columns):
+        high = min(low + columns, out.size(0))
+        _product(left[:high], right[:, low:high], out[:high, low:high], base[:high, low:high], beta, alpha)
+        if low:  # by way of a contiguous copy: a strided transpose takes twice as long
+            out[low:high, :low] = out[:low, low:high].contiguous().mT
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor, base: Tensor, beta: float, alpha: float) -> None:
+    """out = beta*base + alpha * left right, of matrices or stacks; base is not read where beta is 0."""
+    if beta == 0.0:
+        (torch.mm if out.dim() == 2 else torch.bmm)(left, right, out=out)
+    else:
+        (torch.addmm if out.dim() == 2 else torch.baddbmm)(base, left, right, beta=beta, alpha=alpha, out=out)

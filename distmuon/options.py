@@ -1,0 +1,328 @@
+"""What users decide: options for the life of an optimizer, the start of what lives in its param groups, routes.
+
+Decides what is a legal value and says so; allocates nothing. Everything a scheduler may change (lr, weight decay,
+momentum, betas, ...) is a param-group entry instead and is read anew at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any, Literal, TypeGuard, get_args
+
+import torch
+
+from distmuon.errors import problem
+from distmuon.math.coefficients import resolve
+
+Rule = Literal["muon", "adamw"]
+Packing = Literal["balanced", "contiguous"]
+Placement = Literal["owner", "replicated"]
+GradReduction = Literal["reduce_scatter", "external"]
+ParamGather = Literal["parameters", "updates"]
+Overlap = Literal[False, True, "forward"]
+MasterFormat = Literal["float32", "remainder"]
+AdjustLrFn = Literal["match_rms_adamw", "original"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """The dtype in which each tensor is kept, computed or sent; by torch's dtype or its name ("bfloat16")."""
+
+    reduce: torch.dtype = torch.float32
+    """Of gradient buffers and of what their reduction sends: float32, bfloat16 or float16. Sums are float32."""
+    momentum: torch.dtype = torch.float32
+    """Of Muon's momentum buffer: float32, bfloat16 or int8 (blocks of 256 with a scale each)."""
+    newton_schulz: torch.dtype = torch.bfloat16
+    """Of the Newton-Schulz iteration: bfloat16, float32 or float64."""
+    exchange: torch.dtype | None = None
+    """Of the pieces of updates and polar factors that are sent: bfloat16, float32 or float64. None: `newton_schulz`."""
+    master: MasterFormat = "float32"
+    """Of what is kept beside a bfloat16 parameter: "float32", or "remainder", the 16 bits that the parameter lacks.
+    Both give the same float32 master."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in _DTYPES.items():
+            object.__setattr__(self, name, as_dtype(getattr(self, name)))
+            one_of(f"precision.{name}", getattr(self, name), allowed)
+        one_of("precision.master", self.master, get_args(MasterFormat))
+
+    @property
+    def wire(self) -> torch.dtype:
+        """The dtype in which pieces of updates and polar factors travel."""
+        return self.newton_schulz if self.exchange is None else self.exchange
+
+    def master_bytes(self, param_dtype: torch.dtype) -> int:
+        """Bytes an element of what is kept beside a parameter to make its float32 master."""
+        if param_dtype == torch.float32:
+            return 0
+        return 2 if self.master == "remainder" and param_dtype == torch.bfloat16 else 4
+
+
+_DTYPES: dict[str, tuple[torch.dtype | None, ...]] = {
+    "reduce": (torch.float32, torch.bfloat16, torch.float16),
+    "momentum": (torch.float32, torch.bfloat16, torch.int8),
+    "newton_schulz": (torch.bfloat16, torch.float32, torch.float64),
+    "exchange": (None, torch.bfloat16, torch.float32, torch.float64),
+}
+
+
+def as_dtype(given: object) -> object:
+    """The dtype that a name like "bfloat16" stands for; anything else as it is."""
+    found = getattr(torch, given, None) if isinstance(given, str) else None
+    return found if isinstance(found, torch.dtype) else given
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharding:
+    """How parameters are cut over the ranks, what travels, and when. None of it changes the rule of an update."""
+
+    packing: Packing = "balanced"
+    """"balanced": matrices lie whole on a rank where they fit. "contiguous": even cuts, Megatron's way."""
+    placement: Placement = "owner"
+    """"owner": each matrix is orthogonalized once in the group. "replicated": by all ranks that hold a piece of it."""
+    bucket_mb: float | None = None
+    """Size of a bucket in MiB of float32 gradients. None: chosen from the model's size (`distmuon.plan` compares)."""
+    param_gather: ParamGather = "parameters"
+    """What the all-gather sends: "parameters", or "updates": polar factors in `Precision.exchange`, applied by every
+    rank (float32 parameters only; three quarters of AdamW's traffic in bfloat16)."""
+    release_grads: bool = False
+    """Hold two buckets of gradients at the most during the last backward, and none between steps."""
+    overlap: Overlap = True
+    """True: reduce under backward, and pipeline the buckets in `step`, which ends when all parameters have arrived.
+    "forward": all-gathers run under the next forward, whose modules wait for them; all other readers and writers of
+    parameters must call `DistMuon.synchronize` first. False: one bucket after the other."""
+
+    def __post_init__(self) -> None:
+        one_of("sharding.packing", self.packing, get_args(Packing))
+        one_of("sharding.placement", self.placement, get_args(Placement))
+        one_of("sharding.param_gather", self.param_gather, get_args(ParamGather))
+        one_of("sharding.overlap", self.overlap, get_args(Overlap))
+        one_of("sharding.release_grads", self.release_grads, (False, True))
+        positive("sharding.bucket_mb", self.bucket_mb, most=2.0**40)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """All that is fixed for the life of an optimizer. See `DistMuon` for the fields that are not policies."""
+
+    sharding: Sharding = field(default_factory=Sharding)
+    precision: Precision = field(default_factory=Precision)
+    grad_reduction: GradReduction = "reduce_scatter"
+    max_grad_norm: float | None = None
+    verify_every: int = 0
+    broadcast_buffers: bool = True
+
+    def __post_init__(self) -> None:
+        for name, policy in (("sharding", Sharding), ("precision", Precision)):
+            if not isinstance(getattr(self, name), policy):
+                found = f"found {getattr(self, name)!r}"
+                raise problem(name, found, f"a distmuon.{policy.__name__} is needed", f"{name}={policy.__name__}(...)")
+        one_of("grad_reduction", self.grad_reduction, get_args(GradReduction))
+        one_of("broadcast_buffers", self.broadcast_buffers, (False, True))
+        positive("max_grad_norm", self.max_grad_norm)
+        if type(self.verify_every) is not int or self.verify_every < 0:
+            found = f"found {self.verify_every!r}"
+            raise problem("verify_every", found, "a number of steps is needed", "0: never")
+        if self.sharding.release_grads and self.grad_reduction == "external":
+            raise problem(
+                "sharding.release_grads",
+                'found True with grad_reduction="external"',
+                "gradient buffers of our own are needed",
+                "let zero_grad(set_to_none=True) free the gradients",
+            )
+
+    def check_dtypes(self, params: Sequence[tuple[str, torch.dtype]]) -> None:
+        """Raise where an option of storage or traffic cannot mean what it says for `params`: (fqn, dtype)."""
+        for fqn, dtype in params:
+            if self.sharding.param_gather == "updates" and dtype != torch.float32:
+                raise problem(
+                    fqn,
+                    f'the parameter is {dtype} with param_gather="updates"',
+                    "float32 parameters are needed, since replicas hold no masters",
+                    'pass Sharding(param_gather="parameters")',
+                )
+        if self.precision.master == "remainder" and all(dtype != torch.bfloat16 for _, dtype in params):
+            raise problem(
+                "precision.master",
+                f'found "remainder" with parameters of {params[0][1]}',
+                "bfloat16 parameters are needed, whose missing 16 bits it keeps",
+                'pass Precision(master="float32")',
+            )
+
+    def grads_stay(self, dp_size: int) -> bool:
+        """Gradients stay in `param.grad`, where autograd puts them: somebody else averages them, or nobody has to."""
+        return self.grad_reduction == "external" or dp_size == 1
+
+    def items(self) -> list[str]:
+        """One text an option: what all ranks must agree on."""
+        policies = {"sharding": self.sharding, "precision": self.precision}
+        found = [f"{f.name} = {getattr(self, f.name)}" for f in fields(self) if f.name not in policies]
+        for name, policy in policies.items():
+            found += [f"{name}.{f.name} = {getattr(policy, f.name)}" for f in fields(policy)]
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hyperparameters:
+    """Where the param groups start: what the constructor was given; `None` for AdamW means the same as Muon."""
+
+    lr: float | torch.Tensor
+    weight_decay: float
+    momentum: float
+    nesterov: bool
+    ns_steps: int
+    ns_coefficients: str | tuple[float, float, float]
+    adjust_lr_fn: AdjustLrFn
+    adamw_lr: float | torch.Tensor | None
+    adamw_betas: tuple[float, float]
+    adamw_eps: float
+    adamw_weight_decay: float | None
+
+    def group(self, rule: Rule) -> dict[str, object]:
+        """A fresh param group's entries. `momentum` is in both: schedulers that cycle it ask every group."""
+        if rule == "muon":
+            return {
+                "rule": rule,
+                "lr": self.lr,
+                "weight_decay": self.weight_decay,
+                "momentum": self.momentum,
+                "nesterov": self.nesterov,
+                "ns_steps": self.ns_steps,
+                "ns_coefficients": self.ns_coefficients,
+                "adjust_lr_fn": self.adjust_lr_fn,
+            }
+        return {
+            "rule": rule,
+            "lr": self.lr if self.adamw_lr is None else self.adamw_lr,
+            "weight_decay": self.weight_decay if self.adamw_weight_decay is None else self.adamw_weight_decay,
+            "momentum": self.momentum,
+            "betas": self.adamw_betas,
+            "eps": self.adamw_eps,
+        }
+
+
+_KEYS: dict[object, tuple[str, ...]] = {
+    "muon": ("lr", "weight_decay", "momentum", "nesterov", "ns_steps", "ns_coefficients", "adjust_lr_fn"),
+    "adamw": ("lr", "weight_decay", "betas", "eps"),
+}
+
+
+def hyperparameters(param_groups: Sequence[dict[str, Any]]) -> list[str]:
+    """One text a hyperparameter, what ranks must agree on; without what users and schedulers keep in the groups."""
+    return [
+        f"param_groups[{number}].{key} = {_plain(group[key])}"
+        for number, group in enumerate(param_groups)
+        for key in ("rule", *_KEYS[group["rule"]])
+    ]
+
+
+def _plain(value: object) -> object:
+    """Tensors print rounded."""
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+def check_groups(param_groups: Sequence[dict[str, Any]]) -> None:
+    """Raise for the first hyperparameter that no rule can work with."""
+    for number, group in enumerate(param_groups):
+        _check_group(f"param_groups[{number}]", group)
+
+
+def _check_group(name: str, group: dict[str, Any]) -> None:
+
+    def bound(key: str, value: object, below: float = float("inf")) -> None:
+        if isinstance(value, torch.Tensor) and key == "lr":  # the one that torch.optim keeps in a tensor, too
+            if value.numel() != 1:
+                raise problem(f"{name}.{key}", f"a tensor of {value.numel()} elements", "one is needed", "pass one")
+            if value.device.type != "cpu" or value.is_complex():
+                found = f"a tensor of {value.dtype} on {value.device}"
+                raise problem(f"{name}.{key}", found, "a real number on the CPU is needed", "move it there")
+            value = value.item()
+        if not is_number(value) or not 0.0 <= value < below:
+            needed = "a number >= 0 is needed" if below == float("inf") else f"a number in [0, {below}) is needed"
+            raise problem(f"{name}.{key}", f"found {value!r}", needed, f"correct {key}")
+
+    one_of(f"{name}.rule", group.get("rule"), ("muon", "adamw"))
+    missing = [key for key in _KEYS[group["rule"]] if key not in group]
+    if missing:
+        raise problem(f"{name}.{missing[0]}", "missing", "each rule needs all of its own", f"put {missing[0]} back")
+    bound("lr", group["lr"])
+    bound("weight_decay", group["weight_decay"])
+    if group["rule"] == "muon":
+        bound("momentum", group["momentum"], 1.0)
+        one_of(f"{name}.nesterov", group["nesterov"], (False, True))
+        one_of(f"{name}.adjust_lr_fn", group["adjust_lr_fn"], get_args(AdjustLrFn))
+        steps = group["ns_steps"]
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < 100:
+            raise problem(f"{name}.ns_steps", f"found {steps!r}", "1 to 99 steps are needed", "5 is the usual number")
+        resolve(group["ns_coefficients"], steps)
+        return
+    bound("eps", group["eps"])
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise problem(f"{name}.betas", f"found {betas!r}", "two numbers are needed", "pass (beta1, beta2)")
+    for beta in betas:
+        bound("betas", beta, 1.0)
+
+
+def positive(name: str, value: object, most: float = float("inf")) -> None:
+    """Raise unless `value` is None or a number above 0, `most` at the largest."""
+    if value is not None and not (is_number(value) and 0 < value <= most):
+        raise problem(name, f"found {value!r}", "a positive number is needed", "or leave it None")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is a real number that a float can hold, and not True or False."""
+    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's are of this kind
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
+
+
+def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise unless `value` is one of `allowed`, of its type: 0 is not False."""
+    if not any(isinstance(value, type(one)) and value == one for one in allowed):
+        raise problem(name, f"found {value!r}", f"one of {', '.join(map(str, allowed))} is needed", f"correct {name}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Route:
+    """A user's decision: parameters whose fqn matches `pattern` (shell-style) take `rule`.
+
+    `split`: sizes of the logical matrices fused along `split_dim` of the (out, in) weight; they must sum to it.
+    `options`: param-group entries for these parameters, such as ``{"lr": 1e-4, "weight_decay": 0.0}``.
+    """
+
+    pattern: str
+    rule: Rule
+    split: Sequence[int] | None = None
+    split_dim: int = 0
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        split, options = () if self.split is None else self.split, self.options
+        right = isinstance(self.pattern, str) and isinstance(split, (list, tuple)) and isinstance(options, Mapping)
+        if (
+            not right
+            or not all(isinstance(part, Integral) for part in split)
+            or not all(isinstance(k, str) for k in options)
+        ):
+            needed = "a text as pattern, whole numbers as split and a dict as options are needed"
+            raise problem("Route", f"found {self}", needed, "correct it")
+        one_of(f"Route({self.pattern!r}).rule", self.rule, ("muon", "adamw"))
+        one_of(f"Route({self.pattern!r}).split_dim", self.split_dim, (0, 1))
+
+
+def checked_routes(routes: Sequence[Route] | str | None) -> tuple[Route, ...]:
+    """`routes` as a tuple; "adamw" is the route that sends everything there."""
+    if isinstance(routes, str):
+        one_of("routes", routes, ("adamw",))
+        return (Route("*", "adamw"),)
+    given = tuple(routes) if isinstance(routes, Iterable) else (routes,) if routes is not None else ()
+    if not all(isinstance(entry, Route) for entry in given):
+        raise problem("routes", f"found {routes!r}", 'a list of distmuon.Route or "adamw" is needed', "correct it")
+    return given

@@ -1,0 +1,232 @@
+"""Plans a model on any number of ranks without running it, and compares ways of distributing Muon. Holds no tensor.
+
+`plan` makes training's own layout, also for a model on the meta device; `counts.py` counts it and `step_time.py`
+estimates a step. This module decides what is compared with what.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import nn
+
+from distmuon.errors import problem
+from distmuon.layout import memory
+from distmuon.layout.layout import Layout, imbalance, make_layout
+from distmuon.layout.routing import ParamSpec, Route, route_params
+from distmuon.options import GradReduction, Options, Packing, Placement, Precision, Sharding, one_of
+from distmuon.planning.baselines import whole_matrix_layout
+from distmuon.planning.counts import HeldBytes, RankPlan, count, guard_bytes, plan_rank, sent_bytes
+from distmuon.planning.shapes import TABLES, shape_table
+from distmuon.planning.step_time import HARDWARE, ORDERS, Hardware, Order, StepTime, estimate
+
+__all__ = ["HARDWARE", "STAGES", "HeldBytes", "Plan", "RankPlan", "plan", "plan_rank", "sent_bytes"]
+
+STAGES = ("reduce_scatter", "guard", "dp_gather", "scatter", "all_gather")
+_AUTO_PARTS = (32, 24, 16, 12, 8, 6, 4)  # bucket sizes that "auto" tries, as parts of the model
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One model on `dp_size` ranks in one way. `others`: the same model in the ways it is compared with."""
+
+    way: str
+    dp_size: int
+    num_elements: int
+    num_matrices: int
+    num_buckets: int
+    largest_bucket: float  # this and the next as shares of the model's elements, but straddlers: matrices
+    padding: float
+    staged: float
+    straddlers: int
+    ranks: tuple[RankPlan, ...]
+    time: StepTime | None  # in the order of collectives that was asked for
+    orders: dict[Order, StepTime]  # in each order; one where nothing overlaps, none without hardware
+    others: tuple[Plan, ...] = ()
+    why: str = ""
+
+    @property
+    def sent(self) -> int:
+        """Bytes that the busiest rank sends in a step."""
+        return max(sum(rank.sent_bytes.values()) for rank in self.ranks)
+
+    @property
+    def traffic(self) -> float | None:
+        """`sent` relative to that of ZeRO-1 AdamW for the same model; None where that was not planned."""
+        adamw = next((other.sent for other in self.others if other.way == "adamw"), 0)
+        return self.sent / adamw if adamw else None
+
+    @property
+    def nsimbalance(self) -> float:
+        return imbalance([rank.ns_flops for rank in self.ranks])
+
+    @property
+    def stateimbalance(self) -> float:
+        return imbalance([rank.state_bytes for rank in self.ranks])
+
+    @property
+    def fullest(self) -> HeldBytes:
+        """What the rank that holds most holds."""
+        return max((rank.held for rank in self.ranks), key=lambda held: held.total)
+
+    def stage_bytes(self, stage: str) -> int:
+        """Bytes that the busiest rank of `stage` sends in it."""
+        return max(rank.sent_bytes.get(stage, 0) for rank in self.ranks)
+
+    def to_dict(self, *, ranks: bool = False) -> dict[str, object]:
+        """Everything, fit for JSON; `ranks`: also the long list of what each rank does and holds."""
+        kept = [name for name in self.__slots__ if name not in ("ranks", "others", "time", "orders")]
+        found = {name: getattr(self, name) for name in (*kept, "traffic", "ns_balance", "state_balance")}
+        found["busiest_sent_bytes"] = {stage: self.stage_bytes(stage) for stage in STAGES} | {"total": self.sent}
+        found["fullest_held_bytes"] = asdict(self.fullest) | {"state": self.fullest.state, "total": self.fullest.total}
+        found["busiest_ns_flops"] = max(rank.ns_flops for rank in self.ranks)
+        found["time"] = asdict(self.time) if self.time else None
+        found["orders"] = {order: asdict(time) for order, time in self.orders.items()}
+        found["ranks"] = [asdict(rank) for rank in self.ranks] if ranks else None
+        return found | {"others": [other.to_dict(ranks=ranks) for other in self.others]}
+
+
+def plan(
+    model: nn.Module | Iterable[ParamSpec] | str,
+    *,
+    dp_size: int,
+    sharding: Sharding | None = None,
+    precision: Precision | None = None,
+    routes: Sequence[Route] | str | None = None,
+    grad_reduction: GradReduction = "reduce_scatter",
+    auto_bucket: bool = False,
+    ns_steps: int = 5,
+    param_dtype: torch.dtype | None = None,
+    exchange_group: bool = False,
+    hardware: str | Hardware | None = "h100",
+    compare: bool = True,
+) -> Plan:
+    """What `DistMuon` with these options does and holds on `dp_size` ranks. Makes no tensor and no process group.
+
+    `model`: a module (the meta device is enough), `ParamSpec`s, or the name of a table in `shapes.py`. `routes`: as for
+    `DistMuon`; specs and tables are routed already and take only "adamw". `param_dtype`: None: as the parameters are.
+    `auto_bucket`: among some sizes of buckets take the one with the shortest estimated step, not `sharding.bucket_mb`.
+    `exchange_group`: of the estimates, take the one in which exchanges have a process group of their own. `compare`:
+    plan also ZeRO-1 AdamW, the paper's placement, and whole matrices in padded shards. Raises ValueError where
+    `DistMuon` would.
+    """
+    for name, value, most in (("dp_size", dp_size, 1 << 17), ("ns_steps", ns_steps, 99)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise problem(name, f"found {value!r}", f"a whole number from 1 to {most} is needed", f"correct {name}")
+    if not (hardware is None or isinstance(hardware, Hardware) or hardware in [*HARDWARE]):
+        raise problem("hardware", f"found {hardware!r}", f"one of {', '.join(HARDWARE)} is needed", "or pass Hardware")
+    sharding = Sharding() if sharding is None else sharding
+    options = Options(
+        sharding=sharding,
+        precision=Precision() if precision is None else precision,
+        grad_reduction=grad_reduction,
+    )
+    if auto_bucket and hardware is None:
+        raise problem("auto_bucket", "found no hardware", "estimated steps are needed", "pass hardware, or bucket_mb")
+    one_of("param_dtype", param_dtype, (None, torch.float32, torch.bfloat16, torch.float16))
+    specs = _routed(model, routes)
+    specs = specs if param_dtype is None else [replace(spec, dtype=param_dtype) for spec in specs]
+    if not specs:
+        raise problem("model", "no trainable parameter", "one at least is needed", "pass the whole model")
+    size_mb = sum(spec.numel for spec in specs) * 4 / (1 << 20)
+    tried = [None, *(max(32.0, size_mb / part) for part in _AUTO_PARTS)] if auto_bucket else [sharding.bucket_mb]
+    options.check_dtypes([(spec.fqn, spec.dtype) for spec in specs])
+    machine = HARDWARE[hardware] if isinstance(hardware, str) else hardware
+
+    def way(name: str, layout: Layout) -> Plan:
+        return _plan_layout(name, layout, options, ns_steps, machine, exchange_group)
+
+    def cut(specs: Sequence[ParamSpec], packing: Packing, placement: Placement, mb: float | None) -> Layout:
+        return make_layout(specs, dp_size, packing=packing, placement=placement, bucket_mb=mb)
+
+    with _no_garbage_collection():
+        found = {mb: way("distmuon", cut(specs, sharding.packing, sharding.placement, mb)) for mb in dict.fromkeys(tried)}
+        steps = {mb: one.time.step_s for mb, one in found.items() if one.time}
+        best = min(steps, key=lambda mb: steps[mb]) if len(steps) > 1 else next(iter(found))
+        others: list[Plan] = []
+        if compare:
+            mb = size_mb / found[best].num_buckets
+            others.append(way("adamw", cut(_all_adamw(specs), "contiguous", "owner", mb)))
+            others.append(way("paper", cut(specs, "contiguous", "replicated", mb)))
+            others.append(way("whole matrices", whole_matrix_layout(specs, dp_size, mb)))
+    sizes = {mb: f"{mb:.0f} MiB" if mb else "None" for mb in found}
+    why = ", ".join(f"{sizes[mb]} {1e3 * step:.2f} ms" for mb, step in steps.items())
+    why = f"{sizes[best]} has the shortest estimated step of {why}" if auto_bucket else ""
+    return replace(found[best], others=tuple(others), why=why)
+
+
+def _plan_layout(
+    way: str, layout: Layout, options: Options, ns_steps: int, hardware: Hardware | None, exchange_group: bool = False
+) -> Plan:
+    ranks, loads = count(layout, options, ns_steps)
+    sizes = [spec.numel for spec in layout.specs]
+    total = sum(sizes)
+    times: dict[Order, StepTime] = {}
+    order: Order = "one_group"
+    if options.sharding.overlap and options.sharding.param_gather == "parameters":
+        if exchange_group:
+            order = "exchange_group"
+        elif options.sharding.overlap == "forward":
+            order = "gathers_last"
+    for each in ORDERS if options.sharding.overlap else ORDERS[:1]:
+        if hardware is not None:
+            times[each] = estimate(
+                loads, hardware, guard_bytes=guard_bytes(layout), ns_bytes=options.precision.newton_schulz.itemsize,
+                ns_steps=ns_steps, overlap=bool(options.sharding.overlap),
+                gathers_in_forward=options.sharding.overlap == "forward", order=each,
+            )  # fmt: skip
+    return Plan(
+        way=way,
+        dp_size=layout.dp_size,
+        num_elements=total,
+        num_matrices=sum(len(placed.matrix.logical_shapes) for placed in layout.matrices),
+        num_buckets=len(layout.buckets),
+        largest_bucket=max(sum(sizes[p] for p in bucket.params) for bucket in layout.buckets) / total,
+        padding=layout.padding,
+        staged=layout.staged,
+        straddlers=layout.num_straddlers,
+        ranks=ranks,
+        time=times.get(order),
+        orders=times,
+    )
+
+
+def _routed(model: nn.Module | Iterable[ParamSpec] | str, routes: Sequence[Route] | str | None) -> list[ParamSpec]:
+    """The parameters as training sees them, in registration order."""
+    if isinstance(model, nn.Module):
+        routed = route_params(model, routes)
+        stays = memory.stays([param for _, param in routed], model)
+        return [replace(spec, stays=kept) for (spec, _), kept in zip(routed, stays)]
+    if routes is not None and not (isinstance(routes, str) and routes == "adamw"):
+        raise problem(
+            "routes", "patterns for parameters that are routed already", 'None or "adamw" is needed', "pass the module"
+        )
+    try:
+        specs = list(shape_table(model) if isinstance(model, str) else model)
+        if not all(isinstance(spec, ParamSpec) for spec in specs):
+            raise TypeError("no specs")
+    except (KeyError, TypeError) as error:
+        raise problem(
+            "model", f"found {model!r}", f"a module, specs or one of {', '.join(TABLES)} is needed", "correct the name"
+        ) from error
+    return _all_adamw(specs) if routes == "adamw" else specs
+
+
+def _all_adamw(specs: Sequence[ParamSpec]) -> list[ParamSpec]:
+    return [replace(spec, rule="adamw", matrices=()) for spec in specs]
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A layout is millions of small values without a circle; the collector would take most of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
