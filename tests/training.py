@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -35,11 +36,30 @@ EXACT: dict[str, Any] = {"lr": 0.02, "bucket_mb": BUCKET_MB, "ns_dtype": torch.f
 REL_WEIGHTS, REL_UPDATE = 1e-6, 1e-5  # the promise of docs/design.md, section 1
 
 
+_PRECISION = {
+    "reduce_dtype": "reduce",
+    "momentum_dtype": "momentum",
+    "ns_dtype": "newton_schulz",
+    "exchange_dtype": "exchange",
+    "master_format": "master",
+}
+
+
+def policies(**options: Any) -> dict[str, Any]:
+    """`options` of tests as `DistMuon` and `plan` take them: those of the two policies sorted into `Sharding` and
+    `Precision` (dtypes under names that say so, for `momentum` is a hyperparameter, too)."""
+    found = dict(options)
+    sharding = {f.name: found.pop(f.name) for f in fields(distmuon.Sharding) if f.name in found}
+    precision = {field: found.pop(name) for name, field in _PRECISION.items() if name in found}
+    precision = {field: value for field, value in precision.items() if value is not None}
+    return {**found, "sharding": distmuon.Sharding(**sharding), "precision": distmuon.Precision(**precision)}
+
+
 def make(group: dist.ProcessGroup | None, model: nn.Module | None = None, **options: Any) -> tuple[Any, Any]:
     """(model, optimizer); options over those of the exact comparison."""
     model = Standing() if model is None else model
     given = {"routes": routes(), **EXACT, **options}
-    return model, distmuon.DistMuon(model, process_group=group, **given)
+    return model, distmuon.DistMuon(model, process_group=group, **policies(**given))
 
 
 def backward(model: nn.Module, optimizer: Any, micro_batches: Sequence[Batch]) -> None:
