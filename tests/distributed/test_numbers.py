@@ -14,7 +14,7 @@ import distmuon
 from distmuon import checks as guards
 from distmuon.planning.plan import plan
 from distmuon.step.storage import Buffers
-from tests.training import digest, hand_gradients, make, state_tensors, train, weights
+from tests.training import digest, hand_gradients, make, policies, state_tensors, train, weights
 
 # ------------------------------------------------------------------------------------------------------- micro-batches
 
@@ -53,7 +53,7 @@ def _accumulated(
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     model = _small()
     routes = [distmuon.Route("0.weight", "muon"), distmuon.Route("1.weight", "muon")]
-    optimizer = distmuon.DistMuon(model, process_group=group, bucket_mb=0.001, routes=routes, **options)
+    optimizer = distmuon.DistMuon(model, **policies(process_group=group, bucket_mb=0.001, routes=routes, **options))
     exact = {fqn: torch.zeros(p.shape, dtype=torch.float64) for fqn, p in model.named_parameters()}
     dtype, held = options.get("reduce_dtype", torch.float32), 0
     for step in range(2):
@@ -105,7 +105,7 @@ def test_micro_batches_add_up_in_float32(spawn, options: dict[str, Any], in_no_s
     by_rank = spawn(_sums, dp_size, timeout=150, **given)
     ulp = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(options.get("reduce_dtype", torch.float32), 1e-5)
     routes = [distmuon.Route("0.weight", "muon"), distmuon.Route("1.weight", "muon")]
-    planned = plan(_small(), dp_size=dp_size, bucket_mb=0.001, routes=routes, compare=False, **options).ranks
+    planned = plan(_small(), **policies(dp_size=dp_size, bucket_mb=0.001, routes=routes, compare=False, **options)).ranks
     for rank, found in enumerate(by_rank):
         assert found["error"] <= 1.01 * ulp + 1e-6 and found["left"] == 0 and found["buckets"] > 1, found
         assert found["sums"] == ("reduce_dtype" in options)

@@ -18,6 +18,7 @@ import distmuon
 from distmuon.planning.plan import RankPlan, plan
 from distmuon.step import bucket as walk
 from tests.standing import Standing, routes
+from tests.training import policies
 
 MODELS: dict[str, tuple[str, dict[str, Any], float]] = {  # model_type, its config, bucket_mb: a few buckets each
     "gpt2": ("gpt2", {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 97}, 0.06),
@@ -79,7 +80,7 @@ def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) ->
         model, given = build(name)
         options = dict(way)
         model.to(options.pop("param_dtype", torch.float32))
-        optimizer = distmuon.DistMuon(model, process_group=group, **given, **options)
+        optimizer = distmuon.DistMuon(model, **policies(process_group=group, **given, **options))
         flops = 0
 
         def counting(matrices: torch.Tensor, *, steps: int, **rest: Any) -> torch.Tensor:
@@ -136,7 +137,7 @@ def test_planned_equals_counted(spawn, name: str, dp_size: int) -> None:
     model, given = on_meta(name)
     exchanged = 0
     for number, way in enumerate(WAYS):
-        plans = plan(model, dp_size=dp_size, compare=False, **given, **way).ranks
+        plans = plan(model, **policies(dp_size=dp_size, compare=False, **given, **way)).ranks
         assert len(plans) == dp_size
         for rank, results in enumerate(by_rank):
             assert planned(plans[rank]) == results[number], (way, rank)
@@ -153,7 +154,7 @@ def _peak(group: dist.ProcessGroup, name: str, way: dict[str, Any]) -> int:
     options = dict(way)
     model, given = build(name)
     model.to(options.pop("param_dtype", torch.float32))
-    optimizer = distmuon.DistMuon(model, process_group=group, **options, **given)
+    optimizer = distmuon.DistMuon(model, **policies(process_group=group, **options, **given))
     for _ in range(2):
         for param in model.parameters():
             param.grad = torch.randn_like(param) if param.requires_grad else None
@@ -183,7 +184,7 @@ PEAKS: list[dict[str, Any]] = [
 def test_a_step_allocates_no_more_than_planned(spawn, way: dict[str, Any]) -> None:
     """The transient peak is an upper estimate, and not an idle one."""
     model, given = on_meta("standing")
-    plans = plan(model, dp_size=2, compare=False, **given, **way).ranks
+    plans = plan(model, **policies(dp_size=2, compare=False, **given, **way)).ranks
     for rank, peak in enumerate(spawn(_peak, 2, name="standing", way=way)):
         share = peak / plans[rank].held.transient
         print(f"\n{way}, rank {rank}: measured / planned = {share:.2f}")
