@@ -14,8 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import distmuon
-from distmuon.checks import agree_on_plan
-from distmuon.comm.agreement import together
+from distmuon.comm.agreement import agree_on_plan, together
 from distmuon.comm.group import DataParallelGroup
 from tests.training import digest, make, policies, state_tensors, train, weights
 

@@ -57,7 +57,7 @@ def _clipped_while_in_flight(group: dist.ProcessGroup, wait: bool) -> tuple[str,
     model(inputs, False).backward()  # waits for none of the branch's buckets
     optimizer.clip_grad_norm_(1e9)
     optimizer.step()
-    return digest(weights(model, optimizer)), sum(len(b.staged_here) for b in optimizer._conductor.buffers.buckets)
+    return digest(weights(model, optimizer)), sum(len(b.staged_here) for b in optimizer._engine.storage.buckets)
 
 
 def test_clipping_after_a_forward_that_skipped_a_branch_keeps_its_update(spawn) -> None:
@@ -156,7 +156,7 @@ def _drop_optimizer(group: dist.ProcessGroup, gather: str, keep: bool) -> str:
         optimizer = distmuon.DistMuon(model, **policies(lr=0.05, process_group=group, **options))
         for _ in range(2):
             _step(model, optimizer, inputs)
-        assert optimizer._conductor.param_gather.any_in_flight
+        assert optimizer._engine.params_in_flight
         return optimizer if keep else None
 
     kept = [trained()]

@@ -328,7 +328,7 @@ def _formats(group: dist.ProcessGroup, form: str, folder: str, options: dict[str
         distmuon.load_checkpoint(Path(folder) / form, fresh, loader)
         assert (digest(weights(fresh, loader)), digest(state_tensors(loader))) == found
     kept = all(param.stride() == before[fqn] for fqn, param in model.named_parameters())
-    buffers = optimizer._conductor.buffers
+    buffers = optimizer._engine.storage
     return *found, kept, sum(len(b.staged) + len(b.staged_here) for b in buffers.buckets)
 
 

@@ -627,14 +627,16 @@ def _stale_in_hook(group: dist.ProcessGroup) -> tuple[bool, bool]:
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Linear(24, 40, bias=False), nn.Linear(40, 24, bias=False)])
     routes = [distmuon.Route("*", "muon")]
-    optimizer = distmuon.DistMuon(model, **policies(process_group=group, overlap="forward", bucket_mb=0.001, routes=routes))
+    optimizer = distmuon.DistMuon(
+        model, **policies(process_group=group, overlap="forward", bucket_mb=0.001, routes=routes)
+    )
     seen: list[dict[str, Tensor]] = []
     hook = lambda *_: seen.append({fqn: p.detach().clone() for fqn, p in model.named_parameters()})  # noqa: E731
     optimizer.register_step_pre_hook(hook)
     inputs = torch.randn(4, 24, generator=torch.Generator().manual_seed(dist.get_rank(group)))
     model[1](model[0](inputs)).square().mean().backward()
     optimizer.step()
-    in_flight = optimizer._conductor.param_gather.any_in_flight
+    in_flight = optimizer._engine.params_in_flight
     optimizer.step()
     ranks: list[Any] = [None, None]
     dist.all_gather_object(ranks, digest(seen[1]), group=group)

@@ -16,7 +16,7 @@ from torch import nn
 
 import distmuon
 from distmuon.planning.plan import RankPlan, plan
-from distmuon.step import bucket as walk
+from distmuon.step import bucket
 from tests.standing import Standing, routes
 from tests.training import policies
 
@@ -74,7 +74,7 @@ def _storage_bytes(*tensors: torch.Tensor | None) -> int:
 
 
 def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found, original = [], walk.orthogonalize
+    found, original = [], bucket.orthogonalize
     for way in ways:
         torch.manual_seed(0)
         model, given = build(name)
@@ -88,7 +88,7 @@ def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) ->
             flops += _standard_flops(matrices.shape, steps)
             return original(matrices, steps=steps, **rest)
 
-        walk.orthogonalize = counting
+        bucket.orthogonalize = counting
         try:
             for _ in range(2):
                 flops = 0
@@ -97,8 +97,8 @@ def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) ->
                 optimizer.step()
                 optimizer.zero_grad()
         finally:
-            walk.orthogonalize = original
-        metrics, buffers = optimizer.metrics(), optimizer._conductor.buffers
+            bucket.orthogonalize = original
+        metrics, buffers = optimizer.metrics(), optimizer._engine.storage
         staged = [i for i in range(len(buffers.params)) if buffers.layout.is_staged(i)]
         found.append(
             {
@@ -108,7 +108,7 @@ def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) ->
                 "ns_flops": flops,
                 "state_bytes": metrics["state_bytes"],
                 "parameters": sum(b.param_flat.nbytes for b in buffers.buckets),
-                "gradients": sum(_storage_bytes(b.grad_shard, b.grad_flat) for b in buffers.buckets),
+                "gradients": sum(_storage_bytes(b.grad_shard, b.grad_buffer.flat) for b in buffers.buckets),
                 "staged": sum(buffers.params[i].nbytes for i in staged),
             }
         )

@@ -17,10 +17,12 @@ from torch import nn
 import distmuon
 from distmuon.layout import layout
 from distmuon.layout.layout import make_layout
+from distmuon.layout.report import describe
 from distmuon.layout.routing import ParamSpec, route
 from distmuon.options import Options
+from distmuon.planning.baselines import whole_matrix_layout
 from distmuon.planning.counts import count
-from distmuon.planning.plan import describe, plan, plan_rank, sent_bytes, whole_matrix_layout
+from distmuon.planning.plan import plan, plan_rank, sent_bytes
 from distmuon.planning.shapes import TABLES, shape_table
 from distmuon.planning.step_time import HARDWARE, BucketLoad, Hardware, Order, StepTime, estimate
 from tests.standing import Standing, routes
