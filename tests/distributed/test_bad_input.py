@@ -51,7 +51,7 @@ def _unlike(group: dist.ProcessGroup, name: str, values: list[Any]) -> None:
         ("adamw_betas", [(0.9, 0.95), (0.9, 0.99)], r"rank 1: found param_groups\[1\]\.betas = \(0\.9, 0\.99\)"),
         ("ns_steps", [5, 6], r"rank 1: found param_groups\[0\]\.ns_steps = 6"),
         ("max_grad_norm", [None, 1.0], r"rank 1: found max_grad_norm = 1\.0, on rank 0 max_grad_norm = None"),
-        ("bucket_mb", [None, 1.0], r"rank 1: found bucket_mb = 1\.0"),
+        ("bucket_mb", [None, 1.0], r"rank 1: found sharding\.bucket_mb = 1\.0"),
         (
             "broadcast_buffers",
             [True, False],
