@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz as torch_muon
 
 from distmuon.math.coefficients import COEFFICIENTS, Triple, resolve
-from distmuon.math.newton_schulz import form, orthogonalize
+from distmuon.math.newton_schulz import form, orthogonalize, processor_of
 
 JORDAN: Triple = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -101,7 +101,10 @@ def compare(dtype: torch.dtype, shape: tuple[int, int, int], arguments: argparse
     wanted = plain(stack[0].double())
     errors = [float((result.double() - wanted).norm() / wanted.norm()) for result in (theirs()[0], ours()[0])]
     pairs, blocks = take_turns(theirs, ours, arguments)
-    name, how = str(dtype).removeprefix("torch."), form(*shape[1:], (JORDAN,) * STEPS, dtype, "cpu")
+    name, how = (
+        str(dtype).removeprefix("torch."),
+        form(*shape[1:], (JORDAN,) * STEPS, dtype, processor_of(torch.device("cpu"))),
+    )
     words = "stacked" if how.stacked else f"panels {how.gram_panels}/{how.square_panels}"
     words += f", Gram {how.segments}" if max(how.segments) > 1 else ""
     words += f", in {str(how.dtype).removeprefix('torch.')}" if how.dtype != dtype else ""

@@ -68,10 +68,12 @@ class DistMuon(torch.optim.Optimizer):
     For each matrix ``W`` of logical shape (m, n), stored (out, in), with averaged gradient ``G``
     (arXiv 2502.16982, Algorithm 1)::
 
-        M = mu*M + (1-mu)*G                          on this rank's shard
-        U = (1-mu)*G + mu*M                          (Nesterov), M otherwise
-        O = newton_schulz(U / ||U||)                 once per matrix in the group
-        W = W - lr*(0.2*sqrt(max(m, n))*O + wd*W)    on the shard of the float32 master
+        1  G = mean of the ranks' gradients             by reduce-scatter, this rank's shard
+        2  M = mu*M + (1-mu)*G                          on the shard
+           U = (1-mu)*G + mu*M                          with Nesterov, M otherwise
+        4  O = newton_schulz(U / ||U||)                 once per matrix, between a gather (3) and a scatter (5)
+        6  W = W - lr*(0.2*sqrt(max(m, n))*O + wd*W)    on the shard of the float32 master
+        7  W whole on all ranks                         by all-gather
 
     Args:
         params: the model (routed by `distmuon.route`), or an iterable of (fqn, parameter) pairs, or of dicts
@@ -185,7 +187,7 @@ class DistMuon(torch.optim.Optimizer):
                 "sharding.overlap",
                 'found "forward" with parameters by name',
                 "the modules that use them must wait for them",
-                "pass the model itself, or overlap=True",
+                "pass the model itself, or Sharding(overlap=True)",
             )
         self._gathers_in_forward = gathers_in_forward and self.group.dp_size > 1
         self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward)
@@ -248,7 +250,7 @@ class DistMuon(torch.optim.Optimizer):
             self.options,
             self._group_of,
             self._metrics,
-            gathers_last=self._gathers_in_forward and self._exchange_group.process_group is self.group.process_group,
+            gathers_in_forward=self._gathers_in_forward,
         )
         self._local_state = LocalState(self._engine.storage)
         self._local_state.show(self.state)
@@ -674,8 +676,7 @@ class DistMuon(torch.optim.Optimizer):
     @property
     def overflow(self) -> bool:
         """DeepSpeed's name for a last step that was skipped. Reads the device."""
-        norm = self._global_grad_norm
-        return norm is not None and not bool(torch.isfinite(norm))
+        return self._engine is not None and self._engine.last_ok is not None and not bool(self._engine.last_ok)
 
 
 def _lead_to_the_wrapped(cls: type[DistMuon]) -> None:

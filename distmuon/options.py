@@ -37,7 +37,8 @@ class Precision:
     newton_schulz: torch.dtype = torch.bfloat16
     """Of the Newton-Schulz iteration: bfloat16, float32 or float64."""
     exchange: torch.dtype | None = None
-    """Of the pieces of updates and polar factors that are sent: bfloat16, float32 or float64. None: `newton_schulz`."""
+    """Of the pieces of updates and polar factors that are sent: bfloat16, float32 or float64. None: `newton_schulz`.
+    Not float16, in which small updates would vanish."""
     master: MasterFormat = "float32"
     """Of what is kept beside a bfloat16 parameter: "float32", or "remainder", the 16 bits that the parameter lacks.
     Both give the same float32 master."""
@@ -50,7 +51,7 @@ class Precision:
 
     @property
     def wire(self) -> torch.dtype:
-        """The dtype in which pieces of updates and polar factors travel."""
+        """`exchange`, or `newton_schulz` where that is None: the dtype in which pieces travel."""
         return self.newton_schulz if self.exchange is None else self.exchange
 
 

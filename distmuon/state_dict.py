@@ -313,8 +313,7 @@ def is_empty(state_dict: Mapping[str, Any]) -> bool:
 def _shard_of(bucket: FlatStorage, key: str) -> Tensor | None:
     """This rank's shard of `key`, zeros where no piece has it; None for a master that is the parameter itself."""
     if key == "master":
-        with bucket.masters() as masters:
-            return masters if bucket.has_master else None
+        return bucket.decoded_masters() if bucket.has_master else None
     if key != "momentum_buffer":
         shard = torch.zeros_like(bucket.param_shard, dtype=torch.float32)
         for piece in bucket.adamw:

@@ -1,4 +1,5 @@
-"""State in fewer bits: int8 and bfloat16 momentum, and float32 masters as 16 bits beside a bfloat16 parameter.
+"""How momentum is kept (float32, bfloat16, int8), and how a 16-bit parameter is rounded from its float32 master (kept
+whole, or as the 16 bits that the parameter lacks).
 
 Functions on plain tensors, no rank, no bucket; nothing here waits for a device or draws from a global generator.
 

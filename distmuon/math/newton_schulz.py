@@ -18,9 +18,9 @@ apart and so unrounded; in bfloat16 that makes two first steps in one as exact a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import inf, isqrt
 
 import torch
@@ -58,21 +58,38 @@ _SMALL = 2**16  # elements of a matrix whose norm is taken in float64
 _COLUMNS = 1024  # X is updated in place, in panels of about so many columns, whose old values stay in cache
 
 
+def processor_of(device: torch.device) -> str:
+    """The kind of processor that `form` asks for: the device's type, or "amx" for a CPU whose bfloat16 products run on
+    matrix tiles."""
+    return "amx" if device.type == "cpu" and _multiplies_tiles() else device.type
+
+
+@cache
+def _multiplies_tiles() -> bool:
+    """oneDNN multiplies bfloat16 matrices by AMX, unless its environment variable forbids it."""
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    return torch.cpu._is_amx_tile_supported() and (allowed in ("ALL", "DEFAULT") or "AMX" in allowed)
+
+
 @lru_cache(maxsize=4096)
-def form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, device_type: str) -> Form:
+def form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, processor: str) -> Form:
     """The cheapest safe way to evaluate `triples` on (m, n) matrices, by the thresholds above (measured: see docs).
+
+    `processor`: see `processor_of`.
 
     dtype     as asked; on a CPU float32 for float16, whose products are 70 times slower there, and for tiny ones
     segments  longer than 1 for l >= 1.5 k, where products of k x k matrices are the cheap ones, as `_GROWTH` allows;
               not in bfloat16 on other devices, where nobody has measured it
-    panels    on a CPU only, for products large enough to gain from computing one triangle
+    panels    on a CPU only, for products large enough to gain from computing one triangle; bfloat16 products on matrix
+              tiles are so fast that copying a triangle takes longer than computing it
     stacked   unless there are panels: one such matrix fills the cores, and panels of a stack would be copied
     """
     short, long = min(m, n), max(m, n)
-    if device_type == "cpu" and (dtype == torch.float16 or short * short * long <= _TINY):
+    on_cpu = processor in ("cpu", "amx")
+    if on_cpu and (dtype == torch.float16 or short * short * long <= _TINY):
         dtype = torch.promote_types(dtype, torch.float32)
     gram = 2 * long >= 3 * short >= 3 * _LEAST and short * short * (2 * long - 3 * short) >= _SAVED.get(dtype, 0.0)
-    gram = gram and (dtype != torch.bfloat16 or device_type == "cpu")
+    gram = gram and (dtype != torch.bfloat16 or on_cpu)
     segments, growth, bounds = [1], 1.0, _GROWTH.get(dtype, (0.0, 0.0))
     for (a, _, _), top in zip(triples[:-1], reach(triples)):
         growth *= (a * top) ** 2
@@ -80,27 +97,22 @@ def form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, device
             segments[-1] += 1
         else:
             segments, growth = [*segments, 1], 1.0
-    work = _PANEL_WORK.get(dtype, inf) if device_type == "cpu" else inf
-    least = 2 if device_type == "cpu" and dtype == torch.bfloat16 and short >= _PAIR else 1
+    has_panels = processor == "cpu" or (on_cpu and dtype != torch.bfloat16)
+    work = _PANEL_WORK.get(dtype, inf) if has_panels else inf
+    least = 2 if has_panels and dtype == torch.bfloat16 and short >= _PAIR else 1
     panels = [max(least, min(short // _LEAST, isqrt(int(short * short * length / work)))) for length in (long, short)]
     return Form(tuple(segments), dtype, panels[0] == 1, *panels)
 
 
 def orthogonalize(
-    matrices: Tensor,
-    *,
-    steps: int,
-    coefficients: Coefficients,
-    dtype: torch.dtype | None = None,
-    kernel: Callable[[Tensor], Tensor] | None = None,
+    matrices: Tensor, *, steps: int, coefficients: Coefficients, dtype: torch.dtype | None = None
 ) -> Tensor:
     """(B, m, n), floating-point -> (B, m, n) in `dtype` (None: bfloat16): each U S V^T becomes U p(S / |S|) V^T.
 
     The input is never written; the result is new memory, for m > n a transposed view of it. The input's scale, 1e-20 to
     1e20, does not matter; a matrix of zeros gives zeros; each matrix gives the bits that it gives alone (k >= 16 in
     float32 and bfloat16; below, a library may batch with another kernel, and the last bit may differ). Raises
-    ValueError as `resolve` does, and for anything but a stack of floating-point matrices. `kernel`: evaluates this very
-    polynomial in our place (`ns_kernels.decide`), of float32 matrices with norm 1; then these promises are its own.
+    ValueError as `resolve` does, and for anything but a stack of floating-point matrices.
     """
     if matrices.dim() != 3 or not matrices.is_floating_point():
         found = f"{tuple(matrices.shape)} of {matrices.dtype} found"
@@ -108,9 +120,7 @@ def orthogonalize(
         raise problem("matrices", found, "a floating-point stack (B, m, n) is needed", cure)
     dtype = torch.bfloat16 if dtype is None else dtype
     triples = resolve(coefficients, steps)
-    if kernel is not None and matrices.numel():
-        return kernel(_normalized(matrices.detach(), torch.float32)).to(dtype)
-    how = form(matrices.size(1), matrices.size(2), triples, dtype, matrices.device.type)
+    how = form(matrices.size(1), matrices.size(2), triples, dtype, processor_of(matrices.device))
     return evaluate(matrices.detach(), triples, how).to(dtype)
 
 

@@ -1,9 +1,8 @@
 """The two update rules on plain tensors: momentum, the scaled Muon step, the AdamW step. Knows no rank, no bucket.
 
-Nothing here decides whether a step happens. Each function computes new values from old ones. On a GPU `commit` alone
-writes them, where the guard's verdict (a 0-dim bool tensor, never read by the host) says so: a skipped step leaves
-every bit of state as it was, without a host synchronisation. Where the host knows the verdict for nothing, `out` saves
-the detour.
+Line numbers are those of the algorithm in docs/design.md, section 1. Nothing here decides whether a step happens.
+Muon's functions compute new values, in `out` where that is given; a `Decision` (step/verdict.py) writes them. AdamW's
+fused kernel writes by itself, and takes the verdict, a 0-dim bool on the device, as `found_inf`.
 """
 
 from __future__ import annotations
@@ -19,15 +18,10 @@ from torch.optim.adamw import adamw
 from distmuon.errors import problem
 
 
-def commit(verdict_ok: Tensor, old: Tensor, new: Tensor) -> None:
-    """``old <- new`` where `verdict_ok`, else `old` stays, bit for bit. `new` is cast to `old`'s dtype."""
-    torch.where(verdict_ok, new.to(old.dtype), old, out=old)
-
-
 def muon_momentum(
     grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Line 2 of the walk: (new momentum buffer, update), both float32, any shape.
+    """Line 2: (new momentum buffer, update), both float32, any shape.
 
     ``M <- mu*M + (1-mu)*G``; ``U = (1-mu)*G + mu*M`` with Nesterov, else ``M``. This is torch.optim.Muon's moving
     average. The paper's sum ``M <- mu*M + G`` (arXiv 2502.16982, eq. 1) is the same divided by (1-mu), and

@@ -1,4 +1,4 @@
-"""The life of one bucket, which is the algorithm: the methods of `Bucket`, in order, are arXiv 2502.16982, Algorithm 1.
+"""The life of one bucket, which is arXiv 2502.16982, Algorithm 1, from top to bottom.
 
 Decides what happens to a bucket's gradient, momentum and parameters, and in which order. When each line runs, and what
 the other buckets do meanwhile, is the engine's business. What may vary hides behind four seams:
@@ -29,7 +29,7 @@ from distmuon.step.param_gather import Transport
 from distmuon.step.storage import FlatStorage, ShardPiece
 from distmuon.step.verdict import Decision, Verdict
 
-Stage = Literal["gathering", "scattering"]
+Stage = Literal["to_owners", "to_holders"]  # where this bucket's pieces are on their way to
 
 
 class Grads(Enum):
@@ -60,14 +60,14 @@ class Bucket:
         layout: Layout,
         group_of: Sequence[int],
         ns_dtype: torch.dtype,
-        group: DataParallelGroup,
+        dp_group: DataParallelGroup,
         metrics: Metrics,
     ) -> None:
         self.storage, self.exchange, self.transport = storage, exchange, transport
         self.index, self.params = storage.spec.index, storage.spec.params
         self.grads = Grads.COLLECTING
         self._reduction: Pending | None = None
-        self._group_of, self._ns_dtype, self._group, self._metrics = group_of, ns_dtype, group, metrics
+        self._group_of, self._ns_dtype, self._dp_group, self._metrics = group_of, ns_dtype, dp_group, metrics
         # Matrices of one parameter may differ in scale; a segment has one, that of its matrix's first column block.
         applied = storage.spec.segments if transport.has_message else [piece.segment for piece in storage.muon]
         muon = [segment for segment in applied if layout.specs[segment.param].rule == "muon"]
@@ -92,7 +92,7 @@ class Bucket:
         flat = buffer.close()
         with torch.profiler.record_function(f"distmuon::reduce_scatter/{self.index}"):
             shard = self.storage.grad_shard
-            self._reduction = self._group.start_reduce_scatter(shard, flat, stage="reduce_scatter", label=label)
+            self._reduction = self._dp_group.start_reduce_scatter(shard, flat, stage="reduce_scatter", label=label)
         self.grads = Grads.REDUCING
 
     def finish_reduce(self) -> None:
@@ -123,7 +123,7 @@ class Bucket:
         with stage("start_dp_gather", self.index):
             gathering = self.exchange.start_gather(updates)
             del updates
-        yield "gathering"
+        yield "to_owners"
         with stage("dp_gather", self.index):
             stacks = gathering.wait()  # 3  U, whole on its owner
         with stage("newton_schulz", self.index):
@@ -131,22 +131,25 @@ class Bucket:
         with stage("start_scatter", self.index):
             scattering = self.exchange.start_scatter(polar)
             del gathering, stacks
-        yield "scattering"
+        yield "to_holders"
         with stage("scatter", self.index):
             pieces = scattering.wait()  # 5  O, back on the shard
             del scattering, polar
-        with stage("apply", self.index), self.storage.masters() as masters:  # 6  W <- W - lr*(scale*O + wd*W)
-            self._adamw(masters, step)
+        with (
+            stage("apply", self.index),
+            self.storage.masters() as masters,
+        ):  # 6  W <- W - lr*(scale*O + wd*W), and AdamW
             self.transport.apply(masters, pieces, lambda *piece: self._apply_muon(step, *piece))
+            self._adamw(masters, step)
 
     def _momentum(self, piece: ShardPiece, step: Step) -> Tensor:
         """(length,) float32: the update of one piece; the new momentum is kept where the parameter had a gradient."""
         param, momentum = piece.segment.param, self.storage.momentum
-        group, old = step.param_groups[self._group_of[param]], momentum.decode(piece.state)
+        old, numbers = momentum.decode(piece.state), step.param_groups[self._group_of[param]]
         present = step.verdict.present[param]
         out = step.decision.scratch(old) if present and momentum.in_place else None
         new, update = rules.muon_momentum(
-            piece.grad, old, momentum=group["momentum"], nesterov=group["nesterov"], out=out
+            piece.grad, old, momentum=numbers["momentum"], nesterov=numbers["nesterov"], out=out
         )
         if present:
             for key, value in momentum.encode_step(new, piece.segment.param_offset, piece.state).items():
@@ -155,37 +158,38 @@ class Bucket:
 
     def _orthogonalize(self, key: StackKey, stack: Tensor, step: Step) -> Tensor:
         """(B, m, n) updates -> polar factors, of each column block by itself where the matrices have some."""
-        group = step.param_groups[key.group]
+        numbers = step.param_groups[key.group]
         blocks = torch.split(stack, list(key.column_split), dim=2) if key.column_split else (stack,)
         self._metrics.ns_matrices += len(blocks) * stack.size(0)
-        steps, coefficients = group["ns_steps"], group["ns_coefficients"]
+        steps, coefficients = numbers["ns_steps"], numbers["ns_coefficients"]
         polar = [orthogonalize(x, steps=steps, coefficients=coefficients, dtype=self._ns_dtype) for x in blocks]
         if key.column_split:
             # One piece has one scale, that of the first block; the others' ratio to it goes in here.
-            scales = [rules.lr_scale(key.rows, n, group["adjust_lr_fn"]) for n in key.column_split]
+            scales = [rules.lr_scale(key.rows, n, numbers["adjust_lr_fn"]) for n in key.column_split]
             polar = [torch.cat([x.mul(scale / scales[0]) for x, scale in zip(polar, scales)], dim=2)]
         # What stays here is rounded like what travels, so that the cut does not show in the result.
-        narrower = self.exchange.dtype.itemsize < self._ns_dtype.itemsize
-        return polar[0].to(self.exchange.dtype if narrower else self._ns_dtype).contiguous()
+        wire, computed = self.exchange.dtype, self._ns_dtype
+        loses_nothing = torch.promote_types(wire, computed) == wire
+        return polar[0].to(computed if loses_nothing else wire).contiguous()
 
     def _apply_muon(self, step: Step, segment: Segment, weight: Tensor, polar: Tensor) -> None:
         """Line 6 on the elements of `segment`, in place; a parameter without a gradient is left alone."""
         if not step.verdict.present[segment.param]:
             return
-        group = step.param_groups[self._group_of[segment.param]]
+        numbers = step.param_groups[self._group_of[segment.param]]
         rows, columns = self._shapes[segment]
         new = rules.muon_weight(
             weight,
             polar,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            scale=rules.lr_scale(rows, columns, group["adjust_lr_fn"]),
+            lr=numbers["lr"],
+            weight_decay=numbers["weight_decay"],
+            scale=rules.lr_scale(rows, columns, numbers["adjust_lr_fn"]),
             out=step.decision.scratch(weight),
         )
         step.decision.write(weight, new)
 
     def _adamw(self, masters: Tensor, step: Step) -> None:
-        for number, group in enumerate(step.param_groups):
+        for number, numbers in enumerate(step.param_groups):
             pieces = [p for p in self.storage.adamw if self._group_of[p.segment.param] == number]
             pieces = [p for p in pieces if step.verdict.present[p.segment.param]]
             if pieces:
@@ -194,15 +198,15 @@ class Bucket:
                     [piece.grad for piece in pieces],
                     [piece.state for piece in pieces],
                     step.verdict.ok,
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    betas=group["betas"],
-                    eps=group["eps"],
+                    lr=numbers["lr"],
+                    weight_decay=numbers["weight_decay"],
+                    betas=numbers["betas"],
+                    eps=numbers["eps"],
                 )
 
     # ---------------------------------------------------------------------------------- line 7: W whole, on all ranks
 
-    def start_gather(self) -> None:
+    def start_param_gather(self) -> None:
         """Start the all-gather of what `update` has made."""
         with self._metrics.stage("start_all_gather", self.index):
             self.transport.start()

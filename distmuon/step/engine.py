@@ -4,10 +4,11 @@ Decides when a bucket reduces, updates and gathers, and that nothing is written 
 is `bucket.py`; arguments, param groups and all that torch.optim's users see is `optimizer.py`.
 
 [Note: all-gathers come last] NCCL runs the collectives of a group one after another. An all-gather that starts as soon
-as its bucket is updated keeps the pieces of the buckets after it waiting, and with them Newton-Schulz. Under the next
-forward it disturbs nobody. So where forwards wait for parameters, all-gathers start once the last pieces have been
-sent home (docs/planner.md: 8B at dp 64 69 ms instead of 83, by the estimate). With an `exchange_group` there is no
-queue to hold up, and where `step` itself must wait for the parameters nothing is gained.
+as its bucket is updated keeps the pieces of the buckets after it waiting, and with them Newton-Schulz. With
+`overlap="forward"` it may as well run under the next forward. So there no all-gather starts before the last bucket that
+exchanges pieces has started to send them home (docs/planner.md, 8B at dp 64, by the estimate: 69 ms of step and 46 left
+to the forward, instead of 83 and 25). With an `exchange_group` there is no queue to hold up, and where `step` itself
+waits for the parameters nothing is gained.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ LATE_S = 300.0  # how much later than the first a rank may come to drop gradient
 
 
 class Engine:
-    """`group_of`: by parameter, its param group. `gathers_last`: see [Note: all-gathers come last]."""
+    """`group_of`: by parameter, its param group. `gathers_in_forward`: `step` returns before parameters are whole."""
 
     def __init__(
         self,
@@ -52,10 +53,12 @@ class Engine:
         group_of: Sequence[int],
         metrics: Metrics,
         *,
-        gathers_last: bool,
+        gathers_in_forward: bool,
     ) -> None:
         self._group, self._options, self._metrics = group, options, metrics
-        self._gathers_last = gathers_last and options.sharding.param_gather == "parameters"
+        # See [Note: all-gathers come last]. Of messages with updates only two may be under way, so none is held back.
+        one_queue = exchange_group.process_group is group.process_group
+        self._gathers_last = gathers_in_forward and one_queue and options.sharding.param_gather == "parameters"
         self.storage = Storage(layout, params, group.dp_rank, options)
         self.buckets = [self._make_bucket(storage, exchange_group, group_of) for storage in self.storage.buckets]
         self.source = make_source(self.buckets, self.storage, group)
@@ -65,6 +68,7 @@ class Engine:
         self._apart: _Copied | None = None
         self._stepped = False  # the last call was a step, or the first `forget` after it
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
+        self.last_ok: Tensor | None = None  # the last step counted; 0-dim bool on the device
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.storage.device)
 
     def _make_bucket(self, storage: FlatStorage, exchange_group: DataParallelGroup, group_of: Sequence[int]) -> Bucket:
@@ -224,11 +228,12 @@ class Engine:
         """Update all buckets by the hyperparameters in `param_groups`, all numbers; all-gathers are left under way."""
         judged, self._verdict = self._verdict, None
         assert judged is not None
-        judged = judged.of_clipped()
+        judged = judged.final()
         if judged.ok_on_host is not False:
             with torch.autocast(self.storage.device.type, enabled=False):
                 self._update_buckets(Step(param_groups, judged, judged.decision))
         self.skipped += ~judged.ok
+        self.last_ok = judged.ok
         self.source.reset()
         self._stepped = True
 
@@ -241,19 +246,19 @@ class Engine:
             if stage is None and scatters_left:
                 deferred.append(bucket)
             elif stage is None:
-                self._start_gather(bucket)
-            elif stage == "scattering" and scatters_left and bucket.exchange.exchanges:
+                self._start_param_gather(bucket)
+            elif stage == "to_holders" and scatters_left and bucket.exchange.exchanges:
                 scatters_left -= 1
                 while deferred and not scatters_left:
-                    self._start_gather(deferred.pop(0))
+                    self._start_param_gather(deferred.pop(0))
 
     # ------------------------------------------------------------------------------------------------- parameters
 
-    def _start_gather(self, bucket: Bucket) -> None:
+    def _start_param_gather(self, bucket: Bucket) -> None:
         if bucket.transport.has_message:  # two messages are under way at the most: the one before the last is applied
             self.wait_params(list(self._in_flight)[:-1])
         self._in_flight[bucket.index] = bucket
-        bucket.start_gather()
+        bucket.start_param_gather()
 
     @property
     def params_in_flight(self) -> bool:

@@ -32,7 +32,7 @@ from distmuon.step.storage import Storage
 
 
 class GradSource(Protocol):
-    """What the conductor asks of either source."""
+    """What the engine asks of either source."""
 
     def accept(self, index: int, sync: bool) -> None:
         """Backward has finished the gradient of parameter `index`; `sync`: this is the step's last micro-batch."""

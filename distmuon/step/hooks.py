@@ -8,8 +8,8 @@ calling them (nn.MultiheadAttention reads `out_proj.weight`). So such a module w
 containers wait for nothing and leave it to their children. A ParameterList or ParameterDict is never called: what it
 holds is its parent's own. Without gradients (evaluation) the model waits for all.
 A parameter that a container uses before any of its children is called is noticed in backward: autograd finds that it
-changed after it was saved (`Buffers.arrived`), or its gradient comes while its bucket is in flight. What saves nothing,
-such as an addition, is not noticed: call `synchronize` before such a forward.
+changed after it was saved (`FlatStorage.note_arrived`), or its gradient comes while its bucket is in flight. What saves
+nothing, such as an addition, is not noticed: call `synchronize` before such a forward.
 
 [Note: one storage a tensor] Parameters are views of flat buffers. Whoever writes a state dict may take tensors of one
 storage for copies of each other and keep the first alone (accelerate's `save_state` and `save_model` do, with a mere

@@ -171,6 +171,10 @@ class FlatStorage:
         yield master
         self._master_codec.encode(master, self.param_shard, self.kept_master)
 
+    def decoded_masters(self) -> Tensor:
+        """The masters (shard_size,) float32, to read only."""
+        return self._master_codec.decode(self.param_shard, self.kept_master)
+
     def master_of(self, piece: ShardPiece) -> Tensor:
         """(length,) float32: the master of one piece, a view where it is kept as such."""
         return self._master_codec.decode(piece.cut(self.param_shard), self._kept_of(piece))
@@ -222,7 +226,7 @@ class FlatStorage:
                     self._layout.specs[index].fqn,
                     "it was written while its all-gather was in flight",
                     "parameters may be read and written once they have arrived",
-                    "call optimizer.synchronize() before writing parameters, or pass overlap=False",
+                    "call optimizer.synchronize() before writing parameters, or pass Sharding(overlap=True)",
                 )
             torch.autograd.graph.increment_version(param)
 

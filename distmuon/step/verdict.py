@@ -1,18 +1,19 @@
 """The verdict on a step's gradients: one small all-reduce, the same answer on all ranks.
 
-Decides whether a step may touch state, and how it then writes. The all-reduce carries the sum of squares of the
-averaged gradient, the number of ranks that hold a gradient of AdamW's too large to be squared, and for each parameter
-the number of ranks on which it had a gradient. Non-finite values show in the sum of squares.
+Decides whether a step may touch state, and how it then writes; `Engine.update` obeys. The all-reduce carries the sum of
+squares of the averaged gradient, the number of ranks that hold a gradient of AdamW's too large to be squared, and for
+each parameter the number of ranks on which it had a gradient. Non-finite values show in the sum of squares.
 
-[Note: writing under a verdict] Nothing writes parameters or state but a `Decision`. On a CPU the host reads the verdict
-for nothing: a step that is skipped computes nothing, and one that counts writes in place (`OnHost`). On a GPU reading
-would make the host wait for the device, so new values are computed beside the old ones and written where the verdict,
-a 0-dim bool on the device, says so (`OnDevice`): a skipped step leaves every bit as it was.
+[Note: writing under a verdict] A step writes Muon's momentum and all masters through a `Decision`; AdamW's kernel takes
+the verdict itself, and parameters are then rounded from the masters. On a CPU the host reads the verdict for nothing: a
+step that is skipped computes nothing, and one that counts writes in place (`OnHost`). On a GPU reading would make the
+host wait for the device, so new values are computed beside the old ones and written where the verdict, a 0-dim bool on
+the device, says so (`OnDevice`): a skipped step leaves every bit as it was.
 
 [Note: large gradients] A step is taken wherever all that it writes is finite. Norms are summed up in float64, so that
 they are right for whatever float32 can hold. Below a norm of 2^127, half of the largest float32, no moving average and
 no difference of two can overflow. AdamW keeps squares in float32, whose elements must stay below 2^64 = 1.8e19; so if
-one does not, the step is taken only if clipping has brought the norm below that (`Verdict.of_clipped`).
+one does not, the step is taken only if clipping has brought the norm below that (`Verdict.final`).
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ class Verdict:
     apart: Tensor
     squarable: Tensor
 
-    def of_clipped(self) -> Verdict:
-        """What holds when nobody scales the gradients any more; see [Note: large gradients]."""
+    def final(self) -> Verdict:
+        """The verdict that the update obeys, asked once all clipping is done; see [Note: large gradients]."""
         ok = self.ok & (self.squarable | (self.total_norm < SQUARABLE))
         return replace(self, ok=ok, ok_on_host=None if self.ok_on_host is None else read_on_host(ok))
 
     @property
     def decision(self) -> Decision:
-        """How a step that is not skipped writes."""
+        """How this step writes: in place if the host knows that it counts, else under `ok`, which may be False."""
         return OnHost() if self.ok_on_host else OnDevice(self.ok)
 
 

@@ -136,7 +136,10 @@ def _orders(group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
     _step(model, optimizer)
     started, waited = [], []
     for bucket in optimizer._engine.buckets:
-        bucket.start_gather = lambda bucket=bucket: (started.append(bucket.index), type(bucket).start_gather(bucket))
+        bucket.start_param_gather = lambda bucket=bucket: (
+            started.append(bucket.index),
+            type(bucket).start_param_gather(bucket),
+        )
         bucket.wait_params = lambda bucket=bucket: (waited.append(bucket.index), type(bucket).wait_params(bucket))
     _step(model, optimizer, 1)
     model(torch.ones(8, 8))

@@ -122,6 +122,11 @@ def test_the_form_is_chosen_by_shape_dtype_device_and_growth() -> None:
     assert form(1024, 1024, jordan, F32, "cpu") == Form(ones, F32, False, 8, 8)
     assert form(512, 512, jordan, BF16, "cpu") == form(384, 384, jordan, BF16, "cpu") == Form(ones, BF16, False, 2, 2)
     assert form(320, 320, jordan, BF16, "cpu") == form(512, 512, jordan, BF16, "cuda") == Form(ones, BF16)
+    # On a CPU with matrix tiles: no panels in bfloat16, all else as on any CPU.
+    assert form(1024, 1024, jordan, BF16, "amx") == form(512, 512, jordan, BF16, "amx") == Form(ones, BF16)
+    assert form(1024, 4096, jordan, BF16, "amx") == Form((2, 1, 1, 1), BF16)
+    for shape in ((1024, 1024), (1024, 4096), (64, 64)):
+        assert form(*shape, jordan, F32, "amx") == form(*shape, jordan, F32, "cpu")
     # The Gram form: float32 from l = 1.5 k and k = 128, restarted as often as the table's growth asks.
     assert form(1024, 4096, jordan, F32, "cpu") == Form((3, 2), F32, False, 8, 8)
     assert form(4096, 1024, jordan, F32, "cpu") == form(1024, 4096, jordan, F32, "cpu")
