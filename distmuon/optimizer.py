@@ -574,7 +574,7 @@ class DistMuon(torch.optim.Optimizer):
         """The engine, ready for all state to be read or written: nothing is in flight, external writes are absorbed.
         Collective."""
         engine = self._built(to_train=False)
-        engine.settle()
+        engine.finish_begun_reductions()
         self._local_state.take_back(self.state)
         if to_write:
             self._consolidated = None

@@ -135,21 +135,19 @@ class Bucket:
         with stage("scatter", self.index):
             pieces = scattering.wait()  # 5  O, back on the shard
             del scattering, polar
-        with (
-            stage("apply", self.index),
-            self.storage.masters() as masters,
-        ):  # 6  W <- W - lr*(scale*O + wd*W), and AdamW
+        with stage("apply", self.index), self.storage.masters() as masters:
+            # 6  W <- W - lr*(scale*O + wd*W), and AdamW for the rest
             self.transport.apply(masters, pieces, lambda *piece: self._apply_muon(step, *piece))
             self._adamw(masters, step)
 
     def _momentum(self, piece: ShardPiece, step: Step) -> Tensor:
         """(length,) float32: the update of one piece; the new momentum is kept where the parameter had a gradient."""
         param, momentum = piece.segment.param, self.storage.momentum
-        old, numbers = momentum.decode(piece.state), step.param_groups[self._group_of[param]]
+        old, param_group = momentum.decode(piece.state), step.param_groups[self._group_of[param]]
         present = step.verdict.present[param]
         out = step.decision.scratch(old) if present and momentum.in_place else None
         new, update = rules.muon_momentum(
-            piece.grad, old, momentum=numbers["momentum"], nesterov=numbers["nesterov"], out=out
+            piece.grad, old, momentum=param_group["momentum"], nesterov=param_group["nesterov"], out=out
         )
         if present:
             for key, value in momentum.encode_step(new, piece.segment.param_offset, piece.state).items():
@@ -158,14 +156,14 @@ class Bucket:
 
     def _orthogonalize(self, key: StackKey, stack: Tensor, step: Step) -> Tensor:
         """(B, m, n) updates -> polar factors, of each column block by itself where the matrices have some."""
-        numbers = step.param_groups[key.group]
+        param_group = step.param_groups[key.group]
         blocks = torch.split(stack, list(key.column_split), dim=2) if key.column_split else (stack,)
         self._metrics.ns_matrices += len(blocks) * stack.size(0)
-        steps, coefficients = numbers["ns_steps"], numbers["ns_coefficients"]
+        steps, coefficients = param_group["ns_steps"], param_group["ns_coefficients"]
         polar = [orthogonalize(x, steps=steps, coefficients=coefficients, dtype=self._ns_dtype) for x in blocks]
         if key.column_split:
             # One piece has one scale, that of the first block; the others' ratio to it goes in here.
-            scales = [rules.lr_scale(key.rows, n, numbers["adjust_lr_fn"]) for n in key.column_split]
+            scales = [rules.lr_scale(key.rows, n, param_group["adjust_lr_fn"]) for n in key.column_split]
             polar = [torch.cat([x.mul(scale / scales[0]) for x, scale in zip(polar, scales)], dim=2)]
         # What stays here is rounded like what travels, so that the cut does not show in the result.
         wire, computed = self.exchange.dtype, self._ns_dtype
@@ -176,20 +174,20 @@ class Bucket:
         """Line 6 on the elements of `segment`, in place; a parameter without a gradient is left alone."""
         if not step.verdict.present[segment.param]:
             return
-        numbers = step.param_groups[self._group_of[segment.param]]
+        param_group = step.param_groups[self._group_of[segment.param]]
         rows, columns = self._shapes[segment]
         new = rules.muon_weight(
             weight,
             polar,
-            lr=numbers["lr"],
-            weight_decay=numbers["weight_decay"],
-            scale=rules.lr_scale(rows, columns, numbers["adjust_lr_fn"]),
+            lr=param_group["lr"],
+            weight_decay=param_group["weight_decay"],
+            scale=rules.lr_scale(rows, columns, param_group["adjust_lr_fn"]),
             out=step.decision.scratch(weight),
         )
         step.decision.write(weight, new)
 
     def _adamw(self, masters: Tensor, step: Step) -> None:
-        for number, numbers in enumerate(step.param_groups):
+        for number, param_group in enumerate(step.param_groups):
             pieces = [p for p in self.storage.adamw if self._group_of[p.segment.param] == number]
             pieces = [p for p in pieces if step.verdict.present[p.segment.param]]
             if pieces:
@@ -198,10 +196,10 @@ class Bucket:
                     [piece.grad for piece in pieces],
                     [piece.state for piece in pieces],
                     step.verdict.ok,
-                    lr=numbers["lr"],
-                    weight_decay=numbers["weight_decay"],
-                    betas=numbers["betas"],
-                    eps=numbers["eps"],
+                    lr=param_group["lr"],
+                    weight_decay=param_group["weight_decay"],
+                    betas=param_group["betas"],
+                    eps=param_group["eps"],
                 )
 
     # ---------------------------------------------------------------------------------- line 7: W whole, on all ranks

@@ -186,7 +186,7 @@ class Engine:
         """
         if self._may_have_begun and not self.source.finished and (self.source.begun or not self._stepped):
             self._meet_to_forget()
-            self.settle()
+            self.finish_begun_reductions()
         self._stepped = False
         self.source.reset()
         self._verdict = None
@@ -206,7 +206,7 @@ class Engine:
         if missing:
             raise problem(where, f"{named(list(missing))} did not call it", *cure)
 
-    def settle(self) -> None:
+    def finish_begun_reductions(self) -> None:
         """Finish what a backward on any rank has begun to reduce, before collectives of another kind follow.
 
         Collective: a rank that had no backward would not know.
@@ -238,7 +238,7 @@ class Engine:
         self._stepped = True
 
     def _update_buckets(self, step: Step) -> None:
-        exchanging = [bucket for bucket in self.buckets if bucket.exchange.exchanges]
+        exchanging = [bucket for bucket in self.buckets if bucket.exchange.has_exchange]
         scatters_left = len(exchanging) if self._gathers_last else 0
         deferred: list[Bucket] = []
         # Backward finishes the last layers first; the next forward needs the first ones first.
@@ -247,7 +247,7 @@ class Engine:
                 deferred.append(bucket)
             elif stage is None:
                 self._start_param_gather(bucket)
-            elif stage == "to_holders" and scatters_left and bucket.exchange.exchanges:
+            elif stage == "to_holders" and scatters_left and bucket.exchange.has_exchange:
                 scatters_left -= 1
                 while deferred and not scatters_left:
                     self._start_param_gather(deferred.pop(0))

@@ -77,7 +77,7 @@ class MatrixExchange:
         self._scatter_out = listed(lambda p, u, peer: p.rank == peer and comes_home_from(p, u) == me)
         self._scatter_in = listed(lambda p, u, peer: p.rank == me and comes_home_from(p, u) == peer)
         # The same on all ranks, so that all make the same collectives.
-        self.exchanges = any(goes_to(p, u, worker) for u in units for p in u.pieces for worker in u.workers)
+        self.has_exchange = any(goes_to(p, u, worker) for u in units for p in u.pieces for worker in u.workers)
         self._scatters = any(comes_home_from(p, u) is not None for u in units for p in u.pieces)
 
     def _place_stacks(self, units: Sequence[PlacedUnit], group_of: Sequence[int], me: int) -> None:
@@ -96,7 +96,7 @@ class MatrixExchange:
     def start_gather(self, updates: Sequence[Tensor]) -> Gathering:
         """Send `updates` (one 1-D tensor a Muon piece) on their way; `wait` for the whole stacks."""
         pending = None
-        if self.exchanges:
+        if self.has_exchange:
             outgoing = [updates[self._number[s.param, s.param_offset]] for peer in self._gather_out for s in peer]
             pending = self._start(outgoing, self._gather_out, self._gather_in, "dp_gather")
         stacks = {
