@@ -53,12 +53,6 @@ class Precision:
         """The dtype in which pieces of updates and polar factors travel."""
         return self.newton_schulz if self.exchange is None else self.exchange
 
-    def master_bytes(self, param_dtype: torch.dtype) -> int:
-        """Bytes an element of what is kept beside a parameter to make its float32 master."""
-        if param_dtype == torch.float32:
-            return 0
-        return 2 if self.master == "remainder" and param_dtype == torch.bfloat16 else 4
-
 
 _DTYPES: dict[str, tuple[torch.dtype | None, ...]] = {
     "reduce": (torch.float32, torch.bfloat16, torch.float16),
@@ -157,11 +151,10 @@ class Options:
 
     def items(self) -> list[str]:
         """One text an option: what all ranks must agree on."""
-        policies: dict[str, Sharding | Precision] = {"sharding": self.sharding, "precision": self.precision}
-        found = [f"{f.name} = {getattr(self, f.name)}" for f in fields(self) if f.name not in policies]
-        for name, policy in policies.items():
-            found += [f"{name}.{f.name} = {getattr(policy, f.name)}" for f in fields(policy)]
-        return found
+        sharding = [f"sharding.{f.name} = {getattr(self.sharding, f.name)}" for f in fields(self.sharding)]
+        precision = [f"precision.{f.name} = {getattr(self.precision, f.name)}" for f in fields(self.precision)]
+        others = [f for f in fields(self) if f.name not in ("sharding", "precision")]
+        return [*(f"{f.name} = {getattr(self, f.name)}" for f in others), *sharding, *precision]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -154,11 +154,9 @@ def plan(
     def cut(specs: Sequence[ParamSpec], packing: Packing, placement: Placement, mb: float | None) -> Layout:
         return make_layout(specs, dp_size, packing=packing, placement=placement, bucket_mb=mb)
 
-    def ours(mb: float | None) -> Plan:
-        return way("distmuon", cut(specs, sharding.packing, sharding.placement, mb))
-
     with _no_garbage_collection():
-        found = {mb: ours(mb) for mb in dict.fromkeys(tried)}
+        packing, placement = sharding.packing, sharding.placement
+        found = {mb: way("distmuon", cut(specs, packing, placement, mb)) for mb in dict.fromkeys(tried)}
         steps = {mb: one.time.step_s for mb, one in found.items() if one.time}
         best = min(steps, key=lambda mb: steps[mb]) if len(steps) > 1 else next(iter(found))
         others: list[Plan] = []
@@ -197,7 +195,7 @@ def _plan_layout(
         way=way,
         dp_size=layout.dp_size,
         num_elements=total,
-        num_matrices=sum(len(placed.matrix.logical_shapes) for placed in layout.matrices),
+        num_matrices=sum(len(placed.unit.logical_shapes) for placed in layout.matrices),
         num_buckets=len(layout.buckets),
         largest_bucket=max(sum(sizes[p] for p in bucket.params) for bucket in layout.buckets) / total,
         padding=layout.padding,

@@ -62,20 +62,25 @@ def test_a_hyperparameter_is_a_number_from_0_on(name: str) -> None:
         refused(lambda value=value: _made(**{name: value}), rf"param_groups\[[01]\]\.{key}: .*needed")
 
 
-@pytest.mark.parametrize(
-    "name", ["nesterov", "adjust_lr_fn", "ns_steps", "grad_reduction", "broadcast_buffers", "sharding", "precision"]
-)
+@pytest.mark.parametrize("name", ["nesterov", "adjust_lr_fn", "ns_steps", "grad_reduction", "broadcast_buffers"])
 def test_an_option_is_one_of_its_words(name: str) -> None:
     """0 is not False and 1 not True: what is compared across ranks is the option itself."""
     for value in WORDS:
         named = isinstance(value, int) and name == "ns_steps" and value == 1
-        unset = value is None and name in ("sharding", "precision")
-        if not unset and not named:
+        if not named:
             refused(lambda value=value: _made(**{name: value}), rf"{name}: found .*needed")
 
 
 POLICIES = {"sharding": Sharding, "precision": Precision}
 FIELDS = [(policy, field.name) for policy, kind in POLICIES.items() for field in fields(kind)]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_is_one_of_ours(policy: str) -> None:
+    other = next(kind() for name, kind in POLICIES.items() if name != policy)
+    for value in [*(word for word in WORDS if word is not None), other]:
+        wanted = rf"{policy}: found .*; a distmuon\.{POLICIES[policy].__name__} is needed"
+        refused(lambda value=value: distmuon.DistMuon(_model(), **{policy: value}), wanted)
 
 
 @pytest.mark.parametrize(("policy", "name"), [each for each in FIELDS if each != ("sharding", "bucket_mb")])
