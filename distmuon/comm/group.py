@@ -77,11 +77,6 @@ class _Optimizers:
     more: list[int] = field(default_factory=list)  # by rank, how many more than rank 0 it had made by then
 
 
-# torch 2.13 renames the flat collectives and warns at the old names; older torch has only those.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
 def _await_work(work: dist.Work) -> None:
     work.wait()
 
@@ -263,7 +258,7 @@ class DataParallelGroup:
             return Pending(output.copy_(input) if output.data_ptr() != input.data_ptr() else output)
         self.count(stage, (self.dp_size - 1) * output.numel() * input.element_size())
         if not self._gloo and input.is_cuda and input.dtype == output.dtype:
-            work = _reduce_scatter(output, input, op=dist.ReduceOp.AVG, group=self.process_group, async_op=True)
+            work = dist.reduce_scatter_single(output, input, op=dist.ReduceOp.AVG, group=self.process_group, async_op=True)
             return self._pending(output, (work,), (input,), stage, about)
         received = torch.empty_like(input)
         work = dist.all_to_all_single(received, input, group=self.process_group, async_op=True)
@@ -287,7 +282,7 @@ class DataParallelGroup:
         if self._gloo:
             works = self._broadcast_all(output, input)
         else:
-            works = (_all_gather(output, input, group=self.process_group, async_op=True),)
+            works = (dist.all_gather_single(output, input, group=self.process_group, async_op=True),)
         return self._pending(output, works, (input,), stage, about)
 
     def _broadcast_all(self, output: Tensor, input: Tensor) -> tuple[dist.Work, ...]:
