@@ -68,6 +68,23 @@ def frozen(params: Any) -> list[tuple[str, nn.Parameter]]:
     return [(fqn, param) for fqn, param in named if not param.requires_grad]
 
 
+def _unfit(param: nn.Parameter, shape: tuple[int, ...]) -> str:
+    """What keeps `param` from being trained here, whatever the other parameters are; "" where nothing does."""
+    if type(param).__module__.startswith("torch.distributed"):
+        return "a DTensor (FSDP2 or tensor parallel)"
+    if hasattr(param, "ds_id"):
+        return "partitioned by DeepSpeed (zero.Init or stage 3)"
+    if param.is_complex() or not param.is_floating_point():
+        return f"of dtype {param.dtype}"
+    if param.is_meta:
+        return "on the meta device, without values"
+    if tuple(param.shape) != shape:
+        return f"of shape {tuple(param.shape)} now, {shape} when the optimizer was made"
+    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"of dtype {param.dtype}, which a float32 master would round"
+    return ""
+
+
 def check_parameters(
     model: nn.Module | None, named: Sequence[tuple[str, nn.Parameter]], shapes: Sequence[tuple[int, ...]]
 ) -> None:
@@ -75,30 +92,16 @@ def check_parameters(
     held = None if model is None else {id(param) for param in model.parameters()}
     first_fqn, first = named[0]
     for (fqn, param), shape in zip(named, shapes):
-        if type(param).__module__.startswith("torch.distributed"):
-            found = "a DTensor (FSDP2 or tensor parallel)"
-        elif hasattr(param, "ds_id"):
-            found = "partitioned by DeepSpeed (zero.Init or stage 3)"
-        elif param.is_complex() or not param.is_floating_point():
-            found = f"of dtype {param.dtype}"
-        elif param.is_meta:
-            found = "on the meta device, without values"
-        elif param.device != first.device:
-            found = f"on {param.device} while {first_fqn} is on {first.device}"
-        elif tuple(param.shape) != shape:
-            found = f"of shape {tuple(param.shape)} now, {shape} when the optimizer was made"
-        elif param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            found = f"of dtype {param.dtype}, which a float32 master would round"
-        elif held is not None and id(param) not in held:
-            found = "no longer the one that the model holds there"
-        else:
-            continue
         cure = "make DistMuon from the complete plain model (ZeRO stage 0)"
-        if found.startswith("no longer"):
+        found = _unfit(param, shape)
+        if not found and param.device != first.device:
+            found = f"on {param.device} while {first_fqn} is on {first.device}"
+        if not found and held is not None and id(param) not in held:
+            found = "no longer the one that the model holds there"
             cure += "; an ordinary forward must come before a functional_call with Parameters of another model"
-        raise problem(
-            fqn, f"the parameter is {found}", "whole real ones on one device, unchanged since then, are needed", cure
-        )
+        if found:
+            needed = "whole real ones on one device, unchanged since then, are needed"
+            raise problem(fqn, f"the parameter is {found}", needed, cure)
     known = {id(param) for _, param in named}
     for fqn, param in model.named_parameters() if model is not None else ():
         if param.requires_grad and param.numel() and id(param) not in known:

@@ -36,6 +36,7 @@ class RecipeTrainer(transformers.Trainer):
         return next_token_loss(model, inputs["tokens"])
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        assert self.optimizer is not None
         self.lr_scheduler = self.run.scheduler(self.optimizer)
         return self.lr_scheduler
 

@@ -19,7 +19,7 @@ Gradients = dict[str, Tensor]  # a parameter that got no gradient on any rank is
 
 def newton_schulz(update: Tensor, steps: int) -> Tensor:
     """Keller Jordan's quintic (kellerjordan.github.io/posts/muon) on one (m, n) matrix, in the matrix's own dtype."""
-    x = update.mT if update.shape[0] > update.shape[1] else update
+    x: Tensor = update.mT if update.shape[0] > update.shape[1] else update
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT

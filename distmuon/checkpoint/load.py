@@ -290,30 +290,36 @@ def _newest_whole(root: Path, group: DataParallelGroup, looking: snapshot.Lookin
 
         candidates, unfinished = group.gather_objects(together(group, listed), stage="checkpoint")[0]
         for candidate in candidates:
-
-            def check(path: Path = candidate) -> None:
-                check_files(path, read_manifest(path), group.dp_rank, group.dp_size)
-
-            try:
-                together(group, check)
-            except ValueError as damaged:
-                if candidate == root:
-                    raise
-                if gone := _has_gone(candidate, group):
-                    break
-                skipped.append(str(damaged))
-            else:
-                for reason in skipped:
-                    snapshot.log_skipped(reason)
+            damage = _damage(candidate, group)
+            if damage is None:
+                _log_skipped(skipped)
                 return candidate, skipped + [f"{path}: its save has not ended" for path in unfinished]
+            if candidate == root:
+                raise damage
+            if gone := _has_gone(candidate, group):
+                break
+            skipped.append(str(damage))
         if not group.gather_objects(looking.again(gone), stage="checkpoint")[0]:
             break
-    for reason in skipped:
-        snapshot.log_skipped(reason)
+    _log_skipped(skipped)
     raise problem(
         str(root), f"no complete checkpoint there ({names([*skipped, *unfinished]) or 'it is empty'})",
         "one is needed", "start afresh where latest_checkpoint finds none",
     )  # fmt: skip
+
+
+def _damage(path: Path, group: DataParallelGroup) -> ValueError | None:
+    """The first file of a checkpoint that its sums do not vouch for. Collective; each rank reads its share."""
+    try:
+        together(group, lambda: check_files(path, read_manifest(path), group.dp_rank, group.dp_size))
+    except ValueError as damage:
+        return damage
+    return None
+
+
+def _log_skipped(reasons: Sequence[str]) -> None:
+    for reason in reasons:
+        snapshot.log_skipped(reason)
 
 
 def _has_gone(path: Path, group: DataParallelGroup) -> bool:

@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -114,6 +114,23 @@ def _check_arguments(path: object, keep_last: object, asynchronous: object) -> N
     check_path(path, new=True)
 
 
+def _beside_trained(
+    model: nn.Module, trained: Sequence[nn.Parameter], rank: int
+) -> tuple[Others, dict[str, Any], dict[str, object]]:
+    """What a model holds beside trained parameters, its extra states, and what ranks compare of both.
+
+    Rank 0 names in the log what cannot be saved.
+    """
+    others = others_of(model, trained)
+    if rank == 0:
+        if others.unknown:
+            found = names(others.unknown)
+            _LOG.warning("not saved: %s; no parameter, buffer or get_extra_state stands behind it", found)
+        log_left(others.left, "saved")
+    states = states_of(others)
+    return others, states, facts_of(others, states)
+
+
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -148,17 +165,7 @@ def save_checkpoint(
     finish_saves(optimizer)
     rank, number = group.dp_rank, group.gather_objects(uuid4().hex[:8], stage="checkpoint")[0]
 
-    def look() -> tuple[Others, dict[str, Any], dict[str, object]]:
-        others = others_of(model, buffers.params)
-        if others.unknown and rank == 0:
-            found = names(others.unknown)
-            _LOG.warning("not saved: %s; no parameter, buffer or get_extra_state stands behind it", found)
-        if rank == 0:
-            log_left(others.left, "saved")
-        states = states_of(others)
-        return others, states, facts_of(others, states)
-
-    others, states, facts = together(group, look)
+    others, states, facts = together(group, lambda: _beside_trained(model, buffers.params, rank))
     shared, alike = compare(group.gather_objects(facts, stage="checkpoint"))
 
     def pack() -> dict[str, bytes]:
