@@ -8,6 +8,7 @@ from distmuon.comm.lost_ranks import LostRanks
 from distmuon.integrations.grad_scaler import GradScaler
 from distmuon.layout.routing import Route, route
 from distmuon.optimizer import DistMuon
+from distmuon.options import Precision, Sharding
 from distmuon.planning.plan import Plan, plan
 
 __version__ = "0.1.0"
@@ -16,7 +17,9 @@ __all__ = [
     "GradScaler",
     "LostRanks",
     "Plan",
+    "Precision",
     "Route",
+    "Sharding",
     "finish_saves",
     "latest_checkpoint",
     "load_checkpoint",

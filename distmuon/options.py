@@ -26,7 +26,7 @@ MasterFormat = Literal["float32", "remainder"]
 AdjustLrFn = Literal["match_rms_adamw", "original"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots: jsonargparse reads `vars` of a default
 class Precision:
     """The dtype in which each tensor is kept, computed or sent; by torch's dtype or its name ("bfloat16")."""
 
@@ -74,7 +74,7 @@ def as_dtype(given: object) -> object:
     return found if isinstance(found, torch.dtype) else given
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots: jsonargparse reads `vars` of a default
 class Sharding:
     """How parameters are cut over the ranks, what travels, and when. None of it changes the rule of an update."""
 

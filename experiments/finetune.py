@@ -24,11 +24,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from launch.config import ModelConfig, OptimizerConfig, TrainConfig
+import distmuon
+from launch.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from launch.corpora import BYTE_VOCAB_SIZE, SEPARATOR, is_validation, stdlib_files
 from launch.data import ShuffledWindows, TokenWindows
 from launch.models import build_model, num_parameters
-from launch.pretrain import build_optimizer, train_step, validate
+from launch.pretrain import optimizer_options, train_step, validate
 from launch.ranks import Ranks
 from launch.schedules import lr_lambda
 
@@ -78,7 +79,8 @@ def loss_on(model: nn.Module, data: Data) -> float:
 
 def trained(model: nn.Module, name: str, lr: float, cfg: TrainConfig, data: Data) -> nn.Module:
     """`model` after a run of `cfg` with the optimizer `name`; in place."""
-    optimizer = build_optimizer(OptimizerConfig(name=name, lr=lr), model)  # type: ignore[arg-type]
+    config = Config(optimizer=OptimizerConfig(name=name, lr=lr))  # type: ignore[arg-type]
+    optimizer = distmuon.DistMuon(model, **optimizer_options(config))
     scheduler = LambdaLR(optimizer, lr_lambda(cfg))
     order = ShuffledWindows(data[0], cfg.seed)
     for _ in range(cfg.steps):

@@ -1,8 +1,9 @@
 """The one vocabulary of a run: frozen dataclasses, filled from a YAML file and from the command line.
 
 `parse` reads `--config file.yaml` and then overrides such as `--optimizer.lr 2e-3`; whatever stands later wins, and a
-key that no dataclass knows is an error that names it. Decides which values make sense together, in one process and
-without torch, so that a typo is found before any process group exists. Knows nothing of how a value is used.
+key that no dataclass knows is an error that names it. Decides which values make sense together, in one process, so that
+a typo is found before any process group exists. Knows nothing of how a value is used. The options of the library are
+its own classes, `distmuon.Sharding` and `distmuon.Precision`: no field of theirs is said again here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+import torch
+
+from distmuon import Precision, Sharding
+from distmuon.cli.arguments import dtype_name, import_jsonargparse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,18 +129,10 @@ class OptimizerConfig:
     adamw_betas: tuple[float, float] = (0.9, 0.95)
     routes: list[RouteConfig] = field(default_factory=list)
     """First match wins, before the library's own rules; distmuon only."""
-    packing: Literal["balanced", "contiguous"] = "balanced"
-    placement: Literal["owner", "replicated"] = "owner"
-    overlap: bool | Literal["forward"] = "forward"
-    bucket_mb: float | None = None
-    reduce_dtype: Dtype | None = None
-    release_grads: bool = False
     broadcast_buffers: bool = True
-    param_gather: Literal["parameters", "updates"] = "parameters"
-    master_format: Literal["float32", "remainder"] = "float32"
-    momentum_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    ns_dtype: Dtype | None = None
-    exchange_dtype: Dtype | None = None
+    sharding: Sharding = field(default_factory=lambda: Sharding(overlap="forward"))
+    """All-gathers may run under the next forward, since the recipe's loop leaves parameters alone before it."""
+    precision: Precision = field(default_factory=Precision)
 
     def __post_init__(self) -> None:
         if self.name == "adamw" and self.routes:
@@ -234,10 +230,7 @@ class Config:
 
 def parse(argv: list[str] | None = None) -> Config:
     """The run that the command line describes; prints the reason and leaves with status 2 if it describes none."""
-    import jsonargparse  # here: a Config can be built without it
-
-    # --help shows the text below each field
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    jsonargparse = import_jsonargparse()  # here: a Config can be built without it
     try:
         config = jsonargparse.auto_cli(Config, args=argv)
     except ValueError as error:  # from a __post_init__: each key is fine, together they are not
@@ -248,7 +241,14 @@ def parse(argv: list[str] | None = None) -> Config:
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """Plain nested values, as JSON writes and reads them."""
-    plain = asdict(config)
-    plain["optimizer"]["adamw_betas"] = list(config.optimizer.adamw_betas)
+    """Plain nested values, as JSON writes and reads them and `parse` takes them; dtypes by name."""
+    plain: dict[str, Any] = _plain(asdict(config))
     return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return dtype_name(value) if isinstance(value, torch.dtype) else value

@@ -18,16 +18,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import distmuon
-from launch.config import Config, OptimizerConfig, as_dict, parse
+from launch.config import Config, as_dict, parse
 from launch.data import TokenWindows, open_corpus
 from launch.logs import RunLog, StepMeter, open_log
 from launch.models import build_model, next_token_loss, num_parameters
@@ -43,7 +42,7 @@ def train(config: Config, ranks: Ranks, log: RunLog, stop: StopRequest) -> None:
     torch.manual_seed(cfg.seed)
     corpus = open_corpus(config)
     model = build_model(config.model, corpus.vocab_size).to(ranks.device)
-    optimizer = build_optimizer(config.optimizer, model, verify_every=cfg.verify_every)
+    optimizer = distmuon.DistMuon(model, **optimizer_options(config))
     scheduler = LambdaLR(optimizer, lr_lambda(cfg))
     torch.manual_seed(cfg.seed + 1 + ranks.rank)  # dropout, if the model has any, differs by rank
     checkpoints = Checkpoints(config, model, optimizer, scheduler, corpus.train)
@@ -160,19 +159,16 @@ def validate(model: nn.Module, windows: TokenWindows, indices: Sequence[int], mi
     return float(loss / rows)
 
 
-def build_optimizer(
-    config: OptimizerConfig, model: nn.Module, process_group: dist.ProcessGroup | None = None, **options: Any
-) -> distmuon.DistMuon:
-    """`DistMuon` as configured, with further `options`. The baseline is the same class with every parameter sent to
-    AdamW."""
-    kwargs: dict[str, Any] = {key: value for key, value in asdict(config).items() if key not in ("name", "routes")}
-    for key in ("reduce_dtype", "momentum_dtype", "ns_dtype", "exchange_dtype"):
-        kwargs[key] = None if kwargs[key] is None else getattr(torch, kwargs[key])
-    if config.name == "adamw":
-        kwargs["routes"] = "adamw"
-    elif config.routes:
-        kwargs["routes"] = [distmuon.Route(**asdict(route)) for route in config.routes]
-    return distmuon.DistMuon(model, process_group=process_group, **kwargs, **options)
+def optimizer_options(config: Config) -> dict[str, Any]:
+    """The keywords of `DistMuon` as configured. The baseline is the same class with every parameter sent to AdamW."""
+    given = config.optimizer
+    names = [field.name for field in fields(given) if field.name not in ("name", "routes")]
+    options: dict[str, Any] = {name: getattr(given, name) for name in names}
+    if given.name == "adamw":
+        options["routes"] = "adamw"
+    elif given.routes:
+        options["routes"] = [distmuon.Route(**asdict(route)) for route in given.routes]
+    return {**options, "verify_every": config.train.verify_every}
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:

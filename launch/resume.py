@@ -38,11 +38,11 @@ from launch.ranks import Ranks
 FOLDER = "checkpoints"
 NEWCOMER_SECONDS = 10.0
 """How long a rank that was not asked to stop waits for its agent to ask: agents look for newcomers once a second."""
-# What may change from one start to the next: how fast, how often looked at, and how it is cut; and how long.
+# What may change from one start to the next: how long a run is, how often it is looked at, how it is cut over the ranks
+# and in how many bits. docs/options.md says which of these changes no bit.
 FREE = (
     "log.", "checkpoint.", "train.steps", "train.micro_batch", "train.eval_", "train.verify_every", "model.dtype",
-    "model.compile", "model.gradient_checkpointing", "optimizer.packing", "optimizer.placement", "optimizer.overlap",
-    "optimizer.bucket_mb", "optimizer.reduce_dtype", "optimizer.momentum_dtype", "optimizer.ns_dtype",
+    "model.compile", "model.gradient_checkpointing", "optimizer.sharding.", "optimizer.precision.",
 )  # fmt: skip
 
 

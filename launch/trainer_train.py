@@ -9,19 +9,16 @@ The Trainer gets this rank's micro-batches from the recipe's own reader, so the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-import distmuon
 from distmuon.integrations.transformers import attach
 from launch.models import next_token_loss
+from launch.pretrain import optimizer_options
 from launch.under_trainer import Run, open_run
-
-OWN = ("name", "routes", "lr", "weight_decay", "adamw_betas")  # these go another way
 
 
 class RecipeTrainer(transformers.Trainer):
@@ -83,24 +80,16 @@ class _Record(transformers.TrainerCallback):
 
 def train(run: Run) -> None:
     """One run."""
-    train, given = run.config.train, asdict(run.config.optimizer)
-    options = {key: value for key, value in given.items() if key not in OWN}
-    for key in ("reduce_dtype", "momentum_dtype", "ns_dtype"):
-        options[key] = None if options[key] is None else getattr(torch, options[key])
-    if given["name"] == "adamw":
-        options["routes"] = "adamw"
-    elif given["routes"]:
-        options["routes"] = [distmuon.Route(**route) for route in given["routes"]]
+    train = run.config.train
     args = transformers.TrainingArguments(
         output_dir=run.config.log.dir, max_steps=train.steps, gradient_accumulation_steps=run.accumulation,
-        max_grad_norm=train.max_grad_norm or 0.0, learning_rate=given["lr"], weight_decay=given["weight_decay"],
-        adam_beta1=given["adamw_betas"][0], adam_beta2=given["adamw_betas"][1], logging_steps=1, report_to="none",
-        save_strategy="no", use_cpu=run.ranks.device.type == "cpu", disable_tqdm=True, seed=train.seed,
+        max_grad_norm=train.max_grad_norm or 0.0, logging_steps=1, report_to="none", save_strategy="no",
+        use_cpu=run.ranks.device.type == "cpu", disable_tqdm=True, seed=train.seed,
     )  # fmt: skip
     trainer = RecipeTrainer(model=run.model, args=args, callbacks=[_Record(run)])
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.run = run
-    attach(trainer, **options)
+    attach(trainer, **optimizer_options(run.config))  # they go before the lr, decay and betas of `args`
     trainer.train()
 
 

@@ -22,7 +22,7 @@ from launch.config import Config, as_dict, parse
 from launch.data import Corpus, open_corpus
 from launch.logs import RunLog, StepMeter, open_log
 from launch.models import build_model, num_parameters
-from launch.pretrain import build_optimizer, validate
+from launch.pretrain import optimizer_options, validate
 from launch.ranks import Ranks, launched_ranks
 from launch.resume import Checkpoints, Progress
 from launch.schedules import lr_lambda
@@ -49,7 +49,7 @@ class Run:
 
     def optimizer(self, **options: Any) -> distmuon.DistMuon:
         """The configured one, on the run's model; `options` as `DistMuon` takes them."""
-        return build_optimizer(self.config.optimizer, self.model, **options)
+        return distmuon.DistMuon(self.model, **optimizer_options(self.config), **options)
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
         return LambdaLR(optimizer, lr_lambda(self.config.train))
@@ -81,9 +81,10 @@ class Run:
         self.meter.add(step, loss=loss, lr=lr, grad_norm=grad_norm)
         validating = step % train.eval_every == 0 or last
         if validating or step % self.config.log.every == 0:
+            stage_bytes = optimizer.metrics()["bytes"]
             for record in self.meter.flush():
                 self.progress = replace(self.progress, train_loss=record["loss"])
-                self.log.write("train", **record)
+                self.log.write("train", **record, bytes=stage_bytes)
         if validating:
             self._validate(step)
         self.progress = replace(self.progress, step=step)

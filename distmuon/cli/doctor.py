@@ -15,14 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 import torch.distributed as dist
 
-# package: (extra, from, below), the versions the integrations were run with
-TESTED = {
-    "accelerate": ("accelerate", (1, 15), (2,)),
-    "transformers": ("transformers", (5,), (6,)),
-    "deepspeed": ("deepspeed", (0, 19, 8), (0, 20)),
-    "lightning-fabric": ("fabric", (2, 6), (3,)),
-    "lightning": ("lightning", (2, 6), (3,)),
-}
+from distmuon.integrations import TESTED
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,135 +1,82 @@
-"""The command line: `python -m distmuon plan MODEL --dp 8,64,512` prints what training would move, hold and take.
+"""`python -m distmuon plan MODEL --dp 8,64,512` prints what training would move, hold and take.
 
-Decides only how numbers look and how a model is named; the numbers are `plan.py`'s. Bad input is one line on
-stderr and exit status 2. transformers and matplotlib are imported only where a config or a drawing is asked for.
+Decides only how numbers look and how a model is named. The numbers are those of `distmuon.plan`, and so are the flags:
+they come from its signature and from the fields of `Sharding` and `Precision`. Bad input is one line on stderr and exit
+status 2. transformers and matplotlib are imported only where a config or a drawing is asked for.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
+from distmuon.cli.arguments import import_jsonargparse
 from distmuon.errors import problem
 from distmuon.layout.routing import ParamSpec
-from distmuon.options import MasterFormat, Overlap, ParamGather
-from distmuon.planning.plan import HARDWARE, STAGES, Plan, plan
+from distmuon.options import Precision, Sharding
+from distmuon.planning.plan import STAGES, Plan, plan
 from distmuon.planning.shapes import TABLES, shape_table
 from distmuon.planning.step_time import Order
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_OVERLAP: dict[str, Overlap] = {"step": True, "forward": "forward", "none": False}
-_MOMENTUM = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _ORDERS: dict[Order, str] = {  # labels
     "one_group": "one group",
     "exchange_group": "exchange group",
     "gathers_last": "gathers last",
 }
-_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+def main(argv: Sequence[str]) -> int:
+    """Print the plans that the arguments ask for; returns the exit status."""
     try:
-        plans = _plans(arguments)
-        if arguments.plot is not None:
-            _draw(plans, arguments.model, arguments.plot)
-    except (ValueError, OSError) as error:
+        parser = _parser()
+        given = vars(parser.instantiate(parser.parse_args(argv)))
+        name, sizes, ranks, plot, as_json = (given.pop(key) for key in ("model", "dp", "ranks", "plot", "json"))
+        model = _model(name)
+        plans = [plan(model, dp_size=dp_size, **given) for dp_size in _dp_sizes(sizes)]
+        if plot is not None:
+            _draw(plans, name, Path(plot))
+    except (ArgumentError, ValueError, OSError, ImportError) as error:
         print(f"distmuon plan: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    if arguments.json:
-        print(json.dumps([found.to_dict(ranks=arguments.ranks) for found in plans], indent=2))
+    if as_json:
+        print(json.dumps([found.to_dict(ranks=ranks) for found in plans], indent=2))
     else:
-        print("\n\n".join(_text(found, arguments.model, arguments.ranks) for found in plans))
+        print("\n\n".join(_text(found, name, ranks) for found in plans))
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, but bad input is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message.removeprefix('argument ')}\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m distmuon", description="Muon under ZeRO-1")
-    command = parser.add_subparsers(required=True, metavar="plan").add_parser(
-        "plan", help="what a step moves, holds and takes", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+def _parser() -> Any:
+    """The parser of all that `plan` takes, and of what only a command line needs."""
+    parser = import_jsonargparse().ArgumentParser(
+        prog="python -m distmuon plan", description="What a step moves, holds and takes.", exit_on_error=False
     )
-    add = command.add_argument
-    add("model", help=f"one of {', '.join(TABLES)} (or the beginning of one); a Hugging Face config.json or its "
-        "folder; a model_type of transformers")  # fmt: skip
-    add("--dp", required=True, type=_dp_sizes, metavar="N[,N...]", help="data-parallel ranks, such as 8,64,512")
-    add("--bucket-mb", type=_bucket_mb, metavar="MIB", help="MiB of float32 gradients, or auto")
-    add("--packing", default="balanced", choices=("balanced", "contiguous"))
-    add("--placement", default="owner", choices=("owner", "replicated"))
-    add("--grad-bytes", default=4, type=int, choices=(2, 4), help="4: float32 reduction, 2: bfloat16")
-    add("--param-dtype", default="bfloat16", type=lambda name: _NAMES.get(name, name), choices=tuple(_DTYPES))
-    add("--release-grads", action="store_true", help="gradient buffers go as soon as they are reduced")
-    add("--param-gather", default="parameters", choices=get_args(ParamGather), help="what all-gathers carry")
-    add("--master-format", default="float32", choices=get_args(MasterFormat))
-    add("--momentum-dtype", default="float32", choices=tuple(_MOMENTUM))
-    add("--overlap", default="step", choices=tuple(_OVERLAP), help="what buckets and all-gathers run under")
-    add("--ns-steps", default=5, type=int, help="Newton-Schulz steps")
-    add("--hardware", default="h100", choices=(*HARDWARE, "none"), help="for the estimated times")
-    add("--exchange-group", action="store_true", help="exchanges in a process group of their own (estimated times)")
-    add("--routes", choices=("adamw",), help="adamw: every parameter, on purpose")
-    add("--no-compare", action="store_true", help="plan distmuon alone")
-    add("--ranks", action="store_true", help="also every single rank")
-    add("--json", action="store_true", help="JSON instead of the table")
-    add("--plot", type=Path, metavar="PNG", help="draw traffic, balance and time over dp (needs matplotlib)")
+    tables = f"one of {', '.join(TABLES)} (or the beginning of one)"
+    parser.add_argument(
+        "model", help=f"{tables}; a Hugging Face config.json or its folder; a model_type of transformers"
+    )
+    parser.add_argument("--dp", required=True, metavar="N[,N...]", help="data-parallel ranks, such as 8,64,512")
+    parser.add_class_arguments(Sharding, "sharding")
+    parser.add_class_arguments(Precision, "precision")
+    parser.add_function_arguments(plan, skip={"model", "dp_size", "sharding", "precision"})
+    parser.add_argument("--ranks", action="store_true", help="also every single rank")
+    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+    parser.add_argument("--plot", metavar="PNG", help="draw traffic, balance and time over dp (needs matplotlib)")
     return parser
 
 
 def _dp_sizes(text: str) -> list[int]:
     try:
-        sizes = [int(part) for part in text.split(",")]
+        return [int(part) for part in text.split(",")]
     except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; whole numbers from 1 on are needed; write 8 or 8,64,512")
-    return sizes
-
-
-def _bucket_mb(text: str) -> float | str:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"found {text!r}; MiB or auto is needed; write 512") from None
-
-
-def _plans(arguments: argparse.Namespace) -> list[Plan]:
-    model = _model(arguments.model)
-    return [
-        plan(
-            model,
-            dp_size=dp_size,
-            routes=arguments.routes,
-            packing=arguments.packing,
-            placement=arguments.placement,
-            bucket_mb=arguments.bucket_mb,
-            reduce_dtype=torch.float32 if arguments.grad_bytes == 4 else torch.bfloat16,
-            param_dtype=_DTYPES[arguments.param_dtype],
-            release_grads=arguments.release_grads,
-            param_gather=arguments.param_gather,
-            master_format=arguments.master_format,
-            momentum_dtype=_MOMENTUM[arguments.momentum_dtype],
-            overlap=_OVERLAP[arguments.overlap],
-            ns_steps=arguments.ns_steps,
-            exchange_group=arguments.exchange_group,
-            hardware=None if arguments.hardware == "none" else arguments.hardware,
-            compare=not arguments.no_compare,
-        )
-        for dp_size in arguments.dp
-    ]
+        raise problem("--dp", f"found {text!r}", "whole numbers are needed", "write 8 or 8,64,512") from None
 
 
 def _model(name: str) -> nn.Module | tuple[ParamSpec, ...]:

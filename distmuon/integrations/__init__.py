@@ -21,6 +21,15 @@ from distmuon.errors import problem
 from distmuon.optimizer import DistMuon
 from distmuon.step.hooks import manager_of
 
+# package: (extra, from, below), the versions the integrations were run with; setup.cfg installs them
+TESTED = {
+    "accelerate": ("accelerate", (1, 15), (2,)),
+    "transformers": ("transformers", (5, 0), (6,)),
+    "deepspeed": ("deepspeed", (0, 19, 8), (0, 20)),
+    "lightning-fabric": ("fabric", (2, 6), (3,)),
+    "lightning": ("lightning", (2, 6), (3,)),
+}
+
 
 def need(package: str, extra: str) -> ModuleType:
     """The imported `package`; `ImportError` with the line that installs it otherwise."""
@@ -29,7 +38,7 @@ def need(package: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != package.partition(".")[0]:
             raise
-        text = problem(package, "not installed", "this integration needs it", f"pip install distmuon[{extra}]")
+        text = problem(package, "not installed", "it is used here", f"pip install distmuon[{extra}]")
         raise ImportError(str(text)) from None
 
 

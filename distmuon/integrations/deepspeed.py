@@ -26,6 +26,7 @@ import json
 import weakref
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,14 @@ import torch
 from torch import nn
 
 from distmuon.errors import problem
-from distmuon.integrations import need
-from distmuon.layout.routing import Route
+from distmuon.integrations import TESTED, need
 from distmuon.optimizer import DistMuon
+from distmuon.options import Precision, Route, Sharding
 
 deepspeed: Any = need("deepspeed", "deepspeed")
 
 NAME = "DistMuon"
 _SEAM = "_configure_optimizer"
-_NEEDED = (0, 19, 8)  # up to the next minor version
-_DTYPES = ("reduce_dtype", "momentum_dtype", "ns_dtype", "exchange_dtype")
 _RENAMED = {"betas": "adamw_betas", "eps": "adamw_eps"}  # as transformers fills them in
 _KEEPS_RATIO = {  # DeepSpeed's other schedulers write the same lr into every group
     None, "WarmupCosineLR", "ConstantLR", "ExponentialLR", "LinearLR", "MultiStepLR", "PolynomialLR", "StepLR",
@@ -52,7 +51,8 @@ _KEEPS_RATIO = {  # DeepSpeed's other schedulers write the same lr into every gr
 def register() -> None:
     """Make ``{"optimizer": {"type": "DistMuon", "params": {...}}}`` known to DeepSpeed. May be called again.
 
-    `params`: the arguments of `DistMuon`; dtypes by name ("float32"), routes as objects with `Route`'s fields.
+    `params`: the arguments of `DistMuon`; sharding, precision and each of the routes as an object with the fields of
+    `Sharding`, `Precision` and `Route`, dtypes by name: ``{"precision": {"momentum": "bfloat16"}}``.
     A `DistMuon` given to `deepspeed.initialize` as optimizer= is then led, and refused, in the same way.
     """
     engine_class = deepspeed.DeepSpeedEngine
@@ -60,8 +60,9 @@ def register() -> None:
     if getattr(original, "knows_distmuon", False):
         return
     version = (deepspeed.__version_major__, deepspeed.__version_minor__, deepspeed.__version_patch__)
+    _, lowest, below = TESTED["deepspeed"]
     takes = [] if original is None else list(inspect.signature(original).parameters)
-    if version[:2] != _NEEDED[:2] or version < _NEEDED or takes != ["self", "client_optimizer", "model_parameters"]:
+    if not lowest <= version < below or takes != ["self", "client_optimizer", "model_parameters"]:
         raise problem(
             "deepspeed", f"version {deepspeed.__version__}, {_SEAM}({', '.join(takes)})",
             "the engine's seams of 0.19.8 are needed", 'pip install "deepspeed>=0.19.8,<0.20"',
@@ -119,7 +120,7 @@ def take_over(engine: Any, optimizer: DistMuon) -> None:
     """
     _check(engine, optimizer)
     if (max_norm := float(engine.gradient_clipping() or 0.0)) > 0.0:  # DeepSpeed's default is 1.0
-        object.__setattr__(optimizer.options, "max_grad_norm", max_norm)
+        optimizer.options = replace(optimizer.options, max_grad_norm=max_norm)
     engine._config.gradient_clipping = 0.0
     for param in engine.module.parameters():
         if hasattr(param, "use_muon"):  # DeepSpeed's own Muon looks for the tag, and for "muon" in class names
@@ -168,7 +169,7 @@ def _check(engine: Any, optimizer: DistMuon) -> None:
         found, cure = 'gradient_allreduce_op "sum"', 'use "mean", and a larger loss if you need one'
     elif engine._config.grad_accum_dtype not in (None, "fp32"):
         found = f"grad_accum_dtype {engine._config.grad_accum_dtype!r}, for buffers that the engine does not have here"
-        cure = 'take it out, or name "reduce_dtype" in the optimizer\'s params'
+        cure = 'take it out, or write "precision": {"reduce": ...} in the optimizer\'s params'
     elif own_clip is not None and 0.0 < clip != own_clip:
         found = f"gradient_clipping {clip} (1.0 if not given) beside the optimizer's max_grad_norm {own_clip}"
         cure = 'write "gradient_clipping" alone'
@@ -201,15 +202,24 @@ def _from_json(engine: Any, model_parameters: Any) -> DistMuon:
 def _options(params: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `DistMuon` from JSON."""
     options = {_RENAMED.get(key, key): value for key, value in params.items()}
-    for key in _DTYPES:
-        if isinstance(options.get(key), str):
-            options[key] = getattr(torch, options[key])
+    for key, kind in (("sharding", Sharding), ("precision", Precision)):
+        if isinstance(options.get(key), Mapping):
+            options[key] = _policy(key, kind, options[key])
     for key in ("adamw_betas", "ns_coefficients"):
         if isinstance(options.get(key), list):
             options[key] = tuple(options[key])
     if isinstance(options.get("routes"), list):
         options["routes"] = [Route(**entry) for entry in options["routes"]]
     return options
+
+
+def _policy(name: str, kind: type[Sharding] | type[Precision], entries: Mapping[str, Any]) -> Sharding | Precision:
+    """The policy with the fields that the JSON gives; the class itself refuses values."""
+    known = [field.name for field in fields(kind)]
+    if unknown := [key for key in entries if key not in known]:
+        found = f"{kind.__name__} has no such field"
+        raise problem(f"{name}.{unknown[0]}", found, f"one of {', '.join(known)} is needed", "correct the name")
+    return kind(**entries)
 
 
 def _read(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:

@@ -61,11 +61,11 @@ class Plan:
         return self.sent / adamw if adamw else None
 
     @property
-    def nsimbalance(self) -> float:
+    def ns_balance(self) -> float:
         return imbalance([rank.ns_flops for rank in self.ranks])
 
     @property
-    def stateimbalance(self) -> float:
+    def state_balance(self) -> float:
         return imbalance([rank.state_bytes for rank in self.ranks])
 
     @property
@@ -107,12 +107,23 @@ def plan(
 ) -> Plan:
     """What `DistMuon` with these options does and holds on `dp_size` ranks. Makes no tensor and no process group.
 
-    `model`: a module (the meta device is enough), `ParamSpec`s, or the name of a table in `shapes.py`. `routes`: as for
-    `DistMuon`; specs and tables are routed already and take only "adamw". `param_dtype`: None: as the parameters are.
-    `auto_bucket`: among some sizes of buckets take the one with the shortest estimated step, not `sharding.bucket_mb`.
-    `exchange_group`: of the estimates, take the one in which exchanges have a process group of their own. `compare`:
-    plan also ZeRO-1 AdamW, the paper's placement, and whole matrices in padded shards. Raises ValueError where
-    `DistMuon` would.
+    Args:
+        model: a module (the meta device is enough), `ParamSpec`s, or the name of a table in `shapes.py`.
+        dp_size: data-parallel ranks.
+        sharding: as for `DistMuon`.
+        precision: as for `DistMuon`.
+        routes: as for `DistMuon`; specs and tables are routed already and take only "adamw".
+        grad_reduction: as for `DistMuon`; "external" if gradients arrive averaged.
+        auto_bucket: among some sizes of buckets take the one with the shortest estimated step, and leave
+            `sharding.bucket_mb` aside.
+        ns_steps: Newton-Schulz steps.
+        param_dtype: float32, bfloat16 or float16; None: as the parameters are.
+        exchange_group: of the estimates, take the one in which exchanges have a process group of their own.
+        hardware: the name of a row of `HARDWARE`, or a row; None: no estimated times.
+        compare: plan also ZeRO-1 AdamW, the paper's placement, and whole matrices in padded shards.
+
+    Raises:
+        ValueError: where `DistMuon` would raise it.
     """
     for name, value, most in (("dp_size", dp_size, 1 << 17), ("ns_steps", ns_steps, 99)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:

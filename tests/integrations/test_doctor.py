@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
+from configparser import ConfigParser
+from pathlib import Path
 
 import pytest
 
 from distmuon.cli import doctor
+from distmuon.integrations import TESTED
 
 
 def _versions(monkeypatch: pytest.MonkeyPatch, **installed: str) -> None:
@@ -43,6 +47,16 @@ def test_another_version_than_the_tested_ones_is_a_fault(
     _versions(monkeypatch, deepspeed=installed)
     (found,) = [one for one in doctor.findings() if one.text.startswith("deepspeed ")]
     assert bool(found.cure) is fault
+
+
+@pytest.mark.parametrize("package", TESTED)
+def test_an_extra_installs_the_versions_that_were_tested(package: str) -> None:
+    """setup.cfg cannot import the table, which source trees on PYTHONPATH need without any metadata."""
+    setup = ConfigParser()
+    setup.read(Path(__file__).parents[2] / "setup.cfg")
+    extra, lowest, below = TESTED[package]
+    (line,) = re.findall(rf"^{package}>=(.*)$", setup["options.extras_require"][extra], re.MULTILINE)
+    assert line == f"{'.'.join(map(str, lowest))},<{'.'.join(map(str, below))}"
 
 
 def test_the_command_runs() -> None:

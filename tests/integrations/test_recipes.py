@@ -30,7 +30,7 @@ LAUNCHERS = {
 
 RUN = [
     *TINY, *SHORT, "--train.steps=4", "--train.schedule=cosine", "--train.warmup_steps=2", "--checkpoint.every=2",
-    "--optimizer.ns_dtype=float32",
+    "--optimizer.precision.newton_schulz=float32", "--optimizer.precision.exchange=bfloat16", "--train.verify_every=2",
 ]  # fmt: skip
 
 
@@ -91,6 +91,18 @@ Whole = Callable[[str], Path]
 def test_a_recipe_has_the_loss_curve_of_pretrain(recipe: str, whole: Whole) -> None:
     assert len((ROOT / "launch" / f"{recipe}.py").read_text().splitlines()) < 120
     assert curve(records(whole(recipe))) == curve(records(whole("pretrain")))
+
+
+def verified(run: list[dict[str, Any]]) -> list[int]:
+    """The steps before which the parameters were compared across ranks."""
+    return [record["step"] for record in run if record["kind"] == "train" and record["bytes"].get("verify")]
+
+
+@pytest.mark.parametrize("recipe", PACKAGE)
+def test_a_recipe_drops_none_of_the_configs_options(recipe: str, whole: Whole) -> None:
+    """The recipes under trainers once left `train.verify_every` out, and the Trainer's did not start with an exchange
+    in another dtype."""
+    assert verified(records(whole(recipe))) == verified(records(whole("pretrain"))) == [2, 4]
 
 
 SLOW = pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distmuon import Precision, Sharding
 from launch.config import Config, DataConfig, OptimizerConfig, RouteConfig, TrainConfig, as_dict, parse
 from launch.models import build_model, num_parameters
 
@@ -35,14 +36,27 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         "optimizer:\n"
         "  lr: 1.0e-3\n"
         "  adamw_betas: [0.8, 0.9]\n"
+        "  sharding: {packing: contiguous}\n"
+        "  precision: {momentum: int8, exchange: float32}\n"
         "  routes: [{pattern: '*.c_attn.*', rule: muon, split: [4, 4, 4]}]\n"
     )
-    config = parse(["--config", str(path), "--optimizer.lr", "2e-3", "--model.config.n_layer", "3"])
+    config = parse(
+        [
+            "--config",
+            str(path),
+            "--optimizer.lr=2e-3",
+            "--optimizer.precision.momentum=bfloat16",
+            "--model.config.n_layer=3",
+        ]
+    )
     assert config.model.arch == "gpt2"
     assert config.model.config == {"n_layer": 3, "n_embd": 64}
     assert config.optimizer.lr == 2e-3
     assert config.optimizer.adamw_betas == (0.8, 0.9)
     assert config.optimizer.routes == [RouteConfig(pattern="*.c_attn.*", rule="muon", split=[4, 4, 4])]
+    assert config.optimizer.sharding == Sharding(packing="contiguous", overlap="forward"), "the recipe's default stays"
+    assert config.optimizer.precision == Precision(momentum=torch.bfloat16, exchange=torch.float32)
+    assert as_dict(config)["optimizer"]["precision"]["momentum"] == "bfloat16"
     assert config.train == TrainConfig()
     assert json.loads(json.dumps(as_dict(config))) == as_dict(config)
 
@@ -51,6 +65,12 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     ("arguments", "named"),
     [
         (["--optimizer.learning_rate", "1e-3"], "optimizer.learning_rate"),
+        (["--optimizer.momentum_dtype", "int8"], "optimizer.momentum_dtype"),
+        (["--optimizer.sharding.pakcing", "balanced"], "optimizer.sharding.pakcing"),
+        (["--optimizer.sharding.packing", "neat"], "optimizer.sharding.packing"),
+        (["--optimizer.sharding.bucket_mb", "0"], "sharding.bucket_mb: found 0.0; a positive number is needed"),
+        (["--optimizer.precision.exchange", "floot"], "optimizer.precision.exchange"),
+        (["--optimizer.precision.reduce", "int8"], "precision.reduce: found torch.int8; one of torch.float32"),
         (["--trian.steps", "3"], "trian.steps"),
         (["--optimizer.name", "adam"], "optimizer.name"),
         (["--train.steps", "many"], "train.steps"),

@@ -87,7 +87,7 @@ def test_a_rank_that_was_not_asked_to_stop_waits_for_its_agent(monkeypatch: pyte
         stop.leave()
 
 
-RUN = [*TINY, *SHORT, "--optimizer.ns_dtype=float32", "--train.global_batch=12", "--train.micro_batch=1"]
+RUN = [*TINY, *SHORT, "--optimizer.precision.newton_schulz=float32", "--train.global_batch=12", "--train.micro_batch=1"]
 RUN += ["--train.steps=48", "--train.eval_every=16"]
 # Who could still come is awaited for 10 s instead of 30. A lost agent is noticed after 15 s, as by default: with 6 s,
 # on a machine with 16 processes a core, torchrun took a slow agent for a lost one and gave the round up.

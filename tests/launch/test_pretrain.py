@@ -121,7 +121,12 @@ def test_micro_batches_do_not_change_the_run(tmp_path: Path) -> None:
     for micro_batch in (8, 2):
         folder = tmp_path / str(micro_batch)
         pretrain.main(
-            [*arguments, f"--train.micro_batch={micro_batch}", f"--log.dir={folder}", "--optimizer.ns_dtype=float32"]
+            [
+                *arguments,
+                f"--train.micro_batch={micro_batch}",
+                f"--log.dir={folder}",
+                "--optimizer.precision.newton_schulz=float32",
+            ]
         )
         runs.append([record["loss"] for record in records(folder) if record["kind"] == "train"])
         assert records(folder)[0]["accumulation"] == 8 // micro_batch

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import distmuon
 from launch.config import parse
 from launch.models import build_model, next_token_loss
-from launch.pretrain import build_optimizer
+from launch.pretrain import optimizer_options
 
 CONFIG = ["--config", "configs/quickstart.yaml"]
 
@@ -18,7 +19,7 @@ def _one_step(group: dist.ProcessGroup, name: str) -> dict[str, Any]:
     config = parse([*CONFIG, "--optimizer.name", name])
     torch.manual_seed(0)
     model = build_model(config.model, 256)
-    optimizer = build_optimizer(config.optimizer, model, group)
+    optimizer = distmuon.DistMuon(model, process_group=group, **optimizer_options(config))
     next_token_loss(model, torch.randint(256, (1, 33))).backward()
     optimizer.step()
     optimizer.synchronize()

@@ -7,17 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import distmuon
+from distmuon import Sharding
 from launch import pretrain
+from launch.config import Config, as_dict
 from launch.resume import StopRequest, check_same_run
 from tests.launch.test_pretrain import ROOT, SHORT, TINY, numbers, records
 
-RUN = [*TINY, *SHORT, "--checkpoint.every=2", "--train.verify_every=3", "--optimizer.ns_dtype=float32"]
+RUN = [*TINY, *SHORT, "--checkpoint.every=2", "--train.verify_every=3", "--optimizer.precision.newton_schulz=float32"]
 
 
 def start(
@@ -186,8 +189,40 @@ def test_another_run_in_the_same_folder_is_refused_by_key(tmp_path: Path) -> Non
         ValueError, match=r"optimizer\.lr: found 0\.5, the checkpoints in log\.dir are of a run with 0\.01"
     ):
         alone(tmp_path, "--train.steps=4", "--optimizer.lr=0.5")
-    alone(tmp_path, "--train.steps=3", "--optimizer.packing=contiguous", "--train.micro_batch=4")
+    alone(tmp_path, "--train.steps=3", "--train.micro_batch=4")
     check_same_run({"train": {"steps": 1, "seed": 0}}, {"train": {"steps": 2, "seed": 0}})
+
+
+SHARDING = {
+    "packing": "contiguous", "placement": "replicated", "bucket_mb": 0.5, "param_gather": "updates",
+    "release_grads": True, "overlap": False,
+}  # fmt: skip
+PRECISION = {
+    "reduce": "bfloat16", "momentum": "int8", "newton_schulz": "float32", "exchange": "float32", "master": "remainder",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy", "values"), [("sharding", SHARDING), ("precision", PRECISION)])
+def test_a_run_may_go_on_with_another_sharding_and_precision(policy: str, values: dict[str, Any]) -> None:
+    """release_grads, param_gather, master and exchange were refused once, although they hardly change a bit."""
+    begun = Config()
+    before = getattr(begun.optimizer, policy)
+    assert set(values) == {field.name for field in fields(before)}
+    for name, value in values.items():
+        now = replace(begun, optimizer=replace(begun.optimizer, **{policy: replace(before, **{name: value})}))
+        assert as_dict(now) != as_dict(begun), name
+        check_same_run(as_dict(begun), as_dict(now))
+
+
+def test_a_checkpoint_goes_on_with_all_of_them_changed(unbroken: list[dict[str, Any]], tmp_path: Path) -> None:
+    """On one rank; none of them changes a bit, so the losses are those of two ranks up to the order of sums."""
+    alone(tmp_path, "--train.steps=3")
+    given = {"packing": "contiguous", "placement": "replicated", "bucket_mb": "0.5", "release_grads": "true"}
+    given |= {"overlap": "false", "param_gather": "updates"}
+    run = alone(tmp_path, "--train.steps=8", *(f"--optimizer.sharding.{key}={value}" for key, value in given.items()))
+    assert set(given) == {field.name for field in fields(Sharding)}
+    losses, wanted = ([r["loss"] for r in each if r["kind"] == "train"] for each in (run, unbroken))
+    assert losses == pytest.approx(wanted, rel=1e-4)
 
 
 def test_sigterm_is_noted_only_while_listening() -> None:

@@ -1,0 +1,34 @@
+"""What makes arguments of signatures and dataclasses: jsonargparse, which the extra `recipes` brings.
+
+The command line of the planner and the config of the recipe read the library's own classes by it, so no option is
+declared a second time. Decides how a dtype is written: by its name in torch, such as "bfloat16".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from distmuon.integrations import need
+from distmuon.options import as_dtype
+
+
+def import_jsonargparse() -> Any:
+    """The package, which takes and prints dtypes by name and shows the text below each field in --help."""
+    jsonargparse: Any = need("jsonargparse", "recipes")
+    jsonargparse.typing.register_type(torch.dtype, dtype_name, _dtype, fail_already_registered=False)
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return jsonargparse
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in torch."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = as_dtype(name)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"found {name!r}; the name of a torch dtype is needed")
+    return found
