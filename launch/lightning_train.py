@@ -85,11 +85,18 @@ def train(run: Run) -> None:
     """One run."""
     ranks = run.ranks
     trainer = lightning.Trainer(
-        accelerator="cpu" if ranks.device.type == "cpu" else "cuda", devices=ranks.world_size,
-        strategy="ddp" if ranks.world_size > 1 else "auto", max_epochs=1, accumulate_grad_batches=run.accumulation,
-        gradient_clip_val=run.config.train.max_grad_norm, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-    )  # fmt: skip
+        accelerator="cpu" if ranks.device.type == "cpu" else "cuda",
+        devices=ranks.world_size,
+        strategy="ddp" if ranks.world_size > 1 else "auto",
+        max_epochs=1,
+        accumulate_grad_batches=run.accumulation,
+        gradient_clip_val=run.config.train.max_grad_norm,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
     trainer.fit(Recipe(run), MicroBatches(run))
 
 

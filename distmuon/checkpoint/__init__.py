@@ -1,1 +1,1 @@
-"""Save, load and find checkpoints: DCP's files in full-parameter coordinates, so that any number of ranks loads them."""
+"""Save, load and find checkpoints: DCP's files in full-parameter coordinates, which load at any number of ranks."""

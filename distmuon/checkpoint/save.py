@@ -252,16 +252,20 @@ def _await_tables(aside: Path, dp_size: int) -> None:
         failed = [rank for rank in missing if (aside / f"{rank}.failed").exists()]
         if not aside.is_dir():
             raise problem(
-                str(aside), "it has gone while it was written", "a folder that nobody else removes is needed",
+                str(aside),
+                "it has gone while it was written",
+                "a folder that nobody else removes is needed",
                 "see which other run, or person, tidies up there",
-            )  # fmt: skip
+            )
         if failed:
             raise ValueError((aside / f"{failed[0]}.failed").read_text() or f"rank {failed[0]}: its save failed")
         if not leaving and not threading.main_thread().is_alive():
             leaving, deadline = True, min(deadline, time.monotonic() + 60)
         if time.monotonic() > deadline:
             raise problem(
-                str(aside), f"ranks {missing} have not written their part", f"{PEER_S:g} s are the limit",
+                str(aside),
+                f"ranks {missing} have not written their part",
+                f"{PEER_S:g} s are the limit",
                 "see whether these ranks are alive and their file system answers",
-            )  # fmt: skip
+            )
         time.sleep(0.02)

@@ -1,1 +1,1 @@
-"""Which rule updates a parameter and where each of its elements lies: integers only, no tensor is made, no rank is asked."""
+"""Which rule updates a parameter and where each of its elements lies: integers only, no tensors and no ranks."""

@@ -178,7 +178,8 @@ def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, ra
     for bucket, load in zip(reversed(layout.buckets), reversed(loads)):
         stacks = ns * load.stacked[rank]
         holds = stacks + ns * (load.gather_out[rank] + load.gather_in[rank])
-        opened = 4 * bucket.shard_size if options.precision.master_bytes(bucket.dtype) == 2 else 0  # masters out of remainders
+        has_remainders = options.precision.master_bytes(bucket.dtype) == 2
+        opened = 4 * bucket.shard_size if has_remainders else 0  # their float32 masters
         updates = 4 * load.muon[rank]
         peak = max(peak, holds + updates + gathered + last, holds + computing + last, opened + last)
         last = finished if options.sharding.overlap else 0

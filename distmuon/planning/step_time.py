@@ -43,10 +43,17 @@ HARDWARE: Mapping[str, Hardware] = {
     # Measured, so without shares: 2 processes of 1 thread on an idle 2-core virtual machine (AMD Zen 5).
     # `python -m benchmarks.hardware` prints the row of yours; the links are gloo's on loopback.
     "cpu": Hardware(
-        flops=4.01e11, memory=2.54e10, nvlink=1.36e9, network=1.36e9, float32_share=0.232, flops_share=1.0,
-        memory_share=1.0, link_share=1.0, latency_s=3.7e-4,
+        flops=4.01e11,
+        memory=2.54e10,
+        nvlink=1.36e9,
+        network=1.36e9,
+        float32_share=0.232,
+        flops_share=1.0,
+        memory_share=1.0,
+        link_share=1.0,
+        latency_s=3.7e-4,
     ),
-}  # fmt: skip
+}
 
 # Memory traffic of the rules, bytes an element of the shard, counted from rules.py with fp32 state and bf16 exchange.
 MUON_BEFORE = 42  # two lerps and a commit, 12 each; a copy into the stack, 6
