@@ -137,8 +137,8 @@ def measure(rank: int, arguments: argparse.Namespace, file: str, found: Queue[li
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=arguments.processes)
     torch.manual_seed(0)
     network = model(arguments.width)
-    bucket_mb = 4 * sum(p.numel() for p in network.parameters()) / (1 << 20) / BUCKETS
-    optimizer = distmuon.DistMuon(network, bucket_mb=bucket_mb)
+    sharding = distmuon.Sharding(bucket_mb=4 * sum(p.numel() for p in network.parameters()) / (1 << 20) / BUCKETS)
+    optimizer = distmuon.DistMuon(network, sharding=sharding)
     with torch.device("meta"):
         unreal = model(arguments.width)
     for _ in range(2):
@@ -149,7 +149,7 @@ def measure(rank: int, arguments: argparse.Namespace, file: str, found: Queue[li
         row = rates()
         measured = statistics.median(step_seconds(network, optimizer) for _ in range(5))
         share = (elsewhere() - before) / (time.perf_counter() - start) / (os.cpu_count() or 1)
-        plan = distmuon.plan(unreal, dp_size=arguments.processes, bucket_mb=bucket_mb, hardware=row, compare=False)
+        plan = distmuon.plan(unreal, dp_size=arguments.processes, sharding=sharding, hardware=row, compare=False)
         assert plan.time is not None
         rounds.append(Round(row, measured, plan.time.step_s + plan.time.left_s, share))
     if rank == 0:

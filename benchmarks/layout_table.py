@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 
+from distmuon.options import Sharding
 from distmuon.planning.plan import Plan, plan
 from distmuon.planning.step_time import ORDERS
 
@@ -61,7 +62,7 @@ def main() -> None:
     print("|---|---|" + "---|" * (columns.count("|") + 1))
     for name, dp_sizes in (TIMES if arguments.orders else LAYOUTS).items():
         for dp_size in dp_sizes:
-            found = plan(name, dp_size=dp_size, hardware=arguments.hardware, overlap="forward")
+            found = plan(name, dp_size=dp_size, hardware=arguments.hardware, sharding=Sharding(overlap="forward"))
             print(f"| {name} | {dp_size} | {order_row(found) if arguments.orders else layout_row(found)} |")
 
 

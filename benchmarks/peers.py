@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distmuon
 from benchmarks.setting import Setting, Trainee, shape_groups, split
+from distmuon import Sharding
 
 
 @dataclass
@@ -249,17 +250,19 @@ def all_peers() -> Iterator[Peer]:
 
     mine, ns = "distmuon.walk:orthogonalize", ("torch.optim._muon:_zeropower_via_newtonschulz",)
     yield Peer(name="distmuon", make=ours(), counted=(mine,))
-    yield Peer(name="distmuon, gathers under the forward", make=ours(overlap="forward"), counted=(mine,))
-    yield Peer(name="distmuon, no overlap", make=ours(overlap=False), counted=(mine,))
+    yield Peer(
+        name="distmuon, gathers under the forward", make=ours(sharding=Sharding(overlap="forward")), counted=(mine,)
+    )
+    yield Peer(name="distmuon, no overlap", make=ours(sharding=Sharding(overlap=False)), counted=(mine,))
     yield Peer(
         name="distmuon, updates travel",
-        make=ours(param_gather="updates"),
+        make=ours(sharding=Sharding(param_gather="updates")),
         counted=(mine,),
         note="bfloat16 polar factors are gathered in place of float32 parameters",
     )
     yield Peer(
         name="distmuon, the paper's placement",
-        make=ours(packing="contiguous", placement="replicated"),
+        make=ours(sharding=Sharding(packing="contiguous", placement="replicated")),
         note="contiguous packing, every holder of a piece repeats Newton-Schulz",
         counted=(mine,),
     )

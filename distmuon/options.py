@@ -157,7 +157,7 @@ class Options:
 
     def items(self) -> list[str]:
         """One text an option: what all ranks must agree on."""
-        policies = {"sharding": self.sharding, "precision": self.precision}
+        policies: dict[str, Sharding | Precision] = {"sharding": self.sharding, "precision": self.precision}
         found = [f"{f.name} = {getattr(self, f.name)}" for f in fields(self) if f.name not in policies]
         for name, policy in policies.items():
             found += [f"{name}.{f.name} = {getattr(policy, f.name)}" for f in fields(policy)]

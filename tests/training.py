@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -35,10 +36,32 @@ EXACT: dict[str, Any] = {"lr": 0.02, "bucket_mb": BUCKET_MB, "ns_dtype": torch.f
 REL_WEIGHTS, REL_UPDATE = 1e-6, 1e-5  # the promise of docs/design.md, section 1
 
 
+_PRECISION = {  # flat names, since `momentum` is an argument of its own
+    "reduce_dtype": "reduce",
+    "momentum_dtype": "momentum",
+    "ns_dtype": "newton_schulz",
+    "exchange_dtype": "exchange",
+    "master_format": "master",
+}
+
+
+def policies(**flat: Any) -> dict[str, Any]:
+    """Arguments of `DistMuon` from flat names: fields of `Sharding`, and of `Precision` as `_PRECISION` calls them."""
+    of_sharding = {field.name for field in fields(distmuon.Sharding)}
+    sharding = {key: value for key, value in flat.items() if key in of_sharding}
+    precision = {_PRECISION[key]: value for key, value in flat.items() if key in _PRECISION}
+    given = {key: value for key, value in flat.items() if key not in of_sharding and key not in _PRECISION}
+    if sharding:
+        given["sharding"] = distmuon.Sharding(**sharding)
+    if precision:
+        given["precision"] = distmuon.Precision(**precision)
+    return given
+
+
 def make(group: dist.ProcessGroup | None, model: nn.Module | None = None, **options: Any) -> tuple[Any, Any]:
     """(model, optimizer); options over those of the exact comparison."""
     model = Standing() if model is None else model
-    given = {"routes": routes(), **EXACT, **options}
+    given = policies(**{"routes": routes(), **EXACT, **options})
     return model, distmuon.DistMuon(model, process_group=group, **given)
 
 

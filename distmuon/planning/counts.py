@@ -179,7 +179,7 @@ def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, ra
         stacks = ns * load.stacked[rank]
         holds = stacks + ns * (load.gather_out[rank] + load.gather_in[rank])
         has_remainders = options.precision.master_bytes(bucket.dtype) == 2
-        opened = 4 * bucket.shard_size if has_remainders else 0  # their float32 masters
+        opened = 4 * bucket.shard_size if has_remainders else 0  # masters made of them
         updates = 4 * load.muon[rank]
         peak = max(peak, holds + updates + gathered + last, holds + computing + last, opened + last)
         last = finished if options.sharding.overlap else 0

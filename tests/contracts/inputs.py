@@ -114,12 +114,12 @@ _TURNS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "plain momentum": (("muon",), {"nesterov": False}),
     "ns_steps": (("muon",), {"ns_steps": 6}),
     "ns_coefficients": (("muon",), {"ns_coefficients": (3.4, -4.7, 2.0)}),
-    "ns_dtype": (("muon", "both"), {"ns_dtype": torch.float32}),
+    "float32 Newton-Schulz": (("muon", "both"), {"precision": distmuon.Precision(newton_schulz=torch.float32)}),
     "scale": (("muon",), {"adjust_lr_fn": "original"}),
     "betas": (("adamw", "both"), {"adamw_betas": (0.8, 0.99)}),
     "eps": (("adamw",), {"adamw_eps": 1e-6}),
-    "int8": (("both",), {"momentum_dtype": torch.int8}),
-    "one after the other": (("both",), {"overlap": False}),
+    "int8": (("both",), {"precision": distmuon.Precision(momentum=torch.int8)}),
+    "one after the other": (("both",), {"sharding": distmuon.Sharding(overlap=False)}),
     "external": (("both",), {"grad_reduction": "external"}),
 }
 GIVEN = {

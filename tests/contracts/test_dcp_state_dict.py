@@ -158,8 +158,8 @@ def _flattened(group: dist.ProcessGroup, dtype: torch.dtype, options: dict[str, 
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
-        (torch.bfloat16, {}), (torch.bfloat16, {"master_format": "remainder"}),
-        (torch.float32, {"momentum_dtype": torch.int8}),
+        (torch.bfloat16, {}), (torch.bfloat16, {"precision": distmuon.Precision(master="remainder")}),
+        (torch.float32, {"precision": distmuon.Precision(momentum=torch.int8)}),
         (torch.float32, {"ns_coefficients": (3.4445, -4.7750, 2.0315)}),
     ],
 )  # fmt: skip

@@ -202,13 +202,16 @@ some_by_day = pytest.mark.parametrize(
 )
 
 
+EXACT = distmuon.Precision(newton_schulz=torch.float32)
+
+
 def _ours(lr_in_tensor: bool = False, **kwargs: Any) -> tuple[list[nn.Parameter], distmuon.DistMuon]:
     """A Muon group with the first lr and an AdamW group with the second."""
     params = Given(SHAPES).params()
     given = [
         {**group, "lr": torch.tensor(lr) if lr_in_tensor else lr} for group, lr in zip(groups(params), LRS, strict=True)
     ]
-    return params, distmuon.DistMuon(given, momentum=0.9, ns_dtype=torch.float32, **kwargs)
+    return params, distmuon.DistMuon(given, momentum=0.9, precision=EXACT, **kwargs)
 
 
 def _torchs(kind: type[Optimizer], lr_in_tensor: bool = False, **kwargs: Any) -> tuple[list[nn.Parameter], Optimizer]:

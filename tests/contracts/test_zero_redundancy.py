@@ -45,7 +45,8 @@ def _model(seed: int = 0) -> nn.Sequential:
 def _optimizer(model: nn.Module, group: Any, **options: Any) -> distmuon.DistMuon:
     """Matrices by Muon unless `routes` says otherwise."""
     routes = [distmuon.Route(name, "muon") for name, param in model.named_parameters() if param.ndim > 1]
-    given = {"lr": 0.02, "routes": routes, "ns_dtype": torch.float32, **options}
+    precision = distmuon.Precision(newton_schulz=torch.float32)
+    given = {"lr": 0.02, "routes": routes, "precision": precision, **options}
     return distmuon.DistMuon(model, process_group=group, **given)
 
 
@@ -143,7 +144,7 @@ def test_it_trains_as_zero_does(spawn: Any) -> None:
 def _muon_and_adamw(group: Any, ours: bool) -> dict[str, Tensor]:
     model = DistributedDataParallel(_model(), process_group=group)
     if ours:
-        optimizer = _optimizer(model.module, group, grad_reduction="external", ns_dtype=None)
+        optimizer = _optimizer(model.module, group, grad_reduction="external", precision=distmuon.Precision())
         return _steps(model, optimizer, group, loss=_pulled)
     matrices = [param for param in model.parameters() if param.ndim > 1]
     vectors = [param for param in model.parameters() if param.ndim < 2]

@@ -26,15 +26,9 @@ import distmuon
 from distmuon.integrations import deepspeed as integration
 from tests.integrations import worker
 from tests.integrations.engine_facts import FACTS, config, start
-from tests.integrations.worker import STEPS, Case, Seen, WithLoss, inputs, options
+from tests.integrations.worker import STEPS, Case, Seen, WithLoss, inputs, json_options, options
 from tests.standing import make_batch
 from tests.training import EXACT
-
-
-def json_options() -> dict[str, Any]:
-    """Arguments of the exact comparison as a config file has them."""
-    given = {**options(), "ns_dtype": "float32"}
-    return {**given, "routes": [asdict(route) for route in given["routes"]]}
 
 
 def of_case(case: Case, **changes: Any) -> dict[str, Any]:

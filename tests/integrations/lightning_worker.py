@@ -49,7 +49,8 @@ def network(outputs: int = 12) -> nn.Sequential:
 
 
 def muon(model: nn.Module) -> distmuon.DistMuon:
-    return distmuon.DistMuon(model, lr=0.02, ns_dtype=torch.float32, grad_reduction=GRAD_REDUCTION)
+    precision = distmuon.Precision(newton_schulz=torch.float32)
+    return distmuon.DistMuon(model, lr=0.02, precision=precision, grad_reduction=GRAD_REDUCTION)
 
 
 def loss_of(model: Any, batch: int) -> Tensor:

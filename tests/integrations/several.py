@@ -38,6 +38,9 @@ KINDS = ("muon", "adamw", "external")  # what trains the critic
 Found = dict[str, Any]
 
 
+EXACT = distmuon.Precision(newton_schulz=torch.float32)
+
+
 def models() -> tuple[nn.Sequential, nn.Sequential]:
     """Body and critic; the ranks start from different weights on purpose, rank 0's must be taken."""
     torch.manual_seed(dist.get_rank())
@@ -47,7 +50,7 @@ def models() -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def optimizers(kind: str, body: nn.Module, critic: nn.Module) -> tuple[Any, Any]:
-    options: Any = {"lr": 0.02, "ns_dtype": torch.float32}
+    options: Any = {"lr": 0.02, "precision": EXACT}
     first = distmuon.DistMuon(body, **options)
     if kind == "adamw":
         return first, torch.optim.AdamW(critic.parameters(), lr=0.01)
@@ -156,7 +159,7 @@ def own_prepare_external() -> Found:
     results = []
     for trainer in (True, False):
         body, _ = models()
-        optimizer: Any = distmuon.DistMuon(body, lr=0.02, ns_dtype=torch.float32, grad_reduction="external")
+        optimizer: Any = distmuon.DistMuon(body, lr=0.02, precision=EXACT, grad_reduction="external")
         given = optimizer
         ran: Any = accelerator(gradient_accumulation_steps=MICRO)
         model: Any = DistributedDataParallel(body)

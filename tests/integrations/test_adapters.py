@@ -80,7 +80,12 @@ def train(model: nn.Module, optimizer: Any, group: Any, steps: range) -> None:
 
 def tune(group: Any, model: nn.Module, routes: Any) -> dict[str, Tensor]:
     optimizer = distmuon.DistMuon(
-        model, lr=LR, routes=routes, ns_dtype=torch.float32, process_group=group, bucket_mb=0.002
+        model,
+        lr=LR,
+        routes=routes,
+        sharding=distmuon.Sharding(bucket_mb=0.002),
+        precision=distmuon.Precision(newton_schulz=torch.float32),
+        process_group=group,
     )
     train(model, optimizer, group, range(3))
     return weights(model, optimizer)

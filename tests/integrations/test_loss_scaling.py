@@ -39,7 +39,7 @@ def accelerator() -> Iterator[Any]:
 def _made() -> tuple[nn.Module, distmuon.DistMuon]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-    return model, distmuon.DistMuon(model, lr=0.02, ns_dtype=torch.float32)
+    return model, distmuon.DistMuon(model, lr=0.02, precision=distmuon.Precision(newton_schulz=torch.float32))
 
 
 def _loss(model: nn.Module, step: int) -> Tensor:

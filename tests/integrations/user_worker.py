@@ -25,6 +25,7 @@ from tests.training import digest
 
 STEPS, MICRO, ROWS, LENGTH, VOCABULARY = 6, 2, 2, 16, 61
 LR, WEIGHT_DECAY, CLIP = 0.02, 0.1, 0.5
+EXACT = distmuon.Precision(newton_schulz=torch.float32)
 
 
 class Texts(Dataset[dict[str, Tensor]]):
@@ -86,7 +87,7 @@ def under_the_trainer(folder: Path, stop: int = 0) -> dict[str, Any]:
     )  # fmt: skip
     trainer = InOrder(model=tiny(), args=args, train_dataset=train_texts(), eval_dataset=Texts(8, seed=1))
     trainer.remove_callback(transformers.PrinterCallback)
-    attach(trainer, ns_dtype=torch.float32)
+    attach(trainer, precision=EXACT)
     if stop:
         trainer.add_callback(StopAt(stop))
     trainer.train(resume_from_checkpoint=True if not stop and any(folder.glob("checkpoint-*")) else None)
@@ -106,7 +107,7 @@ def plain() -> dict[str, Any]:
     """The loop of the README over the same rows, each token of a step weighing the same."""
     model, world, rank, texts = tiny(), dist.get_world_size(), dist.get_rank(), train_texts()
     optimizer = distmuon.DistMuon(
-        model, lr=LR, weight_decay=WEIGHT_DECAY, adamw_betas=(0.9, 0.95), ns_dtype=torch.float32
+        model, lr=LR, weight_decay=WEIGHT_DECAY, adamw_betas=(0.9, 0.95), precision=EXACT
     )
     norms = {}
     for step in range(STEPS):

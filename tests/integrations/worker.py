@@ -25,9 +25,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distmuon
+from distmuon.cli.arguments import dtype_name
 from distmuon.step.placeholder import InReduction
 from tests.standing import Batch, Standing, loss_fn, make_batch, routes
-from tests.training import EXACT, digest, state_tensors, weights
+from tests.training import EXACT, digest, policies, state_tensors, weights
 
 STEPS = 3
 
@@ -83,7 +84,17 @@ def make_model(case: Case) -> WithLoss:
 
 def options() -> dict[str, Any]:
     renamed = [distmuon.Route(f"standing.{r.pattern}", r.rule, r.split, r.split_dim) for r in routes()]
-    return {**EXACT, "routes": renamed}
+    return policies(**EXACT, routes=renamed)
+
+
+def json_options() -> dict[str, Any]:
+    """The same as a config of DeepSpeed has them."""
+    given = options()
+    precision = asdict(given["precision"])
+    for name, value in precision.items():
+        precision[name] = dtype_name(value) if isinstance(value, torch.dtype) else value
+    routes = [asdict(route) for route in given["routes"]]
+    return {**given, "sharding": asdict(given["sharding"]), "precision": precision, "routes": routes}
 
 
 def inputs(step: int, micro: int) -> dict[str, Tensor]:
@@ -300,14 +311,12 @@ def trainer(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.D
 def deepspeed(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistMuon]:
     from distmuon.integrations.deepspeed import initialize
 
-    given = {**options(), "ns_dtype": "float32"}
-    given["routes"] = [asdict(route) for route in given["routes"]]
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": case.num_micro,
         "gradient_clipping": case.clip,
         "zero_optimization": {"stage": 0},
-        "optimizer": {"type": "DistMuon", "params": given},
+        "optimizer": {"type": "DistMuon", "params": json_options()},
         "bf16": {"enabled": case.dtype == "bfloat16"},
         "torch_autocast": {"enabled": case.autocast, "dtype": "bfloat16"},
     }

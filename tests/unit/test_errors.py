@@ -9,6 +9,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import torch
 from torch import nn
 
 import distmuon
-from distmuon import Route
+from distmuon import Precision, Route, Sharding
 from distmuon.checkpoint.extras import unpacked
 from distmuon.layout.routing import route
 from distmuon.planning.plan import plan
-from tests.training import digest, state_tensors, weights
+from tests.training import digest, policies, state_tensors, weights
 
 FORM = re.compile(r"(?s).+: .+; .+; .+")
 
@@ -33,7 +34,7 @@ def _model() -> nn.Sequential:
 
 def _made(**options: Any) -> tuple[nn.Sequential, distmuon.DistMuon]:
     model = _model()
-    return model, distmuon.DistMuon(model, **{"routes": [Route("*.weight", "muon")], **options})
+    return model, distmuon.DistMuon(model, **policies(**{"routes": [Route("*.weight", "muon")], **options}))
 
 
 def _step(model: nn.Module, optimizer: distmuon.DistMuon) -> None:
@@ -62,18 +63,36 @@ def test_a_hyperparameter_is_a_number_from_0_on(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["nesterov", "adjust_lr_fn", "ns_steps", "packing", "placement", "grad_reduction", "release_grads", "param_gather",
-     "master_format", "momentum_dtype", "overlap", "ns_kernels", "broadcast_buffers", "reduce_dtype",
-     "ns_dtype", "exchange_dtype"],
-)  # fmt: skip
+    "name", ["nesterov", "adjust_lr_fn", "ns_steps", "grad_reduction", "broadcast_buffers", "sharding", "precision"]
+)
 def test_an_option_is_one_of_its_words(name: str) -> None:
     """0 is not False and 1 not True: what is compared across ranks is the option itself."""
     for value in WORDS:
         named = isinstance(value, int) and name == "ns_steps" and value == 1
-        unset = value is None and name in ("reduce_dtype", "ns_dtype", "exchange_dtype")
+        unset = value is None and name in ("sharding", "precision")
         if not unset and not named:
             refused(lambda value=value: _made(**{name: value}), rf"{name}: found .*needed")
+
+
+POLICIES = {"sharding": Sharding, "precision": Precision}
+FIELDS = [(policy, field.name) for policy, kind in POLICIES.items() for field in fields(kind)]
+
+
+@pytest.mark.parametrize(("policy", "name"), [each for each in FIELDS if each != ("sharding", "bucket_mb")])
+def test_a_field_of_a_policy_is_one_of_its_words(policy: str, name: str) -> None:
+    for value in WORDS:
+        if not (value is None and name == "exchange"):
+            wanted = rf"^{policy}\.{name}: found .*needed; correct {policy}\.{name}$"
+            refused(lambda value=value: POLICIES[policy](**{name: value}), wanted)
+
+
+def test_a_dtype_goes_by_its_name() -> None:
+    named = Precision(reduce="bfloat16", momentum="int8", newton_schulz="float32", exchange="bfloat16")  # type: ignore[arg-type]
+    assert named == Precision(
+        reduce=torch.bfloat16, momentum=torch.int8, newton_schulz=torch.float32, exchange=torch.bfloat16
+    )
+    refused(lambda: Precision(momentum="float64"), r"precision\.momentum: found torch\.float64; one of torch\.float32")  # type: ignore[arg-type]
+    refused(lambda: Precision(momentum="Tensor"), r"precision\.momentum: found 'Tensor'; one of")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["bucket_mb", "max_grad_norm"])
@@ -321,7 +340,7 @@ def test_only_the_2_norm_is_clipped_to(value: Any) -> None:
 def test_sparse_gradients(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(9, 6, sparse=True), nn.Linear(6, 4))
-    optimizer = distmuon.DistMuon(model, **options)
+    optimizer = distmuon.DistMuon(model, **policies(**options))
 
     def step() -> None:
         model(torch.tensor([1, 2])).sum().backward()
@@ -465,7 +484,8 @@ def test_what_a_checkpoint_is_asked_for(tmp_path: Path) -> None:
           (None, 0, -1, 2.0, "8", True, 10**30, math.inf, torch.tensor(2))),
         *(({"ns_steps": value}, "ns_steps: found .*; a whole number from 1 to 99") for value in (None, 0, 1.5, 100)),
         *(({"hardware": value}, "hardware: found .*h100") for value in ("abacus", 3, [])),
-        *(({"bucket_mb": value}, "bucket_mb: found") for value in ("big", -1, math.nan, math.inf, [])),
+        *(({"sharding": value}, "sharding: found .*distmuon.Sharding is needed") for value in ("big", {}, Precision())),
+        ({"auto_bucket": True, "hardware": None}, "auto_bucket: found no hardware"),
         *(({"param_dtype": value}, "param_dtype: found .*torch.float32") for value in (3, "fp32", torch.int8)),
         *(({"model": value}, "model: found .*a module, specs") for value in (None, 3, "nonsense", [3], WEIGHT)),
         ({"model": "gpt2", "routes": MUON}, "routes: patterns for parameters that are routed already"),

@@ -17,10 +17,12 @@ from torch import nn
 import distmuon
 from distmuon.layout import layout
 from distmuon.layout.layout import make_layout
+from distmuon.layout.report import describe
 from distmuon.layout.routing import ParamSpec, route
-from distmuon.options import Options
-from distmuon.planning.counts import count
-from distmuon.planning.plan import describe, plan, plan_rank, sent_bytes, whole_matrix_layout
+from distmuon.options import Options, Precision, Sharding
+from distmuon.planning.baselines import whole_matrix_layout
+from distmuon.planning.counts import count, plan_rank, sent_bytes
+from distmuon.planning.plan import plan
 from distmuon.planning.shapes import TABLES, shape_table
 from distmuon.planning.step_time import HARDWARE, BucketLoad, Hardware, Order, StepTime, estimate
 from tests.standing import Standing, routes
@@ -151,7 +153,7 @@ def test_the_plan_of_a_meta_model_is_that_of_the_real_one() -> None:
     with torch.device("meta"):
         unreal = Standing()
     for dp_size in (1, 3):
-        given = {"dp_size": dp_size, "routes": routes(), "bucket_mb": 0.026}
+        given = {"dp_size": dp_size, "routes": routes(), "sharding": Sharding(bucket_mb=0.026)}
         assert plan(unreal, **given) == plan(real, **given) == distmuon.planning.plan.plan(real, **given)
     assert all(param.is_meta for param in unreal.parameters())
 
@@ -321,37 +323,38 @@ def test_estimates_of_real_models_are_in_order() -> None:
     assert b200.time.step_s < h100.time.step_s and short.time.step_s < h100.time.step_s
     assert h100.others[0].time.step_s < h100.time.step_s < h100.others[1].time.step_s
     assert plan("gpt2", dp_size=2, hardware=None).time is None
-    cpu = plan("gpt2", dp_size=2, hardware="cpu", ns_dtype=torch.float32, compare=False).time
+    cpu = plan("gpt2", dp_size=2, hardware="cpu", precision=Precision(newton_schulz=torch.float32), compare=False).time
     assert cpu and cpu.step_s > 1.0, "a processor takes seconds for what a GPU does in milliseconds"
 
 
 def test_the_order_asked_for_is_the_one_that_is_shown() -> None:
-    own = plan("llama-8b", dp_size=64, overlap="forward", exchange_group=True, compare=False)
-    last = plan("llama-8b", dp_size=64, overlap="forward", compare=False)
+    forward = Sharding(overlap="forward")
+    own = plan("llama-8b", dp_size=64, sharding=forward, exchange_group=True, compare=False)
+    last = plan("llama-8b", dp_size=64, sharding=forward, compare=False)
     assert own.orders == last.orders and own.time == own.orders["exchange_group"]
     assert own.time != last.time == last.orders["gathers_last"]
     one = plan("llama-8b", dp_size=64, compare=False)
     assert one.time == one.orders["one_group"] and one.time and last.time and one.time.left_s == 0 < last.time.left_s
     assert one.time.step_s > last.time.step_s
-    assert list(plan("gpt2", dp_size=2, overlap=False, compare=False).orders) == ["one_group"]
+    assert list(plan("gpt2", dp_size=2, sharding=Sharding(overlap=False), compare=False).orders) == ["one_group"]
 
 
 def test_auto_takes_the_bucket_size_with_the_shortest_step_and_says_why() -> None:
-    found = plan("llama-1b", dp_size=16, bucket_mb="auto", compare=False)
+    found = plan("llama-1b", dp_size=16, auto_bucket=True, compare=False)
     best, _, sizes = found.why.partition(" has the shortest estimated step of ")
     shown = {size: float(step) for size, step in re.findall(r"(\d+ MiB|None) ([\d.]+) ms", sizes)}
     assert len(shown) > 3 and found.time and min(shown, key=lambda size: shown[size]) == best
     assert shown[best] == pytest.approx(1e3 * found.time.step_s, abs=0.006)
     given = None if best == "None" else float(best.split()[0])
-    again = plan("llama-1b", dp_size=16, bucket_mb=given, compare=False)
+    again = plan("llama-1b", dp_size=16, sharding=Sharding(bucket_mb=given), compare=False)
     assert again.time and again.time.step_s == pytest.approx(found.time.step_s, rel=0.02)  # its MiB are rounded
 
 
 @pytest.mark.parametrize(("name", "dp_size"), [("llama-8b", 8), ("llama-8b", 64), ("llama-70b", 64), ("moonlight", 64)])
 def test_the_default_is_near_the_best_size(name: str, dp_size: int) -> None:
-    """What `bucket_mb=None` chooses by integers alone takes hardly longer than the best that "auto" finds."""
+    """What `bucket_mb=None` chooses by integers alone takes hardly longer than the best that `auto_bucket` finds."""
     default = plan(name, dp_size=dp_size, compare=False).time
-    auto = plan(name, dp_size=dp_size, compare=False, bucket_mb="auto").time
+    auto = plan(name, dp_size=dp_size, compare=False, auto_bucket=True).time
     assert default and auto and auto.step_s <= default.step_s <= 1.15 * auto.step_s
 
 
@@ -371,10 +374,8 @@ def test_sizes_that_cut_alike_are_planned_once(monkeypatch: pytest.MonkeyPatch) 
         ("llama", {}, "'llama'.*llama-1b"),
         ("gpt2", {"dp_size": 0}, "dp_size: found 0"),
         ("gpt2", {"hardware": "abacus"}, "hardware: found 'abacus'.*h100"),
-        ("gpt2", {"bucket_mb": -1.0}, "bucket_mb: found -1.0"),
-        ("gpt2", {"bucket_mb": "big"}, "bucket_mb: found 'big'"),
-        ("gpt2", {"bucket_mb": "auto", "hardware": None}, "bucket_mb: found 'auto'"),
-        ("gpt2", {"packing": "neat"}, "packing: found 'neat'"),
+        ("gpt2", {"sharding": "neat"}, "sharding: found 'neat'; a distmuon.Sharding is needed"),
+        ("gpt2", {"auto_bucket": True, "hardware": None}, "auto_bucket: found no hardware"),
         ("gpt2", {"routes": [distmuon.Route("*", "muon")]}, "routed already"),
         ([], {}, "no trainable parameter"),
         (nn.Linear(3, 3).requires_grad_(False), {}, "updated by Muon|no trainable parameter"),
