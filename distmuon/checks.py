@@ -1,4 +1,4 @@
-"""What is refused before it would train wrongly: wrapped models, and parameters cut up, moved, shared or replaced.
+"""What is refused because it would train wrongly: wrapped models, parameters cut up, moved, shared or replaced.
 
 Each function raises, or says what it found; none changes anything or talks to other ranks.
 """

@@ -53,12 +53,6 @@ class Precision:
         """The dtype in which pieces of updates and polar factors travel."""
         return self.newton_schulz if self.exchange is None else self.exchange
 
-    def master_bytes(self, param_dtype: torch.dtype) -> int:
-        """Bytes an element of what is kept beside a parameter to make its float32 master."""
-        if param_dtype == torch.float32:
-            return 0
-        return 2 if self.master == "remainder" and param_dtype == torch.bfloat16 else 4
-
 
 _DTYPES: dict[str, tuple[torch.dtype | None, ...]] = {
     "reduce": (torch.float32, torch.bfloat16, torch.float16),

@@ -16,51 +16,51 @@ from torch import Tensor
 from distmuon.comm.group import DataParallelGroup
 from distmuon.errors import problem
 from distmuon.options import check_groups, is_number, one_of
-from distmuon.step.storage import BucketBuffers, Buffers, state_keys
+from distmuon.step.storage import FlatStorage, Storage
 
 # What torch.optim's Muon and AdamW and we keep by parameter: never taken for what a user has put beside it.
 _KEPT = frozenset({"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "master"})
 
 
-def gather_full_state(buffers: Buffers, group: DataParallelGroup, keep: bool = True) -> list[dict[str, Tensor]]:
+def gather_full_state(storage: Storage, group: DataParallelGroup, keep: bool = True) -> list[dict[str, Tensor]]:
     """Per parameter its whole state on the CPU, on every rank that will `keep` it. Collective; a bucket at a time.
 
     Keys: ``momentum_buffer`` (muon), and ``step`` where that is kept in fewer than 32 bits; ``exp_avg``,
     ``exp_avg_sq``, ``step`` (adamw); ``master`` where the master is not the parameter itself.
     """
-    full: list[dict[str, Tensor]] = [{} for _ in buffers.params]
-    steps = torch.zeros(len(full), dtype=torch.float32, device=buffers.params[0].device)
-    for bucket in buffers.buckets:
+    full: list[dict[str, Tensor]] = [{} for _ in storage.params]
+    steps = torch.zeros(len(full), dtype=torch.float32, device=storage.params[0].device)
+    for bucket in storage.buckets:
         for key in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
-            if key != "master" and not any(key in _keys(buffers, index) for index in bucket.bucket.params):
+            if key != "master" and not any(key in storage.keys_of(index) for index in bucket.spec.params):
                 continue
-            shard = _shard_of(bucket, key, buffers.options.precision.momentum)
+            shard = _shard_of(bucket, key)
             if shard is None:
                 continue
             flat = shard.new_empty(group.dp_size * shard.numel())
-            group.start_all_gather(flat, shard, stage="state_dict", about=bucket.about).wait()
-            for index in bucket.bucket.params if keep else ():
-                if key == "master" or key in _keys(buffers, index):
-                    full[index][key] = _assemble(buffers, index, flat)
+            group.start_all_gather(flat, shard, stage="state_dict", label=bucket.label).wait()
+            for index in bucket.spec.params if keep else ():
+                if key == "master" or key in storage.keys_of(index):
+                    full[index][key] = _assemble(storage, index, flat)
         for piece in bucket.muon + bucket.adamw:
             if piece.segment.param_offset == 0 and "step" in piece.state:
                 steps[piece.segment.param] = piece.state["step"]
     group.start_all_reduce(steps, stage="state_dict").wait()
     for index, state in enumerate(full):
-        if "step" in _keys(buffers, index):
+        if "step" in storage.keys_of(index):
             state["step"] = steps[index].cpu()
     return full
 
 
 def numbered(
-    buffers: Buffers, param_groups: Sequence[Mapping[str, Any]], of_param: Sequence[Mapping[str, Any]]
+    storage: Storage, param_groups: Sequence[Mapping[str, Any]], of_param: Sequence[Mapping[str, Any]]
 ) -> dict[int, dict[str, Any]]:
     """What is known by parameter under the numbers that torch.optim gives parameters."""
-    return {number: dict(of_param[index]) for number, index in enumerate(_torch_numbering(param_groups, buffers))}
+    return {number: dict(of_param[index]) for number, index in enumerate(_torch_numbering(param_groups, storage))}
 
 
 def states_of(
-    buffers: Buffers, param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
+    storage: Storage, param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
 ) -> tuple[dict[int, Mapping[str, Any]], dict[int, dict[str, Any]]]:
     """Per parameter its state in `state_dict`, if it has any, and what others than distmuon have put beside it.
 
@@ -68,13 +68,13 @@ def states_of(
     its group holds in its place: a number, or the fqn that `torch.distributed.checkpoint.state_dict` writes there.
     """
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    states, order = _by_number(_own(state_dict), keys), _torch_numbering(param_groups, buffers)
+    states, order = _by_number(_own(state_dict), keys), _torch_numbering(param_groups, storage)
     of_param: dict[int, Mapping[str, Any]] = {}
     beside: dict[int, dict[str, Any]] = {}
     for number, state in states.items():
         index = order[number]
         of_param[index], beside[index] = _split(state)
-        _check_state(buffers, index, of_param[index])
+        _check_state(storage, index, of_param[index])
     return of_param, beside
 
 
@@ -106,9 +106,9 @@ def _own(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
     return {key: state for key, state in state_dict["state"].items() if key not in beside}
 
 
-def load_full_state(buffers: Buffers, of_param: Mapping[int, Mapping[str, Any]]) -> None:
+def load_full_state(storage: Storage, of_param: Mapping[int, Mapping[str, Any]]) -> None:
     """Take this rank's part of what `states_of` found. Missing entries start from zero."""
-    for bucket in buffers.buckets:
+    for bucket in storage.buckets:
         with bucket.masters() as masters:
             for piece in bucket.muon + bucket.adamw:
                 state = of_param.get(piece.segment.param, {})
@@ -117,7 +117,7 @@ def load_full_state(buffers: Buffers, of_param: Mapping[int, Mapping[str, Any]])
                 mine = {key: t.reshape(-1)[start : start + piece.segment.length] for key, t in whole.items()}
                 if "momentum_buffer" in mine:
                     momentum = mine["momentum_buffer"].to(masters.device, torch.float32)
-                    mine.update(piece.encoded(momentum))
+                    mine.update(storage.momentum.encode(momentum))
                 for key, own in piece.state.items():
                     if key == "step" and key in state:
                         own.fill_(float(state[key]))
@@ -141,12 +141,12 @@ def _by_number(states: Mapping[Any, Mapping[str, Any]], keys: Sequence[Any]) -> 
     return {numbers[key]: state for key, state in states.items()}
 
 
-def _check_state(buffers: Buffers, index: int, state: Mapping[str, Any]) -> None:
+def _check_state(storage: Storage, index: int, state: Mapping[str, Any]) -> None:
     """Raise for a state that has not all and only what its parameter's rule needs, in tensors of its shape.
 
     A momentum's ``step`` may be there or not, whatever `momentum_dtype` was when it was saved.
     """
-    spec, needed = buffers.layout.specs[index], set(_keys(buffers, index))
+    spec, needed = storage.layout.specs[index], set(storage.keys_of(index))
     optional = {"step"} if "momentum_buffer" in state else set()
     if state.keys() - {"master"} - optional not in (set(), needed - optional):
         raise problem(
@@ -171,9 +171,9 @@ def _check_state(buffers: Buffers, index: int, state: Mapping[str, Any]) -> None
             raise problem(f"{spec.fqn}.step", f"found {float(value)}", "a count is needed", "pass what was saved")
 
 
-def _torch_numbering(param_groups: Sequence[Mapping[str, Any]], buffers: Buffers) -> list[int]:
+def _torch_numbering(param_groups: Sequence[Mapping[str, Any]], storage: Storage) -> list[int]:
     """torch.optim numbers parameters group by group: per number, the index in the layout."""
-    index = {id(param): i for i, param in enumerate(buffers.params)}
+    index = {id(param): i for i, param in enumerate(storage.params)}
     return [index[id(param)] for group in param_groups for param in group["params"]]
 
 
@@ -293,26 +293,26 @@ def is_empty(state_dict: Mapping[str, Any]) -> bool:
     return True
 
 
-def _keys(buffers: Buffers, index: int) -> tuple[str, ...]:
-    return state_keys(buffers.layout.specs[index].rule, buffers.options.precision.momentum)
-
-
-def _shard_of(bucket: BucketBuffers, key: str, momentum_dtype: torch.dtype) -> Tensor | None:
+def _shard_of(bucket: FlatStorage, key: str) -> Tensor | None:
     """This rank's shard of `key`, zeros where no piece has it; None for a master that is the parameter itself."""
     if key == "master":
         with bucket.masters() as masters:
             return masters if bucket.has_master else None
-    kept = momentum_dtype if key == "momentum_buffer" and momentum_dtype != torch.int8 else torch.float32
-    shard = torch.zeros_like(bucket.param_shard, dtype=kept)
-    for piece in bucket.muon if key == "momentum_buffer" else bucket.adamw:
-        piece.cut(shard).copy_(piece.momentum() if key == "momentum_buffer" else piece.state[key])
+    if key != "momentum_buffer":
+        shard = torch.zeros_like(bucket.param_shard, dtype=torch.float32)
+        for piece in bucket.adamw:
+            piece.cut(shard).copy_(piece.state[key])
+        return shard
+    shard = torch.zeros_like(bucket.param_shard, dtype=bucket.momentum.decoded)
+    for piece in bucket.muon:
+        piece.cut(shard).copy_(bucket.momentum.decode(piece.state))
     return shard
 
 
-def _assemble(buffers: Buffers, index: int, flat: Tensor) -> Tensor:
-    shard_size = buffers.buckets[buffers.layout.bucket_of[index]].bucket.shard_size
+def _assemble(storage: Storage, index: int, flat: Tensor) -> Tensor:
+    shard_size = storage.buckets[storage.layout.bucket_of[index]].spec.shard_size
     parts = []
-    for segment in buffers.layout.segments_of[index]:
+    for segment in storage.layout.segments_of[index]:
         start = segment.rank * shard_size + segment.shard_offset
         parts.append(flat[start : start + segment.length].cpu())
-    return torch.cat(parts).view(buffers.layout.specs[index].shape)
+    return torch.cat(parts).view(storage.layout.specs[index].shape)

@@ -1,4 +1,4 @@
-"""Golden digests: the bits, state and traffic of every kind of run, so that a restructuring can prove that it moved none.
+"""Golden digests: bits, state and traffic of every kind of run, so that a restructuring can prove that it moved none.
 
     python -m tests.golden            compare with tests/golden.json
     python -m tests.golden --write    write it anew; a commit of its own says why
@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distmuon import checks as guards
+from distmuon.step import verdict
 from tests.pool import Pool
 from tests.standing import Standing, make_batch
 from tests.training import backward, digest, make, state_tensors, weights
@@ -136,7 +136,7 @@ def _run(group: dist.ProcessGroup, names: list[str]) -> dict[str, list[Any]]:
         asked: list[str] = []
         with pytest.MonkeyPatch.context() as patch, _recorded(asked):
             if options.pop("verdict_on_device", False):
-                patch.setattr(guards, "known_on_host", lambda ok: None)
+                patch.setattr(verdict, "read_on_host", lambda ok: None)
             model, optimizer = make(group, Standing().to(dtype), **options)
             _steps(group, model, optimizer, num_micro, options.get("grad_reduction") == "external")
             metrics = optimizer.metrics()
@@ -147,7 +147,7 @@ def _run(group: dist.ProcessGroup, names: list[str]) -> dict[str, list[Any]]:
     return found
 
 
-def probe() -> str:
+def probe(_group: dist.ProcessGroup) -> str:
     """Of the arithmetic that the cases rest on: equal where torch and its kernels compute the same bits."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(67, 131, generator=generator), torch.randn(131, 59, generator=generator)
@@ -165,6 +165,7 @@ def measure() -> dict[str, Any]:
     os.environ.update(PLAIN_KERNELS)
     pool, found = Pool(4), {}
     try:
+        (arithmetic,) = pool.spawn(probe, 1)
         for dp_size in (1, 2, 3, 4):
             names = list(CASES)
             by_rank = pool.spawn(_run, dp_size, timeout=300, names=names)
@@ -181,13 +182,13 @@ def measure() -> dict[str, Any]:
                 }
     finally:
         pool.close()
-    return {"torch": torch.__version__, "probe": probe(), "runs": found}
+    return {"torch": torch.__version__, "probe": arithmetic, "runs": found}
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """One text for each run and each thing that is not as it was; bits only where the arithmetic is the same."""
     same_arithmetic = all(found[key] == wanted[key] for key in ("torch", "probe"))
-    keys = ("weights", "state", "bytes", "calls", "collectives") if same_arithmetic else ("bytes", "calls", "collectives")
+    keys = (*(("weights", "state") if same_arithmetic else ()), "bytes", "calls", "collectives")
     texts = [f"{name}: no longer run" for name in wanted["runs"].keys() - found["runs"].keys()]
     for name, run in found["runs"].items():
         before = wanted["runs"].get(name)

@@ -36,7 +36,7 @@ EXACT: dict[str, Any] = {"lr": 0.02, "bucket_mb": BUCKET_MB, "ns_dtype": torch.f
 REL_WEIGHTS, REL_UPDATE = 1e-6, 1e-5  # the promise of docs/design.md, section 1
 
 
-_PRECISION = {  # flat names, since `momentum` is an argument of its own
+_PRECISION = {
     "reduce_dtype": "reduce",
     "momentum_dtype": "momentum",
     "ns_dtype": "newton_schulz",
@@ -45,24 +45,21 @@ _PRECISION = {  # flat names, since `momentum` is an argument of its own
 }
 
 
-def policies(**flat: Any) -> dict[str, Any]:
-    """Arguments of `DistMuon` from flat names: fields of `Sharding`, and of `Precision` as `_PRECISION` calls them."""
-    of_sharding = {field.name for field in fields(distmuon.Sharding)}
-    sharding = {key: value for key, value in flat.items() if key in of_sharding}
-    precision = {_PRECISION[key]: value for key, value in flat.items() if key in _PRECISION}
-    given = {key: value for key, value in flat.items() if key not in of_sharding and key not in _PRECISION}
-    if sharding:
-        given["sharding"] = distmuon.Sharding(**sharding)
-    if precision:
-        given["precision"] = distmuon.Precision(**precision)
-    return given
+def policies(**options: Any) -> dict[str, Any]:
+    """`options` of tests as `DistMuon` and `plan` take them: those of the two policies sorted into `Sharding` and
+    `Precision` (dtypes under names that say so, for `momentum` is a hyperparameter, too)."""
+    found = dict(options)
+    sharding = {f.name: found.pop(f.name) for f in fields(distmuon.Sharding) if f.name in found}
+    precision = {field: found.pop(name) for name, field in _PRECISION.items() if name in found}
+    precision = {field: value for field, value in precision.items() if value is not None}
+    return {**found, "sharding": distmuon.Sharding(**sharding), "precision": distmuon.Precision(**precision)}
 
 
 def make(group: dist.ProcessGroup | None, model: nn.Module | None = None, **options: Any) -> tuple[Any, Any]:
     """(model, optimizer); options over those of the exact comparison."""
     model = Standing() if model is None else model
-    given = policies(**{"routes": routes(), **EXACT, **options})
-    return model, distmuon.DistMuon(model, process_group=group, **given)
+    given = {"routes": routes(), **EXACT, **options}
+    return model, distmuon.DistMuon(model, process_group=group, **policies(**given))
 
 
 def backward(model: nn.Module, optimizer: Any, micro_batches: Sequence[Batch]) -> None:

@@ -1,1 +1,1 @@
-"""Save, load and find checkpoints: DCP's files in full-parameter coordinates, which load at any number of ranks."""
+"""Save, load and find checkpoints: DCP's files in full-parameter coordinates, for any number of ranks."""

@@ -35,7 +35,7 @@ _LOG = logging.getLogger("distmuon")
 def check_given(model: object, optimizer: object) -> None:
     """Raise for a model or an optimizer that is none of ours."""
     held = {id(param) for param in model.parameters()} if isinstance(model, nn.Module) else set()
-    params = getattr(optimizer, "_params", None) if hasattr(optimizer, "at_rest") else None
+    params = getattr(optimizer, "_params", None) if hasattr(optimizer, "quiesced") else None
     if params is None:
         raise problem("optimizer", f"a {type(optimizer).__name__}", "a DistMuon is needed", "pass the one that trains")
     if not held.issuperset(map(id, params)):

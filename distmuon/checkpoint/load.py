@@ -38,7 +38,7 @@ from distmuon.optimizer import DistMuon
 from distmuon.options import one_of
 from distmuon.state_dict import load_groups, rerouted
 from distmuon.step import initial_values as holdings
-from distmuon.step.param_gather import ParamGather
+from distmuon.step.engine import Engine
 
 _LOG = logging.getLogger("distmuon")
 _SAME = "make model and optimizer as they were for the save"
@@ -106,9 +106,9 @@ def load_checkpoint(
         check_path(path, new=False)
 
     together(optimizer.group, check)
-    group, gather = optimizer.group, optimizer.at_rest(to_write=True)
-    others = together(group, lambda: others_of(model, gather.buffers.params))
-    load = _Load(model, optimizer, gather, others, scheduler, on_route_change)
+    group, engine = optimizer.group, optimizer.quiesced(to_write=True)
+    others = together(group, lambda: others_of(model, engine.storage.params))
+    load = _Load(model, optimizer, engine, others, scheduler, on_route_change)
     root, looking = Path(path), snapshot.Looking(Path(path))
     while True:
         found: Path | None = None
@@ -126,27 +126,27 @@ class _Load:
     """A load into one model and optimizer; `take` may be called again after one that failed."""
 
     def __init__(
-        self, model: nn.Module, optimizer: DistMuon, gather: ParamGather, others: Others, scheduler: Any, on_change: str
+        self, model: nn.Module, optimizer: DistMuon, engine: Engine, others: Others, scheduler: Any, on_change: str
     ) -> None:
-        self._model, self._optimizer, self._gather = model, optimizer, gather
+        self._model, self._optimizer, self._engine = model, optimizer, engine
         self._others, self._scheduler, self._on_change = others, scheduler, on_change
-        self._group, self._buffers = optimizer.group, gather.buffers
+        self._group, self._storage = optimizer.group, engine.storage
 
     def take(self, found: Path, skipped: Sequence[str]) -> Loaded:
         """Check and load the checkpoint at `found`. Collective."""
         read = together(self._group, lambda: self._check(found))
         self._try_extra_states(read)
         together(self._group, lambda: self._write(read))
-        self._gather.publish()
+        self._engine.gather_all()
         held = {name for name in read.reader.unlike() if read.same}
         _verify(self._model, self._optimizer, leaving_out=held)
         if read.same:
-            restore_rng(read.own["rng"], self._buffers.device)
+            restore_rng(read.own["rng"], self._storage.device)
         return Loaded(found, read.dp_size, read.own["extra"], read.same, tuple(skipped))
 
     def _check(self, found: Path) -> _Read:
         """Read everything once; raise for whatever does not fit. Changes nothing."""
-        optimizer, buffers, group, scheduler = self._optimizer, self._buffers, self._group, self._scheduler
+        optimizer, storage, group, scheduler = self._optimizer, self._storage, self._group, self._scheduler
         manifest = read_manifest(found)
         reader = sharded.Reader(found, manifest)
         same = manifest.dp_size == group.dp_size
@@ -155,10 +155,10 @@ class _Load:
         shared, own = unpacked(shared_file, "param_groups", "scheduler"), unpacked(file, "extra", "rng")
         read = _Read(found, manifest.dp_size, same, rank, reader, set(), shared, own, {})
         self._check_states(read)
-        changed = _changed_routes(manifest, reader.others(rank), buffers.layout.specs, self._others, self._on_change)
-        fresh = {spec.fqn for spec in buffers.layout.specs if spec.fqn in changed}
+        changed = _changed_routes(manifest, reader.others(rank), storage.layout.specs, self._others, self._on_change)
+        fresh = {spec.fqn for spec in storage.layout.specs if spec.fqn in changed}
         read.fresh.update(fresh)
-        missing = sharded.missing_from(reader, buffers, fresh, self._others.plain, rank)
+        missing = sharded.missing_from(reader, storage, fresh, self._others.plain, rank)
         if missing:
             raise problem(
                 names(missing), f"{len(missing)} tensors do not fit", "the model of the save is needed", _SAME
@@ -175,9 +175,9 @@ class _Load:
         if scheduler is not None:
             _try(shared_file, scheduler.load_state_dict, shared["scheduler"], deepcopy(scheduler.state_dict()))
         if same:
-            _try(file, lambda states: restore_rng(states, buffers.device), own["rng"], rng_states(buffers.device))
-        for bucket in buffers.buckets:
-            sharded.read_bucket(reader, buffers, bucket, fresh)
+            _try(file, lambda states: restore_rng(states, storage.device), own["rng"], rng_states(storage.device))
+        for bucket in storage.buckets:
+            sharded.read_bucket(reader, storage, bucket, fresh)
         for fqn, tensor in self._others.plain.items():
             _check_fits(fqn, tensor, sharded.read_other(reader, fqn, tensor, rank))
         return read
@@ -237,9 +237,9 @@ class _Load:
 
     @torch.no_grad()
     def _write(self, read: _Read) -> None:
-        optimizer, buffers, scheduler = self._optimizer, self._buffers, self._scheduler
-        for bucket in buffers.buckets:
-            for piece, key, value in sharded.read_bucket(read.reader, buffers, bucket, read.fresh):
+        optimizer, storage, scheduler = self._optimizer, self._storage, self._scheduler
+        for bucket in storage.buckets:
+            for piece, key, value in sharded.read_bucket(read.reader, storage, bucket, read.fresh):
                 sharded.write_value(bucket, piece, key, value)
         for fqn, tensor in self._others.plain.items():
             write_other(tensor, sharded.read_other(read.reader, fqn, tensor, read.rank))
@@ -263,7 +263,7 @@ def verify_parameters(model: nn.Module, optimizer: DistMuon) -> None:
     """
     check_given(model, optimizer)
     optimizer.group.begin("verify_parameters")
-    optimizer.at_rest()
+    optimizer.quiesced()
     _verify(model, optimizer)
 
 

@@ -161,17 +161,18 @@ def save_checkpoint(
     check_given(model, optimizer)
     optimizer.group.begin("save_checkpoint")
     together(optimizer.group, lambda: _check_arguments(path, keep_last, asynchronous))
-    final, group, buffers = Path(path), optimizer.group, optimizer.at_rest().buffers
+    final, group = Path(path), optimizer.group
+    storage = optimizer.quiesced().storage
     finish_saves(optimizer)
     rank, number = group.dp_rank, group.gather_objects(uuid4().hex[:8], stage="checkpoint")[0]
 
-    others, states, facts = together(group, lambda: _beside_trained(model, buffers.params, rank))
+    others, states, facts = together(group, lambda: _beside_trained(model, storage.params, rank))
     shared, alike = compare(group.gather_objects(facts, stage="checkpoint"))
 
     def pack() -> dict[str, bytes]:
         of_all = {fqn: state for fqn, state in states.items() if fqn in shared}
         own = {fqn: s for fqn, s in states.items() if fqn not in alike and (rank > 0 or fqn not in shared)}
-        small = {own_file(rank): packed(extra=extra, rng=rng_states(buffers.device), modules=own)}
+        small = {own_file(rank): packed(extra=extra, rng=rng_states(storage.device), modules=own)}
         if rank == 0:
             groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
             state = None if scheduler is None else scheduler.state_dict()
@@ -183,8 +184,8 @@ def save_checkpoint(
     saving.all_do(lambda: snapshot.begin(final, number) if rank == 0 else None)
     saving.all_do(lambda: snapshot.check_shared(final, number))
     aside = snapshot.aside_of(final, number)
-    parts: Iterable[sharded.Part] = sharded.parts_of(buffers, others.plain, group.dp_size, shared, alike)
-    trained = {s.fqn: {"shape": s.shape, "dtype": str(s.dtype), "rule": s.rule} for s in buffers.layout.specs}
+    parts: Iterable[sharded.Part] = sharded.parts_of(storage, others.plain, group.dp_size, shared, alike)
+    trained = {s.fqn: {"shape": s.shape, "dtype": str(s.dtype), "rule": s.rule} for s in storage.layout.specs}
     manifest = Manifest(FORMAT, group.dp_size, versions(), repr(optimizer.options), trained, {})
     if not asynchronous:
         saving.all_do(lambda: _write_part(aside, rank, parts, small))
@@ -214,7 +215,7 @@ def save_checkpoint(
 def finish_saves(optimizer: DistMuon) -> None:
     """Wait for what is being written behind, and raise its error. Collective."""
     if (saving := _saves.pop(optimizer, None)) is not None:
-        optimizer.at_rest()  # a rank that has begun to reduce may wait for the others in its backward
+        optimizer.quiesced()  # a rank that has begun to reduce may wait for the others in its backward
         saving.wait()
 
 

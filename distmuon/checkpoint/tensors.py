@@ -57,7 +57,7 @@ from distmuon.checkpoint.manifest import (
 )
 from distmuon.layout.boxes import MAX_DIMS, Box, boxes, make_up, ranges_of
 from distmuon.layout.routing import ParamSpec
-from distmuon.step.storage import BucketBuffers, Buffers, ShardPiece
+from distmuon.step.storage import FlatStorage, ShardPiece, Storage
 
 Others = Mapping[str, Tensor]
 
@@ -65,22 +65,22 @@ Others = Mapping[str, Tensor]
 # ------------------------------------------------------------------------- the two doors to a piece's state
 
 
-def keys_of(bucket: BucketBuffers, piece: ShardPiece) -> tuple[str, ...]:
+def keys_of(bucket: FlatStorage, piece: ShardPiece) -> tuple[str, ...]:
     """What is saved of a piece beside the parameter itself."""
     kept = [key for key in piece.state if key != "momentum_scale"]
     return ("master", *kept) if bucket.has_master else tuple(kept)
 
 
-def read_value(bucket: BucketBuffers, piece: ShardPiece, key: str) -> Tensor:
+def read_value(bucket: FlatStorage, piece: ShardPiece, key: str) -> Tensor:
     """The logical value of `key`, (length,) or for "step" 0-d, in the dtype in which it is saved. May be a view."""
     if key == "param":
         return piece.cut(bucket.param_shard)
     if key == "momentum_buffer":
-        return piece.momentum()
+        return bucket.momentum.decode(piece.state)
     return bucket.master_of(piece) if key == "master" else piece.state[key]
 
 
-def write_value(bucket: BucketBuffers, piece: ShardPiece, key: str, value: Tensor) -> None:
+def write_value(bucket: FlatStorage, piece: ShardPiece, key: str, value: Tensor) -> None:
     """Take over the logical value of `key`, of the shape that `read_value` gives, any dtype and device.
 
     "master" is always given; the parameter follows, on other ranks when the bucket is gathered.
@@ -90,7 +90,7 @@ def write_value(bucket: BucketBuffers, piece: ShardPiece, key: str, value: Tenso
         return
     encoded = {key: value}
     if key == "momentum_buffer":
-        encoded = piece.encoded(value.to(piece.state[key].device, torch.float32))
+        encoded = bucket.momentum.encode(value.to(piece.state[key].device, torch.float32))
     for name, stored in encoded.items():
         piece.state[name].copy_(stored)
 
@@ -118,7 +118,7 @@ class Part:
 
 
 def parts_of(
-    buffers: Buffers, others: Others, dp_size: int, shared: Sequence[str], alike: Collection[str]
+    storage: Storage, others: Others, dp_size: int, shared: Sequence[str], alike: Collection[str]
 ) -> Iterator[Part]:
     """What this rank saves: its pieces of the trainable parameters and their state, its share of those of `others` that
     are `alike` on all ranks, and all of those that are not.
@@ -126,9 +126,9 @@ def parts_of(
     `shared`: what all ranks hold, alike or not, in the same order everywhere. Of what is not alike rank 0's goes by the
     plain name, which loads at any number of ranks.
     """
-    for bucket in buffers.buckets:
+    for bucket in storage.buckets:
         for piece in bucket.muon + bucket.adamw:
-            spec, start = buffers.layout.specs[piece.segment.param], piece.segment.param_offset
+            spec, start = storage.layout.specs[piece.segment.param], piece.segment.param_offset
             yield Part(("model", spec.fqn), spec.shape, start, _reader(bucket, piece, "param"))
             for key in keys_of(bucket, piece):
                 name = ("optimizer", "state", spec.fqn, key)
@@ -136,12 +136,12 @@ def parts_of(
                     yield Part(name, spec.shape, start, _reader(bucket, piece, key))
                 elif start == 0:
                     yield Part(name, (), 0, _reader(bucket, piece, key))
-    dealt = [fqn for fqn in shared if fqn in alike][buffers.dp_rank :: dp_size]
+    dealt = [fqn for fqn in shared if fqn in alike][storage.dp_rank :: dp_size]
     for fqn, tensor in others.items():
-        if fqn in dealt or (buffers.dp_rank == 0 and fqn in shared and fqn not in alike):
+        if fqn in dealt or (storage.dp_rank == 0 and fqn in shared and fqn not in alike):
             yield Part(("model", fqn), tuple(tensor.shape), 0, _resolver(tensor))
         elif fqn not in alike:
-            yield Part(("rank", str(buffers.dp_rank), fqn), tuple(tensor.shape), 0, _resolver(tensor))
+            yield Part(("rank", str(storage.dp_rank), fqn), tuple(tensor.shape), 0, _resolver(tensor))
 
 
 def _resolver(tensor: Tensor) -> Callable[[], Tensor]:
@@ -149,7 +149,7 @@ def _resolver(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor.detach().resolve_conj().resolve_neg()
 
 
-def _reader(bucket: BucketBuffers, piece: ShardPiece, key: str) -> Callable[[], Tensor]:
+def _reader(bucket: FlatStorage, piece: ShardPiece, key: str) -> Callable[[], Tensor]:
     return lambda: read_value(bucket, piece, key)
 
 
@@ -308,7 +308,7 @@ class Reader:
         return name if name in self.tensors else f"model.{fqn}"
 
     def others(self, rank: int) -> set[str]:
-        """The fqns of all that `rank` held: parameters and module buffers."""
+        """The fqns of all that `rank` held: parameters and module storage."""
         own = (name.removeprefix(f"rank.{rank}.") for name in self.tensors if name.startswith(f"rank.{rank}."))
         return {*own, *(name.removeprefix("model.") for name in self.tensors if name.startswith("model."))}
 
@@ -350,12 +350,12 @@ def _table(path: Path, manifest: Manifest) -> dict[str, Any]:
         raise not_understood(path, error) from error
 
 
-def missing_from(reader: Reader, buffers: Buffers, fresh: set[str], others: Others, rank: int) -> list[str]:
+def missing_from(reader: Reader, storage: Storage, fresh: set[str], others: Others, rank: int) -> list[str]:
     """What loading would need and not find: "name: what was found", one line a tensor. Reads no data."""
     needed = {reader.other(fqn, rank): tuple(tensor.shape) for fqn, tensor in others.items()}
-    for bucket in buffers.buckets:
+    for bucket in storage.buckets:
         for piece in bucket.muon + bucket.adamw:
-            spec = buffers.layout.specs[piece.segment.param]
+            spec = storage.layout.specs[piece.segment.param]
             needed[reader.master(spec.fqn)] = spec.shape
             for key in keys_of(bucket, piece):
                 if key != "master" and not _starts_anew(reader, spec, key, fresh):
@@ -371,12 +371,12 @@ def _starts_anew(reader: Reader, spec: ParamSpec, key: str, fresh: set[str]) -> 
 
 
 def read_bucket(
-    reader: Reader, buffers: Buffers, bucket: BucketBuffers, fresh: set[str]
+    reader: Reader, storage: Storage, bucket: FlatStorage, fresh: set[str]
 ) -> list[tuple[ShardPiece, str, Tensor]]:
     """What `write_value` shall write: masters and state of this rank's pieces, zeros for state of the `fresh`."""
     values: list[tuple[ShardPiece, str, Tensor]] = []
     for piece in bucket.muon + bucket.adamw:
-        spec, start = buffers.layout.specs[piece.segment.param], piece.segment.param_offset
+        spec, start = storage.layout.specs[piece.segment.param], piece.segment.param_offset
         for key in dict.fromkeys(("master", *keys_of(bucket, piece))):
             if key != "master" and _starts_anew(reader, spec, key, fresh):
                 values.append((piece, key, torch.zeros_like(read_value(bucket, piece, key))))

@@ -116,7 +116,7 @@ class DataParallelGroup:
     """The data-parallel group: `dp_rank`, `dp_size` and the collectives, counted through `count(stage, bytes)`.
 
     `process_group=None` means the default group, or one rank where torch.distributed is not initialised. Every verb
-    takes its `stage`, and what moves buckets also which (`about`): for the counters, and for the error when it fails.
+    takes its `stage`, and what moves buckets also which (`label`): for the counters, and for the error when it fails.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None, count: Count) -> None:
@@ -166,9 +166,9 @@ class DataParallelGroup:
                 "make both with torch.distributed.new_group(ranks)",
             )
 
-    def _lost(self, stage: str, about: str) -> Callable[[RuntimeError], LostRanks]:
+    def _lost(self, stage: str, label: str) -> Callable[[RuntimeError], LostRanks]:
         """What to raise if the collective that starts now fails; see lost_ranks.py, [Note: roll call]."""
-        return partial(self.lost, Place(stage, about, self.step))
+        return partial(self.lost, Place(stage, label, self.step))
 
     def take_number(self) -> None:
         """Number the optimizer among those built on this group, and raise unless all ranks build the same one.
@@ -232,16 +232,16 @@ class DataParallelGroup:
         works: tuple[dist.Work, ...],
         holds: tuple[Tensor, ...],
         stage: str,
-        about: str,
+        label: str,
         then: Callable[[], None] | None = None,
     ) -> Pending:
         """The collective that starts now. On NCCL the host does not stand in `wait`, so it leaves no word there."""
         self._optimizers.started += 1
         if not self._gloo or not self.leaves_word:
-            return Pending(result, works, holds, then, self._lost(stage, about))
-        place = Place(stage, about, self.step)
+            return Pending(result, works, holds, then, self._lost(stage, label))
+        place = Place(stage, label, self.step)
         await_work = partial(self._wait, place, self._optimizers.started)
-        return Pending(result, works, holds, then, self._lost(stage, about), await_work)
+        return Pending(result, works, holds, then, self._lost(stage, label), await_work)
 
     def _wait(self, place: Place, number: int, work: dist.Work) -> None:
         """Wait for `work`; where that takes long, with word to those who wait elsewhere for this rank."""
@@ -260,7 +260,7 @@ class DataParallelGroup:
         except RuntimeError as error:
             raise self._lost(stage, "")(error) from error
 
-    def start_reduce_scatter(self, output: Tensor, input: Tensor, *, stage: str, about: str = "") -> Pending:
+    def start_reduce_scatter(self, output: Tensor, input: Tensor, *, stage: str, label: str = "") -> Pending:
         """Mean over ranks of `input` (dp_size * n,), this rank's slice of it into `output` (n,), float32.
 
         `output` may be the slice of `input` that it replaces. `input` must not change before `wait`. What travels in
@@ -273,7 +273,7 @@ class DataParallelGroup:
             work = dist.reduce_scatter_single(
                 output, input, op=dist.ReduceOp.AVG, group=self.process_group, async_op=True
             )
-            return self._pending(output, (work,), (input,), stage, about)
+            return self._pending(output, (work,), (input,), stage, label)
         received = torch.empty_like(input)
         work = dist.all_to_all_single(received, input, group=self.process_group, async_op=True)
 
@@ -286,9 +286,9 @@ class DataParallelGroup:
                 output.add_(other)
             output.div_(self.dp_size)
 
-        return self._pending(output, (work,), (input, received), stage, about, sum_in_rank_order)
+        return self._pending(output, (work,), (input, received), stage, label, sum_in_rank_order)
 
-    def start_all_gather(self, output: Tensor, input: Tensor, *, stage: str, about: str = "") -> Pending:
+    def start_all_gather(self, output: Tensor, input: Tensor, *, stage: str, label: str = "") -> Pending:
         """`input` (n,) of every rank, in rank order, into `output` (dp_size * n,). `input` may be its own slice."""
         if self.dp_size == 1:
             return Pending(output.copy_(input) if output.data_ptr() != input.data_ptr() else output)
@@ -297,7 +297,7 @@ class DataParallelGroup:
             works = self._broadcast_all(output, input)
         else:
             works = (dist.all_gather_single(output, input, group=self.process_group, async_op=True),)
-        return self._pending(output, works, (input,), stage, about)
+        return self._pending(output, works, (input,), stage, label)
 
     def _broadcast_all(self, output: Tensor, input: Tensor) -> tuple[dist.Work, ...]:
         """See [Note: all-gather on gloo]."""
@@ -315,7 +315,7 @@ class DataParallelGroup:
         send_counts: list[int],
         *,
         stage: str,
-        about: str = "",
+        label: str = "",
     ) -> Pending:
         """Uneven exchange of 1-D tensors: `send_counts[r]` elements of `input` go to rank r, in rank order."""
         if self.dp_size == 1:
@@ -325,7 +325,7 @@ class DataParallelGroup:
         work = dist.all_to_all_single(
             output, input, receive_counts, send_counts, group=self.process_group, async_op=True
         )
-        return self._pending(output, (work,), (input,), stage, about)
+        return self._pending(output, (work,), (input,), stage, label)
 
     def start_all_reduce(self, tensor: Tensor, *, stage: str) -> Pending:
         """Sum over ranks, in place. For a few numbers: counted as a ring's 2*(dp_size-1)/dp_size."""

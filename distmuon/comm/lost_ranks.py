@@ -49,11 +49,11 @@ class Place:
     """Where a rank stands: the stage, what it is about (a bucket and its first parameters), the step."""
 
     stage: str
-    about: str
+    label: str
     step: int
 
     def __str__(self) -> str:
-        return f"{self.stage}{self.about and ' of '}{self.about}, step {self.step}"
+        return f"{self.stage}{self.label and ' of '}{self.label}, step {self.step}"
 
 
 @dataclass(frozen=True, slots=True)

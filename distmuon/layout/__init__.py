@@ -1,1 +1,1 @@
-"""Which rule updates a parameter and where each of its elements lies: integers only, no tensors and no ranks."""
+"""Which rule updates a parameter, and where each of its elements lies. Integers only: no tensor, no process group."""

@@ -17,7 +17,7 @@ from operator import attrgetter
 import torch
 
 from distmuon.layout.packing import Item, Loads, Piece, pack_balanced, pack_evenly
-from distmuon.layout.routing import Matrix, ParamSpec
+from distmuon.layout.routing import ParamSpec, Unit
 from distmuon.options import Packing, Placement
 
 _MIN_BUCKET_ELEMENTS = 8 << 20
@@ -29,7 +29,7 @@ _PARTS = (16, 14, 12, 11, 10, 9, 8.5, 8, 7.5, 7, 6.5, 6, 5.5, 5, 4.5)  # bucket 
 class Segment:
     """`length` elements of parameter `param` from `param_offset` on lie on `rank`, at `shard_offset` of its shard.
 
-    A segment of a Muon parameter lies inside one unit (`Matrix`).
+    A segment of a Muon parameter lies inside one unit (`Unit`).
     """
 
     param: int
@@ -40,7 +40,7 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
+class BucketSpec:
     """What one reduce-scatter and one all-gather move: `dp_size` shards of `shard_size` elements of one dtype."""
 
     index: int
@@ -51,12 +51,12 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedMatrix:
+class PlacedUnit:
     """A unit, its pieces, and the ranks that orthogonalize it: the owner alone, or every holder (`replicated`)."""
 
     index: int
     param: int
-    matrix: Matrix
+    unit: Unit
     bucket: int
     pieces: tuple[Segment, ...]
     workers: tuple[int, ...]
@@ -72,8 +72,8 @@ class Layout:
 
     dp_size: int
     specs: tuple[ParamSpec, ...]
-    buckets: tuple[Bucket, ...]
-    matrices: tuple[PlacedMatrix, ...]
+    buckets: tuple[BucketSpec, ...]
+    matrices: tuple[PlacedUnit, ...]
 
     @cached_property
     def segments_of(self) -> tuple[tuple[Segment, ...], ...]:
@@ -90,7 +90,7 @@ class Layout:
         where = {param: bucket.index for bucket in self.buckets for param in bucket.params}
         return tuple(where[i] for i in range(len(self.specs)))
 
-    def unit_of(self, segment: Segment) -> Matrix:
+    def unit_of(self, segment: Segment) -> Unit:
         """The unit that a Muon parameter's segment lies in."""
         spec = self.specs[segment.param]
         return spec.matrices[_unit_at(spec, segment)]
@@ -109,7 +109,7 @@ class Layout:
         """Whether `param` is no view of its flat buffer: it must stay where it is, or lies in several pieces."""
         return self.specs[param].stays or self.contiguous_start(param) is None
 
-    def message_bytes(self, bucket: Bucket, itemsize: int) -> int:
+    def message_bytes(self, bucket: BucketSpec, itemsize: int) -> int:
         """What each rank sends of `bucket` where updates travel: `itemsize` bytes a Muon element, 4 an AdamW element.
 
         AdamW's come first, up to a multiple of 8; all ranks send as much as the fullest, a multiple of 16.
@@ -146,7 +146,7 @@ class Layout:
         loads = [0] * self.dp_size
         for placed in self.matrices:
             for worker in placed.workers:
-                loads[worker] += ns_cost(placed.matrix)
+                loads[worker] += ns_cost(placed.unit)
         return imbalance(loads)
 
     def fingerprint(self) -> str:
@@ -161,10 +161,10 @@ def imbalance(loads: Sequence[int]) -> float:
     return max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0
 
 
-def ns_cost(matrix: Matrix) -> int:
+def ns_cost(unit: Unit) -> int:
     """FLOPs of one Newton-Schulz step, 4*k*k*l + 2*k**3 with short side k, summed over the logical matrices."""
     cost = 0
-    for m, n in matrix.logical_shapes:
+    for m, n in unit.logical_shapes:
         k, long = min(m, n), max(m, n)
         cost += 4 * k * k * long + 2 * k**3
     return cost
@@ -205,7 +205,7 @@ def _cut(
     for index, params in enumerate(params_of):
         shard_size, shards = _pack(specs, params, dp_size, packing, loads)
         segments = tuple(_split_at_units(specs, shards))
-        buckets.append(Bucket(index, specs[params[0]].dtype, tuple(params), shard_size, segments))
+        buckets.append(BucketSpec(index, specs[params[0]].dtype, tuple(params), shard_size, segments))
     return Layout(dp_size, tuple(specs), tuple(buckets), _place(specs, buckets, placement, dp_size))
 
 
@@ -217,7 +217,7 @@ def _regret(layout: Layout) -> float:
     busy: list[dict[int, int]] = [{} for _ in layout.buckets]  # by bucket and rank, elements sent and received
     for placed in layout.matrices:
         for worker in placed.workers:
-            cost[worker] += ns_cost(placed.matrix)
+            cost[worker] += ns_cost(placed.unit)
         owner, of_bucket = placed.workers[0], busy[placed.bucket]
         for piece in placed.pieces:
             if piece.rank != owner:  # there and back
@@ -288,8 +288,8 @@ def _split_at_units(specs: Sequence[ParamSpec], shards: list[list[Piece]]) -> It
 
 
 def _place(
-    specs: Sequence[ParamSpec], buckets: Sequence[Bucket], placement: Placement, dp_size: int
-) -> tuple[PlacedMatrix, ...]:
+    specs: Sequence[ParamSpec], buckets: Sequence[BucketSpec], placement: Placement, dp_size: int
+) -> tuple[PlacedUnit, ...]:
     """Give every unit its workers. A straddler goes, dearest first, to its least loaded holder."""
     pieces_of: dict[tuple[int, int], list[Segment]] = {}
     for bucket in buckets:
@@ -321,7 +321,7 @@ def _place(
                 heappush(queue, (load[owner], owner))
                 workers[index] = (owner,)
     return tuple(
-        PlacedMatrix(
+        PlacedUnit(
             index,
             param,
             specs[param].matrices[unit],

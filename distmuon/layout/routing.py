@@ -37,7 +37,7 @@ _SMALL = 256  # elements; Newton-Schulz has nothing to balance in a smaller matr
 
 
 @dataclass(frozen=True, slots=True)
-class Matrix:
+class Unit:
     """A unit that travels whole: `rows` x `columns` elements from `offset` on in its parameter."""
 
     offset: int
@@ -63,7 +63,7 @@ class ParamSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     rule: Rule
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[Unit, ...]
     reason: str
     options: tuple[tuple[str, object], ...] = ()
     stays: bool = False  # in its own memory, see [Note: parameters that stay] in memory.py
@@ -390,7 +390,7 @@ def _patterns(
     return found
 
 
-def _matrices(fqn: str, shape: tuple[int, ...], chosen: Route, is_conv: bool) -> tuple[Matrix, ...]:
+def _matrices(fqn: str, shape: tuple[int, ...], chosen: Route, is_conv: bool) -> tuple[Unit, ...]:
     """Cut a Muon parameter into units, see [Note: logical matrices]."""
     if len(shape) < 2 or 0 in shape:
         needed = "a matrix is needed (2 dimensions or more)"
@@ -417,6 +417,6 @@ def _matrices(fqn: str, shape: tuple[int, ...], chosen: Route, is_conv: bool) ->
     matrices, offset = [], 0
     for _ in range(prod(shape[:-2])):
         for height in heights:
-            matrices.append(Matrix(offset, height, columns, column_split))
+            matrices.append(Unit(offset, height, columns, column_split))
             offset += height * columns
     return tuple(matrices)

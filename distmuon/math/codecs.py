@@ -19,7 +19,8 @@ one remainder too many for 16 bits; the two roundings differ for one master in 2
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -125,3 +126,199 @@ def join(parameter: Tensor, remainder: Tensor) -> Tensor:
         parameter == 0, remainder.clamp(min=0), remainder
     )  # below the bits of 0 there are only NaNs
     return ((parameter.view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)
+
+
+class MomentumCodec(Protocol):
+    """The format in which Muon's momentum is kept, in the entries of one piece's state."""
+
+    keys: tuple[str, ...]
+    """What state dicts hold; scales of blocks are not among them."""
+    decoded: torch.dtype
+    """Of what `decode` returns."""
+    in_place: bool
+    """The buffer is float32 itself, so that a step may compute the new momentum in it."""
+
+    def entries(self, length: int) -> dict[str, tuple[int, torch.dtype]]:
+        """By key, (elements, dtype) of what `length` elements of momentum take; ``step`` is beside them."""
+
+    def decode(self, state: Mapping[str, Tensor]) -> Tensor:
+        """(n,) in a floating-point dtype, as it is kept where it has one."""
+
+    def encode(self, momentum: Tensor) -> dict[str, Tensor]:
+        """(n,) float32, loaded or written by a user, as entries of a state: the nearest numbers."""
+
+    def encode_step(self, momentum: Tensor, start: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(n,) float32, computed by a step, as entries of a state: right on average, see [Note: dither].
+
+        `start`: the position of the first element in its parameter.
+        """
+
+    def bytes(self, length: int) -> int:
+        """Bytes that `length` elements take, ``step`` left out."""
+
+
+class Float32Momentum:
+    keys: tuple[str, ...] = ("momentum_buffer",)
+    decoded = torch.float32
+    in_place = True
+
+    def entries(self, length: int) -> dict[str, tuple[int, torch.dtype]]:
+        return {"momentum_buffer": (length, torch.float32)}
+
+    def decode(self, state: Mapping[str, Tensor]) -> Tensor:
+        return state["momentum_buffer"]
+
+    def encode(self, momentum: Tensor) -> dict[str, Tensor]:
+        return {"momentum_buffer": momentum}
+
+    def encode_step(self, momentum: Tensor, start: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"momentum_buffer": momentum}
+
+    def bytes(self, length: int) -> int:
+        return 4 * length
+
+
+class Bfloat16Momentum:
+    keys: tuple[str, ...] = ("momentum_buffer", "step")
+    decoded = torch.bfloat16
+    in_place = False
+
+    def entries(self, length: int) -> dict[str, tuple[int, torch.dtype]]:
+        return {"momentum_buffer": (length, torch.bfloat16)}
+
+    def decode(self, state: Mapping[str, Tensor]) -> Tensor:
+        return state["momentum_buffer"]
+
+    def encode(self, momentum: Tensor) -> dict[str, Tensor]:
+        return {"momentum_buffer": momentum}
+
+    def encode_step(self, momentum: Tensor, start: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        step = state["step"]
+        return {"momentum_buffer": bfloat16_dithered(momentum, start, step), "step": step + 1}
+
+    def bytes(self, length: int) -> int:
+        return 2 * length
+
+
+class Int8Momentum:
+    keys: tuple[str, ...] = ("momentum_buffer", "step")
+    decoded = torch.float32
+    in_place = False
+
+    def entries(self, length: int) -> dict[str, tuple[int, torch.dtype]]:
+        return {"momentum_buffer": (length, torch.int8), "momentum_scale": (num_blocks(length), torch.float32)}
+
+    def decode(self, state: Mapping[str, Tensor]) -> Tensor:
+        return dequantize(state["momentum_buffer"], state["momentum_scale"])
+
+    def encode(self, momentum: Tensor) -> dict[str, Tensor]:
+        codes, scales = quantize(momentum)
+        return {"momentum_buffer": codes, "momentum_scale": scales}
+
+    def encode_step(self, momentum: Tensor, start: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        step = state["step"]
+        codes, scales = quantize_dithered(momentum, start, step)
+        return {"momentum_buffer": codes, "momentum_scale": scales, "step": step + 1}
+
+    def bytes(self, length: int) -> int:
+        return length + 4 * num_blocks(length)
+
+
+def momentum_codec(dtype: torch.dtype) -> MomentumCodec:
+    """The codec of `Precision.momentum`."""
+    codecs: dict[torch.dtype, MomentumCodec] = {
+        torch.float32: Float32Momentum(),
+        torch.bfloat16: Bfloat16Momentum(),
+        torch.int8: Int8Momentum(),
+    }
+    return codecs[dtype]
+
+
+class MasterCodec(Protocol):
+    """What is kept beside a parameter to make its float32 master. All tensors of a call have one shape."""
+
+    bytes_per_element: int
+
+    def make(self, param: Tensor) -> Tensor | None:
+        """What to keep for a fresh parameter; None: nothing."""
+
+    def decode(self, param: Tensor, kept: Tensor | None) -> Tensor:
+        """The master, float32: the memory where it is kept as such, else new memory."""
+
+    def encode(self, master: Tensor, param: Tensor, kept: Tensor | None) -> None:
+        """Write `master` (any dtype and device): the parameter rounded from it, and what is kept."""
+
+    def absorb(self, param: Tensor, kept: Tensor | None) -> None:
+        """Take over into the master the elements of `param` that somebody else has written."""
+
+
+class OwnMaster:
+    """A float32 parameter is its own master."""
+
+    bytes_per_element = 0
+
+    def make(self, param: Tensor) -> Tensor | None:
+        return None
+
+    def decode(self, param: Tensor, kept: Tensor | None) -> Tensor:
+        return param
+
+    def encode(self, master: Tensor, param: Tensor, kept: Tensor | None) -> None:
+        if master is not param:
+            param.copy_(master)
+
+    def absorb(self, param: Tensor, kept: Tensor | None) -> None:
+        """The parameter is the master."""
+
+
+class Float32Master:
+    """A float32 master beside a 16-bit parameter."""
+
+    bytes_per_element = 4
+
+    def make(self, param: Tensor) -> Tensor | None:
+        return param.float()
+
+    def decode(self, param: Tensor, kept: Tensor | None) -> Tensor:
+        assert kept is not None
+        return kept
+
+    def encode(self, master: Tensor, param: Tensor, kept: Tensor | None) -> None:
+        assert kept is not None
+        if master is not kept:
+            kept.copy_(master)
+        param.copy_(kept)
+
+    def absorb(self, param: Tensor, kept: Tensor | None) -> None:
+        """An element that differs from what the master rounds to was written; any other keeps its full precision."""
+        assert kept is not None
+        torch.where(param == kept.to(param.dtype), kept, param.to(kept.dtype), out=kept)
+
+
+class RemainderMaster:
+    """The 16 bits that a bfloat16 parameter lacks; see [Note: remainder]."""
+
+    bytes_per_element = 2
+
+    def make(self, param: Tensor) -> Tensor | None:
+        return torch.zeros_like(param, dtype=torch.int16)
+
+    def decode(self, param: Tensor, kept: Tensor | None) -> Tensor:
+        assert kept is not None
+        return join(param, kept)
+
+    def encode(self, master: Tensor, param: Tensor, kept: Tensor | None) -> None:
+        assert kept is not None
+        parameters, remainder = split(master.to(kept.device, torch.float32))
+        kept.copy_(remainder)
+        param.copy_(parameters)
+
+    def absorb(self, param: Tensor, kept: Tensor | None) -> None:
+        """What was written and the remainder make a master that rounds to it."""
+
+
+def master_codec(param_dtype: torch.dtype, master: str) -> MasterCodec:
+    """The codec of `Precision.master` for a parameter of `param_dtype`."""
+    if param_dtype == torch.float32:
+        return OwnMaster()
+    return RemainderMaster() if master == "remainder" and param_dtype == torch.bfloat16 else Float32Master()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from heapq import heapreplace
 
-from distmuon.layout.layout import Bucket, Layout, PlacedMatrix, Segment
+from distmuon.layout.layout import BucketSpec, Layout, PlacedUnit, Segment
 from distmuon.layout.packing import ALIGNMENT, Item, pack_evenly
 from distmuon.layout.routing import ParamSpec
 
@@ -18,8 +18,8 @@ def whole_matrix_layout(specs: Sequence[ParamSpec], dp_size: int, bucket_mb: flo
     fewest elements so far (largest first), and all shards are padded to the tallest. The rest is cut evenly.
     """
     specs = [part for spec in specs for part in _separate(spec)]
-    buckets: list[Bucket] = []
-    matrices: list[PlacedMatrix] = []
+    buckets: list[BucketSpec] = []
+    matrices: list[PlacedUnit] = []
 
     def close(params: list[int]) -> None:
         index, segments = len(buckets), []
@@ -36,9 +36,9 @@ def whole_matrix_layout(specs: Sequence[ParamSpec], dp_size: int, bucket_mb: flo
                 segments.append(Segment(param, 0, specs[param].numel, rank, height))
                 heapreplace(heights, (height + Item(param, 0, specs[param].numel).blocks * ALIGNMENT, rank))
                 unit = specs[param].matrices[0]
-                matrices.append(PlacedMatrix(len(matrices), param, unit, index, (segments[-1],), (rank,)))
+                matrices.append(PlacedUnit(len(matrices), param, unit, index, (segments[-1],), (rank,)))
             size = max(heights)[0]
-        buckets.append(Bucket(index, specs[params[0]].dtype, tuple(params), size, tuple(segments)))
+        buckets.append(BucketSpec(index, specs[params[0]].dtype, tuple(params), size, tuple(segments)))
 
     for dtype in dict.fromkeys(spec.dtype for spec in specs):
         of_dtype = [p for p in reversed(range(len(specs))) if specs[p].dtype == dtype]

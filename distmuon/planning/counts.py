@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from distmuon.layout.layout import Bucket, Layout, ns_cost
-from distmuon.math.codecs import num_blocks
+from distmuon.layout.layout import BucketSpec, Layout, ns_cost
+from distmuon.math.codecs import master_codec, momentum_codec
 from distmuon.options import Options
 from distmuon.planning.step_time import BucketLoad
 
@@ -115,10 +115,10 @@ def _load(layout: Layout, options: Options) -> list[BucketLoad]:
     for placed in layout.matrices:
         load, workers = loads[placed.bucket], placed.workers
         for worker in workers:
-            load.ns_flops[worker] += ns_cost(placed.matrix)
-            load.ns_matrices[worker] += len(placed.matrix.logical_shapes)
-            load.stacked[worker] += placed.matrix.numel
-            load.gather_in[worker] += placed.matrix.numel
+            load.ns_flops[worker] += ns_cost(placed.unit)
+            load.ns_matrices[worker] += len(placed.unit.logical_shapes)
+            load.stacked[worker] += placed.unit.numel
+            load.gather_in[worker] += placed.unit.numel
         for piece in placed.pieces:
             works = piece.rank in workers
             others = len(workers) - works
@@ -146,23 +146,26 @@ def _held(layout: Layout, options: Options, loads: Sequence[BucketLoad]) -> Iter
     stays = 0 if options.sharding.release_grads else options.precision.reduce.itemsize
     more = torch.float32.itemsize - stays if options.grad_reduction == "reduce_scatter" else 0
     accumulation = more * dp_size * sum(bucket.shard_size for bucket in layout.buckets)
-    scales = [0] * dp_size
-    if options.precision.momentum == torch.int8:
-        for segment in (s for bucket in layout.buckets for s in bucket.segments):
-            if layout.specs[segment.param].rule == "muon":
-                scales[segment.rank] += num_blocks(segment.length)
+    momentum, codec = [0] * dp_size, momentum_codec(options.precision.momentum)
+    for segment in (s for bucket in layout.buckets for s in bucket.segments):
+        if layout.specs[segment.param].rule == "muon":
+            momentum[segment.rank] += codec.bytes(segment.length)
     staged = sum(load.staged for load in loads)
-    beside = [options.precision.master_bytes(bucket.dtype) for bucket in layout.buckets]
+    beside = [_master_bytes(options, bucket) for bucket in layout.buckets]
     for rank in range(dp_size):
         muon, adamw = [load.muon[rank] for load in loads], [load.adamw[rank] for load in loads]
         masters = sum((m + a) * each for m, a, each in zip(muon, adamw, beside))
-        momentum = sum(muon) * options.precision.momentum.itemsize + 4 * scales[rank]
         transient = _transient(layout, loads, options, rank)
         moments = 8 * sum(adamw)
-        yield HeldBytes(parameters, staged, gradients, masters, momentum, moments, transient, accumulation)
+        yield HeldBytes(parameters, staged, gradients, masters, momentum[rank], moments, transient, accumulation)
 
 
-def _gradient_bytes(layout: Layout, options: Options, bucket: Bucket) -> int:
+def _master_bytes(options: Options, bucket: BucketSpec) -> int:
+    """Bytes an element of what is kept beside a parameter to make its float32 master."""
+    return master_codec(bucket.dtype, options.precision.master).bytes_per_element
+
+
+def _gradient_bytes(layout: Layout, options: Options, bucket: BucketSpec) -> int:
     """Held between steps for a bucket: the flat buffer, if it stays, and a float32 shard, if that is no part of it."""
     stays = not options.grads_stay(layout.dp_size) and not options.sharding.release_grads
     whole = layout.dp_size * bucket.shard_size * options.precision.reduce.itemsize if stays else 0
@@ -178,8 +181,7 @@ def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, ra
     for bucket, load in zip(reversed(layout.buckets), reversed(loads)):
         stacks = ns * load.stacked[rank]
         holds = stacks + ns * (load.gather_out[rank] + load.gather_in[rank])
-        has_remainders = options.precision.master_bytes(bucket.dtype) == 2
-        opened = 4 * bucket.shard_size if has_remainders else 0  # masters made of them
+        opened = 4 * bucket.shard_size if _master_bytes(options, bucket) == 2 else 0  # masters out of remainders
         updates = 4 * load.muon[rank]
         peak = max(peak, holds + updates + gathered + last, holds + computing + last, opened + last)
         last = finished if options.sharding.overlap else 0

@@ -202,7 +202,7 @@ def _plan_layout(
         way=way,
         dp_size=layout.dp_size,
         num_elements=total,
-        num_matrices=sum(len(placed.matrix.logical_shapes) for placed in layout.matrices),
+        num_matrices=sum(len(placed.unit.logical_shapes) for placed in layout.matrices),
         num_buckets=len(layout.buckets),
         largest_bucket=max(sum(sizes[p] for p in bucket.params) for bucket in layout.buckets) / total,
         padding=layout.padding,

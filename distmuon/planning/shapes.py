@@ -24,7 +24,7 @@ from dataclasses import replace
 
 import torch
 
-from distmuon.layout.routing import Matrix, ParamSpec
+from distmuon.layout.routing import ParamSpec, Unit
 
 
 def shape_table(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[ParamSpec, ...]:
@@ -46,7 +46,7 @@ def _muon(fqn: str, *shape: int, row_parts: int = 1, column_parts: int = 1) -> P
     """A weight (m, n) or a stack of them, with so many equal matrices fused along its rows or columns."""
     count, (height, columns) = (shape[0] if len(shape) == 3 else 1), shape[-2:]
     rows, split = height // row_parts, (columns // column_parts,) * column_parts if column_parts > 1 else ()
-    matrices = tuple(Matrix(i * rows * columns, rows, columns, split) for i in range(count * row_parts))
+    matrices = tuple(Unit(i * rows * columns, rows, columns, split) for i in range(count * row_parts))
     return ParamSpec(fqn, shape, torch.bfloat16, "muon", matrices, "shape table")
 
 

@@ -1,1 +1,1 @@
-"""The heart: one optimizer step. Read bucket, engine, verdict, matrix_exchange, grad_reduce, param_gather, storage, hooks."""
+"""One optimizer step. Read: bucket, engine, verdict, matrix_exchange, grad_reduce, param_gather, storage, hooks."""

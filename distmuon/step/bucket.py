@@ -1,192 +1,212 @@
-"""The algorithm of one bucket, one line a stage (`BucketWalk.run`), and the pipeline that interleaves the buckets.
+"""The life of one bucket, which is the algorithm: the methods of `Bucket`, in order, are arXiv 2502.16982, Algorithm 1.
 
-Decides the order of momentum, exchange, Newton-Schulz and update. When a step begins, whether it counts and what
-follows it is the optimizer's business; how each line is done is the business of the rooms below.
+Decides what happens to a bucket's gradient, momentum and parameters, and in which order. When each line runs, and what
+the other buckets do meanwhile, is the engine's business. What may vary hides behind four seams:
+
+    where the shard lives           `Storage`     storage.py
+    whether and how state is written `Decision`   verdict.py
+    in which bits it is kept        the codecs    math/codecs.py
+    what travels back               `Transport`   param_gather.py
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from enum import Enum
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from distmuon.checks import Verdict
-from distmuon.comm.group import DataParallelGroup
+from distmuon.comm.group import DataParallelGroup, Pending
+from distmuon.layout.layout import Layout, Segment
 from distmuon.math import rules
-from distmuon.math.coefficients import resolve
 from distmuon.math.newton_schulz import orthogonalize
-from distmuon.math.ns_kernels import decide
-from distmuon.step.matrix_exchange import MatrixGather, StackKey
+from distmuon.step.matrix_exchange import MatrixExchange, StackKey
 from distmuon.step.metrics import Metrics
-from distmuon.step.param_gather import ParamGather, Updates
-from distmuon.step.storage import BucketBuffers, Buffers, ShardPiece
+from distmuon.step.param_gather import Transport
+from distmuon.step.storage import FlatStorage, ShardPiece
+from distmuon.step.verdict import Decision, Verdict
+
+Stage = Literal["gathering", "scattering"]
 
 
-@dataclass(slots=True)
+class Grads(Enum):
+    """COLLECTING -> REDUCING -> REDUCED, and back when the step is over or its gradients are forgotten."""
+
+    COLLECTING = "autograd hands gradients in"
+    REDUCING = "the reduce-scatter is under way"
+    REDUCED = "the shard holds the mean over ranks"
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """What all walks of one step share. `param_groups`: its hyperparameters, all numbers."""
+    """What all buckets of one step share. `param_groups`: its hyperparameters, all numbers."""
 
     param_groups: Sequence[dict[str, Any]]
     verdict: Verdict
-    exchanges_to_come: int = 0  # walks that have not sent their polar factors yet; after the last all-gathers may start
+    decision: Decision
 
 
-class BucketWalk:
-    """One bucket's way through a step. `group_of`: by parameter, its index in the param groups."""
+class Bucket:
+    """One bucket from its gradients to its updated parameters. `group_of`: by parameter, its index in the groups."""
 
     def __init__(
         self,
-        bucket: BucketBuffers,
-        buffers: Buffers,
+        storage: FlatStorage,
+        exchange: MatrixExchange,
+        transport: Transport,
+        layout: Layout,
         group_of: Sequence[int],
-        exchange_group: DataParallelGroup,
-        param_gather: ParamGather,
+        ns_dtype: torch.dtype,
+        group: DataParallelGroup,
         metrics: Metrics,
     ) -> None:
-        layout, options = buffers.layout, buffers.options
-        self._bucket, self._param_gather, self._metrics = bucket, param_gather, metrics
-        self._group_of, self._ns_dtype, self._ns_kernels = group_of, options.precision.newton_schulz, options.ns_kernels
-        self._step: Step
-        # A segment has one scale, that of its matrix's first column block; matrices of one parameter may differ in it.
-        # Of this rank's segments; of all where every rank applies what travels.
-        segments = bucket.bucket.segments if param_gather.updates_travel else [piece.segment for piece in bucket.muon]
-        of_muon = [segment for segment in segments if layout.specs[segment.param].rule == "muon"]
-        self._shapes = {segment: layout.unit_of(segment).logical_shapes[0] for segment in of_muon}
-        matrices = [matrix for matrix in layout.matrices if matrix.bucket == bucket.bucket.index]
-        device = bucket.param_flat.device
-        self._exchange = MatrixGather(
-            matrices, bucket.muon, group_of, exchange_group, options.precision.wire, device, bucket.about
-        )
+        self.storage, self.exchange, self.transport = storage, exchange, transport
+        self.index, self.params = storage.spec.index, storage.spec.params
+        self.grads = Grads.COLLECTING
+        self._reduction: Pending | None = None
+        self._group_of, self._ns_dtype, self._group, self._metrics = group_of, ns_dtype, group, metrics
+        # Matrices of one parameter may differ in scale; a segment has one, that of its matrix's first column block.
+        applied = storage.spec.segments if transport.has_message else [piece.segment for piece in storage.muon]
+        muon = [segment for segment in applied if layout.specs[segment.param].rule == "muon"]
+        self._shapes = {segment: layout.unit_of(segment).logical_shapes[0] for segment in muon}
 
-    @property
-    def exchanges(self) -> bool:
-        """Pieces of this bucket's matrices travel."""
-        return self._exchange.exchanges
+    # ------------------------------------------------------------------ line 1: G = mean over ranks, this rank's shard
 
-    def run(self, step: Step) -> Iterator[None]:
-        """Lines 2 to 7 of the walk. At each `yield` this bucket's bytes travel and another bucket may compute."""
-        self._step = step
-        bucket, index, stage = self._bucket, self._bucket.bucket.index, self._metrics.stage
-        with stage("momentum", index):
-            updates = self._momentum()
-        with stage("start_dp_gather", index):
-            finish_gather = self._exchange.start_gather(updates)
+    @torch.no_grad()
+    def collect(self, param: int, grad: Tensor, *, first: bool, several: bool) -> None:
+        """Take in a gradient of parameter `param`: the `first` of this step or an addend, one of `several` or alone."""
+        assert self.storage.grad_buffer is not None
+        spans = self.storage.spans[param]
+        self.storage.grad_buffer.add(spans, grad.reshape(-1), first=first, several=several or not first)
+
+    @torch.no_grad()
+    def start_reduce(self, absent: Sequence[int]) -> None:
+        """Start the reduce-scatter; the parameters `absent` had no gradient here and count as zeros."""
+        buffer, label = self.storage.grad_buffer, self.storage.label
+        assert buffer is not None and self.grads is Grads.COLLECTING
+        for param in absent:
+            buffer.zero(self.storage.spans[param])
+        flat = buffer.close()
+        with torch.profiler.record_function(f"distmuon::reduce_scatter/{self.index}"):
+            shard = self.storage.grad_shard
+            self._reduction = self._group.start_reduce_scatter(shard, flat, stage="reduce_scatter", label=label)
+        self.grads = Grads.REDUCING
+
+    def finish_reduce(self) -> None:
+        """Wait for the reduce-scatter, if it is under way."""
+        if self._reduction is not None and self.grads is Grads.REDUCING:
+            assert self.storage.grad_buffer is not None
+            self._reduction.wait()
+            self._reduction = None
+            self.storage.grad_buffer.reduced()
+            self.grads = Grads.REDUCED
+
+    def drop_grads(self) -> None:
+        """Forget the gradients; a reduction under way must arrive before its buffer is written again."""
+        if self._reduction is not None:
+            self._reduction.wait()
+            self._reduction = None
+        if self.storage.grad_buffer is not None:
+            self.storage.grad_buffer.drop()
+        self.grads = Grads.COLLECTING
+
+    # --------------------------------------------------------------------------------- lines 2 to 6, one bucket's step
+
+    def update(self, step: Step) -> Iterator[Stage]:
+        """Run the step. At each `yield` this bucket's bytes travel and another bucket may compute."""
+        stage = self._metrics.stage
+        with stage("momentum", self.index):
+            updates = [self._momentum(piece, step) for piece in self.storage.muon]  # 2  M and U, on the shard
+        with stage("start_dp_gather", self.index):
+            gathering = self.exchange.start_gather(updates)
             del updates
-        yield
-        with stage("dp_gather", index):
-            stacks = finish_gather()
-        with stage("newton_schulz", index):
-            polar_factors = {key: self._orthogonalize(key, stack) for key, stack in stacks.items()}
-        with stage("start_scatter", index):
-            finish_scatter = self._exchange.start_scatter(polar_factors)
-            del finish_gather, stacks
-            step.exchanges_to_come -= self.exchanges
-            if not step.exchanges_to_come:
-                self._param_gather.let_go()
-        yield
-        with stage("scatter", index):
-            polar_pieces = finish_scatter()
-            del finish_scatter, polar_factors
-        travel, group_updates = self._param_gather.updates_travel, self._updates(step.verdict)
-        with stage("apply", index), bucket.masters() as masters:
-            if not travel:
-                for piece, polar in zip(bucket.muon, polar_pieces):
-                    group_updates.apply(piece.segment, piece.cut(masters), polar)
-            self._adamw(masters, step.verdict)
-        with stage("start_all_gather", index):
-            if travel:
-                self._param_gather.start_updates(index, group_updates, polar_pieces)
-            else:
-                self._param_gather.start(index)
+        yield "gathering"
+        with stage("dp_gather", self.index):
+            stacks = gathering.wait()  # 3  U, whole on its owner
+        with stage("newton_schulz", self.index):
+            polar = {key: self._orthogonalize(key, stack, step) for key, stack in stacks.items()}  # 4  O, once
+        with stage("start_scatter", self.index):
+            scattering = self.exchange.start_scatter(polar)
+            del gathering, stacks
+        yield "scattering"
+        with stage("scatter", self.index):
+            pieces = scattering.wait()  # 5  O, back on the shard
+            del scattering, polar
+        with stage("apply", self.index), self.storage.masters() as masters:  # 6  W <- W - lr*(scale*O + wd*W)
+            self._adamw(masters, step)
+            self.transport.apply(masters, pieces, lambda *piece: self._apply_muon(step, *piece))
 
-    def _momentum(self) -> list[Tensor]:
-        """The updates, one 1-D tensor a muon piece; the new momentum is kept where the verdict allows it."""
-        updates, verdict = [], self._step.verdict
-        for piece in self._bucket.muon:
-            group, old = self._group(piece.segment.param), piece.momentum()
-            in_place = verdict.known and verdict.present[piece.segment.param]
-            out = old if in_place and old.dtype == torch.float32 else None  # out of int8: a transient, kept below
-            mu, nesterov = group["momentum"], group["nesterov"]
-            new, update = rules.muon_momentum(piece.grad, old, momentum=mu, nesterov=nesterov, out=out)
-            if new is not piece.state["momentum_buffer"]:
-                self._keep(piece, new, verdict)
-            updates.append(update)
-        return updates
+    def _momentum(self, piece: ShardPiece, step: Step) -> Tensor:
+        """(length,) float32: the update of one piece; the new momentum is kept where the parameter had a gradient."""
+        param, momentum = piece.segment.param, self.storage.momentum
+        group, old = step.param_groups[self._group_of[param]], momentum.decode(piece.state)
+        present = step.verdict.present[param]
+        out = step.decision.scratch(old) if present and momentum.in_place else None
+        new, update = rules.muon_momentum(
+            piece.grad, old, momentum=group["momentum"], nesterov=group["nesterov"], out=out
+        )
+        if present:
+            for key, value in momentum.encode_step(new, piece.segment.param_offset, piece.state).items():
+                step.decision.write(piece.state[key], value)
+        return update
 
-    @staticmethod
-    def _keep(piece: ShardPiece, momentum: Tensor, verdict: Verdict) -> None:
-        if verdict.present[piece.segment.param]:
-            for key, value in piece.stepped(momentum).items():
-                rules.commit(verdict.ok, piece.state[key], value)
-
-    def _orthogonalize(self, key: StackKey, stack: Tensor) -> Tensor:
+    def _orthogonalize(self, key: StackKey, stack: Tensor, step: Step) -> Tensor:
         """(B, m, n) updates -> polar factors, of each column block by itself where the matrices have some."""
-        group = self._step.param_groups[key.group]
+        group = step.param_groups[key.group]
         blocks = torch.split(stack, list(key.column_split), dim=2) if key.column_split else (stack,)
         self._metrics.ns_matrices += len(blocks) * stack.size(0)
-        steps, coefficients, dtype = group["ns_steps"], group["ns_coefficients"], self._ns_dtype
-        kernel = decide(self._ns_kernels, stack.device, dtype, resolve(coefficients, steps)).kernel
-        polar = [
-            orthogonalize(block, steps=steps, coefficients=coefficients, dtype=dtype, kernel=kernel) for block in blocks
-        ]
+        steps, coefficients = group["ns_steps"], group["ns_coefficients"]
+        polar = [orthogonalize(x, steps=steps, coefficients=coefficients, dtype=self._ns_dtype) for x in blocks]
         if key.column_split:
             # One piece has one scale, that of the first block; the others' ratio to it goes in here.
             scales = [rules.lr_scale(key.rows, n, group["adjust_lr_fn"]) for n in key.column_split]
-            polar = [torch.cat([block.mul(scale / scales[0]) for block, scale in zip(polar, scales)], dim=2)]
+            polar = [torch.cat([x.mul(scale / scales[0]) for x, scale in zip(polar, scales)], dim=2)]
         # What stays here is rounded like what travels, so that the cut does not show in the result.
-        narrower = self._exchange.dtype.itemsize < dtype.itemsize
-        return polar[0].to(self._exchange.dtype if narrower else dtype).contiguous()
+        narrower = self.exchange.dtype.itemsize < self._ns_dtype.itemsize
+        return polar[0].to(self.exchange.dtype if narrower else self._ns_dtype).contiguous()
 
-    def _updates(self, verdict: Verdict) -> Updates:
-        factors = {}
-        for segment, shape in self._shapes.items():
-            if verdict.present[segment.param]:
-                group = self._group(segment.param)
-                factors[segment] = group["lr"], group["weight_decay"], rules.lr_scale(*shape, group["adjust_lr_fn"])
-        return Updates(factors, verdict)
-
-    def _adamw(self, masters: Tensor, verdict: Verdict) -> None:
-        for number, group in enumerate(self._step.param_groups):
-            mine = [p for p in self._bucket.adamw if self._group_of[p.segment.param] == number]
-            mine = [p for p in mine if verdict.present[p.segment.param]]
-            if not mine:
-                continue
-            rules.adamw_step(
-                [piece.cut(masters) for piece in mine],
-                [piece.grad for piece in mine],
-                [piece.state for piece in mine],
-                verdict.ok,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                betas=group["betas"],
-                eps=group["eps"],
-            )
-
-    def _group(self, param: int) -> dict[str, Any]:
-        return self._step.param_groups[self._group_of[param]]
-
-
-def pipeline(walks: Sequence[Iterator[None]], overlap: bool) -> None:
-    """Run the walks. With `overlap`, one walk's bytes travel while its neighbours compute:
-
-    walk k     | momentum, start gather |
-    walk k - 1 |                        | Newton-Schulz, start scatter |
-    walk k - 2 |                                                       | apply, start all-gather |
-    """
-    if not overlap:
-        for walk in walks:
-            deque(walk, maxlen=0)
-        return
-    running: deque[Iterator[None]] = deque()
-    waiting = iter(walks)
-    while True:
-        running.extendleft(islice(waiting, 1))
-        if not running:
+    def _apply_muon(self, step: Step, segment: Segment, weight: Tensor, polar: Tensor) -> None:
+        """Line 6 on the elements of `segment`, in place; a parameter without a gradient is left alone."""
+        if not step.verdict.present[segment.param]:
             return
-        done = object()
-        running = deque(walk for walk in tuple(running) if next(walk, done) is not done)
+        group = step.param_groups[self._group_of[segment.param]]
+        rows, columns = self._shapes[segment]
+        new = rules.muon_weight(
+            weight,
+            polar,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            scale=rules.lr_scale(rows, columns, group["adjust_lr_fn"]),
+            out=step.decision.scratch(weight),
+        )
+        step.decision.write(weight, new)
+
+    def _adamw(self, masters: Tensor, step: Step) -> None:
+        for number, group in enumerate(step.param_groups):
+            pieces = [p for p in self.storage.adamw if self._group_of[p.segment.param] == number]
+            pieces = [p for p in pieces if step.verdict.present[p.segment.param]]
+            if pieces:
+                rules.adamw_step(
+                    [piece.cut(masters) for piece in pieces],
+                    [piece.grad for piece in pieces],
+                    [piece.state for piece in pieces],
+                    step.verdict.ok,
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                )
+
+    # ---------------------------------------------------------------------------------- line 7: W whole, on all ranks
+
+    def start_gather(self) -> None:
+        """Start the all-gather of what `update` has made."""
+        with self._metrics.stage("start_all_gather", self.index):
+            self.transport.start()
+
+    def wait_params(self) -> None:
+        """Wait for the all-gather, if it is under way: parameters may be read."""
+        self.transport.wait()

@@ -1,7 +1,7 @@
-"""The built rooms of one optimizer, and the order in which a step goes through them.
+"""The order in which the buckets of one optimizer live, and the one verdict that they share.
 
-Decides when a bucket's walk begins, and that nothing is written before the guard has spoken. What a walk does is
-`bucket.py`; arguments, param groups and everything that torch.optim users see is `optimizer.py`.
+Decides when a bucket reduces, updates and gathers, and that nothing is written before the verdict. What a bucket does
+is `bucket.py`; arguments, param groups and all that torch.optim's users see is `optimizer.py`.
 
 [Note: all-gathers come last] NCCL runs the collectives of a group one after another. An all-gather that starts as soon
 as its bucket is updated keeps the pieces of the buckets after it waiting, and with them Newton-Schulz. Under the next
@@ -12,8 +12,11 @@ queue to hold up, and where `step` itself must wait for the parameters nothing i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from math import isinf
 from typing import Any
 
@@ -21,20 +24,23 @@ import torch
 from torch import Tensor, nn
 
 from distmuon.comm.group import DataParallelGroup
+from distmuon.errors import problem
 from distmuon.layout.layout import Layout
 from distmuon.math import rules
 from distmuon.options import Options
-from distmuon.step.bucket import BucketWalk, Step, pipeline
+from distmuon.step import initial_values, verdict
+from distmuon.step.bucket import Bucket, Stage, Step
 from distmuon.step.grad_reduce import make_source
+from distmuon.step.matrix_exchange import MatrixExchange
 from distmuon.step.metrics import Metrics
-from distmuon.step.param_gather import ParamGather
-from distmuon.step.storage import Buffers
+from distmuon.step.param_gather import Parameters, Transport, Updates
+from distmuon.step.storage import FlatStorage, Storage
 
 LATE_S = 300.0  # how much later than the first a rank may come to drop gradients
 
 
-class Conductor:
-    """`group_of`: by parameter, its param group."""
+class Engine:
+    """`group_of`: by parameter, its param group. `gathers_last`: see [Note: all-gathers come last]."""
 
     def __init__(
         self,
@@ -45,50 +51,76 @@ class Conductor:
         options: Options,
         group_of: Sequence[int],
         metrics: Metrics,
+        *,
         gathers_last: bool,
     ) -> None:
         self._group, self._options, self._metrics = group, options, metrics
         self._gathers_last = gathers_last and options.sharding.param_gather == "parameters"
-        self.buffers = Buffers(layout, params, group.dp_rank, options)
-        self.source = make_source(self.buffers, group, options)
-        self.param_gather = ParamGather(self.buffers, group)
-        shared = (self.buffers, group_of, exchange_group, self.param_gather, metrics)
-        self._walks = [BucketWalk(bucket, *shared) for bucket in self.buffers.buckets]
-        device = self.buffers.device
-        self._verdict: guards.Verdict | None = None
+        self.storage = Storage(layout, params, group.dp_rank, options)
+        self.buckets = [self._make_bucket(storage, exchange_group, group_of) for storage in self.storage.buckets]
+        self.source = make_source(self.buckets, self.storage, group)
+        self._in_flight: dict[int, Bucket] = {}  # buckets whose parameters are on their way, in the order of starts
+        self._verdict: verdict.Verdict | None = None
         self._clipped = False
         self._apart: _Copied | None = None
         self._stepped = False  # the last call was a step, or the first `forget` after it
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.storage.device)
 
-    def accept(self, index: int, param: nn.Parameter, sync: bool) -> None:
+    def _make_bucket(self, storage: FlatStorage, exchange_group: DataParallelGroup, group_of: Sequence[int]) -> Bucket:
+        layout, wire = self.storage.layout, self._options.precision.wire
+        units = [placed for placed in layout.matrices if placed.bucket == storage.spec.index]
+        exchange = MatrixExchange(
+            units,
+            [piece.segment for piece in storage.muon],
+            group_of,
+            exchange_group,
+            wire,
+            storage.param_flat.device,
+            storage.label,
+        )
+        transport: Transport = Parameters(storage, self._group)
+        if self._options.sharding.param_gather == "updates" and self._group.dp_size > 1:
+            transport = Updates(storage, self._group, layout, wire)
+        ns_dtype = self._options.precision.newton_schulz
+        return Bucket(storage, exchange, transport, layout, group_of, ns_dtype, self._group, self._metrics)
+
+    # -------------------------------------------------------------------------------------------------- gradients
+
+    def collect(self, index: int, sync: bool) -> None:
         """Autograd has finished the gradient of parameter `index`; `sync`: in the step's last micro-batch."""
-        layout = self.buffers.layout
-        self.param_gather.check_arrived(layout.bucket_of[index], layout.specs[index].fqn)
-        self.source.accept(index, param, sync)
+        layout = self.storage.layout
+        if layout.bucket_of[index] in self._in_flight:
+            raise problem(
+                layout.specs[index].fqn,
+                "it was used in forward before its all-gather was waited for",
+                "parameters are waited for in the forward of the module that holds them",
+                "call optimizer.synchronize() before the forward, or pass Sharding(overlap=True)",
+            )
+        self.source.accept(index, sync)
         if not self.source.finished:
             self._verdict = None  # gradients that were judged and not used by a step are dropped, or have grown
 
     def reduce(self, fingerprint: int) -> Sequence[bool] | None:
         """Finish the reduction and agree on the verdict: by parameter, whether it had a gradient here.
 
-        None if that was done already in this step. `fingerprint`: see `guards.check`.
+        None if that was done already in this step. `fingerprint`: see `verdict.judge`.
         """
         if self._verdict is not None and not self.source.changed:
             return None
         if self._verdict is not None:
             self.source.reset()  # the user has written gradients since they were read
-        self.param_gather.wait()  # `adopt` reads staged parameters, and a forward need not have used them all
-        self.buffers.adopt()
+        self.wait_params()  # staged parameters are read, and a forward need not have used them all
+        self.storage.absorb_external_writes()
         with self._metrics.stage("finish_reduce_scatter"):
             present = self.source.finish()
         if self._options.grad_reduction == "external" and self._metrics.steps == 0:
-            guards.agree_on_reduced([p.grad for p in self.buffers.params if p.grad is not None], self._group)
+            grads = [p.grad for p in self.storage.params if p.grad is not None]
+            initial_values.agree_on_reduced(grads, self._group)
         with self._metrics.stage("guard"):
-            shards = [bucket.grad_shard for bucket in self.buffers.buckets]
-            squared = [piece.grad for bucket in self.buffers.buckets for piece in bucket.adamw]
-            self._verdict = guards.check(shards, squared, present, self._group, fingerprint)
+            shards = [storage.grad_shard for storage in self.storage.buckets]
+            squared = [piece.grad for storage in self.storage.buckets for piece in storage.adamw]
+            self._verdict = verdict.judge(shards, squared, present, self._group, fingerprint)
         self._clipped = False
         self.grad_norm = self._verdict.total_norm
         return present
@@ -99,7 +131,7 @@ class Conductor:
         On a GPU the answer is that of the verdict before: its step was skipped, and the host need not wait for this.
         """
         assert self._verdict is not None
-        if self._verdict.known is not None:
+        if self._verdict.ok_on_host is not None:
             apart = bool(self._verdict.apart)
         else:
             before, self._apart = self._apart, _Copied(self._verdict.apart)
@@ -120,7 +152,12 @@ class Conductor:
     def unscale(self, inverse_scale: Tensor) -> Tensor:
         """Undo the loss scale on the reduced gradients; returns 1.0 where some rank's are not finite, else 0.0."""
         if self._clipped:
-            raise guards.clipped_before_unscaling()
+            raise problem(
+                "GradScaler",
+                "gradients that still carried the loss scale were clipped",
+                "unscaling before clipping is needed",
+                "call scaler.unscale_ before clip_grad_norm_ (and, with max_grad_norm, before reduce_gradients)",
+            )
         assert self._verdict is not None
         self._scale(inverse_scale)
         self.grad_norm = self._verdict.total_norm
@@ -132,23 +169,10 @@ class Conductor:
         self.source.scale(coefficient)
         self._verdict = replace(self._verdict, total_norm=self._verdict.total_norm * coefficient)
 
-    def update(self, numbers: Sequence[dict[str, Any]]) -> None:
-        """The walks of all buckets, or what is left of them, by the hyperparameters `numbers`. Leaves the all-gathers
-        under way."""
-        verdict, self._verdict = self._verdict, None
-        assert verdict is not None
-        verdict = verdict.of_clipped()
-        if verdict.known is not False:
-            step = Step(numbers, verdict)
-            step.exchanges_to_come = sum(walk.exchanges for walk in self._walks)
-            if self._gathers_last and step.exchanges_to_come:
-                self.param_gather.hold()
-            with torch.autocast(self.buffers.device.type, enabled=False):
-                # Backward finishes the last layers first; the next forward needs the first ones first.
-                pipeline([walk.run(step) for walk in reversed(self._walks)], bool(self._options.overlap))
-        self.skipped += ~verdict.ok
-        self.source.reset()
-        self._stepped = True
+    @property
+    def holds_grads(self) -> bool:
+        """Gradients of this step have left `param.grad`."""
+        return self.source.holds_grads
 
     def forget(self) -> None:
         """Drop the gradients of this step, accumulated or reduced.
@@ -157,18 +181,26 @@ class Conductor:
         ranks must come, and are told if one does not.
         """
         if self._may_have_begun and not self.source.finished and (self.source.begun or not self._stepped):
-            named = self._group.roll.named
-            where = f"zero_grad on {named([self._group.dp_rank])}"
-
-            def warning(absent: Sequence[int]) -> str:
-                return str(guards.forgot_alone(where, f"waits for {named(absent)}"))
-
-            if missing := self._group.missing_ranks("zero_grad", warning, LATE_S):
-                raise guards.forgot_alone(where, f"{named(list(missing))} did not call it")
+            self._meet_to_forget()
             self.settle()
         self._stepped = False
         self.source.reset()
         self._verdict = None
+
+    def _meet_to_forget(self) -> None:
+        named = self._group.roll.named
+        where = f"zero_grad on {named([self._group.dp_rank])}"
+        cure = (
+            "between backward and step, and when called twice, it drops what all ranks have begun to reduce",
+            "call it on all ranks; model.zero_grad() drops what this rank alone has accumulated under no_sync",
+        )
+
+        def warning(absent: Sequence[int]) -> str:
+            return str(problem(where, f"waits for {named(absent)}", *cure))
+
+        missing = self._group.missing_ranks("zero_grad", warning, LATE_S)
+        if missing:
+            raise problem(where, f"{named(list(missing))} did not call it", *cure)
 
     def settle(self) -> None:
         """Finish what a backward on any rank has begun to reduce, before collectives of another kind follow.
@@ -178,9 +210,99 @@ class Conductor:
         if self._may_have_begun and any(self._group.gather_objects(self.source.begun, stage="reductions under way")):
             self.source.finish()
 
+    def finish_reductions(self) -> None:
+        """Finish this step's reductions, on all ranks, also on one that had no backward. Collective."""
+        self.source.finish()
+
     @property
     def _may_have_begun(self) -> bool:
-        return bool(self._options.overlap) and not self._options.grads_stay(self._group.dp_size)
+        return bool(self._options.sharding.overlap) and not self._options.grads_stay(self._group.dp_size)
+
+    # ----------------------------------------------------------------------------------------------------- update
+
+    def update(self, param_groups: Sequence[dict[str, Any]]) -> None:
+        """Update all buckets by the hyperparameters in `param_groups`, all numbers; all-gathers are left under way."""
+        judged, self._verdict = self._verdict, None
+        assert judged is not None
+        judged = judged.of_clipped()
+        if judged.ok_on_host is not False:
+            with torch.autocast(self.storage.device.type, enabled=False):
+                self._update_buckets(Step(param_groups, judged, judged.decision))
+        self.skipped += ~judged.ok
+        self.source.reset()
+        self._stepped = True
+
+    def _update_buckets(self, step: Step) -> None:
+        exchanging = [bucket for bucket in self.buckets if bucket.exchange.exchanges]
+        scatters_left = len(exchanging) if self._gathers_last else 0
+        deferred: list[Bucket] = []
+        # Backward finishes the last layers first; the next forward needs the first ones first.
+        for bucket, stage in in_pipeline(self.buckets[::-1], step, bool(self._options.sharding.overlap)):
+            if stage is None and scatters_left:
+                deferred.append(bucket)
+            elif stage is None:
+                self._start_gather(bucket)
+            elif stage == "scattering" and scatters_left and bucket.exchange.exchanges:
+                scatters_left -= 1
+                while deferred and not scatters_left:
+                    self._start_gather(deferred.pop(0))
+
+    # ------------------------------------------------------------------------------------------------- parameters
+
+    def _start_gather(self, bucket: Bucket) -> None:
+        if bucket.transport.has_message:  # two messages are under way at the most: the one before the last is applied
+            self.wait_params(list(self._in_flight)[:-1])
+        self._in_flight[bucket.index] = bucket
+        bucket.start_gather()
+
+    @property
+    def params_in_flight(self) -> bool:
+        return bool(self._in_flight)
+
+    def wait_params(self, indices: Iterable[int] | None = None) -> None:
+        """Wait for the all-gathers of the buckets `indices` (None: of all); cheap where nothing is in flight."""
+        if not self._in_flight:
+            return
+        for index in sorted(self._in_flight if indices is None else indices):
+            bucket = self._in_flight.pop(index, None)
+            if bucket is not None:
+                bucket.wait_params()
+
+    def wait_quietly(self) -> None:
+        """Best-effort wait for finalizers, which must not raise; peers may already be gone."""
+        with suppress(RuntimeError, ValueError):
+            self.wait_params()
+
+    def gather_all(self) -> None:
+        """The masters were written: they become the parameters of all ranks. Blocking."""
+        transports = [Parameters(storage, self._group, "state_dict") for storage in self.storage.buckets]
+        for transport in transports:
+            transport.start()
+        for transport in transports:
+            transport.wait()
+
+
+def in_pipeline(buckets: Sequence[Bucket], step: Step, overlap: bool) -> Iterator[tuple[Bucket, Stage | None]]:
+    """Update the buckets; yields each with the stage that it has reached, None when it is done.
+
+    With `overlap`, one bucket's bytes travel while its neighbours compute:
+
+    bucket k     | momentum, start gather |
+    bucket k - 1 |                        | Newton-Schulz, start scatter |
+    bucket k - 2 |                                                       | apply, start all-gather |
+    """
+    waiting = iter([(bucket, bucket.update(step)) for bucket in buckets])
+    running: deque[tuple[Bucket, Iterator[Stage]]] = deque()
+    while True:
+        if overlap or not running:
+            running.extendleft(islice(waiting, 1))
+        if not running:
+            return
+        for bucket, life in tuple(running):
+            stage = next(life, None)
+            if stage is None:
+                running.remove((bucket, life))
+            yield bucket, stage
 
 
 class _Copied:

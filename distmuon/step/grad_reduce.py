@@ -1,15 +1,15 @@
 """Gradients -> the averaged gradient of this rank's shard.
 
-Two sources with one face (`GradSource`): `BackwardReducer` reduces by itself, under backward; `GivenGrads` reads what
-stands in `param.grad`, averaged by somebody else (DDP, a trainer) or, in one process, by nobody. Neither knows what
-the gradient is for.
+Two sources with one interface (`GradSource`): `BackwardReducer` reduces under backward and decides in which order the
+buckets do; `GivenGrads` reads what stands in `param.grad`, averaged by somebody else (DDP, a trainer) or, in one
+process, by nobody. Neither knows what the gradient is for.
 
 [Note: bucket readiness] A bucket is ready when all its parameters have reported in this backward. Buckets start
 strictly in index order, on every rank: a ready bucket waits for those before it, and what never became ready starts
 when that backward ends. So all ranks issue the same collectives, whatever had no gradient where, and what the user's
 own collectives meet between backward and `step` is the same on all of them, too.
 
-    collecting --all reported, predecessors started--> reducing --finish--> reduced --reset--> collecting
+    COLLECTING --all reported, predecessors started--> REDUCING --finish--> REDUCED --reset--> COLLECTING   (`Grads`)
 
 [Note: the end of a backward] Autograd runs a callback when the backward that queued it ends. With reentrant
 checkpointing a backward runs inside a node of another one, whose gradients are still to come. So a callback that finds
@@ -22,19 +22,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from distmuon.comm.group import DataParallelGroup, Pending
+from distmuon.comm.group import DataParallelGroup
 from distmuon.errors import problem
-from distmuon.options import Options
+from distmuon.step.bucket import Bucket
 from distmuon.step.placeholder import InReduction
-from distmuon.step.storage import Buffers
+from distmuon.step.storage import Storage
 
 
 class GradSource(Protocol):
     """What the conductor asks of either source."""
 
-    def accept(self, index: int, param: nn.Parameter, sync: bool) -> None:
+    def accept(self, index: int, sync: bool) -> None:
         """Backward has finished the gradient of parameter `index`; `sync`: this is the step's last micro-batch."""
 
     def finish(self) -> Sequence[bool]:
@@ -63,52 +63,49 @@ class GradSource(Protocol):
         """Gradients of this step have left `param.grad`."""
 
 
-def make_source(buffers: Buffers, group: DataParallelGroup, options: Options) -> GradSource:
+def make_source(buckets: Sequence[Bucket], storage: Storage, group: DataParallelGroup) -> GradSource:
     """The source that `grad_reduction` names; in one process gradients stay where autograd puts them."""
-    if options.grads_stay(group.dp_size):
-        return GivenGrads(buffers)
-    return BackwardReducer(buffers, group, bool(options.sharding.overlap))
+    if storage.options.grads_stay(group.dp_size):
+        return GivenGrads(storage)
+    return BackwardReducer(buckets, storage)
 
 
 class BackwardReducer:
     """Overlapped reduce-scatter, see [Note: bucket readiness].
 
-    A reported gradient is moved into the flat buffer in the reduce dtype, and an `InReduction` takes its place in
-    `param.grad`: the next micro-batch adds to it, in float32 whatever the reduce dtype ([Note: sums] in storage.py).
+    A reported gradient is moved into its bucket's buffer in the reduce dtype, and an `InReduction` takes its place in
+    `param.grad`: the next micro-batch adds to it, in float32 whatever the reduce dtype (grad_buffer.py, [Note: sums]).
     """
 
-    def __init__(self, buffers: Buffers, group: DataParallelGroup, overlap: bool) -> None:
-        self._buffers = buffers
-        self._group = group
-        self._overlap = overlap
-        self._places = [buffers.grad_places(index) for index in range(len(buffers.params))]
-        self._placeholders = [
-            InReduction(param, spec.fqn) for param, spec in zip(buffers.params, buffers.layout.specs, strict=True)
-        ]
-        self._bucket_of = buffers.layout.bucket_of
-        self._streams: list[set[torch.cuda.Stream]] = [set() for _ in buffers.buckets]
+    def __init__(self, buckets: Sequence[Bucket], storage: Storage) -> None:
+        self._buckets = buckets
+        self._params, self._specs = storage.params, storage.layout.specs
+        self._bucket_of = storage.layout.bucket_of
+        self._overlap = bool(storage.options.sharding.overlap)
+        self._releases = storage.options.sharding.release_grads
+        pairs = zip(self._params, self._specs, strict=True)
+        self._placeholders = [InReduction(param, spec.fqn) for param, spec in pairs]
         self._backward = -1  # autograd's number of the last one whose end calls us
         self._clear()
 
     def _clear(self) -> None:
-        self._has_grad = [False] * len(self._places)
-        self._waiting_for = [len(b.bucket.params) for b in self._buffers.buckets]
+        self._has_grad = [False] * len(self._params)
+        self._waiting_for = [len(bucket.params) for bucket in self._buckets]
         self._reported: set[int] = set()
-        self._pending: list[Pending] = []
+        self._next = 0  # the first bucket whose reduction has not started
         self._finished = False
 
-    def accept(self, index: int, param: nn.Parameter, sync: bool) -> None:
-        grad = self._take(index, param)
+    def accept(self, index: int, sync: bool) -> None:
+        grad = self._take(index)
         if grad is None:
             return
         bucket = self._bucket_of[index]
-        if bucket < len(self._pending):
+        if bucket < self._next:
             if not self._all_dropped():
                 raise self._second_reduction(index)
             self.reset()  # `model.zero_grad()`: the gradients that were reduced are not wanted
-        self._buffers.check_in_place(index)
+        self._buckets[bucket].storage.check_in_place(index)
         self._move_in(index, grad, several=not sync)
-        param.grad = self._placeholders[index]
         if not sync:
             return
         if index not in self._reported:
@@ -116,30 +113,38 @@ class BackwardReducer:
             self._waiting_for[bucket] -= 1
         if self._overlap:
             self._call_at_the_end_of_backward()
-            while len(self._pending) < len(self._waiting_for) and not self._waiting_for[len(self._pending)]:
+            while self._next < len(self._buckets) and not self._waiting_for[self._next]:
                 self._start_next()
 
-    def _take(self, index: int, param: nn.Parameter) -> Tensor | None:
+    def _take(self, index: int) -> Tensor | None:
         """The gradient that backward has just left in `param.grad`."""
-        added = self._placeholders[index].taken()
-        if added is not None or param.grad is self._placeholders[index]:
+        param, placeholder = self._params[index], self._placeholders[index]
+        added = placeholder.taken()
+        if added is not None or param.grad is placeholder:
             return added
-        if self._has_grad[index] and self._bucket_of[index] >= len(self._pending):
+        if self._has_grad[index] and self._bucket_of[index] >= self._next:
             self._has_grad[index] = False  # the user dropped those of earlier micro-batches
         return param.grad
 
+    def _move_in(self, index: int, grad: Tensor, *, several: bool = False) -> None:
+        _check_dense(self._specs[index].fqn, grad)
+        self._buckets[self._bucket_of[index]].collect(index, grad, first=not self._has_grad[index], several=several)
+        self._has_grad[index] = True
+        self._params[index].grad = self._placeholders[index]
+
     def _all_dropped(self) -> bool:
         """Nothing of this step's gradients is left in sight, but for what the running backward has made."""
-        pairs = zip(self._buffers.params, self._placeholders, self._has_grad)
+        pairs = zip(self._params, self._placeholders, self._has_grad)
         return not any(had and param.grad is placeholder for param, placeholder, had in pairs)
 
     def _second_reduction(self, index: int) -> ValueError:
         return problem(
-            self._buffers.layout.specs[index].fqn,
+            self._specs[index].fqn,
             "a gradient arrived after its bucket was reduced in this step",
             "only the last backward of a step may reduce",
-            "wrap the earlier ones in `with optimizer.no_sync():`, or pass overlap=False, which reduces in step(); "
-            "call zero_grad() before a backward that starts anew; checkpoint activations with use_reentrant=False",
+            "wrap the earlier ones in `with optimizer.no_sync():`, or pass Sharding(overlap=False), which reduces in "
+            "step(); call zero_grad() before a backward that starts anew; checkpoint activations with "
+            "use_reentrant=False",
         )
 
     def _call_at_the_end_of_backward(self) -> None:
@@ -151,101 +156,41 @@ class BackwardReducer:
 
     def _start_all(self) -> None:
         """Start the buckets that never became ready: a parameter without a gradient counts as zeros."""
-        while len(self._pending) < len(self._waiting_for):
+        while self._next < len(self._buckets):
             self._start_next()
 
-    @torch.no_grad()
-    def _move_in(self, index: int, grad: Tensor, *, several: bool = False) -> None:
-        _check_dense(self._buffers.layout.specs[index].fqn, grad)
-        elements, bucket = grad.reshape(-1), self._bucket_of[index]
-        flat = self._open(bucket, several=several or self._has_grad[index])
-        for start, offset, length in self._places[index]:
-            place, piece = flat[start : start + length], elements[offset : offset + length]
-            if self._has_grad[index]:
-                place.add_(piece)
-            else:
-                place.copy_(piece)
-        self._has_grad[index] = True
-
-    def _open(self, bucket: int, *, several: bool = False) -> Tensor:
-        """`Buffers.open_grads`, for the current stream to write. Backward may run on several streams."""
-        if self._buffers.device.type != "cuda":
-            return self._buffers.open_grads(bucket, several=several)
-        stream = torch.cuda.current_stream(self._buffers.device)
-        begins_sum = several and self._buffers.lacks_sum(bucket)
-        others = self._streams[bucket] - {stream}
-        if begins_sum or stream not in self._streams[bucket]:
-            for other in others:  # one of them made the buffer, in memory that it may still use, and all wrote into it
-                stream.wait_stream(other)
-            self._streams[bucket].add(stream)
-        flat = self._buffers.open_grads(bucket, several=several)
-        if begins_sum:
-            for other in others:
-                other.wait_stream(stream)
-        return flat
-
-    def _let_go(self, bucket: int) -> None:
-        """Make streams that wrote into gradient memory, and may get it next, wait for the current one to be done."""
-        for stream in self._streams[bucket]:
-            current = torch.cuda.current_stream(stream.device)
-            if stream != current:
-                stream.wait_stream(current)
-
-    @torch.no_grad()
     def _start_next(self) -> None:
-        """Start the reduce-scatter of the next bucket in order, zeros for parameters without a gradient."""
-        index = len(self._pending)
-        buffers, bucket = self._buffers, self._buffers.buckets[index]
-        for number in bucket.bucket.params:
-            param, grad = buffers.params[number], buffers.params[number].grad
-            if not self._has_grad[number] and grad is not None and grad is not self._placeholders[number]:
-                self._move_in(number, grad)  # set by hand, not by backward
-                param.grad = self._placeholders[number]
-            elif self._has_grad[number] and grad is None:
-                self._has_grad[number] = False  # the user dropped it
-            if not self._has_grad[number]:
-                for start, _, length in self._places[number]:
-                    self._open(index)[start : start + length].zero_()
-        gathered = self._open(index)
-        for stream in self._streams[index]:
-            torch.cuda.current_stream(gathered.device).wait_stream(stream)
-        flat = buffers.close_sum(index)
-        if flat is not gathered:
-            self._let_go(index)
-        del gathered
-        with torch.profiler.record_function(f"distmuon::reduce_scatter/{index}"):
-            shard, about = bucket.grad_shard, bucket.about
-            pending = self._group.start_reduce_scatter(shard, flat, stage="reduce_scatter", about=about)
-            self._pending.append(pending)
-        if buffers.options.sharding.release_grads and index:  # the bucket before makes room for the next
-            self._wait(index - 1)
-
-    def _wait(self, bucket: int) -> None:
-        """Wait for bucket `bucket`, whose reduction has started."""
-        self._pending[bucket].wait()
-        if self._buffers.options.sharding.release_grads:
-            self._let_go(bucket)
-            self._buffers.release_grads(bucket)
-        self._streams[bucket].clear()
+        """Start the reduction of the next bucket in order."""
+        bucket = self._buckets[self._next]
+        for index in bucket.params:
+            grad = self._params[index].grad
+            if not self._has_grad[index] and grad is not None and grad is not self._placeholders[index]:
+                self._move_in(index, grad)  # set by hand, not by backward
+            elif self._has_grad[index] and grad is None:
+                self._has_grad[index] = False  # the user dropped it
+        bucket.start_reduce(absent=[index for index in bucket.params if not self._has_grad[index]])
+        self._next += 1
+        if self._releases and bucket.index:  # the bucket before makes room for the next
+            self._buckets[bucket.index - 1].finish_reduce()
 
     def finish(self) -> Sequence[bool]:
         if self._finished:
             return self._has_grad
         self._check_unwritten()
         self._start_all()
-        for bucket in range(len(self._pending)):
-            self._wait(bucket)
+        for bucket in self._buckets:
+            bucket.finish_reduce()
         self._drop_what_the_user_dropped()
         self._finished = True
         return self._has_grad
 
     def _check_unwritten(self) -> None:
         """Raise for gradients that somebody put where distmuon has taken its own away: clipping would see those."""
-        for index, param in enumerate(self._buffers.params):
-            late = self._has_grad[index] or self._bucket_of[index] < len(self._pending)
+        for index, param in enumerate(self._params):
+            late = self._has_grad[index] or self._bucket_of[index] < self._next
             if late and param.grad is not None and param.grad is not self._placeholders[index]:
                 raise problem(
-                    self._buffers.layout.specs[index].fqn,
+                    self._specs[index].fqn,
                     "param.grad was written after backward had handed its gradient to the reduction",
                     "a second reduction (DDP, DeepSpeed) averages and clips what distmuon does not read",
                     "do not wrap the model, or take the trainer's own line from distmuon.integrations, "
@@ -255,38 +200,32 @@ class BackwardReducer:
     @torch.no_grad()
     def _drop_what_the_user_dropped(self) -> None:
         """A gradient set to None after backward counts as none, as in torch.optim; its reduction had started."""
-        dropped = {i for i, param in enumerate(self._buffers.params) if self._has_grad[i] and param.grad is None}
+        dropped = {i for i, param in enumerate(self._params) if self._has_grad[i] and param.grad is None}
         if not dropped:
             return
-        for bucket in self._buffers.buckets:
-            for piece in bucket.muon + bucket.adamw:
+        for bucket in self._buckets:
+            for piece in bucket.storage.muon + bucket.storage.adamw:
                 if piece.segment.param in dropped:
                     piece.grad.zero_()
         self._has_grad = [had and index not in dropped for index, had in enumerate(self._has_grad)]
 
     def scale(self, coefficient: Tensor) -> None:
-        for bucket in self._buffers.buckets:
-            bucket.grad_shard.mul_(coefficient)
+        for bucket in self._buckets:
+            bucket.storage.grad_shard.mul_(coefficient)
 
     def reset(self) -> None:
-        if self._pending:
+        if self._next:
             self._start_all()  # a backward that raised half-way; other ranks have started all
-        for pending in self._pending:  # what travels must arrive before its buffer is written again
-            pending.wait()
-        for bucket, streams in enumerate(self._streams):
-            for stream in streams:  # of gradients that nobody reduced
-                torch.cuda.current_stream(stream.device).wait_stream(stream)
-            self._let_go(bucket)
-            streams.clear()
-            self._buffers.release_grads(bucket)
-        for param, placeholder in zip(self._buffers.params, self._placeholders):
+        for bucket in self._buckets:
+            bucket.drop_grads()
+        for param, placeholder in zip(self._params, self._placeholders):
             if param.grad is placeholder:
                 param.grad = None
         self._clear()
 
     @property
     def begun(self) -> bool:
-        return bool(self._pending) and not self._finished
+        return self._next > 0 and not self._finished
 
     @property
     def finished(self) -> bool:
@@ -329,41 +268,41 @@ def _check_dense(fqn: str, grad: Tensor) -> None:
 class GivenGrads:
     """Reads this rank's shard out of `param.grad`, and leaves `param.grad` to the user."""
 
-    def __init__(self, buffers: Buffers) -> None:
-        self._buffers = buffers
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
         self._has_grad: list[bool] | None = None
         self._seen: list[tuple[Tensor, int]] = []  # the gradients that were read, at their versions
 
-    def accept(self, index: int, param: nn.Parameter, sync: bool) -> None:
+    def accept(self, index: int, sync: bool) -> None:
         """Gradients are read when the step begins, after the reduction of whoever averages them."""
         self.reset()
 
     @torch.no_grad()
     def finish(self) -> Sequence[bool]:
         if self._has_grad is None:
-            self._has_grad = [param.grad is not None for param in self._buffers.params]
-            for spec, param in zip(self._buffers.layout.specs, self._buffers.params):
+            self._has_grad = [param.grad is not None for param in self._storage.params]
+            for spec, param in zip(self._storage.layout.specs, self._storage.params):
                 if param.grad is not None:
                     _check_dense(spec.fqn, param.grad)
-            for bucket in self._buffers.buckets:
+            for bucket in self._storage.buckets:
                 for piece in bucket.muon + bucket.adamw:
                     self._read(piece.grad, piece.segment.param, piece.segment.param_offset)
             self._seen = self._now()
         return self._has_grad
 
     def _read(self, place: Tensor, index: int, offset: int) -> None:
-        grad = self._buffers.params[index].grad
+        grad = self._storage.params[index].grad
         if grad is None:
             place.zero_()
         else:
             place.copy_(grad.reshape(-1)[offset : offset + place.numel()])
 
     def _now(self) -> list[tuple[Tensor, int]]:
-        return [(p.grad, p.grad._version) for p in self._buffers.params if p.grad is not None]
+        return [(p.grad, p.grad._version) for p in self._storage.params if p.grad is not None]
 
     @torch.no_grad()
     def scale(self, coefficient: Tensor) -> None:
-        for bucket in self._buffers.buckets:
+        for bucket in self._storage.buckets:
             bucket.grad_shard.mul_(coefficient)
         for grad, _ in self._seen:
             grad.mul_(coefficient)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distmuon.errors import problem
 from distmuon.options import is_number
-from distmuon.step.storage import BucketBuffers, Buffers, ShardPiece, state_keys
+from distmuon.step.storage import FlatStorage, ShardPiece, Storage
 
 
 class LocalState:
@@ -33,13 +33,13 @@ class LocalState:
     format in which they are kept: int8 momentum without its scales, 16-bit remainders of masters.
     """
 
-    def __init__(self, buffers: Buffers) -> None:
-        self._buffers = buffers
-        self._homes: list[list[tuple[BucketBuffers, ShardPiece]]] = [[] for _ in buffers.params]
-        for bucket in buffers.buckets:
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._homes: list[list[tuple[FlatStorage, ShardPiece]]] = [[] for _ in storage.params]
+        for bucket in storage.buckets:
             for piece in sorted(bucket.muon + bucket.adamw, key=lambda piece: piece.segment.param_offset):
                 self._homes[piece.segment.param].append((bucket, piece))
-        self._shown = [self._entry(index) for index in range(len(buffers.params))]
+        self._shown = [self._entry(index) for index in range(len(storage.params))]
         self._tensors = [tensor for entry in self._shown for tensor in entry.values()]
         self._placed: list[dict[str, Any]] = []  # the dicts that stand in `optimizer.state`
 
@@ -49,12 +49,12 @@ class LocalState:
 
     def extra_of(self, state: Mapping[Any, Any]) -> list[dict[str, Any]]:
         """By parameter, what users have put into its entry of `state`."""
-        return [_extra(state.get(param), entry) for param, entry in zip(self._buffers.params, self._shown)]
+        return [_extra(state.get(param), entry) for param, entry in zip(self._storage.params, self._shown)]
 
     def load_extra(self, state: MutableMapping[Any, Any], of_param: Mapping[int, Mapping[str, Any]]) -> None:
         """Put `of_param`, by parameter, in the place of what users have put into the entries of `state`."""
         extras = [of_param.get(index, {}) for index in range(len(self._shown))]
-        device = self._buffers.device
+        device = self._storage.device
         self._put(
             state, [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in extra.items()} for extra in extras]
         )
@@ -68,7 +68,7 @@ class LocalState:
         if self._is_as_placed(state):
             return
         changed = [index for index, entry in enumerate(self._shown) if not self._is_shown(index, entry, state)]
-        given = {index: self._given(index, state.get(self._buffers.params[index])) for index in changed}
+        given = {index: self._given(index, state.get(self._storage.params[index])) for index in changed}
         for index, own in given.items():
             self._check(index, own)
         with torch.no_grad():
@@ -79,7 +79,7 @@ class LocalState:
 
     def _put(self, state: MutableMapping[Any, Any], extras: Sequence[Mapping[str, Any]]) -> None:
         self._placed = [{**entry, **extra} for entry, extra in zip(self._shown, extras)]
-        state.update(zip(self._buffers.params, self._placed))
+        state.update(zip(self._storage.params, self._placed))
 
     def _is_as_placed(self, state: Mapping[Any, Any]) -> bool:
         """May say no where users have added something, or in another order."""
@@ -89,7 +89,7 @@ class LocalState:
         return sum(map(len, self._placed)) == len(self._tensors) and all(map(is_, values, self._tensors))
 
     def _is_shown(self, index: int, entry: dict[str, Any], state: Mapping[Any, Any]) -> bool:
-        given = state.get(self._buffers.params[index])
+        given = state.get(self._storage.params[index])
         if not isinstance(given, dict) or len(given) < len(entry):
             return False
         if len(given) == len(entry) and all(map(is_, given.values(), entry.values())):
@@ -97,18 +97,19 @@ class LocalState:
         return all(given.get(key) is value for key, value in entry.items())
 
     def _entry(self, index: int) -> dict[str, Any]:
-        homes, spec = self._homes[index], self._buffers.layout.specs[index]
-        known = state_keys(spec.rule, self._buffers.options.precision.momentum)
-        has_master = self._buffers.buckets[self._buffers.layout.bucket_of[index]].has_master
+        homes, spec = self._homes[index], self._storage.layout.specs[index]
+        known = self._storage.keys_of(index)
+        has_master = self._storage.buckets[self._storage.layout.bucket_of[index]].has_master
         if not homes:
             keys = [*known, *["master"] * has_master]
-            return {key: torch.empty(0, device=self._buffers.device) for key in keys}
+            return {key: torch.empty(0, device=self._storage.device) for key in keys}
         entry: dict[str, Any] = {}
         for key in known:
             entry[key] = _run([piece.state[key] for _, piece in homes]) if key != "step" else homes[0][1].state[key]
         if has_master:
-            entry["master"] = _run([piece.cut(_kept_masters(bucket)) for bucket, piece in homes])
-        whole = sum(piece.segment.length for _, piece in homes) == self._buffers.params[index].numel()
+            kept = [piece.cut(bucket.kept_master) for bucket, piece in homes if bucket.kept_master is not None]
+            entry["master"] = _run(kept)
+        whole = sum(piece.segment.length for _, piece in homes) == self._storage.params[index].numel()
         return {
             key: value.view(spec.shape) if whole and isinstance(value, Tensor) and key != "step" else value
             for key, value in entry.items()
@@ -126,7 +127,7 @@ class LocalState:
             if not isinstance(value, Tensor) or (key != "step" and self._pieces_of(index, value) is None):
                 found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
                 raise problem(
-                    f"optimizer.state[{self._buffers.layout.specs[index].fqn}][{key!r}]",
+                    f"optimizer.state[{self._storage.layout.specs[index].fqn}][{key!r}]",
                     f"found {found:.80} in place of distmuon's own tensor",
                     "a tensor of its shape or of the parameter's is needed",
                     "write into the tensor that stands there (copy_, zero_), or use load_state_dict",
@@ -150,7 +151,7 @@ class LocalState:
         """`value` cut as this rank's pieces are, if it is as long as they are together, or whole."""
         segments = [piece.segment for _, piece in self._homes[index]]
         elements, lengths = value.reshape(-1), [segment.length for segment in segments]
-        if tuple(value.shape) == self._buffers.layout.specs[index].shape:
+        if tuple(value.shape) == self._storage.layout.specs[index].shape:
             return [elements[s.param_offset : s.param_offset + s.length] for s in segments]
         if elements.numel() != sum(lengths):
             return None
@@ -161,23 +162,17 @@ def _extra(given: object, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in given.items() if k not in entry} if isinstance(given, Mapping) else {}
 
 
-def _kept_masters(bucket: BucketBuffers) -> Tensor:
-    kept = bucket.remainder if bucket.remainder is not None else bucket.master_shard
-    assert kept is not None
-    return kept
-
-
-def _write_piece(bucket: BucketBuffers, piece: ShardPiece, key: str, value: Tensor | None) -> None:
+def _write_piece(bucket: FlatStorage, piece: ShardPiece, key: str, value: Tensor | None) -> None:
     """`value` (length,), any dtype, any device, or zeros for None, into this piece's `key`."""
     if key == "master":
         assert value is not None
-        if bucket.remainder is not None and value.dtype == torch.int16:
-            piece.cut(bucket.remainder).copy_(value)
+        if bucket.kept_master is not None and value.dtype == torch.int16:  # remainders, as they are shown
+            piece.cut(bucket.kept_master).copy_(value)
         else:
             bucket.write_master(piece, value)
     elif key == "momentum_buffer" and (value is None or value.is_floating_point()):
         momentum = torch.zeros_like(piece.grad) if value is None else value.to(piece.grad.device, torch.float32)
-        for name, encoded in piece.encoded(momentum).items():
+        for name, encoded in bucket.momentum.encode(momentum).items():
             piece.state[name].copy_(encoded)
     elif value is None:
         piece.state[key].zero_()

@@ -1,8 +1,8 @@
 """Pieces of updates -> whole matrices, stacked by shape on the ranks that orthogonalize them, and back.
 
-Decides who sends what to whom, once, from the layout. A matrix that lies whole on its owner never travels; a bucket
-without straddlers makes no collective at all. Knows no mathematics: what comes back is whatever the caller put into
-the stacks.
+Decides which rank sends which piece to which, once, from the layout. A matrix that lies whole on its owner never
+travels; a bucket without straddlers makes no collective at all. Knows no mathematics: what comes back is whatever the
+caller put into the stacks.
 
       update pieces (shard) --start_gather--> stacks (B, m, n) on the workers
       pieces (shard)       <--start_scatter-- results (B, m, n)
@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from distmuon.comm.group import DataParallelGroup, Pending
-from distmuon.layout.layout import PlacedMatrix, Segment
-from distmuon.step.storage import ShardPiece
+from distmuon.layout.layout import PlacedUnit, Segment
 
 
 class StackKey(NamedTuple):
@@ -35,51 +34,67 @@ class StackKey(NamedTuple):
     column_split: tuple[int, ...]
 
 
-class MatrixGather:
+Stacks = dict[StackKey, Tensor]
+
+
+def goes_to(piece: Segment, placed: PlacedUnit, rank: int) -> bool:
+    """`piece` is sent to `rank`, which computes its matrix and does not hold it."""
+    return rank in placed.workers and rank != piece.rank
+
+
+def comes_home_from(piece: Segment, placed: PlacedUnit) -> int | None:
+    """The rank that sends the result back to the holder of `piece`; None where the holder computes it itself."""
+    return None if piece.rank in placed.workers else placed.workers[0]
+
+
+class MatrixExchange:
     """The exchange of one bucket's matrices, seen from one rank."""
 
     def __init__(
         self,
-        matrices: Sequence[PlacedMatrix],
-        muon_pieces: Sequence[ShardPiece],
+        units: Sequence[PlacedUnit],
+        muon_segments: Sequence[Segment],
         group_of: Sequence[int],
         group: DataParallelGroup,
         dtype: torch.dtype,
         device: torch.device,
-        about: str = "",
+        label: str = "",
     ) -> None:
-        """`matrices`: all of the bucket; `muon_pieces`: this rank's, in the order in which updates will be handed in;
-        `group_of`: param group of each parameter; `dtype`: of the stacks and of what travels; `about`: for messages."""
-        self._group, self.dtype, self._device, self._about = group, dtype, device, about
-        me, ranks = group.dp_rank, range(group.dp_size)
-        self._mine = [piece.segment for piece in muon_pieces]
-        self._number = {(s.param, s.param_offset): i for i, s in enumerate(self._mine)}
+        """`units`: all of the bucket; `muon_segments`: this rank's, in the order in which updates will be handed in;
+        `group_of`: param group of each parameter; `dtype`: of the stacks and of what travels; `label`: for messages."""
+        self._group, self.dtype, self._device, self._label = group, dtype, device, label
+        me = group.dp_rank
+        self._segments = list(muon_segments)
+        self._number = {(s.param, s.param_offset): i for i, s in enumerate(self._segments)}
+        self._place_stacks(units, group_of, me)
 
+        def listed(wanted: Callable[[Segment, PlacedUnit, int], bool]) -> list[list[Segment]]:
+            """By peer, the segments that `wanted(piece, placed, peer)` picks, in an order all ranks share."""
+            return [[p for u in units for p in u.pieces if wanted(p, u, peer)] for peer in range(group.dp_size)]
+
+        self._gather_out = listed(lambda p, u, peer: p.rank == me and goes_to(p, u, peer))
+        self._gather_in = listed(lambda p, u, peer: p.rank == peer and goes_to(p, u, me))
+        self._scatter_out = listed(lambda p, u, peer: p.rank == peer and comes_home_from(p, u) == me)
+        self._scatter_in = listed(lambda p, u, peer: p.rank == me and comes_home_from(p, u) == peer)
+        # The same on all ranks, so that all make the same collectives.
+        self.exchanges = any(goes_to(p, u, worker) for u in units for p in u.pieces for worker in u.workers)
+        self._scatters = any(comes_home_from(p, u) is not None for u in units for p in u.pieces)
+
+    def _place_stacks(self, units: Sequence[PlacedUnit], group_of: Sequence[int], me: int) -> None:
         self._places: dict[tuple[int, int], tuple[StackKey, int]] = {}  # by segment: its stack, first element there
         self.stack_sizes: dict[StackKey, int] = {}
-        for matrix in matrices:
-            if me in matrix.workers:
-                unit = matrix.matrix
-                key = StackKey(group_of[matrix.param], unit.rows, unit.columns, unit.column_split)
+        for placed in units:
+            if me in placed.workers:
+                unit = placed.unit
+                key = StackKey(group_of[placed.param], unit.rows, unit.columns, unit.column_split)
                 position = self.stack_sizes.setdefault(key, 0)
                 self.stack_sizes[key] += 1
-                for p in matrix.pieces:
+                for p in placed.pieces:
                     start = position * unit.numel + p.param_offset - unit.offset
                     self._places[p.param, p.param_offset] = (key, start)
 
-        def listed(wanted: Callable[[PlacedMatrix, Segment, int], bool]) -> list[list[Segment]]:
-            """Per peer, the segments that `wanted(matrix, piece, peer)` picks, in an order all ranks share."""
-            return [[p for m in matrices for p in m.pieces if wanted(m, p, peer)] for peer in ranks]
-
-        self._gather_out = listed(lambda m, p, peer: p.rank == me != peer and peer in m.workers)
-        self._gather_in = listed(lambda m, p, peer: p.rank == peer != me and me in m.workers)
-        self._scatter_out = listed(lambda m, p, peer: p.rank == peer not in m.workers and m.workers[0] == me)
-        self._scatter_in = listed(lambda m, p, peer: p.rank == me not in m.workers and m.workers[0] == peer)
-        self.exchanges = any({p.rank for p in m.pieces} != set(m.workers) or len(m.workers) > 1 for m in matrices)
-        self._scatters = any(p.rank not in m.workers for m in matrices for p in m.pieces)
-
-    def start_gather(self, updates: Sequence[Tensor]) -> Callable[[], dict[StackKey, Tensor]]:
-        """Send `updates` (one 1-D tensor a muon piece) on their way. Call the result to get the whole stacks."""
+    def start_gather(self, updates: Sequence[Tensor]) -> Gathering:
+        """Send `updates` (one 1-D tensor a Muon piece) on their way; `wait` for the whole stacks."""
         pending = None
         if self.exchanges:
             outgoing = [updates[self._number[s.param, s.param_offset]] for peer in self._gather_out for s in peer]
@@ -88,30 +103,30 @@ class MatrixGather:
             key: torch.empty(count, key.rows, key.columns, dtype=self.dtype, device=self._device)
             for key, count in self.stack_sizes.items()
         }
-        for segment, update in zip(self._mine, updates):
+        for segment, update in zip(self._segments, updates):
             if (segment.param, segment.param_offset) in self._places:
                 self._piece(stacks, segment).copy_(update)
+        return Gathering(self, pending, stacks)
 
-        def finish() -> dict[StackKey, Tensor]:
-            if pending is not None:
-                for segment, arrived in self._arrived(pending, self._gather_in):
-                    self._piece(stacks, segment).copy_(arrived)
-            return stacks
-
-        return finish
-
-    def start_scatter(self, results: dict[StackKey, Tensor]) -> Callable[[], list[Tensor]]:
-        """Send results home. Call the result to get one 1-D tensor a muon piece."""
+    def start_scatter(self, results: Stacks) -> Scattering:
+        """Send results home; `wait` for one 1-D tensor a Muon piece."""
         pending = None
         if self._scatters:
             outgoing = [self._piece(results, segment) for peer in self._scatter_out for segment in peer]
             pending = self._start(outgoing, self._scatter_out, self._scatter_in, "scatter")
+        return Scattering(self, pending, results)
 
-        def finish() -> list[Tensor]:
-            back = {} if pending is None else dict(self._arrived(pending, self._scatter_in))
-            return [back[s] if s in back else self._piece(results, s) for s in self._mine]
+    def finish_gather(self, pending: Pending | None, stacks: Stacks) -> Stacks:
+        """Fill `stacks` with the pieces that arrive."""
+        if pending is not None:
+            for segment, arrived in self._arrived(pending, self._gather_in):
+                self._piece(stacks, segment).copy_(arrived)
+        return stacks
 
-        return finish
+    def finish_scatter(self, pending: Pending | None, results: Stacks) -> list[Tensor]:
+        """This rank's pieces: those that arrive, and those of its own results."""
+        back = {} if pending is None else dict(self._arrived(pending, self._scatter_in))
+        return [back[s] if s in back else self._piece(results, s) for s in self._segments]
 
     def _start(
         self, outgoing: list[Tensor], out: list[list[Segment]], into: list[list[Segment]], stage: str
@@ -122,14 +137,36 @@ class MatrixGather:
         for place, piece in zip(torch.split(sent, [piece.numel() for piece in outgoing]), outgoing):
             place.copy_(piece)
         received = torch.empty(sum(receive_counts), dtype=self.dtype, device=self._device)
-        return self._group.start_all_to_all(received, sent, receive_counts, send_counts, stage=stage, about=self._about)
+        return self._group.start_all_to_all(received, sent, receive_counts, send_counts, stage=stage, label=self._label)
 
     @staticmethod
     def _arrived(pending: Pending, into: list[list[Segment]]) -> list[tuple[Segment, Tensor]]:
         segments = [segment for peer in into for segment in peer]
         return list(zip(segments, torch.split(pending.wait(), [segment.length for segment in segments])))
 
-    def _piece(self, stacks: dict[StackKey, Tensor], segment: Segment) -> Tensor:
+    def _piece(self, stacks: Stacks, segment: Segment) -> Tensor:
         """The elements of `segment` inside its matrix in the stacks, as a 1-D view."""
         key, start = self._places[segment.param, segment.param_offset]
         return stacks[key].view(-1)[start : start + segment.length]
+
+
+class Gathering:
+    """Pieces on their way to the workers of their matrices."""
+
+    def __init__(self, exchange: MatrixExchange, pending: Pending | None, stacks: Stacks) -> None:
+        self._exchange, self._pending, self._stacks = exchange, pending, stacks
+
+    def wait(self) -> Stacks:
+        """The whole matrices that this rank orthogonalizes, (B, m, n) by shape."""
+        return self._exchange.finish_gather(self._pending, self._stacks)
+
+
+class Scattering:
+    """Results on their way back to the holders of the pieces."""
+
+    def __init__(self, exchange: MatrixExchange, pending: Pending | None, results: Stacks) -> None:
+        self._exchange, self._pending, self._results = exchange, pending, results
+
+    def wait(self) -> list[Tensor]:
+        """One 1-D tensor a Muon piece of this rank."""
+        return self._exchange.finish_scatter(self._pending, self._results)

@@ -1,8 +1,13 @@
 """The verdict on a step's gradients: one small all-reduce, the same answer on all ranks.
 
-Decides whether a step may touch state. The verdict is one small all-reduce: sum of squares of the averaged gradient,
-how many ranks hold a gradient of AdamW's that is too large to be squared, and for each parameter on how many ranks it
-had a gradient. Non-finite values show in the sum of squares.
+Decides whether a step may touch state, and how it then writes. The all-reduce carries the sum of squares of the
+averaged gradient, the number of ranks that hold a gradient of AdamW's too large to be squared, and for each parameter
+the number of ranks on which it had a gradient. Non-finite values show in the sum of squares.
+
+[Note: writing under a verdict] Nothing writes parameters or state but a `Decision`. On a CPU the host reads the verdict
+for nothing: a step that is skipped computes nothing, and one that counts writes in place (`OnHost`). On a GPU reading
+would make the host wait for the device, so new values are computed beside the old ones and written where the verdict,
+a 0-dim bool on the device, says so (`OnDevice`): a skipped step leaves every bit as it was.
 
 [Note: large gradients] A step is taken wherever all that it writes is finite. Norms are summed up in float64, so that
 they are right for whatever float32 can hold. Below a norm of 2^127, half of the largest float32, no moving average and
@@ -15,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +36,8 @@ _EXACT = (2.0**-80, 2.0**128)  # between these a sum of float32's squares has ne
 class Verdict:
     """The same on all ranks. `total_norm` (0-dim float32) and `ok` (0-dim bool) stay on the device.
 
-    `present[i]`: some rank had a gradient for parameter i (a parameter without any is left alone). `known`: what `ok`
-    says, where the host may read it for nothing; None on a GPU. `apart` (0-dim bool): the ranks step by different
+    `present[i]`: some rank had a gradient for parameter i (a parameter without any is left alone). `ok_on_host`: what
+    `ok` says, where the host may read it for nothing; None on a GPU. `apart` (0-dim bool): the ranks step by different
     hyperparameters, or different optimizers; then `ok` is False. `squarable` (0-dim bool): float32 holds the square of
     each of AdamW's elements.
     """
@@ -39,17 +45,56 @@ class Verdict:
     total_norm: Tensor
     ok: Tensor
     present: Sequence[bool]
-    known: bool | None
+    ok_on_host: bool | None
     apart: Tensor
     squarable: Tensor
 
     def of_clipped(self) -> Verdict:
         """What holds when nobody scales the gradients any more; see [Note: large gradients]."""
         ok = self.ok & (self.squarable | (self.total_norm < SQUARABLE))
-        return replace(self, ok=ok, known=None if self.known is None else known_on_host(ok))
+        return replace(self, ok=ok, ok_on_host=None if self.ok_on_host is None else read_on_host(ok))
+
+    @property
+    def decision(self) -> Decision:
+        """How a step that is not skipped writes."""
+        return OnHost() if self.ok_on_host else OnDevice(self.ok)
 
 
-def check(
+class Decision(Protocol):
+    """How new values replace old ones; see [Note: writing under a verdict]."""
+
+    def scratch(self, old: Tensor) -> Tensor | None:
+        """Where the new value of `old` may be computed: `old` itself, or None for new memory."""
+
+    def write(self, old: Tensor, new: Tensor) -> None:
+        """``old <- new`` where the step counts, cast to `old`'s dtype; else `old` stays, bit for bit."""
+
+
+class OnHost:
+    """The host knows that the step counts."""
+
+    def scratch(self, old: Tensor) -> Tensor | None:
+        return old
+
+    def write(self, old: Tensor, new: Tensor) -> None:
+        if new is not old:
+            old.copy_(new)
+
+
+class OnDevice:
+    """Only the device knows: `ok` is a 0-dim bool there."""
+
+    def __init__(self, ok: Tensor) -> None:
+        self._ok = ok
+
+    def scratch(self, old: Tensor) -> Tensor | None:
+        return None
+
+    def write(self, old: Tensor, new: Tensor) -> None:
+        torch.where(self._ok, new.to(old.dtype), old, out=old)
+
+
+def judge(
     grad_shards: Sequence[Tensor],
     adamw_grads: Sequence[Tensor],
     present: Sequence[bool],
@@ -76,7 +121,7 @@ def check(
         present = [count > 0 for count in reduced[4:].tolist()]
     apart = reduced[2].square() != group.dp_size * reduced[3]
     ok = (total_norm < LARGEST_NORM) & ~apart
-    return Verdict(total_norm.float(), ok, present, known_on_host(ok), apart, reduced[1] == 0)
+    return Verdict(total_norm.float(), ok, present, read_on_host(ok), apart, reduced[1] == 0)
 
 
 def squares_on_device(shards: Sequence[Tensor]) -> Tensor:
@@ -104,6 +149,6 @@ def _has_large(grads: Sequence[Tensor], squares: Tensor) -> Tensor:
     return torch.stack(torch._foreach_norm(list(grads), float("inf"))).amax() >= SQUARABLE
 
 
-def known_on_host(ok: Tensor) -> bool | None:
+def read_on_host(ok: Tensor) -> bool | None:
     """What `ok` says, if reading it waits for no device."""
     return bool(ok) if ok.device.type == "cpu" else None

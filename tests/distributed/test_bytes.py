@@ -103,7 +103,7 @@ def test_each_matrix_is_orthogonalized_once(spawn, dp_size: int, num_micro: int)
     for number, case in enumerate(cases):
         done = sum(results[number]["ns_matrices"] for results in by_rank)
         matrices = by_rank[0][number]["layout"].matrices
-        holders = sum(len({piece.rank for piece in m.pieces}) * len(m.matrix.logical_shapes) for m in matrices)
+        holders = sum(len({piece.rank for piece in m.pieces}) * len(m.unit.logical_shapes) for m in matrices)
         assert done == (num_logical_matrices(Standing()) if case["placement"] == "owner" else holders), case
         assert len({json.dumps(results[number]["calls"], sort_keys=True) for results in by_rank}) == 1
 

@@ -236,10 +236,10 @@ class _Watch:
             setattr(group, verb, self._watched(getattr(group, verb)))
 
     def _watched(self, start: Callable[..., collectives.Pending]) -> Callable[..., collectives.Pending]:
-        def started(*tensors: Any, stage: str, about: str) -> collectives.Pending:
+        def started(*tensors: Any, stage: str, label: str) -> collectives.Pending:
             number = self._starts[stage] = self._starts.get(stage, -1) + 1
             self.events.append(f"{stage}+{number}")
-            return _Watched(start(*tensors, stage=stage, about=about), self.events, f"{stage}-{number}")
+            return _Watched(start(*tensors, stage=stage, label=about), self.events, f"{stage}-{number}")
 
         return started
 

@@ -49,9 +49,9 @@ def _newton_schulz_on_a_slice(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """The exchange is left out: a rank orthogonalizes the slice it holds, the rest of the matrix is zeros to it."""
     start = collectives.DataParallelGroup.start_all_to_all
 
-    def no_exchange(self: Any, output: Tensor, *rest: Any, stage: str, about: str) -> collectives.Pending:
+    def no_exchange(self: Any, output: Tensor, *rest: Any, stage: str, label: str) -> collectives.Pending:
         if stage != "dp_gather":
-            return start(self, output, *rest, stage=stage, about=about)
+            return start(self, output, *rest, stage=stage, label=about)
         return collectives.Pending(output.zero_())
 
     patch.setattr(collectives.DataParallelGroup, "start_all_to_all", no_exchange)

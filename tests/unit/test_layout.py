@@ -93,16 +93,16 @@ def test_padding_is_alignment_only(layout: Layout) -> None:
 @settings(max_examples=200, deadline=None)
 def test_segments_keep_within_matrices_and_owners_are_right(layout: Layout) -> None:
     units = [(param, matrix) for param, spec in enumerate(layout.specs) for matrix in spec.matrices]
-    assert sorted((m.param, m.matrix.offset) for m in layout.matrices) == sorted((p, m.offset) for p, m in units)
+    assert sorted((m.param, m.unit.offset) for m in layout.matrices) == sorted((p, m.offset) for p, m in units)
     assert [placed.index for placed in layout.matrices] == list(range(len(layout.matrices)))
     in_pieces = set()
     for placed in layout.matrices:
-        at = placed.matrix.offset
+        at = placed.unit.offset
         for piece in placed.pieces:
             assert piece.param == placed.param and piece.param_offset == at
             at += piece.length
             in_pieces.add(piece)
-        assert at == placed.matrix.offset + placed.matrix.numel
+        assert at == placed.unit.offset + placed.unit.numel
         holders = {piece.rank for piece in placed.pieces}
         assert placed.straddling == (len(holders) > 1)
         assert placed.bucket == layout.bucket_of[placed.param]
@@ -197,7 +197,7 @@ def _figures(layout: Layout) -> tuple[float, float]:
     load, extra = [0] * layout.dp_size, [0] * layout.dp_size
     for placed in layout.matrices:
         owner = placed.workers[0]
-        load[owner] += ns_cost(placed.matrix)
+        load[owner] += ns_cost(placed.unit)
         for piece in placed.pieces:
             if piece.rank != owner:  # the piece goes to the owner and its polar factor comes back, 2 bytes each
                 extra[piece.rank] += 2 * piece.length

@@ -89,7 +89,7 @@ def test_straddlers_never_overload_an_owner(layout: Layout) -> None:
     mean and one straddler."""
     work, whole, dearest = [0] * layout.dp_size, [0] * layout.dp_size, 0
     for placed in layout.matrices:
-        cost = ns_cost(placed.matrix)
+        cost = ns_cost(placed.unit)
         if len(placed.workers) != 1:
             return  # replicated: every holder works
         work[placed.workers[0]] += cost
