@@ -1,5 +1,6 @@
 """distmuon: the Muon optimizer under ZeRO-1 (arXiv 2502.16982)."""
 
+from distmuon.checkpoint import torch_optim as interchange
 from distmuon.checkpoint.folder import latest_checkpoint
 from distmuon.checkpoint.load import load_checkpoint, verify_parameters
 from distmuon.checkpoint.save import finish_saves, save_checkpoint
@@ -21,6 +22,7 @@ __all__ = [
     "Route",
     "Sharding",
     "finish_saves",
+    "interchange",
     "latest_checkpoint",
     "load_checkpoint",
     "plan",

@@ -248,8 +248,7 @@ class DistMuon(torch.optim.Optimizer):
             self.options,
             self._group_of,
             self._metrics,
-            gathers_last=self._gathers_in_forward
-            and self._exchange_group.process_group is self.group.process_group,
+            gathers_last=self._gathers_in_forward and self._exchange_group.process_group is self.group.process_group,
         )
         self._local_state = LocalState(self._engine.storage)
         self._local_state.show(self.state)

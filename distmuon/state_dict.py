@@ -135,9 +135,11 @@ def _by_number(states: Mapping[Any, Mapping[str, Any]], keys: Sequence[Any]) -> 
     for key in states:
         if key not in numbers:
             raise problem(
-                "load_state_dict", f"the state has an entry {key!r}", f"one of the {len(keys)} in its groups is needed",
+                "load_state_dict",
+                f"the state has an entry {key!r}",
+                f"one of the {len(keys)} in its groups is needed",
                 "pass what state_dict() returned",
-            )  # fmt: skip
+            )
     return {numbers[key]: state for key, state in states.items()}
 
 
@@ -150,9 +152,11 @@ def _check_state(storage: Storage, index: int, state: Mapping[str, Any]) -> None
     optional = {"step"} if "momentum_buffer" in state else set()
     if state.keys() - {"master"} - optional not in (set(), needed - optional):
         raise problem(
-            spec.fqn, f"its state has {sorted(state)}, not {sorted(needed)}",
-            "the state of the same rule is needed", "make the optimizer with the routes it was saved with",
-        )  # fmt: skip
+            spec.fqn,
+            f"its state has {sorted(state)}, not {sorted(needed)}",
+            "the state of the same rule is needed",
+            "make the optimizer with the routes it was saved with",
+        )
     for key, value in state.items():
         if key == "step" and is_number(value):
             value = torch.tensor(float(value))
@@ -164,9 +168,11 @@ def _check_state(storage: Storage, index: int, state: Mapping[str, Any]) -> None
         shape = spec.shape if key != "step" else (1,) * value.ndim  # older torch has steps of shape (1,)
         if tuple(value.shape) != shape:
             raise problem(
-                f"{spec.fqn}.{key}", f"the state has shape {tuple(value.shape)}", f"{shape} is needed",
+                f"{spec.fqn}.{key}",
+                f"the state has shape {tuple(value.shape)}",
+                f"{shape} is needed",
                 "load it into the model it was saved from",
-            )  # fmt: skip
+            )
         if key == "step" and not 0 <= float(value) < float("inf"):
             raise problem(f"{spec.fqn}.step", f"found {float(value)}", "a count is needed", "pass what was saved")
 
@@ -183,23 +189,29 @@ def load_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[dict[str, 
     _check_routes(saved, current)
     if len(saved) != len(current):
         raise problem(
-            "load_state_dict", f"the state has {len(saved)} param groups, this optimizer has {len(current)}",
-            "the same routing is needed", "make the optimizer with the routes it was saved with",
-        )  # fmt: skip
+            "load_state_dict",
+            f"the state has {len(saved)} param groups, this optimizer has {len(current)}",
+            "the same routing is needed",
+            "make the optimizer with the routes it was saved with",
+        )
     for theirs, ours in zip(saved, current):
         names, own_names = theirs.get("param_names"), ours["param_names"]
         if theirs.get("rule", ours["rule"]) != ours["rule"] or len(theirs["params"]) != len(ours["params"]):
             found = f"{len(theirs['params'])} parameters under {theirs.get('rule')!r}"
             raise problem(
-                "load_state_dict", f"a group of the state has {found}, here {len(own_names)} under {ours['rule']!r}",
-                "the same routing is needed", "make the optimizer with the routes it was saved with",
-            )  # fmt: skip
+                "load_state_dict",
+                f"a group of the state has {found}, here {len(own_names)} under {ours['rule']!r}",
+                "the same routing is needed",
+                "make the optimizer with the routes it was saved with",
+            )
         for name, own in zip(names or own_names, own_names):
             if name != own:
                 raise problem(
-                    "load_state_dict", f"the state has {name!r} where this optimizer has {own!r}",
-                    "the same parameters in the same order are needed", "load it into the model it was saved from",
-                )  # fmt: skip
+                    "load_state_dict",
+                    f"the state has {name!r} where this optimizer has {own!r}",
+                    "the same parameters in the same order are needed",
+                    "load it into the model it was saved from",
+                )
     taken = [{k: deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")} for group in saved]
     check_groups([{**ours, **theirs} for ours, theirs in zip(current, taken)])
     for ours, theirs in zip(current, taken):
@@ -213,10 +225,11 @@ def _check_routes(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[
     changed = [f"{n} ({theirs[n]} -> {rule})" for n, rule in ours.items() if theirs.get(n, rule) not in (rule, None)]
     if changed:
         raise problem(
-            ", ".join(changed[:5]), f"{len(changed)} parameters have another rule than in the state",
+            ", ".join(changed[:5]),
+            f"{len(changed)} parameters have another rule than in the state",
             "the same routing is needed",
             'make the optimizer with the routes it was saved with, or pass on_route_change="reset"',
-        )  # fmt: skip
+        )
 
 
 def check_form(state_dict: object) -> None:
@@ -273,9 +286,11 @@ def rerouted(state_dict: Mapping[str, Any], current: Sequence[Mapping[str, Any]]
 def _named(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
     if not group.get("param_names") or "rule" not in group:
         raise problem(
-            "load_state_dict", "the state's groups have no param_names and rules", 'on_route_change="reset" needs them',
+            "load_state_dict",
+            "the state's groups have no param_names and rules",
+            'on_route_change="reset" needs them',
             "pass what a DistMuon saved",
-        )  # fmt: skip
+        )
     return list(zip(group["param_names"], group["params"]))
 
 
@@ -286,10 +301,12 @@ def is_empty(state_dict: Mapping[str, Any]) -> bool:
         return False
     if any(isinstance(key, str) for key in states):
         raise problem(
-            "load_state_dict", "the state of every parameter is empty (torch unflattens what it finds in "
+            "load_state_dict",
+            "the state of every parameter is empty (torch unflattens what it finds in "
             "optimizer.state, and leaves an optimizer without state as it is while there are gradients)",
-            "an optimizer that has its state is needed", "call optimizer.zero_grad() before set_optimizer_state_dict",
-        )  # fmt: skip
+            "an optimizer that has its state is needed",
+            "call optimizer.zero_grad() before set_optimizer_state_dict",
+        )
     return True
 
 

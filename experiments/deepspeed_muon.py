@@ -102,7 +102,7 @@ def counted_step(system: str, dtype: str) -> dict[str, Any]:
     if system == "distmuon":
         metrics = engine.optimizer.metrics()
         found["matrices"], found["bytes"] = metrics["ns_matrices"], metrics["bytes"]
-        pieces = [p.state["momentum_buffer"] for b in engine.optimizer._conductor.buffers.buckets for p in b.muon]
+        pieces = [p.state["momentum_buffer"] for b in engine.optimizer._engine.storage.buckets for p in b.muon]
     else:
         inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
         pieces = [entry["momentum_buffer"] for entry in inner.state.values() if "momentum_buffer" in entry]

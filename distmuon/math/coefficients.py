@@ -155,9 +155,11 @@ def _resolve(coefficients: str | tuple[tuple[float, ...], ...], steps: int) -> t
         if steps < table.fewest or (steps > last + 1 and not table.repeats):
             served = f"{table.fewest} steps{' or more' if table.repeats else ' and no other number'}"
             raise problem(
-                "ns_steps", f"{steps} found for ns_coefficients {coefficients!r}", f"its source tuned {served}",
+                "ns_steps",
+                f"{steps} found for ns_coefficients {coefficients!r}",
+                f"its source tuned {served}",
                 "set ns_steps so, take 'jordan' (any number), or give your own (a, b, c) for each step",
-            )  # fmt: skip
+            )
         triples = tuple(table.triples[min(step, last)] for step in range(steps))
     reach(triples)
     return triples
@@ -185,7 +187,9 @@ def reach(triples: tuple[Triple, ...]) -> tuple[float, ...]:
         tops.append(min(max(a * s + b * s**3 + c * s**5 for s in candidates), 1e6))
     if not tops[-1] <= 1.5:
         raise problem(
-            "ns_coefficients", f"singular values up to {tops[-1]:.4g} after {len(triples)} steps found",
-            "at most 1.5 is needed", "add the steps that bring them back to 1, or take a table's name instead",
-        )  # fmt: skip
+            "ns_coefficients",
+            f"singular values up to {tops[-1]:.4g} after {len(triples)} steps found",
+            "at most 1.5 is needed",
+            "add the steps that bring them back to 1, or take a table's name instead",
+        )
     return tuple(tops)

@@ -79,18 +79,22 @@ class Hooks:
         """Raise for an object that borrows the optimizer's methods: what it writes would stay in itself."""
         if self._listener() is not caller:
             raise problem(
-                type(caller).__name__, "it runs DistMuon's methods on itself instead of on the optimizer it wraps",
-                "the optimizer must be called itself", "call the wrapped optimizer's own method",
-            )  # fmt: skip
+                type(caller).__name__,
+                "it runs DistMuon's methods on itself instead of on the optimizer it wraps",
+                "the optimizer must be called itself",
+                "call the wrapped optimizer's own method",
+            )
 
     def check_active(self, caller: object) -> None:
         """Raise once a newer optimizer has taken the parameters over, and for a wrapper that is not the optimizer."""
         self.check_self(caller)
         if not self._handles:
             raise problem(
-                "DistMuon", "its parameters were taken over by a newer DistMuon", "one optimizer manages a parameter",
+                "DistMuon",
+                "its parameters were taken over by a newer DistMuon",
+                "one optimizer manages a parameter",
                 "step the newer one",
-            )  # fmt: skip
+            )
 
     def remove(self) -> None:
         _remove(self._handles)

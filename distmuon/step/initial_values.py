@@ -129,15 +129,18 @@ def agree_on(holdings: Sequence[Holding], group: DataParallelGroup) -> None:
             ours, other = (texts.get(name, "nothing of this name") for texts in (everyone[0], theirs))
             if ours != other:
                 raise problem(
-                    name, f"rank {rank} holds {other}, rank 0 {ours}",
+                    name,
+                    f"rank {rank} holds {other}, rank 0 {ours}",
                     "all ranks must hold tensors of the same form before rank 0's values are sent",
                     "make the model alike on all ranks, and let no rank change it alone before the first forward in "
                     "training; buffers that may differ stay each rank's own with broadcast_buffers=False",
-                )  # fmt: skip
+                )
     raise problem(
-        "model", "ranks hold the same tensors in another order", "all ranks must register them in the same order",
+        "model",
+        "ranks hold the same tensors in another order",
+        "all ranks must register them in the same order",
         "make the model alike on all ranks",
-    )  # fmt: skip
+    )
 
 
 def send(holdings: Sequence[Holding], group: DataParallelGroup, via: torch.device) -> None:
@@ -166,9 +169,11 @@ def check_finite(broken: Sequence[str], where: str = "") -> None:
     """Raise if training would start from weights that are `broken`: every gradient would be NaN, every step skipped."""
     if broken:
         raise problem(
-            ", ".join(broken[:5]), f"{len(broken)} parameters hold NaN or inf{where} before the first step",
-            "finite values are needed to start from", "initialize the model, or load its weights, before training",
-        )  # fmt: skip
+            ", ".join(broken[:5]),
+            f"{len(broken)} parameters hold NaN or inf{where} before the first step",
+            "finite values are needed to start from",
+            "initialize the model, or load its weights, before training",
+        )
 
 
 def agree_on_values(fqns: Sequence[str], params: Sequence[nn.Parameter], group: DataParallelGroup) -> None:
@@ -184,11 +189,12 @@ def agree_on_values(fqns: Sequence[str], params: Sequence[nn.Parameter], group: 
         for rank, theirs in enumerate(everyone):
             if theirs[number] != everyone[0][number]:
                 raise problem(
-                    fqn, f"rank {rank} starts from other values than rank 0, and a forward has used them already",
+                    fqn,
+                    f"rank {rank} starts from other values than rank 0, and a forward has used them already",
                     "all ranks must start from the same values",
                     "pass the model itself and call it once before anything else (an ordinary forward with gradients "
                     "takes rank 0's values), or seed all ranks alike",
-                )  # fmt: skip
+                )
 
 
 def agree_on_reduced(grads: Sequence[Tensor], group: DataParallelGroup) -> None:

@@ -131,7 +131,7 @@ class LocalState:
                     f"found {found:.80} in place of distmuon's own tensor",
                     "a tensor of its shape or of the parameter's is needed",
                     "write into the tensor that stands there (copy_, zero_), or use load_state_dict",
-                )  # fmt: skip
+                )
 
     def _write(self, index: int, given: Mapping[str, Any]) -> None:
         """The entry `given`, which fits, into this rank's pieces; {}: zeros, but masters stay."""

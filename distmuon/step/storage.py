@@ -128,8 +128,8 @@ class FlatStorage:
         )
         flat = self.grad_buffer.flat if self.grad_buffer is not None else None
         in_flat = flat is not None and flat.dtype == torch.float32
-        self.grad_shard = flat[own] if flat is not None and in_flat else torch.zeros_like(
-            self.param_shard, dtype=torch.float32
+        self.grad_shard = (
+            flat[own] if flat is not None and in_flat else torch.zeros_like(self.param_shard, dtype=torch.float32)
         )
 
     def _make_pieces(self, dp_rank: int, device: torch.device) -> None:

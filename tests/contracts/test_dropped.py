@@ -34,9 +34,9 @@ def _no_collector() -> Iterator[None]:
 def _held(optimizer: Any) -> WeakIdKeyDictionary:
     """The storages that an optimizer must not outlive: gradients, momentum, moments and masters beside parameters."""
     storages = WeakIdKeyDictionary()
-    for bucket in optimizer._conductor.buffers.buckets:
-        kept: list[Tensor | None] = [bucket.grad_flat, bucket.grad_shard, bucket.remainder]
-        kept += [bucket.master_shard] if bucket.has_master else []
+    for bucket in optimizer._engine.storage.buckets:
+        kept: list[Tensor | None] = [bucket.grad_shard, bucket.kept_master]
+        kept += [bucket.grad_buffer.flat] if bucket.grad_buffer is not None else []
         kept += [tensor for piece in bucket.muon + bucket.adamw for tensor in piece.state.values()]
         for tensor in kept:
             if tensor is not None:

@@ -14,10 +14,9 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import distmuon
-from distmuon.checks import agree_on_plan
-from distmuon.comm.agreement import together
+from distmuon.comm.agreement import agree_on_plan, together
 from distmuon.comm.group import DataParallelGroup
-from tests.training import digest, make, state_tensors, train, weights
+from tests.training import digest, make, policies, state_tensors, train, weights
 
 
 def _model() -> nn.Sequential:
@@ -36,7 +35,7 @@ def _step(model: nn.Module, optimizer: distmuon.DistMuon) -> None:
 
 def _unlike(group: dist.ProcessGroup, name: str, values: list[Any]) -> None:
     model = _model()
-    _step(model, distmuon.DistMuon(model, process_group=group, **{name: values[dist.get_rank(group)]}))
+    _step(model, distmuon.DistMuon(model, **policies(process_group=group, **{name: values[dist.get_rank(group)]})))
 
 
 @pytest.mark.parametrize(
@@ -97,8 +96,8 @@ def _nan_on(group: dist.ProcessGroup, rank: int, by_name: bool) -> None:
     model = _model()
     if dist.get_rank(group) == rank:
         model[2].weight.data[1, 1] = math.nan
-    optimizer = distmuon.DistMuon([*model.named_parameters()] if by_name else model, process_group=group,
-                                  **({"routes": [distmuon.Route("*weight", "muon")]} if by_name else {}))  # fmt: skip
+    optimizer = distmuon.DistMuon([*model.named_parameters()] if by_name else model, **policies(process_group=group,
+                                  **({"routes": [distmuon.Route("*weight", "muon")]} if by_name else {})))  # fmt: skip
     _step(model, optimizer)
 
 

@@ -30,7 +30,7 @@ def _counted(group: dist.ProcessGroup, cases: list[dict[str, Any]], num_micro: i
         model, optimizer = make(group, model, **options)
         train(group, model, optimizer, range(2), num_micro)
         metrics = optimizer.metrics()
-        buckets = optimizer._conductor.buffers.buckets
+        buckets = optimizer._engine.storage.buckets
         results.append(
             {
                 "bytes": metrics["bytes"],

@@ -353,7 +353,7 @@ def _peak_of_a_save(group: dist.ProcessGroup, folder: str) -> tuple[int, int, in
     train(group, model, optimizer, range(1))
     with _Peak() as peak:
         distmuon.save_checkpoint(folder, model, optimizer)
-    buckets = optimizer.at_rest().buffers.buckets
+    buckets = optimizer.quiesced().storage.buckets
     return peak.peak, max(4 * b.param_flat.numel() for b in buckets), optimizer.metrics()["state_bytes"]
 
 

@@ -32,8 +32,8 @@ from distmuon.checkpoint import folder as snapshot
 from distmuon.checkpoint import save as saving
 from distmuon.checkpoint.manifest import write_file
 from distmuon.comm.agreement import agree_on_bits
-from distmuon.step.param_gather import ParamGather
-from tests.training import digest, make, state_tensors, train, weights
+from distmuon.step.engine import Engine
+from tests.training import digest, make, policies, state_tensors, train, weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 def _small(routes: Any = None, seed: int = 0) -> tuple[nn.Module, distmuon.DistMuon]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
-    return model, distmuon.DistMuon(model, lr=0.02, ns_dtype=torch.float32, routes=routes)
+    return model, distmuon.DistMuon(model, **policies(lr=0.02, ns_dtype=torch.float32, routes=routes))
 
 
 def _step(model: nn.Module, optimizer: distmuon.DistMuon) -> None:
@@ -554,11 +554,11 @@ def _forgets_to_gather(group: dist.ProcessGroup, folder: str) -> None:
     model, optimizer = make(group)
     distmuon.save_checkpoint(folder, model, optimizer)
     train(group, model, optimizer, [0])
-    publish, ParamGather.publish = ParamGather.publish, lambda gather: None  # type: ignore[method-assign]
+    gather_all, Engine.gather_all = Engine.gather_all, lambda engine: None  # type: ignore[method-assign]
     try:
         distmuon.load_checkpoint(folder, model, optimizer)
     finally:
-        ParamGather.publish = publish  # type: ignore[method-assign]
+        Engine.gather_all = gather_all  # type: ignore[method-assign]
 
 
 def test_a_load_that_forgets_to_gather_is_caught(spawn_raises, tmp_path: Path) -> None:

@@ -28,17 +28,17 @@ class slow_peer:
         self.late, self.seconds = dist.get_rank(group) > 0, seconds
 
     def __enter__(self) -> None:
-        self.original = original = distmuon.step.param_gather.ParamGather.start
+        self.original = original = distmuon.step.param_gather.Parameters.start
         pause = self.seconds if self.late else 0.0
 
-        def start(gather: Any, index: int) -> None:
+        def start(transport: Any) -> None:
             time.sleep(pause)
-            original(gather, index)
+            original(transport)
 
-        distmuon.step.param_gather.ParamGather.start = start  # type: ignore[method-assign]
+        distmuon.step.param_gather.Parameters.start = start  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
-        distmuon.step.param_gather.ParamGather.start = self.original  # type: ignore[method-assign]
+        distmuon.step.param_gather.Parameters.start = self.original  # type: ignore[method-assign]
 
 
 class Pair(nn.Module):
@@ -91,7 +91,7 @@ def _in_flight(group: dist.ProcessGroup, act: str) -> tuple[str, Any]:
         optimizer.synchronize()
         return "", None
     except ValueError as error:
-        optimizer._conductor.param_gather.wait([0, 1, 2, 3])  # let the other buckets arrive, so that ranks stay in step
+        optimizer._engine.wait_params([0, 1, 2, 3])  # let the other buckets arrive, so that ranks stay in step
         return str(error), None
 
 
@@ -135,14 +135,9 @@ def _orders(group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
     model, optimizer = make(group, Pair(), routes=None, bucket_mb=1e-4, overlap="forward")
     _step(model, optimizer)
     started, waited = [], []
-    start, wait = optimizer._conductor.param_gather.start, optimizer._conductor.param_gather.wait
-    optimizer._conductor.param_gather.start = lambda index: (started.append(index), start(index))[1]
-
-    def watch(indices: Any = None) -> None:
-        waited.extend(sorted(set(indices or ()) & set(optimizer._conductor.param_gather._pending)))
-        wait(indices)
-
-    optimizer._conductor.param_gather.wait = watch
+    for bucket in optimizer._engine.buckets:
+        bucket.start_gather = lambda bucket=bucket: (started.append(bucket.index), type(bucket).start_gather(bucket))
+        bucket.wait_params = lambda bucket=bucket: (waited.append(bucket.index), type(bucket).wait_params(bucket))
     _step(model, optimizer, 1)
     model(torch.ones(8, 8))
     return started, waited

@@ -76,7 +76,7 @@ def _late_to(stage: str) -> Callable[[dist.ProcessGroup, int], None]:
             time.sleep(LIMIT_S + 3)
         backward(model, optimizer, [make_batch(1, rank)])
         if stage != "reduce_scatter" and late:
-            optimizer._conductor.source.finish()
+            optimizer._engine.source.finish()
             plain = getattr(collectives.DataParallelGroup, f"start_{stage}")
 
             def late_start(*args: Any, **kwargs: Any) -> Any:
@@ -400,7 +400,7 @@ def _flipped_masters(group: dist.ProcessGroup, bits: list[int | None]) -> list[W
         model, optimizer = make(group, Standing().bfloat16(), verify_every=1)
         train(group, model, optimizer, [0, 1])
         optimizer.synchronize()
-        bucket = next(b for b in optimizer._conductor.buffers.buckets if b.muon)
+        bucket = next(b for b in optimizer._engine.storage.buckets if b.muon)
         if bit is not None and dist.get_rank(group) == 0:
             _flip(bucket.master_of(bucket.muon[0]), 3, bit)
         train(group, model, optimizer, [2, 3])

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distmuon
-from distmuon import checks as guards
 from distmuon.planning.plan import plan
-from distmuon.step.storage import Buffers
-from tests.training import digest, hand_gradients, make, state_tensors, train, weights
+from distmuon.step import verdict
+from distmuon.step.grad_buffer import GradBuffer
+from tests.training import digest, hand_gradients, make, policies, state_tensors, train, weights
 
 # ------------------------------------------------------------------------------------------------------- micro-batches
 
@@ -34,15 +34,14 @@ def _backward(model: nn.Module, seed: int, dtype: torch.dtype) -> dict[str, Tens
 
 def _sums(group: dist.ProcessGroup, **given: Any) -> dict[str, Any]:
     """`_accumulated`, and whether any bucket ever had a sum."""
-    opened, original = [], Buffers.open_grads
+    opened, original = [], GradBuffer._open_flat
 
-    def watching(self: Buffers, index: int, **several: bool) -> Tensor:
-        places = original(self, index, **several)
-        opened.append(self.buckets[index].grad_sum is not None)
-        return places
+    def watching(self: GradBuffer) -> Tensor:
+        opened.append(self.sum is not None)
+        return original(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Buffers, "open_grads", watching)
+        patch.setattr(GradBuffer, "_open_flat", watching)
         return {**_accumulated(group, **given), "sums": any(opened)}
 
 
@@ -53,7 +52,7 @@ def _accumulated(
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     model = _small()
     routes = [distmuon.Route("0.weight", "muon"), distmuon.Route("1.weight", "muon")]
-    optimizer = distmuon.DistMuon(model, process_group=group, bucket_mb=0.001, routes=routes, **options)
+    optimizer = distmuon.DistMuon(model, **policies(process_group=group, bucket_mb=0.001, routes=routes, **options))
     exact = {fqn: torch.zeros(p.shape, dtype=torch.float64) for fqn, p in model.named_parameters()}
     dtype, held = options.get("reduce_dtype", torch.float32), 0
     for step in range(2):
@@ -66,9 +65,10 @@ def _accumulated(
                 mine = _backward(model, (step * micro_batches + micro) * size + rank, dtype)
             for fqn, grad in mine.items():
                 exact[fqn] += grad
-            buckets = optimizer._conductor.buffers.buckets
+            buckets = optimizer._engine.storage.buckets
             if alone:
-                places = [t for bucket in buckets for t in (bucket.grad_sum, bucket.grad_flat, bucket.grad_shard)]
+                grads = [(bucket.grad_buffer.sum, bucket.grad_buffer.flat, bucket.grad_shard) for bucket in buckets]
+                places = [place for of_bucket in grads for place in of_bucket]
                 storages = [place.untyped_storage() for place in places if place is not None]
                 held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         optimizer.reduce_gradients()
@@ -82,7 +82,7 @@ def _accumulated(
                 worst = max(worst, float(((piece.grad - wanted) / wanted).abs().max()))
         optimizer.step()
         optimizer.zero_grad()
-    left = sum(bucket.grad_sum is not None for bucket in buckets)
+    left = sum(bucket.grad_buffer.sum is not None for bucket in buckets)
     return {"error": worst, "left": left, "held": held, "buckets": len(buckets)}
 
 
@@ -105,7 +105,9 @@ def test_micro_batches_add_up_in_float32(spawn, options: dict[str, Any], in_no_s
     by_rank = spawn(_sums, dp_size, timeout=150, **given)
     ulp = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(options.get("reduce_dtype", torch.float32), 1e-5)
     routes = [distmuon.Route("0.weight", "muon"), distmuon.Route("1.weight", "muon")]
-    planned = plan(_small(), dp_size=dp_size, bucket_mb=0.001, routes=routes, compare=False, **options).ranks
+    planned = plan(
+        _small(), **policies(dp_size=dp_size, bucket_mb=0.001, routes=routes, compare=False, **options)
+    ).ranks
     for rank, found in enumerate(by_rank):
         assert found["error"] <= 1.01 * ulp + 1e-6 and found["left"] == 0 and found["buckets"] > 1, found
         assert found["sums"] == ("reduce_dtype" in options)
@@ -131,9 +133,9 @@ def _forgotten(group: dist.ProcessGroup, options: dict[str, Any]) -> tuple[str, 
                 _backward(model, 99, torch.float32)
                 _backward(model, 98, torch.float32)
             optimizer.zero_grad()
-            left += sum(bucket.grad_sum is not None for bucket in optimizer._conductor.buffers.buckets)
+            left += sum(bucket.grad_buffer.sum is not None for bucket in optimizer._engine.storage.buckets)
         train(group, model, optimizer, range(step, step + 1), num_micro=2)
-        left += sum(bucket.grad_sum is not None for bucket in optimizer._conductor.buffers.buckets)
+        left += sum(bucket.grad_buffer.sum is not None for bucket in optimizer._engine.storage.buckets)
     return digest(weights(model, optimizer)), left
 
 
@@ -161,7 +163,7 @@ def _momentum(group: dist.ProcessGroup, options: list[dict[str, Any]], skips: bo
         given = dict(given)
         with pytest.MonkeyPatch.context() as patch:
             if given.pop("verdict_on_device", False):
-                patch.setattr(guards, "known_on_host", lambda ok: None)
+                patch.setattr(verdict, "read_on_host", lambda ok: None)
             model, optimizer = make(group, **given)
             for step in range(8):
                 if skips and step in (0, 3):
@@ -264,8 +266,8 @@ def _large(group: dist.ProcessGroup, fqn: str, size: float, options: dict[str, A
     given = dict(options)
     with pytest.MonkeyPatch.context() as patch:
         if given.pop("verdict_on_device", False):
-            patch.setattr(guards, "known_on_host", lambda ok: None)
-            patch.setattr(guards, "squares_on_cpu", guards.squares_on_device)
+            patch.setattr(verdict, "read_on_host", lambda ok: None)
+            patch.setattr(verdict, "squares_on_cpu", verdict.squares_on_device)
         clip, rank, last = given.pop("clip", None), dist.get_rank(group), dist.get_world_size(group) - 1
         model, optimizer = make(group, **given)
         train(group, model, optimizer, range(1))

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distmuon
-from distmuon import checks as guards
 from distmuon.comm import group as collectives
 from distmuon.math import rules
-from distmuon.step import param_gather
-from distmuon.step.storage import Buffers
+from distmuon.step import param_gather, verdict
+from distmuon.step.grad_buffer import GradBuffer
+from distmuon.step.storage import FlatStorage
 from tests.distributed.test_parity import _model, _train_by_hand, _wanted_by_hand
 from tests.standing import Standing, loss_fn, make_batch
 from tests.training import backward, digest, errors, make, state_tensors, train, weights
@@ -52,7 +52,7 @@ def _ends(group: dist.ProcessGroup, cases: list[dict[str, Any]], num_micro: int 
             options["exchange_group"] = group  # another `DataParallelGroup`; NCCL would get a second communicator
         with pytest.MonkeyPatch.context() as patch:
             if options.pop("verdict_on_device", False):
-                patch.setattr(guards, "known_on_host", lambda ok: None)
+                patch.setattr(verdict, "read_on_host", lambda ok: None)
             model, optimizer = make(group, Standing(), **options)
             _steps(group, optimizer, model, num_micro)
         found.append((digest(weights(model, optimizer)), digest(state_tensors(optimizer))))
@@ -167,8 +167,8 @@ def test_remainders_keep_every_bit_of_the_masters(spawn, dtypes: str, dp_size: i
 def _state_bytes(group: dist.ProcessGroup, options: dict[str, Any]) -> int:
     model, optimizer = make(group, _model("bfloat16"), **options)
     train(group, model, optimizer, range(2))
-    muon = sum(p.segment.length for b in optimizer._conductor.buffers.buckets for p in b.muon)
-    adamw = sum(p.segment.length for b in optimizer._conductor.buffers.buckets for p in b.adamw)
+    muon = sum(p.segment.length for b in optimizer._engine.storage.buckets for p in b.muon)
+    adamw = sum(p.segment.length for b in optimizer._engine.storage.buckets for p in b.adamw)
     saved = 2 * (muon + adamw)
     return optimizer.metrics()["state_bytes"] + (saved if options else 0)
 
@@ -204,21 +204,21 @@ def _open_buffers(group: dist.ProcessGroup) -> tuple[int, int, int]:
     """(buckets, most flat gradient buffers at once, those left after a step), with `release_grads`."""
     model, optimizer = make(group, release_grads=True)
     train(group, model, optimizer, range(1))
-    buckets, most = optimizer._conductor.buffers.buckets, 0
-    original: Callable[..., Tensor] = Buffers.open_grads
+    buckets, most = optimizer._engine.storage.buckets, 0
+    original = GradBuffer._open_flat
 
-    def counting(self: Buffers, index: int, **given: Any) -> Tensor:
+    def counting(self: GradBuffer) -> Tensor:
         nonlocal most
-        flat = original(self, index, **given)
-        most = max(most, sum(bucket.grad_flat is not None for bucket in buckets))
+        flat = original(self)
+        most = max(most, sum(bucket.grad_buffer.flat is not None for bucket in buckets))
         return flat
 
-    Buffers.open_grads = counting  # type: ignore[method-assign]
+    GradBuffer._open_flat = counting  # type: ignore[method-assign]
     try:
         train(group, model, optimizer, range(1, 2))
     finally:
-        Buffers.open_grads = original  # type: ignore[method-assign]
-    return len(buckets), most, sum(bucket.grad_flat is not None for bucket in buckets)
+        GradBuffer._open_flat = original  # type: ignore[method-assign]
+    return len(buckets), most, sum(bucket.grad_buffer.flat is not None for bucket in buckets)
 
 
 def test_released_gradients_hold_two_buckets_at_the_most(spawn) -> None:
@@ -239,7 +239,7 @@ class _Watch:
         def started(*tensors: Any, stage: str, label: str) -> collectives.Pending:
             number = self._starts[stage] = self._starts.get(stage, -1) + 1
             self.events.append(f"{stage}+{number}")
-            return _Watched(start(*tensors, stage=stage, label=about), self.events, f"{stage}-{number}")
+            return _Watched(start(*tensors, stage=stage, label=label), self.events, f"{stage}-{number}")
 
         return started
 
@@ -299,10 +299,10 @@ def _gather_order(group: dist.ProcessGroup, own_group: bool) -> tuple[list[int],
     train(group, model, optimizer, range(1))
     optimizer.synchronize()
     watch, order = _Watch(optimizer.group), []
-    sent = Buffers.sent
+    sent = FlatStorage.note_sent
     loss_fn(model, make_batch(2, dist.get_rank(group), 0)).backward()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Buffers, "sent", lambda self, index: (order.append(index), sent(self, index))[1])
+        patch.setattr(FlatStorage, "note_sent", lambda self: (order.append(self.spec.index), sent(self))[1])
         optimizer.step()
     return order, [event for event in watch.events if event[-2] == "+" and not event.startswith("reduce")]
 
@@ -381,7 +381,7 @@ def _with_fault(group: dist.ProcessGroup, fault: str) -> bool:
 
             patch.setattr(rules, "muon_momentum", eager)
         elif fault == "updates of absent ranks forgotten":
-            patch.setattr(param_gather.ParamGather, "_apply", lambda *_: None)
+            patch.setattr(param_gather.Updates, "_take", lambda *_: None)
         option = {"param_gather": "updates"} if fault.startswith("updates") else {"verdict_on_device": True}
         try:
             return _ends(group, [option]) == plain

@@ -16,8 +16,9 @@ from torch import nn
 
 import distmuon
 from distmuon.planning.plan import RankPlan, plan
-from distmuon.step import bucket as walk
+from distmuon.step import bucket
 from tests.standing import Standing, routes
+from tests.training import policies
 
 MODELS: dict[str, tuple[str, dict[str, Any], float]] = {  # model_type, its config, bucket_mb: a few buckets each
     "gpt2": ("gpt2", {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 97}, 0.06),
@@ -73,13 +74,13 @@ def _storage_bytes(*tensors: torch.Tensor | None) -> int:
 
 
 def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found, original = [], walk.orthogonalize
+    found, original = [], bucket.orthogonalize
     for way in ways:
         torch.manual_seed(0)
         model, given = build(name)
         options = dict(way)
         model.to(options.pop("param_dtype", torch.float32))
-        optimizer = distmuon.DistMuon(model, process_group=group, **given, **options)
+        optimizer = distmuon.DistMuon(model, **policies(process_group=group, **given, **options))
         flops = 0
 
         def counting(matrices: torch.Tensor, *, steps: int, **rest: Any) -> torch.Tensor:
@@ -87,7 +88,7 @@ def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) ->
             flops += _standard_flops(matrices.shape, steps)
             return original(matrices, steps=steps, **rest)
 
-        walk.orthogonalize = counting
+        bucket.orthogonalize = counting
         try:
             for _ in range(2):
                 flops = 0
@@ -96,8 +97,8 @@ def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) ->
                 optimizer.step()
                 optimizer.zero_grad()
         finally:
-            walk.orthogonalize = original
-        metrics, buffers = optimizer.metrics(), optimizer._conductor.buffers
+            bucket.orthogonalize = original
+        metrics, buffers = optimizer.metrics(), optimizer._engine.storage
         staged = [i for i in range(len(buffers.params)) if buffers.layout.is_staged(i)]
         found.append(
             {
@@ -107,7 +108,7 @@ def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) ->
                 "ns_flops": flops,
                 "state_bytes": metrics["state_bytes"],
                 "parameters": sum(b.param_flat.nbytes for b in buffers.buckets),
-                "gradients": sum(_storage_bytes(b.grad_shard, b.grad_flat) for b in buffers.buckets),
+                "gradients": sum(_storage_bytes(b.grad_shard, b.grad_buffer.flat) for b in buffers.buckets),
                 "staged": sum(buffers.params[i].nbytes for i in staged),
             }
         )
@@ -136,7 +137,7 @@ def test_planned_equals_counted(spawn, name: str, dp_size: int) -> None:
     model, given = on_meta(name)
     exchanged = 0
     for number, way in enumerate(WAYS):
-        plans = plan(model, dp_size=dp_size, compare=False, **given, **way).ranks
+        plans = plan(model, **policies(dp_size=dp_size, compare=False, **given, **way)).ranks
         assert len(plans) == dp_size
         for rank, results in enumerate(by_rank):
             assert planned(plans[rank]) == results[number], (way, rank)
@@ -153,7 +154,7 @@ def _peak(group: dist.ProcessGroup, name: str, way: dict[str, Any]) -> int:
     options = dict(way)
     model, given = build(name)
     model.to(options.pop("param_dtype", torch.float32))
-    optimizer = distmuon.DistMuon(model, process_group=group, **options, **given)
+    optimizer = distmuon.DistMuon(model, **policies(process_group=group, **options, **given))
     for _ in range(2):
         for param in model.parameters():
             param.grad = torch.randn_like(param) if param.requires_grad else None
@@ -183,7 +184,7 @@ PEAKS: list[dict[str, Any]] = [
 def test_a_step_allocates_no_more_than_planned(spawn, way: dict[str, Any]) -> None:
     """The transient peak is an upper estimate, and not an idle one."""
     model, given = on_meta("standing")
-    plans = plan(model, dp_size=2, compare=False, **given, **way).ranks
+    plans = plan(model, **policies(dp_size=2, compare=False, **given, **way)).ranks
     for rank, peak in enumerate(spawn(_peak, 2, name="standing", way=way)):
         share = peak / plans[rank].held.transient
         print(f"\n{way}, rank {rank}: measured / planned = {share:.2f}")

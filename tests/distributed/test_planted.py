@@ -18,12 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import distmuon
-from distmuon import checks as guards
 from distmuon.comm import group as collectives
-from distmuon.step import bucket as walk
-from distmuon.step import engine as conductor
-from distmuon.step import matrix_exchange as matrix_gather
-from distmuon.step.grad_reduce import BackwardReducer
+from distmuon.step import bucket, engine, matrix_exchange, verdict
 from tests.distributed.late import late_collectives
 from tests.standing import Standing, loss_fn, make_batch, make_batches, num_logical_matrices
 from tests.training import (
@@ -51,7 +47,7 @@ def _newton_schulz_on_a_slice(patch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def no_exchange(self: Any, output: Tensor, *rest: Any, stage: str, label: str) -> collectives.Pending:
         if stage != "dp_gather":
-            return start(self, output, *rest, stage=stage, label=about)
+            return start(self, output, *rest, stage=stage, label=label)
         return collectives.Pending(output.zero_())
 
     patch.setattr(collectives.DataParallelGroup, "start_all_to_all", no_exchange)
@@ -61,17 +57,17 @@ def _newton_schulz_on_a_slice(patch: pytest.MonkeyPatch) -> Iterator[None]:
 @contextmanager
 def _clip_after_newton_schulz(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """The coefficient reaches AdamW's gradients and the polar factors, not the gradients that momentum averages."""
-    coefficients, orthogonalize = [1.0], walk.orthogonalize
+    coefficients, orthogonalize = [1.0], bucket.orthogonalize
 
     def scale(self: Any, coefficient: Tensor) -> None:
         coefficients[0] = float(coefficient)
-        for bucket in self.buffers.buckets:
-            for piece in bucket.adamw:
+        for storage in self.storage.buckets:
+            for piece in storage.adamw:
                 piece.grad.mul_(coefficient)
         self._verdict = replace(self._verdict, total_norm=self._verdict.total_norm * coefficient)
 
-    patch.setattr(conductor.Conductor, "_scale", scale)
-    patch.setattr(walk, "orthogonalize", lambda block, **how: orthogonalize(block, **how) * coefficients[0])
+    patch.setattr(engine.Engine, "_scale", scale)
+    patch.setattr(bucket, "orthogonalize", lambda block, **how: orthogonalize(block, **how) * coefficients[0])
     yield
 
 
@@ -83,7 +79,7 @@ def _newton_schulz_per_micro_batch(patch: pytest.MonkeyPatch) -> Iterator[None]:
     def no_sync(self: Any) -> Iterator[None]:
         yield
         self.reduce_gradients()
-        self._conductor.update(self._hyperparameters())
+        self._engine.update(self._check_step())
         self.synchronize()
 
     patch.setattr(distmuon.DistMuon, "no_sync", no_sync)
@@ -129,16 +125,16 @@ def test_faults_in_the_mathematics_are_seen(spawn, fault: str) -> None:
 # --------------------------------------------------------------------------------------- one rank is odd
 
 
-def _without_a_common_verdict(what: str) -> Callable[..., guards.Verdict]:
-    """`guards.check` as if this rank were alone in "verdict" or in "presence"."""
-    check = guards.check
+def _without_a_common_verdict(what: str) -> Callable[..., verdict.Verdict]:
+    """`verdict.judge` as if this rank were alone in "verdict" or in "presence"."""
+    judge = verdict.judge
 
-    def alone(grad_shards: Any, adamw_grads: Any, present: Any, group: Any, *rest: Any) -> guards.Verdict:
-        verdict = check(grad_shards, adamw_grads, present, group, *rest)
+    def alone(grad_shards: Any, adamw_grads: Any, present: Any, group: Any, *rest: Any) -> verdict.Verdict:
+        judged = judge(grad_shards, adamw_grads, present, group, *rest)
         if what == "presence":
-            return replace(verdict, present=list(present))
+            return replace(judged, present=list(present))
         mine = torch.stack([torch.isfinite(shard).all() for shard in grad_shards]).all()
-        return replace(verdict, ok=mine, known=None)  # as on a GPU, where a rank that skips still exchanges
+        return replace(judged, ok=mine, ok_on_host=None)  # as on a GPU, where a rank that skips still exchanges
 
     return alone
 
@@ -149,7 +145,7 @@ def _odd_rank(group: dist.ProcessGroup, odd: str, planted: bool) -> tuple[Weight
     rank, last = dist.get_rank(group), dist.get_world_size(group) - 1
     with pytest.MonkeyPatch.context() as patch:
         if planted:
-            patch.setattr(guards, "check", _without_a_common_verdict(odd))
+            patch.setattr(verdict, "judge", _without_a_common_verdict(odd))
         model, optimizer = make(group)
         for step in range(STEPS):
             is_odd = rank == last and step == POISONED
@@ -242,24 +238,25 @@ def _overwrite_what_is_sent(patch: pytest.MonkeyPatch) -> None:
 
 
 def _read_before_it_arrived(patch: pytest.MonkeyPatch) -> None:
-    arrived = matrix_gather.MatrixGather._arrived
+    arrived = matrix_exchange.MatrixExchange._arrived
 
     def early(pending: collectives.Pending, into: Any) -> Any:
         unwaited = [(s, t.clone()) for s, t in arrived(collectives.Pending(pending.result), into)]
         pending.wait()
         return unwaited
 
-    patch.setattr(matrix_gather.MatrixGather, "_arrived", staticmethod(early))
+    patch.setattr(matrix_exchange.MatrixExchange, "_arrived", staticmethod(early))
 
 
 def _release_before_it_was_sent(patch: pytest.MonkeyPatch) -> None:
-    wait = BackwardReducer._wait
+    finish = bucket.Bucket.finish_reduce
 
-    def eager(self: Any, bucket: int) -> None:
-        self._buffers.buckets[bucket].grad_flat.zero_()
-        wait(self, bucket)
+    def eager(self: Any) -> None:
+        if self.grads is bucket.Grads.REDUCING:
+            self.storage.grad_buffer.flat.zero_()
+        finish(self)
 
-    patch.setattr(BackwardReducer, "_wait", eager)
+    patch.setattr(bucket.Bucket, "finish_reduce", eager)
 
 
 BUFFER_FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -295,7 +292,7 @@ def test_a_buffer_freed_or_used_too_early_is_seen(spawn, fault: str) -> None:
 def _kept_dtypes(optimizer: Any) -> dict[str, tuple[torch.dtype, int]]:
     return {
         f"{piece.segment}.{key}": (value.dtype, value.numel())
-        for bucket in optimizer._conductor.buffers.buckets
+        for bucket in optimizer._engine.storage.buckets
         for piece in bucket.muon + bucket.adamw
         for key, value in piece.state.items()
     }

@@ -18,9 +18,9 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import distmuon
-from distmuon.step import engine as conductor
+from distmuon.step import engine
 from tests.distributed.test_in_flight import slow_peer
-from tests.training import digest, state_tensors, weights
+from tests.training import digest, policies, state_tensors, weights
 
 OPTIONS = {"lr": 0.05, "ns_dtype": torch.float32, "bucket_mb": 0.002}
 
@@ -51,7 +51,7 @@ def _loss(model: nn.Module, step: int, rank: int, **options: Any) -> Tensor:
 
 def _made(group: dist.ProcessGroup | None, **options: Any) -> tuple[Net, Any]:
     model = Net()
-    return model, distmuon.DistMuon(model, process_group=group, **{**OPTIONS, **options})
+    return model, distmuon.DistMuon(model, **policies(process_group=group, **{**OPTIONS, **options}))
 
 
 def _step(model: nn.Module, optimizer: Any, step: int, rank: int) -> None:
@@ -396,14 +396,16 @@ def _reentrant(group: dist.ProcessGroup, way: str) -> list[Any]:
     def both(x: Tensor) -> Tensor:
         return recomputed(nn.Sequential(*parts[1:3]), parts[0](x))
 
-    optimizer = distmuon.DistMuon(model, process_group=group, **OPTIONS, routes=[distmuon.Route("*weight", "muon")])
+    optimizer = distmuon.DistMuon(
+        model, **policies(process_group=group, **OPTIONS, routes=[distmuon.Route("*weight", "muon")])
+    )
     started = []
     for step in range(3):
         x = torch.randn(4, 16, generator=torch.Generator().manual_seed(step + 10 * dist.get_rank(group)))
         x.requires_grad_()
         out = model(x) if way == "plain" else parts[3](recomputed(both, x))
         out.square().mean().backward()
-        started.append(len(optimizer._conductor.source._pending) if optimizer._conductor else -1)
+        started.append(optimizer._engine.source._next if optimizer._engine else -1)
         optimizer.step()
         optimizer.zero_grad()
     return [started, digest(weights(model, optimizer))]
@@ -470,7 +472,7 @@ def _zero_grad_alone(group: dist.ProcessGroup) -> str:
         with optimizer.no_sync():
             _loss(model, 7, rank).backward()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(conductor, "LATE_S", 1.0)
+            patch.setattr(engine, "LATE_S", 1.0)
             try:
                 optimizer.zero_grad()
             except ValueError as error:
@@ -528,7 +530,7 @@ def _apart(group: dist.ProcessGroup, key: str, on_device: bool) -> list[Any]:
     muon = next(each for each in optimizer.param_groups if each["rule"] == "muon")
     with pytest.MonkeyPatch.context() as patch:
         if on_device:
-            patch.setattr(distmuon.guards, "known_on_host", lambda ok: None)
+            patch.setattr(distmuon.step.verdict, "read_on_host", lambda ok: None)
         _step(model, optimizer, 0, rank)
         if rank == 1:
             muon[key] *= 0.999

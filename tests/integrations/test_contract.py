@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 import distmuon
-from distmuon import trainer_face
+from distmuon import optimizer as distmuon_optimizer
 from distmuon.comm import lost_ranks as roll_call
 from distmuon.step.hooks import _over_own_storage
 from tests.standing import Standing, loss_fn, make_batch
@@ -65,7 +65,7 @@ def test_one_rank_may_ask_for_a_consolidated_state_until_the_next_step(spawn, dp
 def _hasty() -> Iterator[None]:
     """Meetings that end soon, and no word of where a rank stands."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_face, "MEETING_S", 1.0)
+        patch.setattr(distmuon_optimizer, "MEETING_S", 1.0)
         patch.setattr(roll_call, "SAY_S", 0.0)
         patch.setattr(roll_call, "LOOK_S", 0.3)
         yield

@@ -304,7 +304,7 @@ def trainer(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.D
         return getattr(hf.optimizer, "optimizer", hf.optimizer)
 
     hf.train(resume_from_checkpoint=str(folder / "trainer" / f"checkpoint-{case.first}") if case.first else None)
-    assert not opt()._conductor.param_gather.any_in_flight, "a work under way keeps a thread of gloo's past the group"
+    assert not opt()._engine.params_in_flight, "a work under way keeps a thread of gloo's past the group"
     return inner, opt()
 
 
