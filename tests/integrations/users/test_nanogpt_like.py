@@ -198,9 +198,15 @@ def plain() -> tuple[Weights, dict[int, float]]:
 
 slow = pytest.mark.slow
 WAYS = [
-    "external", "external, views", "reduce", "silenced", "silenced, no_sync", "silenced, no_sync, views",
-    "reduce, compiled", pytest.param("external, compiled", marks=slow),
-]  # fmt: skip
+    "external",
+    "external, views",
+    "reduce",
+    "silenced",
+    "silenced, no_sync",
+    "silenced, no_sync, views",
+    "reduce, compiled",
+    pytest.param("external, compiled", marks=slow),
+]
 
 
 @pytest.mark.parametrize("way", WAYS)
