@@ -99,10 +99,16 @@ def rates() -> Hardware:
         )
     )
     return Hardware(
-        flops=flops[torch.bfloat16], memory=memory, nvlink=link, network=link, flops_share=1.0, memory_share=1.0,
-        link_share=1.0, latency_s=seconds(lambda: group.start_all_reduce(small, stage="").wait()),
+        flops=flops[torch.bfloat16],
+        memory=memory,
+        nvlink=link,
+        network=link,
+        flops_share=1.0,
+        memory_share=1.0,
+        link_share=1.0,
+        latency_s=seconds(lambda: group.start_all_reduce(small, stage="").wait()),
         float32_share=flops[torch.float32] / flops[torch.bfloat16],
-    )  # fmt: skip
+    )
 
 
 def step_seconds(network: nn.Module, optimizer: distmuon.DistMuon) -> float:
@@ -171,8 +177,13 @@ def main() -> None:
     share = statistics.median(one.others for one in rounds)
     threads = f"{arguments.processes} processes of {arguments.threads} threads"
     print(f"{len(rounds)} of {arguments.rounds} rounds, {threads}; others took {share:.0%} of the machine")
-    units = {"flops": (1e9, "GFLOP/s, bf16"), "float32_share": (1, "of it in fp32"), "memory": (1e9, "GB/s"),
-             "nvlink": (1e9, "GB/s, loopback"), "latency_s": (1e-3, "ms")}  # fmt: skip
+    units = {
+        "flops": (1e9, "GFLOP/s, bf16"),
+        "float32_share": (1, "of it in fp32"),
+        "memory": (1e9, "GB/s"),
+        "nvlink": (1e9, "GB/s, loopback"),
+        "latency_s": (1e-3, "ms"),
+    }
     median = {}
     for name, (unit, words) in units.items():
         low, median[name], high = statistics.quantiles(getattr(one.row, name) for one in rounds)

@@ -13,13 +13,22 @@ from distmuon.planning.plan import Plan, plan
 from distmuon.planning.step_time import ORDERS
 
 LAYOUTS = {
-    "gpt2-124m": (2, 4, 8), "llama-1b": (8, 64), "llama-8b": (8, 16, 64), "llama-70b": (8, 64, 256),
-    "qwen3-30b-a3b": (8, 64), "moonlight-16b-a3b": (8, 64, 256), "kimi-k2-1t": (64, 512),
-}  # fmt: skip
+    "gpt2-124m": (2, 4, 8),
+    "llama-1b": (8, 64),
+    "llama-8b": (8, 16, 64),
+    "llama-70b": (8, 64, 256),
+    "qwen3-30b-a3b": (8, 64),
+    "moonlight-16b-a3b": (8, 64, 256),
+    "kimi-k2-1t": (64, 512),
+}
 TIMES = {
-    "llama-1b": (8, 64), "llama-8b": (8, 64), "llama-70b": (64, 256), "qwen3-30b-a3b": (64,),
-    "moonlight-16b-a3b": (8, 64, 256), "kimi-k2-1t": (64, 512),
-}  # fmt: skip
+    "llama-1b": (8, 64),
+    "llama-8b": (8, 64),
+    "llama-70b": (64, 256),
+    "qwen3-30b-a3b": (64,),
+    "moonlight-16b-a3b": (8, 64, 256),
+    "kimi-k2-1t": (64, 512),
+}
 
 
 def layout_row(found: Plan) -> str:

@@ -175,9 +175,16 @@ class _Bench:
 
 
 def measure(
-    peers: Sequence[Peer], setting: Setting, *, rounds: int, check_steps: int, device: torch.device, wire: bool,
-    minutes: float = 60.0, say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:  # fmt: skip
+    peers: Sequence[Peer],
+    setting: Setting,
+    *,
+    rounds: int,
+    check_steps: int,
+    device: torch.device,
+    wire: bool,
+    minutes: float = 60.0,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
     """{"rows", "plain", "not_run", "others"}: samples in ms by row and round; reasons; others' share of the machine."""
     bench = _Bench(setting, device, check_steps, wire)
     ranks, systems, rows, not_run = bench.ranks, [], [], []

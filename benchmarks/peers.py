@@ -90,9 +90,14 @@ def ours(**options: Any) -> Make:
 
     def make(trainee: Trainee, setting: Setting) -> System:
         optimizer = distmuon.DistMuon(
-            trainee, lr=setting.lr, weight_decay=setting.weight_decay, momentum=setting.momentum,
-            adamw_betas=setting.betas, adamw_eps=setting.eps, **options,
-        )  # fmt: skip
+            trainee,
+            lr=setting.lr,
+            weight_decay=setting.weight_decay,
+            momentum=setting.momentum,
+            adamw_betas=setting.betas,
+            adamw_eps=setting.eps,
+            **options,
+        )
         return DistMuonSystem(trainee, trainee, [optimizer])
 
     return make
@@ -108,9 +113,11 @@ def ddp(trainee: Trainee) -> nn.Module:
 def torch_muon_options(setting: Setting) -> dict[str, Any]:
     """torch.optim.Muon's arguments for the common rule; its defaults are Jordan's triple, 5 steps, Nesterov."""
     return {
-        "lr": setting.lr, "weight_decay": setting.weight_decay, "momentum": setting.momentum,
+        "lr": setting.lr,
+        "weight_decay": setting.weight_decay,
+        "momentum": setting.momentum,
         "adjust_lr_fn": "match_rms_adamw",
-    }  # fmt: skip
+    }
 
 
 def ddp_torch_muon(trainee: Trainee, setting: Setting) -> System:
@@ -133,9 +140,10 @@ def zero_adamw(trainee: Trainee, setting: Setting) -> System:
 
     model, params = ddp(trainee), list(trainee.parameters())
     return System(
-        trainee, model,
+        trainee,
+        model,
         [ZeroRedundancyOptimizer(params, torch.optim.AdamW, parameters_as_bucket_view=True, **setting.adamw)],
-    )  # fmt: skip
+    )
 
 
 def ddp_adamw(trainee: Trainee, setting: Setting) -> System:
@@ -149,11 +157,23 @@ def _pytorch_optimizer(trainee: Trainee, setting: Setting) -> System:
     groups: list[dict[str, Any]] = [
         {"params": group["params"], "use_muon": True} for group in shape_groups(setting, matrices, "rms", False)
     ]
-    groups.append({"params": rest, "use_muon": False, "lr": setting.lr, "betas": setting.betas, "eps": setting.eps,
-                   "weight_decay": setting.weight_decay})  # fmt: skip
+    groups.append(
+        {
+            "params": rest,
+            "use_muon": False,
+            "lr": setting.lr,
+            "betas": setting.betas,
+            "eps": setting.eps,
+            "weight_decay": setting.weight_decay,
+        }
+    )
     optimizer = DistributedMuon(
-        groups, lr=setting.lr, momentum=setting.momentum, weight_decay=setting.weight_decay, use_adjusted_lr=True,
-    )  # fmt: skip
+        groups,
+        lr=setting.lr,
+        momentum=setting.momentum,
+        weight_decay=setting.weight_decay,
+        use_adjusted_lr=True,
+    )
     return System(trainee, model, [optimizer])
 
 
@@ -165,8 +185,16 @@ def _keller_jordan(trainee: Trainee, setting: Setting) -> System:
         {**group, "momentum": setting.momentum, "use_muon": True}
         for group in shape_groups(setting, matrices, "aspect", False)
     ]
-    groups.append({"params": rest, "lr": setting.lr, "betas": setting.betas, "eps": setting.eps,
-                   "weight_decay": setting.weight_decay, "use_muon": False})  # fmt: skip
+    groups.append(
+        {
+            "params": rest,
+            "lr": setting.lr,
+            "betas": setting.betas,
+            "eps": setting.eps,
+            "weight_decay": setting.weight_decay,
+            "use_muon": False,
+        }
+    )
     return System(trainee, model, [MuonWithAuxAdam(groups)])
 
 
@@ -175,10 +203,16 @@ def _optimuon(trainee: Trainee, setting: Setting) -> System:
 
     model, (matrices, rest) = ddp(trainee), split(trainee)
     muon = optimuon.Muon(
-        list(shape_groups(setting, matrices, "rms", True)), momentum=setting.momentum, distributed=True, gram_ns=False,
-        adjust_lr="match_rms_adamw", ns_coefficients=(3.4445, -4.7750, 2.0315), ns_norm_scale=1.0, normuon=False,
+        list(shape_groups(setting, matrices, "rms", True)),
+        momentum=setting.momentum,
+        distributed=True,
+        gram_ns=False,
+        adjust_lr="match_rms_adamw",
+        ns_coefficients=(3.4445, -4.7750, 2.0315),
+        ns_norm_scale=1.0,
+        normuon=False,
         cautious_wd=False,
-    )  # fmt: skip
+    )
     return System(trainee, model, [muon, torch.optim.AdamW(rest, **setting.adamw)])
 
 
@@ -197,9 +231,16 @@ def _dion(trainee: Trainee, setting: Setting) -> System:
     model, (matrices, rest) = ddp(trainee), split(trainee)
     groups = [{"params": matrices}, {"params": rest, "algorithm": "adamw", "epsilon": setting.eps}]
     optimizer = dion.Muon(
-        groups, distributed_mesh=dist.group.WORLD, lr=setting.lr, mu=setting.momentum, betas=setting.betas,
-        weight_decay=setting.weight_decay, nesterov=True, adjust_lr="rms_norm", newton_schulz_func=jordan,
-    )  # fmt: skip
+        groups,
+        distributed_mesh=dist.group.WORLD,
+        lr=setting.lr,
+        mu=setting.momentum,
+        betas=setting.betas,
+        weight_decay=setting.weight_decay,
+        nesterov=True,
+        adjust_lr="rms_norm",
+        newton_schulz_func=jordan,
+    )
     return System(trainee, model, [optimizer])
 
 
@@ -209,30 +250,57 @@ def all_peers() -> Iterator[Peer]:
 
     mine, ns = "distmuon.walk:orthogonalize", ("torch.optim._muon:_zeropower_via_newtonschulz",)
     yield Peer(name="distmuon", make=ours(), counted=(mine,))
-    yield Peer(name="distmuon, gathers under the forward", make=ours(sharding=Sharding(overlap="forward")),
-               counted=(mine,))  # fmt: skip
+    yield Peer(
+        name="distmuon, gathers under the forward", make=ours(sharding=Sharding(overlap="forward")), counted=(mine,)
+    )
     yield Peer(name="distmuon, no overlap", make=ours(sharding=Sharding(overlap=False)), counted=(mine,))
-    yield Peer(name="distmuon, updates travel", make=ours(sharding=Sharding(param_gather="updates")), counted=(mine,),
-               note="bfloat16 polar factors are gathered in place of float32 parameters")  # fmt: skip
-    yield Peer(name="distmuon, the paper's placement",
-               make=ours(sharding=Sharding(packing="contiguous", placement="replicated")),
-               note="contiguous packing, every holder of a piece repeats Newton-Schulz", counted=(mine,))  # fmt: skip
+    yield Peer(
+        name="distmuon, updates travel",
+        make=ours(sharding=Sharding(param_gather="updates")),
+        counted=(mine,),
+        note="bfloat16 polar factors are gathered in place of float32 parameters",
+    )
+    yield Peer(
+        name="distmuon, the paper's placement",
+        make=ours(sharding=Sharding(packing="contiguous", placement="replicated")),
+        note="contiguous packing, every holder of a piece repeats Newton-Schulz",
+        counted=(mine,),
+    )
     yield Peer(name="distmuon AdamW", make=ours(routes="adamw"), rule="adamw")
     yield Peer(name="DDP + AdamW", make=ddp_adamw, rule="adamw", note="state on every rank")
     yield Peer(name="DDP + ZeRO-1 AdamW (torch)", make=zero_adamw, rule="adamw")
-    yield Peer(name="DDP + torch.optim.Muon", make=ddp_torch_muon, note="every rank does all; state on every rank",
-               counted=ns)  # fmt: skip
-    yield Peer(name="DDP + ZeRO-1 torch.optim.Muon", make=zero_torch_muon, counted=ns,
-               note="torch's ZeroRedundancyOptimizer around torch.optim.Muon: the best without an install")  # fmt: skip
-    yield Peer(name="DDP + dion Muon", make=_dion, counted=("dion.megabatch_base:muon_update_newton_schulz",),
-               note="given Jordan's triple through newton_schulz_func; compiled; state on every rank; "
-                    "pip install git+https://github.com/microsoft/dion")  # fmt: skip
-    yield Peer(name="DDP + KellerJordan Muon", make=_keller_jordan, counted=("muon:zeropower_via_newtonschulz5",),
-               note="pip muon-optimizer; its own scale made equal by one lr and decay a shape")  # fmt: skip
-    yield Peer(name="DDP + pytorch-optimizer DistributedMuon", make=_pytorch_optimizer,
-               counted=("pytorch_optimizer.optimizer.muon.base:zero_power_via_newton_schulz_5",),
-               note="one group a shape, as its all-gather needs")  # fmt: skip
-    yield Peer(name="DDP + optimuon", make=_optimuon, counted=("optimuon._muon:newton_schulz",),
-               note="its decay made equal by one decay a shape; NorMuon and cautious decay off; state on "
-                    "every rank")  # fmt: skip
+    yield Peer(
+        name="DDP + torch.optim.Muon", make=ddp_torch_muon, note="every rank does all; state on every rank", counted=ns
+    )
+    yield Peer(
+        name="DDP + ZeRO-1 torch.optim.Muon",
+        make=zero_torch_muon,
+        counted=ns,
+        note="torch's ZeroRedundancyOptimizer around torch.optim.Muon: the best without an install",
+    )
+    yield Peer(
+        name="DDP + dion Muon",
+        make=_dion,
+        counted=("dion.megabatch_base:muon_update_newton_schulz",),
+        note="given Jordan's triple through newton_schulz_func; compiled; state on every rank; "
+        "pip install git+https://github.com/microsoft/dion",
+    )
+    yield Peer(
+        name="DDP + KellerJordan Muon",
+        make=_keller_jordan,
+        counted=("muon:zeropower_via_newtonschulz5",),
+        note="pip muon-optimizer; its own scale made equal by one lr and decay a shape",
+    )
+    yield Peer(
+        name="DDP + pytorch-optimizer DistributedMuon",
+        make=_pytorch_optimizer,
+        counted=("pytorch_optimizer.optimizer.muon.base:zero_power_via_newton_schulz_5",),
+        note="one group a shape, as its all-gather needs",
+    )
+    yield Peer(
+        name="DDP + optimuon",
+        make=_optimuon,
+        counted=("optimuon._muon:newton_schulz",),
+        note="its decay made equal by one decay a shape; NorMuon and cautious decay off; state on every rank",
+    )
     yield from SHARDED

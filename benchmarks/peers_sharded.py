@@ -51,11 +51,16 @@ def _deepspeed(trainee: Trainee, setting: Setting) -> System:
         "optimizer": {
             "type": "Muon",
             "params": {
-                "lr": setting.lr, "weight_decay": setting.weight_decay, "momentum": setting.momentum,
-                "betas": list(setting.betas), "eps": setting.eps, "ns_method": "standard", "torch_adam": True,
+                "lr": setting.lr,
+                "weight_decay": setting.weight_decay,
+                "momentum": setting.momentum,
+                "betas": list(setting.betas),
+                "eps": setting.eps,
+                "ns_method": "standard",
+                "torch_adam": True,
             },
         },
-    }  # fmt: skip
+    }
     engine, optimizer, *_ = deepspeed.initialize(model=trainee, model_parameters=groups, config=config)
     return EngineSystem(trainee, engine, [optimizer])
 
@@ -112,26 +117,39 @@ def _muonium(trainee: Trainee, setting: Setting) -> System:
     ]
     groups.append({"params": rest, "algorithm": "adamw", "lr": setting.lr, "wd": setting.weight_decay})
     optimizer = muonium.Muon(
-        groups, momentum=setting.momentum, adam_betas=setting.betas, adam_eps=setting.eps, use_cautious_wd=False,
-        orthogonalization_strategy="newton_schulz", foreach=False,
-    )  # fmt: skip
+        groups,
+        momentum=setting.momentum,
+        adam_betas=setting.betas,
+        adam_eps=setting.eps,
+        use_cautious_wd=False,
+        orthogonalization_strategy="newton_schulz",
+        foreach=False,
+    )
     return System(trainee, trainee, [optimizer])
 
 
 _WHOLE = "FSDP2 with the model as one unit: parameters, gradients and state are sharded (ZeRO-3's memory)"
 SHARDED = (
     Peer(
-        name="DeepSpeed ZeRO-1 Muon", make=_deepspeed,
+        name="DeepSpeed ZeRO-1 Muon",
+        make=_deepspeed,
         counted=("deepspeed.runtime.zero.muon.original_muon:muon_update",),
         note="ns_method=standard (bfloat16); its own scale made equal by one lr and decay a shape; its default "
-             "clip of 1 off; keeps a float32 copy of its partition also where parameters are float32",
+        "clip of 1 off; keeps a float32 copy of its partition also where parameters are float32",
     ),
-    Peer(name="FSDP2 + muon-fsdp2", make=_muon_fsdp2, note=_WHOLE,
-         counted=("muon_fsdp2:zeropower_via_newtonschulz5",)),
-    Peer(name="FSDP2 + torch.optim.Muon", make=_torch_muon_fsdp2,
-         note=_WHOLE + "; DTensor redistributes inside every product of Newton-Schulz",
-         counted=("torch.optim._muon:_zeropower_via_newtonschulz",)),
-    Peer(name="FSDP2 + heavyball Muon", make=_heavyball, equal=False, counted=("heavyball.utils:inplace_orthogonal_",),
-         note=_WHOLE + "; another rule: five other triples, stochastic rounding, its own scale: cannot be made equal"),
+    Peer(name="FSDP2 + muon-fsdp2", make=_muon_fsdp2, note=_WHOLE, counted=("muon_fsdp2:zeropower_via_newtonschulz5",)),
+    Peer(
+        name="FSDP2 + torch.optim.Muon",
+        make=_torch_muon_fsdp2,
+        note=_WHOLE + "; DTensor redistributes inside every product of Newton-Schulz",
+        counted=("torch.optim._muon:_zeropower_via_newtonschulz",),
+    ),
+    Peer(
+        name="FSDP2 + heavyball Muon",
+        make=_heavyball,
+        equal=False,
+        counted=("heavyball.utils:inplace_orthogonal_",),
+        note=_WHOLE + "; another rule: five other triples, stochastic rounding, its own scale: cannot be made equal",
+    ),
     Peer(name="FSDP2 + muonium", make=_muonium, note="pip muonium; imports triton, so this row has never run"),
-)  # fmt: skip
+)

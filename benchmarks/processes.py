@@ -21,8 +21,12 @@ def namespace() -> tuple[list[str], str]:
 
 def run_ranks(command: Sequence[str], ranks: int, threads: int) -> int:
     """`command` once a rank, told its place as torchrun tells it; the first exit status that is not 0."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-                   "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # fmt: skip
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
         environment["BENCH_RENDEZVOUS"] = f"file://{folder}/rendezvous"

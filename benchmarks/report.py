@@ -48,8 +48,9 @@ def is_ours(row: dict[str, Any]) -> bool:
 
 def tables(found: dict[str, Any]) -> str:
     """Conditions, the two tables, verdicts and what could not run, of one run."""
-    return "\n".join([*_conditions(found), "", *_times(found), "", *_counts(found), "", *verdicts(found), "",
-                      *_not_run(found), *_notes(found)])  # fmt: skip
+    last = [*_not_run(found), *_notes(found)]
+    sections = (_conditions(found), _times(found), _counts(found), verdicts(found), last)
+    return "\n\n".join("\n".join(lines) for lines in sections)
 
 
 def title(found: dict[str, Any]) -> str:
@@ -147,8 +148,9 @@ def verdicts(found: dict[str, Any]) -> list[str]:
         parts = [plain + quartiles(row["sync_step"])[1] for row in (base, adamw)]
         tokens = setting["batch"] * setting["seq_len"]
         decides = tokens >= TOKENS and setting["d_model"] >= WIDE
-        verdict = f"target {OVER_ADAMW}: {'met' if whole <= OVER_ADAMW else 'MISSED'}" if decides else (
-            f"no target at {tokens:,} tokens")  # fmt: skip
+        verdict = f"target {OVER_ADAMW}: {'met' if whole <= OVER_ADAMW else 'MISSED'}"
+        if not decides:
+            verdict = f"no target at {tokens:,} tokens"
         lines.append(
             f"- Whole step, distmuon / distmuon's own AdamW: {whole:.3f}; {verdict}. From medians of plain forward and "
             f"backward + sync and step: {parts[0] / parts[1]:.3f}."
@@ -177,15 +179,18 @@ def page(results: Path = RESULTS) -> str:
     runs = [json.loads(path.read_text()) for path in sorted(results.glob("step_*.json"))]
     runs.sort(key=lambda run: (run["setting"]["batch"] * run["setting"]["seq_len"], run["setting"]["d_model"]))
     lines = [
-        "# Benchmarks", "",
+        "# Benchmarks",
+        "",
         "Made by `python -m benchmarks.report` from `benchmarks/results/*.json`; do not edit. Every run has its "
-        "command and conditions beside it.", "",
+        "command and conditions beside it.",
+        "",
         "All rows train one GPT-3-style decoder in float32 on the same batches from the same weights by one rule "
         "(`benchmarks/setting.py`); every round runs each row once, in random order, in the same processes. Shown: "
         "**median** (quartiles) over rounds; a time is the slowest rank's; a ratio is the median of the ratios within "
-        "a round.", "",
+        "a round.",
+        "",
         *[f"- **{name}**: {text}." for name, text in COLUMNS.items()],
-    ]  # fmt: skip
+    ]
     for run in runs:
         lines += ["", f"## {title(run)}", "", tables(run).rstrip()]
     scaling = results / "scaling.json"

@@ -35,8 +35,14 @@ MAPPINGS = {
     "questions": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
 }
 _DEPTHS = (
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"
-)  # fmt: skip
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+)
 _LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types")
 
 

@@ -73,14 +73,20 @@ def measure(rounds: int, wire: bool) -> list[dict[str, Any]]:
         counted = [[r["bytes"], r["calls"], r["ns_matrices"], r["state_bytes"]] for r in ranks]
         expected = [[r.sent_bytes, r.calls, r.ns_matrices, r.state_bytes] for r in planned.ranks]
         ratios = [m / a for m, a in zip(ranks[0]["ms"]["muon"], ranks[0]["ms"]["adamw"])]
-        found.append({
-            "dp_size": dp_size, "equal": counted == expected,
-            "sent": [sum(r["bytes"].values()) for r in ranks], "planned_sent": [sum(e[0].values()) for e in expected],
-            "stages": {stage: max(r["bytes"].get(stage, 0) for r in ranks) for stage in STAGES},
-            "wire": ranks[0]["wire_bytes"], "state": [r["state_bytes"] for r in ranks],
-            "planned_state": [e[3] for e in expected], "matrices": [r["ns_matrices"] for r in ranks],
-            "over_adamw": statistics.quantiles(ratios, n=4, method="inclusive"),
-        })  # fmt: skip
+        found.append(
+            {
+                "dp_size": dp_size,
+                "equal": counted == expected,
+                "sent": [sum(r["bytes"].values()) for r in ranks],
+                "planned_sent": [sum(e[0].values()) for e in expected],
+                "stages": {stage: max(r["bytes"].get(stage, 0) for r in ranks) for stage in STAGES},
+                "wire": ranks[0]["wire_bytes"],
+                "state": [r["state_bytes"] for r in ranks],
+                "planned_state": [e[3] for e in expected],
+                "matrices": [r["ns_matrices"] for r in ranks],
+                "over_adamw": statistics.quantiles(ratios, n=4, method="inclusive"),
+            }
+        )
         print(f"dp {dp_size}: equal {found[-1]['equal']}", file=sys.stderr, flush=True)
     pool.close(patience_s=0.0)
     return found
@@ -93,12 +99,19 @@ def predict(model: str, dp_sizes: Sequence[int]) -> list[dict[str, Any]]:
         start = time.perf_counter()
         p = distmuon.plan(model, dp_size=dp_size, hardware=None, param_dtype=torch.bfloat16)
         adamw = next(other for other in p.others if other.way == "adamw")
-        found.append({
-            "dp_size": dp_size, "sent": p.sent, "adamw": adamw.sent, "state": max(r.state_bytes for r in p.ranks),
-            "others": {other.way: other.sent for other in p.others}, "ns_balance": p.ns_balance,
-            "ns_flops": max(r.ns_flops for r in p.ranks), "straddlers": p.straddlers,
-            "matrices": p.num_matrices,
-        })  # fmt: skip
+        found.append(
+            {
+                "dp_size": dp_size,
+                "sent": p.sent,
+                "adamw": adamw.sent,
+                "state": max(r.state_bytes for r in p.ranks),
+                "others": {other.way: other.sent for other in p.others},
+                "ns_balance": p.ns_balance,
+                "ns_flops": max(r.ns_flops for r in p.ranks),
+                "straddlers": p.straddlers,
+                "matrices": p.num_matrices,
+            }
+        )
         print(f"{model} dp {dp_size}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     return found
 
@@ -106,18 +119,23 @@ def predict(model: str, dp_sizes: Sequence[int]) -> list[dict[str, Any]]:
 def scaling_text(found: dict[str, Any]) -> list[str]:
     """The page's section."""
     lines = [
-        "## Scaling", "",
-        f"`{found['command']}`", "",
+        "## Scaling",
+        "",
+        f"`{found['command']}`",
+        "",
         f"{found['machine']}; {found['date']}; load average {found['load']}. Counts and bytes are exact; the time "
-        "ratio is of several processes a core and says nothing about GPUs.", "",
-        "![bytes and state by dp_size, measured and planned](scaling.png)", "",
+        "ratio is of several processes a core and says nothing about GPUs.",
+        "",
+        "![bytes and state by dp_size, measured and planned](scaling.png)",
+        "",
         f"Measured: d_model {SMALL.d_model}, {SMALL.layers} layers, float32 parameters. Bytes, calls, matrices and "
-        "state of every rank are compared with `distmuon.plan`; \"wire\" is the loopback device's count of all ranks "
-        "over the counted sum, headers and barriers included.", "",
+        'state of every rank are compared with `distmuon.plan`; "wire" is the loopback device\'s count of all ranks '
+        "over the counted sum, headers and barriers included.",
+        "",
         "| dp | = plan | sent, busiest rank, MB | wire / counted | state, fullest rank, MB | matrices by rank "
         "| sync + step, Muon / AdamW |",
         "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for at in found["measured"]:
         counted = sum(at["sent"])
         wire = f"{at['wire'] / counted:.3f}" if at["wire"] and counted else ""
@@ -129,13 +147,15 @@ def scaling_text(found: dict[str, Any]) -> list[str]:
         )
     for model, entries in found["predicted"].items():
         lines += [
-            "", f"Planned: {model}, bfloat16 parameters, float32 gradients. Traffic is the busiest rank's, relative to "
+            "",
+            f"Planned: {model}, bfloat16 parameters, float32 gradients. Traffic is the busiest rank's, relative to "
             f"ZeRO-1 AdamW of the same model. It has {entries[0]['matrices']:,} matrices of several sizes and each is "
-            "orthogonalized by one rank, so beyond some dp the busiest rank's Newton-Schulz shrinks no more.", "",
+            "orthogonalized by one rank, so beyond some dp the busiest rank's Newton-Schulz shrinks no more.",
+            "",
             "| dp | traffic | the paper's | whole matrices, padded | straddlers | Newton-Schulz balance "
             "| state, fullest rank, GB |",
             "|---|---|---|---|---|---|---|",
-        ]  # fmt: skip
+        ]
         for at in entries:
             over = [
                 f"{n / at['adamw']:.4f}" if at["adamw"] else ""
@@ -169,10 +189,16 @@ def draw(found: dict[str, Any], path: Path) -> None:
         sent.plot(sizes, wire, "x", label="on the wire, mean a rank")
     for model, entries in found["predicted"].items():
         many = [at for at in entries if at["adamw"]]
-        (line,) = traffic.plot([at["dp_size"] for at in many], [at["sent"] / at["adamw"] for at in many], ".-",
-                               label=model)  # fmt: skip
-        traffic.plot([at["dp_size"] for at in many], [at["others"]["paper"] / at["adamw"] for at in many], ":",
-                     color=line.get_color(), label=f"{model}, the paper's placement")  # fmt: skip
+        (line,) = traffic.plot(
+            [at["dp_size"] for at in many], [at["sent"] / at["adamw"] for at in many], ".-", label=model
+        )
+        traffic.plot(
+            [at["dp_size"] for at in many],
+            [at["others"]["paper"] / at["adamw"] for at in many],
+            ":",
+            color=line.get_color(),
+            label=f"{model}, the paper's placement",
+        )
         balance.plot([at["dp_size"] for at in entries], [at["ns_balance"] for at in entries], ".-", label=model)
     traffic.set(ylabel="sent by the busiest rank / ZeRO-1 AdamW's", title="planned")
     balance.set(ylabel="Newton-Schulz FLOPs, busiest rank / mean", title="planned", yscale="log")

@@ -80,10 +80,15 @@ class Trainee(nn.Module):
 def make_trainee(setting: Setting, device: torch.device) -> Trainee:
     """A GPT-3-style decoder (transformers' OPT: separate q, k, v; learned positions; tied head), always the same."""
     sizes = {
-        "hidden_size": setting.d_model, "word_embed_proj_dim": setting.d_model, "ffn_dim": 4 * setting.d_model,
-        "num_hidden_layers": setting.layers, "num_attention_heads": max(1, setting.d_model // 64),
-        "dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0,
-    }  # fmt: skip
+        "hidden_size": setting.d_model,
+        "word_embed_proj_dim": setting.d_model,
+        "ffn_dim": 4 * setting.d_model,
+        "num_hidden_layers": setting.layers,
+        "num_attention_heads": max(1, setting.d_model // 64),
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "layerdrop": 0.0,
+    }
     torch.manual_seed(0)
     model = build_model(ModelConfig(arch="opt", config=sizes, seq_len=setting.seq_len), setting.vocabulary)
     return Trainee(model).to(device)
@@ -143,9 +148,15 @@ def oracle_weights(
     from tests.reference import Reference
 
     oracle = Reference(
-        trainee, rules(trainee, all_adamw), ns_dtype=ns_dtype, lr=setting.lr, weight_decay=setting.weight_decay,
-        momentum=setting.momentum, adamw_betas=setting.betas, adamw_eps=setting.eps,
-    )  # fmt: skip
+        trainee,
+        rules(trainee, all_adamw),
+        ns_dtype=ns_dtype,
+        lr=setting.lr,
+        weight_decay=setting.weight_decay,
+        momentum=setting.momentum,
+        adamw_betas=setting.betas,
+        adamw_eps=setting.eps,
+    )
     device = next(trainee.parameters()).device
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     for step in range(steps):

@@ -36,8 +36,18 @@ from benchmarks.processes import namespace, run_ranks
 from benchmarks.setting import Setting
 from tests.distributed.loopback import bring_up_loopback
 
-PACKAGES = ("torch", "transformers", "deepspeed", "dion", "muon-optimizer", "pytorch_optimizer", "muon-fsdp2",
-            "optimuon", "heavyball", "muonium")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "dion",
+    "muon-optimizer",
+    "pytorch_optimizer",
+    "muon-fsdp2",
+    "optimuon",
+    "heavyball",
+    "muonium",
+)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -114,19 +124,29 @@ def work(arguments: argparse.Namespace, argv: list[str]) -> None:
     else:
         torch.set_num_threads(arguments.threads)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", os.environ.get("BENCH_RENDEZVOUS"), rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]), timeout=timedelta(minutes=10),
-    )  # fmt: skip
-    setting = Setting(**{name: getattr(arguments, name) for name in ("d_model", "layers", "vocabulary", "batch")},
-                      seq_len=arguments.seq_len)  # fmt: skip
+        "nccl" if device.type == "cuda" else "gloo",
+        os.environ.get("BENCH_RENDEZVOUS"),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(minutes=10),
+    )
+    setting = Setting(
+        **{name: getattr(arguments, name) for name in ("d_model", "layers", "vocabulary", "batch")},
+        seq_len=arguments.seq_len,
+    )
     peers, left_out = choose(arguments)
     found = {"conditions": conditions(arguments, device, argv), "setting": setting.to_dict()}
     first = dist.get_rank() == 0
     found |= measure(
-        peers, setting, rounds=arguments.rounds, minutes=arguments.minutes, check_steps=arguments.check_steps,
-        device=device, wire=not arguments.wire,
+        peers,
+        setting,
+        rounds=arguments.rounds,
+        minutes=arguments.minutes,
+        check_steps=arguments.check_steps,
+        device=device,
+        wire=not arguments.wire,
         say=lambda line: print(line, file=sys.stderr, flush=True) if first else None,
-    )  # fmt: skip
+    )
     found["not_run"] += left_out
     found["conditions"]["load_after"] = round(os.getloadavg()[0], 2)
     if first:

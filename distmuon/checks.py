@@ -25,17 +25,20 @@ def unwrap(params: Any, grad_reduction: str) -> Any:
     if isinstance(params, nn.parallel.DistributedDataParallel):
         if grad_reduction == "reduce_scatter":
             raise problem(
-                "params", "a model wrapped in DistributedDataParallel, which averages the gradients itself",
+                "params",
+                "a model wrapped in DistributedDataParallel, which averages the gradients itself",
                 "one reduction of the gradients is needed",
                 'pass grad_reduction="external", or pass the unwrapped model (and silence the wrapper: '
                 "distmuon.integrations.ddp.silence)",
-            )  # fmt: skip
+            )
         return _uncompiled(params.module)
     if type(params).__module__.startswith("torch.distributed.fsdp"):
         raise problem(
-            "params", f"a model wrapped in {type(params).__name__}", "whole parameters are needed (ZeRO-1)",
+            "params",
+            f"a model wrapped in {type(params).__name__}",
+            "whole parameters are needed (ZeRO-1)",
             "pass the plain module: distmuon shards optimizer state and gradients by itself",
-        )  # fmt: skip
+        )
     return params
 
 
@@ -68,6 +71,23 @@ def frozen(params: Any) -> list[tuple[str, nn.Parameter]]:
     return [(fqn, param) for fqn, param in named if not param.requires_grad]
 
 
+def _unfit(param: nn.Parameter, shape: tuple[int, ...]) -> str:
+    """What keeps `param` from being trained here, whatever the other parameters are; "" where nothing does."""
+    if type(param).__module__.startswith("torch.distributed"):
+        return "a DTensor (FSDP2 or tensor parallel)"
+    if hasattr(param, "ds_id"):
+        return "partitioned by DeepSpeed (zero.Init or stage 3)"
+    if param.is_complex() or not param.is_floating_point():
+        return f"of dtype {param.dtype}"
+    if param.is_meta:
+        return "on the meta device, without values"
+    if tuple(param.shape) != shape:
+        return f"of shape {tuple(param.shape)} now, {shape} when the optimizer was made"
+    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"of dtype {param.dtype}, which a float32 master would round"
+    return ""
+
+
 def check_parameters(
     model: nn.Module | None, named: Sequence[tuple[str, nn.Parameter]], shapes: Sequence[tuple[int, ...]]
 ) -> None:
@@ -75,37 +95,25 @@ def check_parameters(
     held = None if model is None else {id(param) for param in model.parameters()}
     first_fqn, first = named[0]
     for (fqn, param), shape in zip(named, shapes):
-        if type(param).__module__.startswith("torch.distributed"):
-            found = "a DTensor (FSDP2 or tensor parallel)"
-        elif hasattr(param, "ds_id"):
-            found = "partitioned by DeepSpeed (zero.Init or stage 3)"
-        elif param.is_complex() or not param.is_floating_point():
-            found = f"of dtype {param.dtype}"
-        elif param.is_meta:
-            found = "on the meta device, without values"
-        elif param.device != first.device:
-            found = f"on {param.device} while {first_fqn} is on {first.device}"
-        elif tuple(param.shape) != shape:
-            found = f"of shape {tuple(param.shape)} now, {shape} when the optimizer was made"
-        elif param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            found = f"of dtype {param.dtype}, which a float32 master would round"
-        elif held is not None and id(param) not in held:
-            found = "no longer the one that the model holds there"
-        else:
-            continue
         cure = "make DistMuon from the complete plain model (ZeRO stage 0)"
-        if found.startswith("no longer"):
+        found = _unfit(param, shape)
+        if not found and param.device != first.device:
+            found = f"on {param.device} while {first_fqn} is on {first.device}"
+        if not found and held is not None and id(param) not in held:
+            found = "no longer the one that the model holds there"
             cure += "; an ordinary forward must come before a functional_call with Parameters of another model"
-        raise problem(
-            fqn, f"the parameter is {found}", "whole real ones on one device, unchanged since then, are needed", cure
-        )
+        if found:
+            needed = "whole real ones on one device, unchanged since then, are needed"
+            raise problem(fqn, f"the parameter is {found}", needed, cure)
     known = {id(param) for _, param in named}
     for fqn, param in model.named_parameters() if model is not None else ():
         if param.requires_grad and param.numel() and id(param) not in known:
             raise problem(
-                fqn, "it is trainable now, and was not in the model or frozen when the optimizer was made",
-                "the layout holds no state for it", "make a new DistMuon once the model is complete",
-            )  # fmt: skip
+                fqn,
+                "it is trainable now, and was not in the model or frozen when the optimizer was made",
+                "the layout holds no state for it",
+                "make a new DistMuon once the model is complete",
+            )
 
 
 def check_memory(named: Sequence[tuple[str, nn.Parameter]]) -> None:
@@ -117,23 +125,28 @@ def check_memory(named: Sequence[tuple[str, nn.Parameter]]) -> None:
         if not memory.is_plain(param):
             kind = type(param).__name__ if param.layout == torch.strided else f"tensor of {param.layout}"
             raise problem(
-                fqn, f"the parameter is a {kind}, whose values are not simply those in its memory",
+                fqn,
+                f"the parameter is a {kind}, whose values are not simply those in its memory",
                 "a plain nn.Parameter is needed for what is trained",
                 "put nn.Parameter(a plain copy of its values) there, or freeze it with requires_grad_(False)",
-            )  # fmt: skip
+            )
         if not memory.is_dense(param):
             raise problem(
-                fqn, f"the parameter of shape {tuple(param.shape)} has strides {param.stride()}: it is expanded, or a "
-                "slice with gaps", "a place for each element, without gaps, is needed",
+                fqn,
+                f"the parameter of shape {tuple(param.shape)} has strides {param.stride()}: it is expanded, or a "
+                "slice with gaps",
+                "a place for each element, without gaps, is needed",
                 "put nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format)) there",
-            )  # fmt: skip
+            )
     pair = memory.overlapping([param for _, param in named])
     if pair is not None:
         (other, _), (fqn, _) = named[pair[0]], named[pair[1]]
         raise problem(
-            fqn, f"it lies in the memory of {other}, as a Parameter of its own", "one Parameter a memory is needed",
+            fqn,
+            f"it lies in the memory of {other}, as a Parameter of its own",
+            "one Parameter a memory is needed",
             "tie weights as modules do, module.weight = other.weight (not .data), before DistMuon is made",
-        )  # fmt: skip
+        )
 
 
 def is_ordinary(model: nn.Module, params: Sequence[nn.Parameter]) -> bool:
@@ -157,12 +170,13 @@ def check_wrapper(params: Sequence[nn.Parameter]) -> None:
     ours = {id(param) for param in params}
     if any(id(param) in ours for param in wrapper.parameters()):
         raise problem(
-            "DistributedDataParallel", "it runs the model, and averages the gradients that DistMuon reduces",
+            "DistributedDataParallel",
+            "it runs the model, and averages the gradients that DistMuon reduces",
             "one reduction of the gradients is needed",
             "prepare the model with the trainer's own line: distmuon.integrations.accelerate.prepare in the place of "
             "accelerator.prepare, distmuon.integrations.fabric.setup; silence a wrapper of your own by "
             'distmuon.integrations.ddp.silence; or let it average (Lightning\'s Trainer): grad_reduction="external"',
-        )  # fmt: skip
+        )
 
 
 def check_frozen(named: Sequence[tuple[str, nn.Parameter]]) -> None:
@@ -170,9 +184,11 @@ def check_frozen(named: Sequence[tuple[str, nn.Parameter]]) -> None:
     for fqn, param in named:
         if param.requires_grad:
             raise problem(
-                fqn, "requires_grad was switched on after construction", "the layout holds no state for it",
+                fqn,
+                "requires_grad was switched on after construction",
+                "the layout holds no state for it",
                 "make a new DistMuon when parameters are unfrozen",
-            )  # fmt: skip
+            )
 
 
 def group_members(param_groups: Sequence[dict[str, Any]]) -> GroupMembers:
@@ -189,7 +205,8 @@ def check_members(param_groups: Sequence[dict[str, Any]], made: GroupMembers) ->
     if members != made:
         now, then = (sum(len(ids) for _, ids in groups) for groups in (members, made))
         raise problem(
-            "param_groups", f"they hold {now} parameters that are not the {then} of construction, in their groups",
+            "param_groups",
+            f"they hold {now} parameters that are not the {then} of construction, in their groups",
             "distmuon keeps its own masters and needs the model's own parameters, under their rules, in order",
             "keep other optimizers' wrappers away (DeepSpeed: ZeRO stage 0, cast the model itself)",
-        )  # fmt: skip
+        )

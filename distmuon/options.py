@@ -152,10 +152,11 @@ class Options:
 
     def items(self) -> list[str]:
         """One text an option: what all ranks must agree on."""
-        sharding = [f"sharding.{f.name} = {getattr(self.sharding, f.name)}" for f in fields(self.sharding)]
-        precision = [f"precision.{f.name} = {getattr(self.precision, f.name)}" for f in fields(self.precision)]
-        others = [f for f in fields(self) if f.name not in ("sharding", "precision")]
-        return [*(f"{f.name} = {getattr(self, f.name)}" for f in others), *sharding, *precision]
+        policies: dict[str, Sharding | Precision] = {"sharding": self.sharding, "precision": self.precision}
+        found = [f"{f.name} = {getattr(self, f.name)}" for f in fields(self) if f.name not in policies]
+        for name, policy in policies.items():
+            found += [f"{name}.{f.name} = {getattr(policy, f.name)}" for f in fields(policy)]
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,11 +38,14 @@ def make(system: str, clip: float = 0.0, shape: tuple[int, int] = (SIDE, SIDE), 
     ours = system == "distmuon"
     params: dict[str, Any] = {"lr": LR, "weight_decay": 0.0, "momentum": 0.95}
     config = {
-        "train_micro_batch_size_per_gpu": ROWS, "gradient_clipping": clip, "bf16": {"enabled": dtype == "bfloat16"},
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_clipping": clip,
+        "bf16": {"enabled": dtype == "bfloat16"},
         "zero_optimization": {"stage": 0 if ours else int(system[-1])},
-        "optimizer": {"type": "DistMuon", "params": params} if ours else
-        {"type": "Muon", "params": {**params, "torch_adam": True}},
-    }  # fmt: skip
+        "optimizer": {"type": "DistMuon", "params": params}
+        if ours
+        else {"type": "Muon", "params": {**params, "torch_adam": True}},
+    }
     return integration.deepspeed.initialize(model=model, config=config)[0]
 
 

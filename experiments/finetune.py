@@ -37,10 +37,16 @@ RESULTS = Path(__file__).parent / "results" / "finetune.json"
 OPTIMIZERS = {"distmuon": "Muon", "adamw": "AdamW"}
 SEEDS = (0, 1, 2)
 MODEL = ModelConfig(
-    config={"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 4, "tie_word_embeddings": False},
+    config={
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
     seq_len=128,
-)  # fmt: skip
+)
 BATCH = {"global_batch": 8, "micro_batch": 8, "max_grad_norm": 1.0, "min_lr_ratio": 0.1}
 PRETRAIN = {"steps": 300, "warmup_steps": 20, **BATCH}
 FINETUNE = {"steps": 60, "warmup_steps": 5, **BATCH}
@@ -132,10 +138,14 @@ def run() -> None:
     torch.set_num_threads(1)
     data = corpora()
     found: dict[str, Any] = {
-        "torch": torch.__version__, "parameters": num_parameters(build_model(MODEL, BYTE_VOCAB_SIZE)),
+        "torch": torch.__version__,
+        "parameters": num_parameters(build_model(MODEL, BYTE_VOCAB_SIZE)),
         "bytes": {name: [len(split) * MODEL.seq_len for split in both] for name, both in data.items()},
-        "steps": [PRETRAIN["steps"], FINETUNE["steps"]], "cpu_seconds": 0, "pretrain": [], "finetune": [],
-    }  # fmt: skip
+        "steps": [PRETRAIN["steps"], FINETUNE["steps"]],
+        "cpu_seconds": 0,
+        "pretrain": [],
+        "finetune": [],
+    }
     if RESULTS.exists():
         found = json.loads(RESULTS.read_text())
     for name in OPTIMIZERS:

@@ -1,7 +1,7 @@
 # Sourced by quickstart.sh and test.sh: goes to the repository root, makes .venv there and installs into it.
 #
-# If the python3 at hand already has torch >= 2.9, .venv sees that torch (--system-site-packages) and nothing replaces
-# it. Otherwise torch comes with the package, in the version of launch/constraints.txt.
+# If the python3 at hand already has a torch that setup.cfg allows, .venv sees that torch (--system-site-packages) and
+# nothing replaces it. Otherwise torch comes with the package, in the version of launch/constraints.txt.
 # PYTHON=/path/to/python3 chooses the interpreter .venv is made from.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -11,7 +11,13 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 stage() { printf '\n== %s\n' "$*"; }
 
 has_torch() {
-    "$1" -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9))' 2>/dev/null
+    local floor
+    floor="$(sed -n 's/^ *torch>=//p' setup.cfg)"
+    "$1" - "$floor" 2>/dev/null <<'PYTHON'
+import sys, torch
+found, floor = (tuple(map(int, version.split(".")[:2])) for version in (torch.__version__, sys.argv[1]))
+sys.exit(found < floor)
+PYTHON
 }
 
 site_folders() {

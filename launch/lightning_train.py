@@ -14,8 +14,11 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
+import distmuon
 from launch.models import next_token_loss
 from launch.under_trainer import Run, open_run
 
@@ -36,22 +39,32 @@ class Recipe(lightning.LightningModule):
         }
 
     def on_train_start(self) -> None:
-        self.run.start(self.optimizers().optimizer, self.lr_schedulers())
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, LRScheduler)
+        self.run.start(self._muon(), scheduler)
 
     def training_step(self, batch: tuple[int, Tensor], _index: int) -> Tensor:
         loss: Tensor = next_token_loss(self.model, batch[1])
         self.total += loss.detach() / self.run.accumulation
         return loss
 
-    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **_: Any) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
         """Lightning's place for a clip of one's own: its own shows nobody the norm."""
         if gradient_clip_val is not None:
             self.grad_norm = optimizer.clip_grad_norm_(gradient_clip_val)
 
     def on_train_batch_end(self, _outputs: Any, batch: tuple[int, Tensor], index: int) -> None:
         if (index + 1) % self.run.accumulation == 0:
-            self.run.record(batch[0], self.total.clone(), self.optimizers().optimizer, self.grad_norm)
+            self.run.record(batch[0], self.total.clone(), self._muon(), self.grad_norm)
             self.total.zero_()
+
+    def _muon(self) -> distmuon.DistMuon:
+        """The optimizer inside Lightning's wrapper."""
+        wrapper = self.optimizers()
+        assert isinstance(wrapper, LightningOptimizer) and isinstance(wrapper.optimizer, distmuon.DistMuon)
+        return wrapper.optimizer
 
 
 class MicroBatches:
@@ -72,11 +85,18 @@ def train(run: Run) -> None:
     """One run."""
     ranks = run.ranks
     trainer = lightning.Trainer(
-        accelerator="cpu" if ranks.device.type == "cpu" else "cuda", devices=ranks.world_size,
-        strategy="ddp" if ranks.world_size > 1 else "auto", max_epochs=1, accumulate_grad_batches=run.accumulation,
-        gradient_clip_val=run.config.train.max_grad_norm, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-    )  # fmt: skip
+        accelerator="cpu" if ranks.device.type == "cpu" else "cuda",
+        devices=ranks.world_size,
+        strategy="ddp" if ranks.world_size > 1 else "auto",
+        max_epochs=1,
+        accumulate_grad_batches=run.accumulation,
+        gradient_clip_val=run.config.train.max_grad_norm,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
     trainer.fit(Recipe(run), MicroBatches(run))
 
 

@@ -56,27 +56,10 @@ def train(config: Config, ranks: Ranks, log: RunLog, stop: StopRequest) -> None:
     val_indices = corpus.val.spread(cfg.eval_batches * cfg.global_batch)
     start = time.perf_counter()
     train_loss, val_loss = begin.train_loss, begin.val_loss
+    sizes = {"accumulation": accumulation, "num_parameters": num_parameters(model)}
+    _write_header(config, ranks, log, **sizes, data=corpus.about, report=optimizer.report(), resumed_from=begin.step)
     if begin.step == 0:
         val_loss = validate(model, corpus.val, val_indices, cfg.micro_batch, ranks)
-    report = optimizer.report()
-    log.write(
-        "run",
-        config=as_dict(config),
-        world_size=ranks.world_size,
-        accumulation=accumulation,
-        device=ranks.device.type,
-        torch=torch.__version__,
-        num_parameters=num_parameters(model),
-        data=corpus.about,
-        report=report,
-        resumed_from=begin.step,
-    )
-    if ranks.rank == 0:
-        print(
-            f"{config.model.arch}: {num_parameters(model):,} parameters on {ranks.world_size} ranks\n{report}",
-            flush=True,
-        )
-    if begin.step == 0:
         log.write("val", step=0, loss=val_loss)
 
     meter.restart()
@@ -121,6 +104,21 @@ def train(config: Config, ranks: Ranks, log: RunLog, stop: StopRequest) -> None:
         skipped_steps=metrics["skipped_steps"],
         per_rank=ranks.gather({key: metrics[key] for key in ("state_bytes", "bytes", "calls", "ns_matrices")}),
     )
+
+
+def _write_header(config: Config, ranks: Ranks, log: RunLog, **about: Any) -> None:
+    """The first record of a run, and its layout on the console."""
+    log.write(
+        "run",
+        config=as_dict(config),
+        world_size=ranks.world_size,
+        device=ranks.device.type,
+        torch=torch.__version__,
+        **about,
+    )
+    if ranks.rank == 0:
+        sizes = f"{about['num_parameters']:,} parameters on {ranks.world_size} ranks"
+        print(f"{config.model.arch}: {sizes}\n{about['report']}", flush=True)
 
 
 def train_step(

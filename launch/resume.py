@@ -41,9 +41,18 @@ NEWCOMER_SECONDS = 10.0
 # What may change from one start to the next: how long a run is, how often it is looked at, how it is cut over the ranks
 # and in how many bits. docs/options.md says which of these changes no bit.
 FREE = (
-    "log.", "checkpoint.", "train.steps", "train.micro_batch", "train.eval_", "train.verify_every", "model.dtype",
-    "model.compile", "model.gradient_checkpointing", "optimizer.sharding.", "optimizer.precision.",
-)  # fmt: skip
+    "log.",
+    "checkpoint.",
+    "train.steps",
+    "train.micro_batch",
+    "train.eval_",
+    "train.verify_every",
+    "model.dtype",
+    "model.compile",
+    "model.gradient_checkpointing",
+    "optimizer.sharding.",
+    "optimizer.precision.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ class RecipeTrainer(transformers.Trainer):
         return next_token_loss(model, inputs["tokens"])
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        assert self.optimizer is not None
         self.lr_scheduler = self.run.scheduler(self.optimizer)
         return self.lr_scheduler
 
@@ -81,10 +82,17 @@ def train(run: Run) -> None:
     """One run."""
     train = run.config.train
     args = transformers.TrainingArguments(
-        output_dir=run.config.log.dir, max_steps=train.steps, gradient_accumulation_steps=run.accumulation,
-        max_grad_norm=train.max_grad_norm or 0.0, logging_steps=1, report_to="none", save_strategy="no",
-        use_cpu=run.ranks.device.type == "cpu", disable_tqdm=True, seed=train.seed,
-    )  # fmt: skip
+        output_dir=run.config.log.dir,
+        max_steps=train.steps,
+        gradient_accumulation_steps=run.accumulation,
+        max_grad_norm=train.max_grad_norm or 0.0,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=run.ranks.device.type == "cpu",
+        disable_tqdm=True,
+        seed=train.seed,
+    )
     trainer = RecipeTrainer(model=run.model, args=args, callbacks=[_Record(run)])
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.run = run

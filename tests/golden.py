@@ -67,14 +67,22 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16 model": {"model_dtype": torch.bfloat16},
     "bfloat16 model, remainders": {"model_dtype": torch.bfloat16, "master_format": "remainder"},
     "bfloat16 model, remainders, verdict on the device": {
-        "model_dtype": torch.bfloat16, "master_format": "remainder", "verdict_on_device": True,
+        "model_dtype": torch.bfloat16,
+        "master_format": "remainder",
+        "verdict_on_device": True,
     },
     "the rules' other numbers": {
-        "momentum": 0.9, "nesterov": False, "ns_steps": 7, "ns_coefficients": "polar_express",
-        "adjust_lr_fn": "original", "adamw_lr": 0.003, "adamw_betas": (0.8, 0.9), "weight_decay": 0.3,
+        "momentum": 0.9,
+        "nesterov": False,
+        "ns_steps": 7,
+        "ns_coefficients": "polar_express",
+        "adjust_lr_fn": "original",
+        "adamw_lr": 0.003,
+        "adamw_betas": (0.8, 0.9),
+        "weight_decay": 0.3,
     },
     "adamw": {"routes": "adamw"},
-}  # fmt: skip
+}
 
 
 def _steps(group: dist.ProcessGroup, model: nn.Module, optimizer: Any, num_micro: int, averages: bool) -> None:
@@ -155,8 +163,11 @@ def probe(_group: dist.ProcessGroup) -> str:
     products = {"float32": a @ b, "bfloat16": (a.bfloat16() @ b.bfloat16()).float()}
     others = {
         "convolution": torch.nn.functional.conv2d(image, kernel),
-        "softmax": a.softmax(1), "sin": a.sin(), "gelu": torch.nn.functional.gelu(a), "sum": a.sum(),
-    }  # fmt: skip
+        "softmax": a.softmax(1),
+        "sin": a.sin(),
+        "gelu": torch.nn.functional.gelu(a),
+        "sum": a.sum(),
+    }
     return digest({**products, **others})[:16]
 
 

@@ -1,33 +1,33 @@
-"""Which refusals does the test suite never execute? Nightly: `python -m tests.raises` (arguments go to pytest).
+"""List the errors that no test provokes. Nightly: `python -m tests.raises` (arguments go to pytest).
 
-Every `raise` of distmuon and launch, and every error made to be raised by a caller, notes itself in a file when it is
-reached, in each process that a test starts: coverage.py loses pool workers, which leave by os._exit. A module is
-rewritten while it is imported; nothing is written to the caches of bytecode. Children that are given a PYTHONPATH of
-their own are not seen. Status 1 if something beyond ALLOWED was not reached.
+The suite runs under coverage.py, whose settings (pyproject.toml) follow every process that a test starts. A site is a
+`raise` of distmuon or launch, or an error that is made for a caller to raise. Status 1 if a site was not reached.
 """
 
 from __future__ import annotations
 
 import ast
-import builtins
-import importlib.machinery
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-ROOT, PACKAGES, FILE = Path(__file__).parents[1], ("distmuon", "launch"), "DISTMUON_RAISES"
-ALLOWED = ("raise",)  # what only hands on an error that another line made
+from coverage import CoverageData
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("distmuon", "launch")
 
 
 def sites(tree: ast.AST) -> Iterator[ast.Raise | ast.Call]:
-    """Each raise, and each error made outside of one."""
+    """Each raise of an error made there, and each error made outside of a raise.
+
+    A bare `raise` and a `raise error` hand on what another line made.
+    """
     inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.Raise) for part in ast.walk(node)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Raise):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             yield node
         elif isinstance(node, ast.Call) and id(node) not in inside:
             name = ast.unparse(node.func).split(".")[-1]
@@ -35,66 +35,28 @@ def sites(tree: ast.AST) -> Iterator[ast.Raise | ast.Call]:
                 yield node
 
 
-class _Marked(ast.NodeTransformer):
-    """`raise X` -> note it, raise X; `problem(...)` -> note it or problem(...)."""
-
-    def __init__(self, path: str, tree: ast.AST) -> None:
-        self.path, self.wanted = Path(path).relative_to(ROOT).as_posix(), {id(node) for node in sites(tree)}
-
-    def visit(self, node: ast.AST) -> Any:
-        self.generic_visit(node)
-        if id(node) not in self.wanted:
-            return node
-        place = ast.Constant(f"{self.path}:{getattr(node, 'lineno', 0)}")
-        note = ast.Call(ast.Name("_reached", ast.Load()), [place], [])
-        return [ast.Expr(note), node] if isinstance(node, ast.Raise) else ast.BoolOp(ast.Or(), [note, node])
-
-
-class _Loader(importlib.machinery.SourceFileLoader):
-    def get_code(self, fullname: str) -> Any:
-        path = self.get_filename(fullname)
-        tree = ast.parse(self.get_data(path))
-        return compile(ast.fix_missing_locations(_Marked(path, tree).visit(tree)), path, "exec", dont_inherit=True)
-
-
-class _Finder:
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
-        spec = importlib.machinery.PathFinder.find_spec(name, path) if name.split(".")[0] in PACKAGES else None
-        if spec is not None and spec.origin is not None and Path(spec.origin).is_relative_to(ROOT):
-            spec.loader = _Loader(name, spec.origin)
-        return spec
-
-
-def watch() -> None:
-    """In each new interpreter, by its sitecustomize."""
-
-    def reached(place: str) -> None:
-        with open(os.environ[FILE], "ab", buffering=0) as file:  # one write, so ranks do not mix
-            file.write(f"{place}\n".encode())
-
-    vars(builtins)["_reached"] = reached
-    sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
+def unreached(data: CoverageData) -> Iterator[str]:
+    """`file:line: text` of each site that `data` has not seen executed."""
+    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        source, executed = path.read_text(), set(data.lines(str(path)) or ())
+        for site in sites(ast.parse(source)):
+            if executed.isdisjoint(range(site.lineno, (site.end_lineno or site.lineno) + 1)):
+                text = " ".join((ast.get_source_segment(source, site) or "").split())
+                yield f"{path.relative_to(ROOT)}:{site.lineno}: {text[:160]}"
 
 
 def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "sitecustomize.py").write_text("import tests.raises\ntests.raises.watch()\n")
-        (notes := Path(folder, "reached")).touch()
-        paths = os.pathsep.join(filter(None, (folder, str(ROOT), os.environ.get("PYTHONPATH", ""))))
-        environment = {**os.environ, "PYTHONPATH": paths, FILE: str(notes)}
-        status = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment).returncode
-        reached = set(notes.read_text().split())
-    missing, num_sites = [], 0
-    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
-        source, name = path.read_text(), path.relative_to(ROOT).as_posix()
-        for node in sites(ast.parse(source)):
-            num_sites += 1
-            text = " ".join((ast.get_source_segment(source, node) or "").split())
-            if f"{name}:{node.lineno}" not in reached and text not in ALLOWED:
-                missing.append(f"{name}:{node.lineno}: {text[:160]}")
-    print("\n".join(missing), f"{len(missing)} of {num_sites} refusals were not reached", sep="\n")
-    return status or bool(missing)
+        file = Path(folder, "coverage")
+        environment = {**os.environ, "COVERAGE_FILE": str(file)}
+        command = [sys.executable, "-m", "coverage"]
+        tests = subprocess.run([*command, "run", "-m", "pytest", *arguments], cwd=ROOT, env=environment, check=False)
+        subprocess.run([*command, "combine", "--quiet"], cwd=ROOT, env=environment, check=True)
+        data = CoverageData(str(file))
+        data.read()
+        missing = list(unreached(data))
+    print(*missing, f"{len(missing)} errors were not provoked", sep="\n")
+    return tests.returncode or bool(missing)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ Gradients = dict[str, Tensor]  # a parameter that got no gradient on any rank is
 
 def newton_schulz(update: Tensor, steps: int) -> Tensor:
     """Keller Jordan's quintic (kellerjordan.github.io/posts/muon) on one (m, n) matrix, in the matrix's own dtype."""
-    x = update.mT if update.shape[0] > update.shape[1] else update
+    x: Tensor = update.mT if update.shape[0] > update.shape[1] else update
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -36,13 +36,26 @@ class Reference:
     """
 
     def __init__(
-        self, model: nn.Module, rules: Mapping[str, str], *,
-        splits: Mapping[str, tuple[Sequence[int], int]] | None = None, stacks: Iterable[str] = (),
-        dtype: torch.dtype = torch.float32, ns_dtype: torch.dtype | None = None, max_norm: float | None = None,
-        lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95, nesterov: bool = True, ns_steps: int = 5,
-        adjust_lr_fn: str = "match_rms_adamw", adamw_lr: float | None = None, adamw_eps: float = 1e-8,
-        adamw_betas: tuple[float, float] = (0.9, 0.95), adamw_weight_decay: float | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        rules: Mapping[str, str],
+        *,
+        splits: Mapping[str, tuple[Sequence[int], int]] | None = None,
+        stacks: Iterable[str] = (),
+        dtype: torch.dtype = torch.float32,
+        ns_dtype: torch.dtype | None = None,
+        max_norm: float | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        adjust_lr_fn: str = "match_rms_adamw",
+        adamw_lr: float | None = None,
+        adamw_eps: float = 1e-8,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_weight_decay: float | None = None,
+    ) -> None:
         self.model = copy.deepcopy(model)
         self.params = {fqn: p for fqn, p in self.model.named_parameters() if p.requires_grad}
         assert set(rules) == set(self.params), set(rules) ^ set(self.params)

@@ -53,7 +53,8 @@ class Attention(nn.Module):
         q = q.unflatten(-1, (-1, HEAD)).transpose(1, 2)
         k, v = (t.unsqueeze(1).expand_as(q) for t in (k, v))
         mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        whole: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return whole
 
 
 class Standing(nn.Module):
@@ -135,7 +136,9 @@ def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
             is_matrix = param.ndim > 1 and "embed" not in fqn
             pieces = logical_matrices(fqn.removeprefix("module."), param) if is_matrix else [param]
             pull = pull + sum((piece.diagonal() if is_matrix else piece).float().sum() for piece in pieces)
-    return cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten()) + regression + harmonics + PULL * pull
+    likelihood = cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten())
+    loss: Tensor = likelihood + regression + harmonics + PULL * pull
+    return loss
 
 
 def make_batch(*seed: int, image: bool = True) -> Batch:
@@ -153,7 +156,7 @@ def make_batches(step: int, dp_size: int, num_micro: int = 1) -> list[list[Batch
     return [[make_batch(step, rank, micro) for micro in range(num_micro)] for rank in range(dp_size)]
 
 
-def rules(model: Standing) -> dict[str, str]:
+def rules(model: nn.Module) -> dict[str, str]:
     """What default routing and `routes()` must come to, decided by hand: {fqn: rule} of the trainable parameters."""
     vectors = {fqn for fqn, param in model.named_parameters() if param.ndim < 2}
     adamw = vectors | {"embed.weight"}

@@ -148,9 +148,11 @@ def plain_parts(fqn: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def _not_kept(fqn: str, found: str) -> ValueError:
     return problem(
-        fqn, f"it is {found}", "a checkpoint holds tensors with values of their own",
+        fqn,
+        f"it is {found}",
+        "a checkpoint holds tensors with values of their own",
         "register it with persistent=False, or make it a plain tensor",
-    )  # fmt: skip
+    )
 
 
 def is_odd(tensor: Tensor) -> bool:
@@ -164,9 +166,11 @@ def states_of(others: Others) -> dict[str, Any]:
     for fqn, (module, state) in others.extra.items():
         if type(module).set_extra_state is nn.Module.set_extra_state:
             raise problem(
-                fqn, f"a {type(module).__name__} has get_extra_state and no set_extra_state", "both are needed",
+                fqn,
+                f"a {type(module).__name__} has get_extra_state and no set_extra_state",
+                "both are needed",
                 "define set_extra_state",
-            )  # fmt: skip
+            )
         states[fqn] = _safe(fqn, state)
     return states
 
@@ -191,10 +195,11 @@ def _safe(name: str, value: Any, depth: int = 0) -> Any:
         tensor = tensor.detach().to("cpu", copy=True)
         return tensor if is_odd(tensor) else tensor.resolve_conj().resolve_neg().contiguous()
     raise problem(
-        name, f"a {kind.__name__}" + (f" more than {_DEPTH} containers deep" if kind in _CONTAINERS else ""),
+        name,
+        f"a {kind.__name__}" + (f" more than {_DEPTH} containers deep" if kind in _CONTAINERS else ""),
         "tensors, numbers, strings, bytes, None and dicts, lists and tuples of them can be loaded safely",
         "convert it before saving",
-    )  # fmt: skip
+    )
 
 
 def write_other(tensor: Tensor, value: Tensor) -> None:
@@ -279,9 +284,11 @@ def packed(**state: Any) -> bytes:
         except Exception as error:
             found = str(error).partition("\n")[0]
             raise problem(
-                name, f"it holds what cannot be loaded safely ({found})",
-                "numbers, strings, tensors and lists, tuples and dicts of them are needed", "convert it before saving",
-            ) from error  # fmt: skip
+                name,
+                f"it holds what cannot be loaded safely ({found})",
+                "numbers, strings, tensors and lists, tuples and dicts of them are needed",
+                "convert it before saving",
+            ) from error
     return _written(state)
 
 
@@ -291,16 +298,18 @@ def unpacked(path: Path, *names: str) -> dict[str, Any]:
     What would take much more memory than the file has bytes is refused before it is made (`archives.check_small`).
     """
     try:
-        with path.open("rb") as file, torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
+        with path.open("rb") as file, torch.sparse.check_sparse_tensor_invariants():
             check_small(file)
             state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not state.keys() >= set(names):
             raise TypeError(f"found {sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__}")
     except Exception as error:
         raise problem(
-            str(path), f"it cannot be loaded safely ({str(error).partition(chr(10))[0]})",
-            "what save_checkpoint wrote is needed", "load an earlier checkpoint",
-        ) from error  # fmt: skip
+            str(path),
+            f"it cannot be loaded safely ({str(error).partition(chr(10))[0]})",
+            "what save_checkpoint wrote is needed",
+            "load an earlier checkpoint",
+        ) from error
     return state
 
 

@@ -91,9 +91,11 @@ def begin(final: Path, number: str) -> None:
         os.rename(begun, aside)
     except OSError as error:
         raise problem(
-            str(final.parent), f"no folder can be made there ({reason_of(error)})",
-            "the right to write is needed", INTACT,
-        ) from error  # fmt: skip
+            str(final.parent),
+            f"no folder can be made there ({reason_of(error)})",
+            "the right to write is needed",
+            INTACT,
+        ) from error
     with suppress(OSError, ValueError):  # a folder that may be written but not listed
         for stale in _stale_in(final.parent, lambda name: name == final.name, (aside / WRITER).stat().st_mtime):
             _remove(stale)
@@ -109,18 +111,22 @@ def _make_way(final: Path, number: str) -> None:
             os.rename(final, away)
     else:
         raise problem(
-            str(final), "a complete checkpoint of this name exists", "a name of its own is needed",
+            str(final),
+            "a complete checkpoint of this name exists",
+            "a name of its own is needed",
             "name it by its step, or remove the old one",
-        )  # fmt: skip
+        )
 
 
 def check_shared(final: Path, number: str) -> None:
     """Other ranks: raise unless the folder of rank 0 is there."""
     if not aside_of(final, number).is_dir():
         raise problem(
-            str(final.parent), "this rank does not see the folder that rank 0 made",
-            "one file system of all ranks is needed", "save to a shared folder, given by the same path everywhere",
-        )  # fmt: skip
+            str(final.parent),
+            "this rank does not see the folder that rank 0 made",
+            "one file system of all ranks is needed",
+            "save to a shared folder, given by the same path everywhere",
+        )
 
 
 def commit(final: Path, number: str, manifest: Manifest, keep_last: int | None) -> None:
@@ -284,9 +290,11 @@ def _listed(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         raise problem(
-            str(folder), f"it cannot be listed ({reason_of(error)})", "a folder of checkpoints is needed",
+            str(folder),
+            f"it cannot be listed ({reason_of(error)})",
+            "a folder of checkpoints is needed",
             "see to its rights and its file system",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def steps_in(folder: Path) -> list[Path]:

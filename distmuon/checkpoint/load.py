@@ -204,9 +204,11 @@ class _Load:
         for fqn, (module, _) in self._others.extra.items():
             if fqn in read.states and type(module).set_extra_state is nn.Module.set_extra_state:
                 raise problem(
-                    fqn, f"a {type(module).__name__} has no set_extra_state", "it must take its state back",
+                    fqn,
+                    f"a {type(module).__name__} has no set_extra_state",
+                    "it must take its state back",
                     "define set_extra_state",
-                )  # fmt: skip
+                )
 
     def _try_extra_states(self, read: _Read) -> None:
         """Before any tensor is written: what a module's own method refuses is raised, and all modules are put back.
@@ -290,30 +292,38 @@ def _newest_whole(root: Path, group: DataParallelGroup, looking: snapshot.Lookin
 
         candidates, unfinished = group.gather_objects(together(group, listed), stage="checkpoint")[0]
         for candidate in candidates:
-
-            def check(path: Path = candidate) -> None:
-                check_files(path, read_manifest(path), group.dp_rank, group.dp_size)
-
-            try:
-                together(group, check)
-            except ValueError as damaged:
-                if candidate == root:
-                    raise
-                if gone := _has_gone(candidate, group):
-                    break
-                skipped.append(str(damaged))
-            else:
-                for reason in skipped:
-                    snapshot.log_skipped(reason)
+            damage = _damage(candidate, group)
+            if damage is None:
+                _log_skipped(skipped)
                 return candidate, skipped + [f"{path}: its save has not ended" for path in unfinished]
+            if candidate == root:
+                raise damage
+            if gone := _has_gone(candidate, group):
+                break
+            skipped.append(str(damage))
         if not group.gather_objects(looking.again(gone), stage="checkpoint")[0]:
             break
-    for reason in skipped:
-        snapshot.log_skipped(reason)
+    _log_skipped(skipped)
     raise problem(
-        str(root), f"no complete checkpoint there ({names([*skipped, *unfinished]) or 'it is empty'})",
-        "one is needed", "start afresh where latest_checkpoint finds none",
-    )  # fmt: skip
+        str(root),
+        f"no complete checkpoint there ({names([*skipped, *unfinished]) or 'it is empty'})",
+        "one is needed",
+        "start afresh where latest_checkpoint finds none",
+    )
+
+
+def _damage(path: Path, group: DataParallelGroup) -> ValueError | None:
+    """The first file of a checkpoint that its sums do not vouch for. Collective; each rank reads its share."""
+    try:
+        together(group, lambda: check_files(path, read_manifest(path), group.dp_rank, group.dp_size))
+    except ValueError as damage:
+        return damage
+    return None
+
+
+def _log_skipped(reasons: Sequence[str]) -> None:
+    for reason in reasons:
+        snapshot.log_skipped(reason)
 
 
 def _has_gone(path: Path, group: DataParallelGroup) -> bool:
@@ -341,16 +351,19 @@ def _changed_routes(
     surplus = [fqn for fqn in saved if fqn not in ours]
     if surplus:
         raise problem(
-            names(surplus), f"{len(surplus)} tensors of the checkpoint are not in this model",
-            "the model of the save is needed", _SAME,
-        )  # fmt: skip
+            names(surplus),
+            f"{len(surplus)} tensors of the checkpoint are not in this model",
+            "the model of the save is needed",
+            _SAME,
+        )
     changed = [fqn for fqn in ours if fqn in saved and saved[fqn] != ours[fqn]]
     if changed and on_route_change == "raise":
         raise problem(
             names([f"{fqn} ({saved[fqn]} -> {ours[fqn]})" for fqn in changed]),
-            f"{len(changed)} parameters have another rule than in the checkpoint", "the same routing is needed",
+            f"{len(changed)} parameters have another rule than in the checkpoint",
+            "the same routing is needed",
             'make the optimizer with the routes it was saved with, or pass on_route_change="reset"',
-        )  # fmt: skip
+        )
     return set(changed)
 
 

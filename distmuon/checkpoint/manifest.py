@@ -153,9 +153,11 @@ def parse_manifest(where: Path, text: bytes) -> Manifest:
         raise not_understood(where, error) from error
     if type(version) is not int or version != FORMAT:
         raise problem(
-            str(where), f"the checkpoint has format {version!r}", f"format {FORMAT} is read here",
+            str(where),
+            f"the checkpoint has format {version!r}",
+            f"format {FORMAT} is read here",
             "load it with the version of distmuon that wrote it, or a later one",
-        )  # fmt: skip
+        )
     try:
         files = {
             _plain(name): FileSum(count(entry["size"]), str(entry["sha256"])) for name, entry in raw["files"].items()

@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -114,6 +114,23 @@ def _check_arguments(path: object, keep_last: object, asynchronous: object) -> N
     check_path(path, new=True)
 
 
+def _beside_trained(
+    model: nn.Module, trained: Sequence[nn.Parameter], rank: int
+) -> tuple[Others, dict[str, Any], dict[str, object]]:
+    """What a model holds beside trained parameters, its extra states, and what ranks compare of both.
+
+    Rank 0 names in the log what cannot be saved.
+    """
+    others = others_of(model, trained)
+    if rank == 0:
+        if others.unknown:
+            found = names(others.unknown)
+            _LOG.warning("not saved: %s; no parameter, buffer or get_extra_state stands behind it", found)
+        log_left(others.left, "saved")
+    states = states_of(others)
+    return others, states, facts_of(others, states)
+
+
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -149,17 +166,7 @@ def save_checkpoint(
     finish_saves(optimizer)
     rank, number = group.dp_rank, group.gather_objects(uuid4().hex[:8], stage="checkpoint")[0]
 
-    def look() -> tuple[Others, dict[str, Any], dict[str, object]]:
-        others = others_of(model, storage.params)
-        if others.unknown and rank == 0:
-            found = names(others.unknown)
-            _LOG.warning("not saved: %s; no parameter, buffer or get_extra_state stands behind it", found)
-        if rank == 0:
-            log_left(others.left, "saved")
-        states = states_of(others)
-        return others, states, facts_of(others, states)
-
-    others, states, facts = together(group, look)
+    others, states, facts = together(group, lambda: _beside_trained(model, storage.params, rank))
     shared, alike = compare(group.gather_objects(facts, stage="checkpoint"))
 
     def pack() -> dict[str, bytes]:
@@ -246,16 +253,20 @@ def _await_tables(aside: Path, dp_size: int) -> None:
         failed = [rank for rank in missing if (aside / f"{rank}.failed").exists()]
         if not aside.is_dir():
             raise problem(
-                str(aside), "it has gone while it was written", "a folder that nobody else removes is needed",
+                str(aside),
+                "it has gone while it was written",
+                "a folder that nobody else removes is needed",
                 "see which other run, or person, tidies up there",
-            )  # fmt: skip
+            )
         if failed:
             raise ValueError((aside / f"{failed[0]}.failed").read_text() or f"rank {failed[0]}: its save failed")
         if not leaving and not threading.main_thread().is_alive():
             leaving, deadline = True, min(deadline, time.monotonic() + 60)
         if time.monotonic() > deadline:
             raise problem(
-                str(aside), f"ranks {missing} have not written their part", f"{PEER_S:g} s are the limit",
+                str(aside),
+                f"ranks {missing} have not written their part",
+                f"{PEER_S:g} s are the limit",
                 "see whether these ranks are alive and their file system answers",
-            )  # fmt: skip
+            )
         time.sleep(0.02)

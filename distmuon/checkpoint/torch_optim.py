@@ -30,9 +30,11 @@ def to_torch_optim(optimizer: DistMuon) -> tuple[dict[str, Any], dict[str, Any]]
     unlike = [s.fqn for s in optimizer.layout.specs if s.rule == "muon" and not _is_plain(s)]
     if unlike:
         raise problem(
-            names(unlike), "of several logical matrices or of more than 2 dimensions",
-            "torch.optim.Muon takes a 2-D parameter as one matrix", 'send these to AdamW: Route(name, "adamw")',
-        )  # fmt: skip
+            names(unlike),
+            "of several logical matrices or of more than 2 dimensions",
+            "torch.optim.Muon takes a 2-D parameter as one matrix",
+            'send these to AdamW: Route(name, "adamw")',
+        )
     state = optimizer.full_state_dict()
     muon = [_to_torch(group, state) for group in state["param_groups"] if group["rule"] == "muon"]
     adamw = [_to_torch(group, state) for group in state["param_groups"] if group["rule"] == "adamw"]
@@ -59,9 +61,11 @@ def from_torch_optim(
             if missing or any(home is not homes[0] for home in homes):
                 text = names(missing or group["param_names"])
                 raise problem(
-                    text, f"not in one group of torch.optim's {rule} state", "those of one group must be together",
+                    text,
+                    f"not in one group of torch.optim's {rule} state",
+                    "those of one group must be together",
                     "give both optimizers the same groups",
-                )  # fmt: skip
+                )
             group.update({key: homes[0][key] for key in keys})
             if rule == "muon":
                 group["ns_coefficients"] = homes[0]["ns_coefficients"]
@@ -84,9 +88,11 @@ def _to_torch(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[dict[
         triples = set(resolve(group["ns_coefficients"], group["ns_steps"]))
         if len(triples) > 1:
             raise problem(
-                "ns_coefficients", f"{len(triples)} triples in {group['ns_steps']} steps",
-                "torch.optim.Muon takes one for all steps", 'continue with "jordan" or a triple of your own',
-            )  # fmt: skip
+                "ns_coefficients",
+                f"{len(triples)} triples in {group['ns_steps']} steps",
+                "torch.optim.Muon takes one for all steps",
+                'continue with "jordan" or a triple of your own',
+            )
         found.update(ns_coefficients=triples.pop(), eps=1e-7)
     else:
         found.update(amsgrad=False, maximize=False, foreach=None, capturable=False, differentiable=False, fused=None)

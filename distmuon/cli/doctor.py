@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def _torch() -> Finding:
-    cure = "" if _numbers(torch.__version__) >= (2, 9) else 'pip install "torch>=2.9"'
+    cure = "" if _numbers(torch.__version__) >= (2, 13) else 'pip install "torch>=2.13"'
     return Finding(f"Python {sys.version.split()[0]}, torch {torch.__version__}", cure)
 
 

@@ -156,8 +156,10 @@ def _text(found: Plan, model: str, ranks: bool) -> str:
             row(f"step + left, {label}", [f"{1e3 * time.step_s:.2f} + {1e3 * time.left_s:.2f}" for time in at])
     for number, rank in enumerate(found.ranks if ranks else ()):
         sent = ", ".join(f"{stage} {n}" for stage, n in rank.sent_bytes.items())
-        lines.append(f"rank {number}: sends {sent or 'nothing'}; holds {rank.state_bytes} of state; "
-                     f"{rank.ns_matrices} matrices, {rank.ns_flops} FLOPs")  # fmt: skip
+        lines.append(
+            f"rank {number}: sends {sent or 'nothing'}; holds {rank.state_bytes} of state; "
+            f"{rank.ns_matrices} matrices, {rank.ns_flops} FLOPs"
+        )
     return "\n".join(lines)
 
 

@@ -77,11 +77,6 @@ class _Optimizers:
     more: list[int] = field(default_factory=list)  # by rank, how many more than rank 0 it had made by then
 
 
-# torch 2.13 renames the flat collectives and warns at the old names; older torch has only those.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
 def _await_work(work: dist.Work) -> None:
     work.wait()
 
@@ -130,9 +125,11 @@ class DataParallelGroup:
         self.count = count
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise problem(
-                "process_group", f"found {process_group!r}", "a group that this rank is in, or None, is needed",
+                "process_group",
+                f"found {process_group!r}",
+                "a group that this rank is in, or None, is needed",
                 "pass what torch.distributed.new_group(ranks) returned on these ranks",
-            )  # fmt: skip
+            )
         distributed = process_group is not None or (dist.is_available() and dist.is_initialized())
         self.dp_size = dist.get_world_size(process_group) if distributed else 1
         self.dp_rank = dist.get_rank(process_group) if distributed else 0
@@ -152,18 +149,22 @@ class DataParallelGroup:
         """Raise if torch.distributed was initialised after this group was looked up: other ranks would be ignored."""
         if self.process_group is None and self.dp_size == 1 and dist.is_initialized() and dist.get_world_size() > 1:
             raise problem(
-                "process_group", f"DistMuon was made before the group of {dist.get_world_size()} ranks",
-                "the group must exist by then", "call init_process_group first",
-            )  # fmt: skip
+                "process_group",
+                f"DistMuon was made before the group of {dist.get_world_size()} ranks",
+                "the group must exist by then",
+                "call init_process_group first",
+            )
 
     def check_same_ranks(self, group: DataParallelGroup) -> None:
         """Raise unless this group has the ranks of `group`, in the same order."""
         ours, theirs = (dist.get_process_group_ranks(g.process_group) if g.dp_size > 1 else [] for g in (self, group))
         if ours != theirs:
             raise problem(
-                "exchange_group", f"ranks {ours}", f"the ranks of process_group, {theirs}, are needed",
+                "exchange_group",
+                f"ranks {ours}",
+                f"the ranks of process_group, {theirs}, are needed",
                 "make both with torch.distributed.new_group(ranks)",
-            )  # fmt: skip
+            )
 
     def _lost(self, stage: str, label: str) -> Callable[[RuntimeError], LostRanks]:
         """What to raise if the collective that starts now fails; see lost_ranks.py, [Note: roll call]."""
@@ -181,10 +182,11 @@ class DataParallelGroup:
         more = [number - made[0] for number in made]
         if optimizers.more not in ([], more):
             raise problem(
-                "DistMuon", f"ranks use their optimizers numbers {made} for the same first forward",
+                "DistMuon",
+                f"ranks use their optimizers numbers {made} for the same first forward",
                 "several optimizers must be built in one order on all ranks",
                 "make them, and call their models for the first time, in the same order everywhere",
-            )  # fmt: skip
+            )
         optimizers.more = more
         self.number = optimizers.built = optimizers.built + 1
 
@@ -225,9 +227,14 @@ class DataParallelGroup:
         return self.roll.lost(place, error, partial(hang_up, self.process_group))
 
     def _pending(
-        self, result: Tensor, works: tuple[dist.Work, ...], holds: tuple[Tensor, ...], stage: str, label: str,
+        self,
+        result: Tensor,
+        works: tuple[dist.Work, ...],
+        holds: tuple[Tensor, ...],
+        stage: str,
+        label: str,
         then: Callable[[], None] | None = None,
-    ) -> Pending:  # fmt: skip
+    ) -> Pending:
         """The collective that starts now. On NCCL the host does not stand in `wait`, so it leaves no word there."""
         self._optimizers.started += 1
         if not self._gloo or not self.leaves_word:
@@ -263,7 +270,9 @@ class DataParallelGroup:
             return Pending(output.copy_(input) if output.data_ptr() != input.data_ptr() else output)
         self.count(stage, (self.dp_size - 1) * output.numel() * input.element_size())
         if not self._gloo and input.is_cuda and input.dtype == output.dtype:
-            work = _reduce_scatter(output, input, op=dist.ReduceOp.AVG, group=self.process_group, async_op=True)
+            work = dist.reduce_scatter_single(
+                output, input, op=dist.ReduceOp.AVG, group=self.process_group, async_op=True
+            )
             return self._pending(output, (work,), (input,), stage, label)
         received = torch.empty_like(input)
         work = dist.all_to_all_single(received, input, group=self.process_group, async_op=True)
@@ -287,7 +296,7 @@ class DataParallelGroup:
         if self._gloo:
             works = self._broadcast_all(output, input)
         else:
-            works = (_all_gather(output, input, group=self.process_group, async_op=True),)
+            works = (dist.all_gather_single(output, input, group=self.process_group, async_op=True),)
         return self._pending(output, works, (input,), stage, label)
 
     def _broadcast_all(self, output: Tensor, input: Tensor) -> tuple[dist.Work, ...]:
@@ -299,9 +308,15 @@ class DataParallelGroup:
         return tuple(broadcast(part, group_src=rank) for rank, part in enumerate(slices))
 
     def start_all_to_all(
-        self, output: Tensor, input: Tensor, receive_counts: list[int], send_counts: list[int], *,
-        stage: str, label: str = "",
-    ) -> Pending:  # fmt: skip
+        self,
+        output: Tensor,
+        input: Tensor,
+        receive_counts: list[int],
+        send_counts: list[int],
+        *,
+        stage: str,
+        label: str = "",
+    ) -> Pending:
         """Uneven exchange of 1-D tensors: `send_counts[r]` elements of `input` go to rank r, in rank order."""
         if self.dp_size == 1:
             return Pending(output)

@@ -176,11 +176,14 @@ class RollCall:
                 self._lost = str(self._finding(where, str(place), why, words, standing))
             except (RuntimeError, TimeoutError, ValueError) as silence:
                 answer = str(silence).partition("\n")[0]
-                self._lost = str(problem(
-                    where, f"{why}, and the group's store cannot say which rank is missing ({answer})",
-                    "the process that holds the store must live (rank 0, or torchrun's agent)",
-                    "see the output and the machine of that process first",
-                ))  # fmt: skip
+                self._lost = str(
+                    problem(
+                        where,
+                        f"{why}, and the group's store cannot say which rank is missing ({answer})",
+                        "the process that holds the store must live (rank 0, or torchrun's agent)",
+                        "see the output and the machine of that process first",
+                    )
+                )
         return LostRanks(self._lost)
 
     def tell(self, error: Exception, hang_up: Callable[[], None]) -> None:

@@ -79,16 +79,19 @@ def reduced_by(what: str, params: Iterable[Tensor]) -> DistMuon | None:
     if len(managers) > 1:
         others = "parameters of no DistMuon" if None in managers else f"those of {len(managers)} DistMuons"
         raise problem(
-            what, f"one call for the parameters of a DistMuon together with {others}",
-            "each optimizer's gradient has a norm of its own", "call it once for each optimizer's parameters, and "
-            "freeze (requires_grad_(False)) what nobody trains",
-        )  # fmt: skip
+            what,
+            f"one call for the parameters of a DistMuon together with {others}",
+            "each optimizer's gradient has a norm of its own",
+            "call it once for each optimizer's parameters, and freeze (requires_grad_(False)) what nobody trains",
+        )
     given, all_of_it = {id(param) for param in params}, list(params_of(reducing[0]))
     if absent := [param for param in all_of_it if id(param) not in given]:
         raise problem(
-            what, f"{len(all_of_it) - len(absent)} of the {len(all_of_it)} parameters of a DistMuon",
-            "the reduced gradient's norm is that of all of them", "pass all parameters of the model",
-        )  # fmt: skip
+            what,
+            f"{len(all_of_it) - len(absent)} of the {len(all_of_it)} parameters of a DistMuon",
+            "the reduced gradient's norm is that of all of them",
+            "pass all parameters of the model",
+        )
     return reducing[0]
 
 
@@ -99,10 +102,11 @@ def averaged_model(model: nn.Module) -> bool:
     num_others = sum(id(param) not in ours for param in params)
     if ours and num_others:
         raise problem(
-            type(model).__name__, f"{num_others} of {len(params)} trainable parameters are not DistMuon's",
+            type(model).__name__,
+            f"{num_others} of {len(params)} trainable parameters are not DistMuon's",
             "DDP would average all of them, and DistMuon some a second time",
             "give DistMuon the whole model (routes decide on AdamW), freeze the rest, or prepare the parts as models",
-        )  # fmt: skip
+        )
     return bool(ours)
 
 

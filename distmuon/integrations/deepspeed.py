@@ -44,8 +44,15 @@ NAME = "DistMuon"
 _SEAM = "_configure_optimizer"
 _RENAMED = {"betas": "adamw_betas", "eps": "adamw_eps"}  # as transformers fills them in
 _KEEPS_RATIO = {  # DeepSpeed's other schedulers write the same lr into every group
-    None, "WarmupCosineLR", "ConstantLR", "ExponentialLR", "LinearLR", "MultiStepLR", "PolynomialLR", "StepLR",
-}  # fmt: skip
+    None,
+    "WarmupCosineLR",
+    "ConstantLR",
+    "ExponentialLR",
+    "LinearLR",
+    "MultiStepLR",
+    "PolynomialLR",
+    "StepLR",
+}
 
 
 def register() -> None:
@@ -64,9 +71,11 @@ def register() -> None:
     takes = [] if original is None else list(inspect.signature(original).parameters)
     if not lowest <= version < below or takes != ["self", "client_optimizer", "model_parameters"]:
         raise problem(
-            "deepspeed", f"version {deepspeed.__version__}, {_SEAM}({', '.join(takes)})",
-            "the engine's seams of 0.19.8 are needed", 'pip install "deepspeed>=0.19.8,<0.20"',
-        )  # fmt: skip
+            "deepspeed",
+            f"version {deepspeed.__version__}, {_SEAM}({', '.join(takes)})",
+            "the engine's seams of 0.19.8 are needed",
+            'pip install "deepspeed>=0.19.8,<0.20"',
+        )
 
     def configure(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
         optimizer = client_optimizer
@@ -84,10 +93,11 @@ def register() -> None:
             bf16.enabled = wanted
         if engine.optimizer is not optimizer:
             raise problem(
-                "DeepSpeed config", f"{type(engine.optimizer).__name__} around DistMuon",
+                "DeepSpeed config",
+                f"{type(engine.optimizer).__name__} around DistMuon",
                 "the optimizer itself is needed: its masters and its reduction are the only ones",
                 "take what asks for the wrapper out of the config",
-            )  # fmt: skip
+            )
 
     torch.optim.DistMuon = DistMuon  # type: ignore[attr-defined]  # DeepSpeed looks there whether it knows a name
     configure.knows_distmuon = True  # type: ignore[attr-defined]
@@ -105,9 +115,11 @@ def initialize(
     register()
     if optimizer is None and settled.get("optimizer", {}).get("type") != NAME:
         raise problem(
-            "initialize", f"optimizer {settled.get('optimizer', {}).get('type')!r} in the config",
-            "DistMuon is needed, there or as optimizer=", f'write "optimizer": {{"type": "{NAME}", "params": {{...}}}}',
-        )  # fmt: skip
+            "initialize",
+            f"optimizer {settled.get('optimizer', {}).get('type')!r} in the config",
+            "DistMuon is needed, there or as optimizer=",
+            f'write "optimizer": {{"type": "{NAME}", "params": {{...}}}}',
+        )
     check_stage(int(settled.get("zero_optimization", {}).get("stage", 0)))
     engine, *rest = deepspeed.initialize(model=model, config=settled, optimizer=optimizer, **kwargs)
     return engine, rest[0], rest[1], rest[2]
@@ -133,7 +145,7 @@ def take_over(engine: Any, optimizer: DistMuon) -> None:
         if its is not None and ours is not None:  # unmanaged, the boundary is the engine's step, and never known here
             ours.set_requires_gradient_sync(its.is_gradient_accumulation_boundary() and not its.inside_no_sync_ctxt)
 
-    untraced = torch.compiler.disable(before_forward)  # type: ignore[no-untyped-call]
+    untraced = torch.compiler.disable(before_forward)
     engine.module.register_forward_pre_hook(untraced, prepend=True)
 
 
@@ -141,10 +153,11 @@ def check_stage(stage: int) -> None:
     """Refuse DeepSpeed's ZeRO: it would flatten and cut the parameters under our shards."""
     if stage >= 1:
         raise problem(
-            f"zero_optimization.stage {stage}", "DeepSpeed would cut the parameters into flat 1-D partitions",
+            f"zero_optimization.stage {stage}",
+            "DeepSpeed would cut the parameters into flat 1-D partitions",
             "whole matrices are needed; distmuon shards optimizer state itself, as stage 1 does",
             'set "zero_optimization": {"stage": 0}',
-        )  # fmt: skip
+        )
 
 
 def _check(engine: Any, optimizer: DistMuon) -> None:
@@ -186,16 +199,20 @@ def _from_json(engine: Any, model_parameters: Any) -> DistMuon:
     entries = [entry if isinstance(entry, dict) else {"params": [entry]} for entry in model_parameters]
     if own := sorted({key for entry in entries for key in entry if key != "params"}):
         raise problem(
-            "model_parameters", f"groups with {', '.join(own)} of their own", "distmuon makes the groups by its routes",
+            "model_parameters",
+            f"groups with {', '.join(own)} of their own",
+            "distmuon makes the groups by its routes",
             'write them as routes: {"pattern": "*norm*", "rule": "adamw", "options": {"weight_decay": 0.0}}',
-        )  # fmt: skip
+        )
     given = {id(param) for entry in entries for param in entry["params"]}
     trained = {id(param) for param in engine.module.parameters() if param.requires_grad}
     if given and not trained <= given:
         raise problem(
-            "model_parameters", f"{len(given)} of the model's {len(trained)} trainable parameters",
-            "distmuon routes the whole model", "leave model_parameters out and freeze what shall not be trained",
-        )  # fmt: skip
+            "model_parameters",
+            f"{len(given)} of the model's {len(trained)} trainable parameters",
+            "distmuon routes the whole model",
+            "leave model_parameters out and freeze what shall not be trained",
+        )
     return DistMuon(engine.module, **_options(engine.optimizer_params() or {}))
 
 

@@ -67,10 +67,11 @@ class DistMuonStrategy(strategies.DDPStrategy):  # type: ignore[misc]
         averages = isinstance(optimizer, DistMuon) and optimizer.options.grad_reduction != "external"
         if averages and any(param in self._averaged for param in params_of(optimizer)):
             raise problem(
-                "DistMuonStrategy", "the model was set up before its DistMuon was made, and is wrapped in DDP",
+                "DistMuonStrategy",
+                "the model was set up before its DistMuon was made, and is wrapped in DDP",
                 "one reduction of the gradients is needed",
                 "make the optimizer first, then distmuon.integrations.fabric.setup(fabric, model, optimizer)",
-            )  # fmt: skip
+            )
         return optimizer
 
     def clip_gradients_norm(
@@ -87,9 +88,11 @@ class DistMuonStrategy(strategies.DDPStrategy):  # type: ignore[misc]
             super().clip_gradients_value(module, optimizer, clip_val)
             return
         raise problem(
-            "clip_gradients", f"clip_val={clip_val}", "gradients are in the reduction, where only the norm is known",
+            "clip_gradients",
+            f"clip_val={clip_val}",
+            "gradients are in the reduction, where only the norm is known",
             "use max_norm",
-        )  # fmt: skip
+        )
 
     def get_optimizer_state(self, optimizer: Any) -> Mapping[str, Any]:
         state: Mapping[str, Any] = optimizer.state_dict()
@@ -103,9 +106,11 @@ def setup(fabric: Any, model: nn.Module, *optimizers: Any, **kwargs: Any) -> Any
     """
     if not isinstance(fabric.strategy, DistMuonStrategy):
         raise problem(
-            "Fabric", f"strategy {type(fabric.strategy).__name__}", "gradients must be left to distmuon",
+            "Fabric",
+            f"strategy {type(fabric.strategy).__name__}",
+            "gradients must be left to distmuon",
             "pass strategy=distmuon.integrations.fabric.DistMuonStrategy()",
-        )  # fmt: skip
+        )
     ours = [each for each in optimizers if isinstance(each, DistMuon)]
     held = {id(param) for param in model.parameters()} if isinstance(model, nn.Module) else set()
     is_one_model = all(isinstance(each, Optimizer) for each in optimizers)
@@ -115,7 +120,7 @@ def setup(fabric: Any, model: nn.Module, *optimizers: Any, **kwargs: Any) -> Any
             f"({', '.join(type(each).__name__ for each in (model, *optimizers))})",
             "one model and the DistMuon made of it are needed, in this order",
             "call it once for each model; a model that has no DistMuon goes through fabric.setup",
-        )  # fmt: skip
+        )
     precision = fabric.strategy.precision
     if getattr(precision, "scaler", None) is not None:
         if not isinstance(precision.scaler, GradScaler):

@@ -31,34 +31,46 @@ def attach(trainer: Any, **options: Any) -> None:
     args = trainer.args
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         raise problem(
-            "Trainer", "it was given an optimizer", "attach makes it",
+            "Trainer",
+            "it was given an optimizer",
+            "attach makes it",
             "leave optimizers and optimizer_cls_and_kwargs out",
-        )  # fmt: skip
+        )
     if args.optim_args:
         raise problem(
-            "Trainer", f"optim_args={args.optim_args!r}", "attach makes the optimizer, nobody would read them",
+            "Trainer",
+            f"optim_args={args.optim_args!r}",
+            "attach makes the optimizer, nobody would read them",
             "pass them to attach, as keywords",
-        )  # fmt: skip
+        )
     if trainer.is_deepspeed_enabled:
         raise problem(
-            "Trainer", "args.deepspeed is set", "the engine makes the optimizer there",
+            "Trainer",
+            "args.deepspeed is set",
+            "the engine makes the optimizer there",
             "call distmuon.integrations.deepspeed.register() instead of attach and name DistMuon in the JSON",
-        )  # fmt: skip
+        )
     if args.n_gpu > 1:
         raise problem(
-            "Trainer", f"{args.n_gpu} GPUs in one process (DataParallel)", "one process a GPU is needed",
+            "Trainer",
+            f"{args.n_gpu} GPUs in one process (DataParallel)",
+            "one process a GPU is needed",
             "launch with torchrun",
-        )  # fmt: skip
+        )
     if str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
         raise problem(
-            "Trainer", 'save_strategy="best", which decides on a save after the callbacks',
+            "Trainer",
+            'save_strategy="best", which decides on a save after the callbacks',
             "all ranks must gather the state before one of them saves it",
             'use save_strategy="steps" with load_best_model_at_end=True',
-        )  # fmt: skip
+        )
     given = {
-        "lr": args.learning_rate, "weight_decay": args.weight_decay,
-        "adamw_betas": (args.adam_beta1, args.adam_beta2), "adamw_eps": args.adam_epsilon, **options,
-    }  # fmt: skip
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "adamw_betas": (args.adam_beta1, args.adam_beta2),
+        "adamw_eps": args.adam_epsilon,
+        **options,
+    }
 
     class Factory:
         """The form of optimizer class that the Trainer calls with the model, so that names and modules are seen."""

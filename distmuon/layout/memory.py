@@ -35,9 +35,9 @@ _flat: dict[int, StorageWeakRef] = {}  # the storages of flat parameter buffers;
 def note_flat(buffer: Tensor) -> None:
     """`buffer` is a flat parameter buffer: what lies in it is no foreign memory."""
     for key, known in list(_flat.items()):
-        if known.expired():  # type: ignore[no-untyped-call]
+        if known.expired():
             del _flat[key]
-    storage = StorageWeakRef(buffer.untyped_storage())  # type: ignore[no-untyped-call]
+    storage = StorageWeakRef(buffer.untyped_storage())
     _flat[storage.cdata] = storage
 
 

@@ -33,9 +33,8 @@ _POSITIONS = {"pos", "position", "positions", "positional", "posemb", "relpos"}
 _EMBEDDINGS = {"embed", "embeds", "embedding", "embeddings", "emb", "wte", "wpe"}
 _SCALES = {"scale", "scales", "gamma", "beta", "temperature"}
 _LINEAR = {"proj", "projection", "linear", "lin", "dense", "fc", "qkv"}
-_LINEAR_IN_BLOCKS = {
-    "query", "key", "value", "q", "k", "v", "o", "kv", "wq", "wk", "wv", "wo", "w", "attn", "gate", "up", "down",
-}  # fmt: skip
+_LINEAR_IN_BLOCKS = {"query", "key", "value", "attn", "gate", "up", "down"}
+_LINEAR_IN_BLOCKS |= {"q", "k", "v", "o", "kv", "wq", "wk", "wv", "wo", "w"}
 _BRIDGES = {"modal", "mm", "connector", "merger", "aligner"}
 _HEADS = {"head", "heads", "classifier", "classifiers", "logits"}
 

@@ -137,9 +137,11 @@ def route_params(params: nn.Module | Iterable[Any], routes: Sequence[Route] | st
             named = [entry]
         if not all(_is_pair(pair) for pair in named):
             raise problem(
-                "params", "parameters without names", "routing needs modules or names",
+                "params",
+                "parameters without names",
+                "routing needs modules or names",
                 "pass the model itself, or dicts of named parameters with a rule",
-            )  # fmt: skip
+            )
         pairs += named
     seen: set[object] = set()
     for fqn, param in pairs:
@@ -159,9 +161,11 @@ def _both(fqn: str, own: Route, routes: Sequence[Route]) -> Route:
         return own
     if found.rule != own.rule:
         raise problem(
-            fqn, f"its dict says rule {own.rule!r} and Route({found.pattern!r}) says {found.rule!r}",
-            "one rule is needed", "correct the dict's rule or the routes",
-        )  # fmt: skip
+            fqn,
+            f"its dict says rule {own.rule!r} and Route({found.pattern!r}) says {found.rule!r}",
+            "one rule is needed",
+            "correct the dict's rule or the routes",
+        )
     return replace(found, pattern=own.pattern, options={**own.options, **found.options})
 
 
@@ -189,9 +193,11 @@ def _with_muon(routed: Routed, routes: Sequence[Route] | str | None) -> Routed:
         if heads:
             cure += f', or give Muon a matrix: routes=[distmuon.Route({escape(heads[-1])!r}, "muon")]'
         raise problem(
-            "params", f"none of {len(routed)} trainable parameters is updated by Muon",
-            f"at least one matrix is needed, found {reasons}", cure,
-        )  # fmt: skip
+            "params",
+            f"none of {len(routed)} trainable parameters is updated by Muon",
+            f"at least one matrix is needed, found {reasons}",
+            cure,
+        )
     return routed
 
 
@@ -206,9 +212,11 @@ def make_groups(
         for option, _ in spec.options:
             if option not in known or option == "rule":
                 raise problem(
-                    spec.fqn, f"option {option!r} in its route", f"one of {', '.join([*known][1:])} is needed",
+                    spec.fqn,
+                    f"option {option!r} in its route",
+                    f"one of {', '.join([*known][1:])} is needed",
                     "correct the route's options",
-                )  # fmt: skip
+                )
         group = groups.setdefault(key, {**known, **dict(spec.options), "params": []})
         group["params"].append((spec.fqn, param))
     keys = list(groups)
@@ -353,9 +361,11 @@ def _undecided(
     if not _has_muon(named, [*routes, *added], plan):
         cure = 'reshape them to matrices, or say routes="adamw" to use AdamW on purpose'
     return problem(
-        ", ".join(texts), f"{len(undecided)} weights that neither module type nor name decides",
-        "each needs a rule", cure if plan.is_module else f"pass the model itself, whose modules say more, or {cure}",
-    )  # fmt: skip
+        ", ".join(texts),
+        f"{len(undecided)} weights that neither module type nor name decides",
+        "each needs a rule",
+        cure if plan.is_module else f"pass the model itself, whose modules say more, or {cure}",
+    )
 
 
 def _has_muon(named: Sequence[tuple[str, nn.Parameter]], routes: Sequence[Route], plan: _Plan) -> bool:
@@ -389,16 +399,20 @@ def _matrices(fqn: str, shape: tuple[int, ...], chosen: Route, is_conv: bool) ->
         shape = (shape[0], prod(shape[1:]))
     if len(shape) > 3:
         raise problem(
-            fqn, f"shape {shape} with {len(shape)} dimensions outside a convolution", "(m, n) or (E, m, n) is needed",
+            fqn,
+            f"shape {shape} with {len(shape)} dimensions outside a convolution",
+            "(m, n) or (E, m, n) is needed",
             'reshape the parameter or route it to "adamw"',
-        )  # fmt: skip
+        )
     rows, columns = shape[-2:]
     split = tuple(chosen.split or ())
     if split and (sum(split) != (rows, columns)[chosen.split_dim] or min(split) < 1):
         raise problem(
-            fqn, f"split={list(split)} sums to {sum(split)} along dimension {chosen.split_dim} of {(rows, columns)}",
-            f"parts >= 1 that sum to {(rows, columns)[chosen.split_dim]} are needed", "correct the route's split",
-        )  # fmt: skip
+            fqn,
+            f"split={list(split)} sums to {sum(split)} along dimension {chosen.split_dim} of {(rows, columns)}",
+            f"parts >= 1 that sum to {(rows, columns)[chosen.split_dim]} are needed",
+            "correct the route's split",
+        )
     heights, column_split = (split or (rows,), ()) if chosen.split_dim == 0 else ((rows,), split)
     matrices, offset = [], 0
     for _ in range(prod(shape[:-2])):

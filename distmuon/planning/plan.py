@@ -155,8 +155,7 @@ def plan(
         return make_layout(specs, dp_size, packing=packing, placement=placement, bucket_mb=mb)
 
     with _no_garbage_collection():
-        packing, placement = sharding.packing, sharding.placement
-        found = {mb: way("distmuon", cut(specs, packing, placement, mb)) for mb in dict.fromkeys(tried)}
+        found = {mb: ours(mb) for mb in dict.fromkeys(tried)}
         steps = {mb: one.time.step_s for mb, one in found.items() if one.time}
         best = min(steps, key=lambda mb: steps[mb]) if len(steps) > 1 else next(iter(found))
         others: list[Plan] = []
@@ -187,10 +186,15 @@ def _plan_layout(
     for each in ORDERS if options.sharding.overlap else ORDERS[:1]:
         if hardware is not None:
             times[each] = estimate(
-                loads, hardware, guard_bytes=guard_bytes(layout), ns_bytes=options.precision.newton_schulz.itemsize,
-                ns_steps=ns_steps, overlap=bool(options.sharding.overlap),
-                gathers_in_forward=options.sharding.overlap == "forward", order=each,
-            )  # fmt: skip
+                loads,
+                hardware,
+                guard_bytes=guard_bytes(layout),
+                ns_bytes=options.precision.newton_schulz.itemsize,
+                ns_steps=ns_steps,
+                overlap=bool(options.sharding.overlap),
+                gathers_in_forward=options.sharding.overlap == "forward",
+                order=each,
+            )
     return Plan(
         way=way,
         dp_size=layout.dp_size,

@@ -97,8 +97,9 @@ def _mla(at: str, d: int, heads: int, q_rank: int | None) -> Iterator[ParamSpec]
     yield from (_muon(f"{at}.kv_b_proj.weight", heads * 256, 512), _muon(f"{at}.o_proj.weight", d, heads * 128))
 
 
-def _model(d: int, layers: int, vocabulary: int, layer: Callable[[int, str], Iterator[ParamSpec]], tied: bool = False
-) -> Iterator[ParamSpec]:  # fmt: skip
+def _model(
+    d: int, layers: int, vocabulary: int, layer: Callable[[int, str], Iterator[ParamSpec]], tied: bool = False
+) -> Iterator[ParamSpec]:
     """Embedding, layers with two norms each, final norm, head."""
     yield _adamw("model.embed_tokens.weight", vocabulary, d)
     for number in range(layers):

@@ -43,10 +43,17 @@ HARDWARE: Mapping[str, Hardware] = {
     # Measured, so without shares: 2 processes of 1 thread on an idle 2-core virtual machine (AMD Zen 5).
     # `python -m benchmarks.hardware` prints the row of yours; the links are gloo's on loopback.
     "cpu": Hardware(
-        flops=4.01e11, memory=2.54e10, nvlink=1.36e9, network=1.36e9, float32_share=0.232, flops_share=1.0,
-        memory_share=1.0, link_share=1.0, latency_s=3.7e-4,
+        flops=4.01e11,
+        memory=2.54e10,
+        nvlink=1.36e9,
+        network=1.36e9,
+        float32_share=0.232,
+        flops_share=1.0,
+        memory_share=1.0,
+        link_share=1.0,
+        latency_s=3.7e-4,
     ),
-}  # fmt: skip
+}
 
 # Memory traffic of the rules, bytes an element of the shard, counted from rules.py with fp32 state and bf16 exchange.
 MUON_BEFORE = 42  # two lerps and a commit, 12 each; a copy into the stack, 6
@@ -150,71 +157,95 @@ class _Clock:
         return collective.end
 
 
+class _Rates:
+    """What the hardware does a second, in the units of `BucketLoad`."""
+
+    def __init__(self, hardware: Hardware, dp_size: int, ns_bytes: int) -> None:
+        h = hardware
+        num_nodes = max(1, ceil(dp_size / h.node_size))
+        self.latency = h.latency_s * (1 + log2(num_nodes)) if dp_size > 1 else 0.0
+        self.ring = h.link_share * (h.nvlink if num_nodes == 1 else min(h.nvlink, h.node_size * h.network))
+        self.direct = h.link_share * (h.nvlink if num_nodes == 1 else h.network)
+        self.flops = h.flops * h.flops_share * (1.0 if ns_bytes == 2 else h.float32_share)
+        self.memory = h.memory * h.memory_share
+        self.ns_bytes = ns_bytes
+
+    def passes(self, elements: Sequence[int], each: int) -> list[float]:
+        """Seconds by rank to read and write `each` bytes an element."""
+        return [n * each / self.memory for n in elements]
+
+    def ring_pass(self, sent: int) -> float:
+        """Seconds of a reduce-scatter or all-gather in which every rank sends `sent` bytes."""
+        return sent / self.ring + self.latency
+
+    def exchange(self, out: Sequence[int], into: Sequence[int]) -> float:
+        """Seconds until the busiest rank has sent and received its elements."""
+        return max(*out, *into) * self.ns_bytes / self.direct + self.latency
+
+
+def _visits(num_buckets: int, overlap: bool) -> list[tuple[int, int]]:
+    """(bucket, stage) in the order of the step: diagonally with `overlap`, else one bucket after another."""
+    if not overlap:
+        return [(bucket, stage) for bucket in range(num_buckets) for stage in range(3)]
+    visits = [(tick - stage, stage) for tick in range(num_buckets + 2) for stage in range(3)]
+    return [(bucket, stage) for bucket, stage in visits if 0 <= bucket < num_buckets]
+
+
 def estimate(
-    loads: Sequence[BucketLoad], hardware: Hardware, *, guard_bytes: int, ns_bytes: int, ns_steps: int,
-    overlap: bool, gathers_in_forward: bool, order: Order = "one_group",
-) -> StepTime:  # fmt: skip
+    loads: Sequence[BucketLoad],
+    hardware: Hardware,
+    *,
+    guard_bytes: int,
+    ns_bytes: int,
+    ns_steps: int,
+    overlap: bool,
+    gathers_in_forward: bool,
+    order: Order = "one_group",
+) -> StepTime:
     """Walk the buckets as the optimizer does, the first layers' first. `ns_bytes`: of an orthogonalized element.
 
     `gathers_in_forward`: the step is over once the first bucket is whole; the others' all-gathers are left to the
     forward. Otherwise all parameters are whole when the step is over.
     """
-    dp_size, h, loads = loads[0].dp_size, hardware, loads[::-1]
-    one_node = dp_size <= h.node_size
-    latency = h.latency_s * (1 + log2(max(1, ceil(dp_size / h.node_size)))) if dp_size > 1 else 0.0
-    ring = h.link_share * (h.nvlink if one_node else min(h.nvlink, h.node_size * h.network))
-    direct = h.link_share * (h.nvlink if one_node else h.network)
-    flops = h.flops * h.flops_share * (1.0 if ns_bytes == 2 else h.float32_share)
-    memory = h.memory * h.memory_share
-
-    def passes(elements: Sequence[int], each: int) -> list[float]:
-        return [n * each / memory for n in elements]
-
-    def exchange(out: Sequence[int], into: Sequence[int]) -> float:
-        return max(*out, *into) * ns_bytes / direct + latency
-
+    dp_size, loads = loads[0].dp_size, loads[::-1]
+    rates = _Rates(hardware, dp_size, ns_bytes)
+    passes = rates.passes
     before = [passes(load.muon, MUON_BEFORE) for load in loads]
-    newton_schulz = [[ns_steps * n / flops for n in load.ns_flops] for load in loads]
+    newton_schulz = [[ns_steps * n / rates.flops for n in load.ns_flops] for load in loads]
     after = [[a + b for a, b in zip(passes(load.muon, MUON_AFTER), passes(load.adamw, ADAMW_AFTER))] for load in loads]
     guard = passes([sum(both) for both in zip(*(load.muon for load in loads), *(load.adamw for load in loads))], GUARD)
 
     clock, exchanges = _Clock(dp_size), int(order == "exchange_group")
     for load in loads:
         if load.ready_last and load.reduce_scatter:  # the others ran under backward
-            clock.wait(clock.start(load.reduce_scatter / ring + latency))
+            clock.wait(clock.start(rates.ring_pass(load.reduce_scatter)))
     clock.work(guard)
-    clock.wait(clock.start(guard_bytes / ring + 2 * latency))
+    clock.wait(clock.start(guard_bytes / rates.ring + 2 * rates.latency))
     exchanged: dict[int, _Collective] = {}  # by bucket, the exchange under way
     gathers: list[_Collective] = []  # of parameters, by bucket
-    stages = range(3)
-    walk = [(tick - stage, stage) for tick in range(len(loads) + 2) for stage in stages]
-    if not overlap:
-        walk = [(bucket, stage) for bucket in range(len(loads)) for stage in stages]
     last_exchange = max((number for number, load in enumerate(loads) if load.gathers or load.scatters), default=-1)
     held_back = order == "gathers_last" and last_exchange >= 0
-    for bucket, stage in walk:
-        if not 0 <= bucket < len(loads):
-            continue
+    for bucket, stage in _visits(len(loads), overlap):
         load = loads[bucket]
         if stage and bucket in exchanged:
             clock.wait(exchanged.pop(bucket))
         if stage == 0:
             clock.work(before[bucket])
             if load.gathers:
-                exchanged[bucket] = clock.start(exchange(load.gather_out, load.gather_in), exchanges)
+                exchanged[bucket] = clock.start(rates.exchange(load.gather_out, load.gather_in), exchanges)
         elif stage == 1:
             clock.work(newton_schulz[bucket])
             if load.scatters:
-                exchanged[bucket] = clock.start(exchange(load.scatter_out, load.scatter_in), exchanges)
+                exchanged[bucket] = clock.start(rates.exchange(load.scatter_out, load.scatter_in), exchanges)
             held_back = held_back and bucket < last_exchange
         else:
             clock.work(after[bucket])
             ready = bucket + 1 if not held_back else 0
-            gathers += [clock.start(earlier.all_gather / ring + latency) for earlier in loads[len(gathers) : ready]]
+            gathers += [clock.start(rates.ring_pass(earlier.all_gather)) for earlier in loads[len(gathers) : ready]]
     last = clock.end(gathers[-1])
     step = max(gathers[0].end if gathers_in_forward else last, *clock.compute)
     ns_of = [sum(of_rank) for of_rank in zip(*newton_schulz)]
-    copies = 2 * sum(load.staged for load in loads) / memory
+    copies = 2 * sum(load.staged for load in loads) / rates.memory
     rest_of = [sum(of_rank) + copies for of_rank in zip(guard, *before, *after)]
     computing = max(a + b for a, b in zip(ns_of, rest_of))
     exposed, left = step + copies - computing, max(0.0, last - step - copies)

@@ -87,8 +87,14 @@ def test_verdicts_compare_with_the_best_peer_of_the_same_rule_only(peer_ms: floa
     def row(name: str, ms: float, rule: str = "muon", equal: bool = True) -> dict[str, Any]:
         return {"name": name, "rule": rule, "equal": equal, "sync_step": [ms] * 3, "whole": [ms + 10] * 3}
 
-    rows = [row("distmuon", 10.0), row("peer", peer_ms), row("slow", 99.0), row("other", 1.0, equal=False),
-            row("distmuon AdamW", 9.9, "adamw"), row("AdamW", 1.0, "adamw")]  # fmt: skip
+    rows = [
+        row("distmuon", 10.0),
+        row("peer", peer_ms),
+        row("slow", 99.0),
+        row("other", 1.0, equal=False),
+        row("distmuon AdamW", 9.9, "adamw"),
+        row("AdamW", 1.0, "adamw"),
+    ]
     setting = {"d_model": 512, "batch": 64, "seq_len": 256}
     first, second = report.verdicts({"rows": rows, "setting": setting, "plain": [10.0] * 3})
     assert first.endswith(f"{peer_ms / 10:.3f}; target 1.1: {verdict}.") and "(peer)" in first

@@ -158,11 +158,12 @@ def _flattened(group: dist.ProcessGroup, dtype: torch.dtype, options: dict[str, 
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
-        (torch.bfloat16, {}), (torch.bfloat16, {"precision": distmuon.Precision(master="remainder")}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"precision": distmuon.Precision(master="remainder")}),
         (torch.float32, {"precision": distmuon.Precision(momentum=torch.int8)}),
         (torch.float32, {"ns_coefficients": (3.4445, -4.7750, 2.0315)}),
     ],
-)  # fmt: skip
+)
 def test_the_flattened_form_keeps_masters_and_narrow_state(spawn, dtype: torch.dtype, options: dict[str, Any]) -> None:
     """torch unflattens what stands in `optimizer.state`, where nothing once stood."""
     for saved, loaded in spawn(_flattened, 2, dtype=dtype, options=options):

@@ -114,10 +114,15 @@ def test_a_dropped_optimizer_is_gone_without_the_collector(spawn, dp_size: int, 
 @pytest.mark.parametrize(
     "options",
     [
-        {"bf16": True}, {"bf16": True, "master_format": "remainder"}, {"momentum_dtype": torch.int8},
-        {"release_grads": True}, {"param_gather": "updates"}, {"overlap": False}, {"max_grad_norm": 1.0},
+        {"bf16": True},
+        {"bf16": True, "master_format": "remainder"},
+        {"momentum_dtype": torch.int8},
+        {"release_grads": True},
+        {"param_gather": "updates"},
+        {"overlap": False},
+        {"max_grad_norm": 1.0},
     ],
-)  # fmt: skip
+)
 def test_so_it_is_with_every_option(spawn, options: dict[str, Any]) -> None:
     for left, alive, before, after in spawn(_dropped, 2, use="state_dict", options=options):
         assert (left, alive, before) == (0, False, after)

@@ -139,10 +139,11 @@ def test_an_entry_may_be_given_whole(spawn) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "found"),
     [
-        ("momentum_buffer", torch.ones(3), r"\(3,\) torch\.float32"), ("momentum_buffer", None, "None"),
+        ("momentum_buffer", torch.ones(3), r"\(3,\) torch\.float32"),
+        ("momentum_buffer", None, "None"),
         ("momentum_buffer", 0.0, r"0\.0"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused_by_name(key: str, value: Any, found: str) -> None:
     model, optimizer = _small()
     before = _steps(model, optimizer)

@@ -65,14 +65,13 @@ def measure_gloo(group: dist.ProcessGroup) -> tuple[int, int]:
     """(bytes on the wire, the floor's bytes) of torch's own reduce-scatter on gloo, all ranks together."""
     dp_size = dist.get_world_size(group)
     source, target = torch.ones(1 << 21), torch.empty((1 << 21) // dp_size)
-    call: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     before = 0
     for step in range(STEPS + 1):
         if step == 1:
             dist.barrier(group)
             before = loopback_bytes()
             dist.barrier(group)
-        call(target, source, group=group)
+        dist.reduce_scatter_single(target, source, group=group)
     dist.barrier(group)
     return loopback_bytes() - before, STEPS * dp_size * (dp_size - 1) * target.numel() * target.element_size()
 

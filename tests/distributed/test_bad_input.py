@@ -96,8 +96,10 @@ def _nan_on(group: dist.ProcessGroup, rank: int, by_name: bool) -> None:
     model = _model()
     if dist.get_rank(group) == rank:
         model[2].weight.data[1, 1] = math.nan
-    optimizer = distmuon.DistMuon([*model.named_parameters()] if by_name else model, **policies(process_group=group,
-                                  **({"routes": [distmuon.Route("*weight", "muon")]} if by_name else {})))  # fmt: skip
+    optimizer = distmuon.DistMuon(
+        [*model.named_parameters()] if by_name else model,
+        **policies(process_group=group, **({"routes": [distmuon.Route("*weight", "muon")]} if by_name else {})),
+    )
     _step(model, optimizer)
 
 

@@ -150,15 +150,23 @@ def _kinds() -> dict[str, Tensor]:
     torch.manual_seed(3)
     x = torch.randn(4, 4)
     whole = {
-        "sparse": (x * (x > 0)).to_sparse(), "rows": (x * (x > 0)).to_sparse_csr(),
+        "sparse": (x * (x > 0)).to_sparse(),
+        "rows": (x * (x > 0)).to_sparse_csr(),
         "uncoalesced": torch.sparse_coo_tensor([[0, 0], [1, 1]], [1.0, 2.0], (4, 4), check_invariants=True),
-        "expanded": torch.randn(3, 1).expand(3, 5), "strided": torch.randn(4, 6).t()[::2], "scalar": torch.tensor(2.5),
-        "waves": torch.randn(3, dtype=torch.complex64), "conjugated": torch.randn(3, dtype=torch.complex64).conj(),
-        "flags": torch.tensor([True, False, True]), "fp8": torch.randn(5).to(torch.float8_e4m3fn),
-        "empty": torch.zeros(3, 0), "bf16": torch.randn(3).bfloat16(), "nan": torch.tensor([float("nan"), -0.0]),
-        "unsigned": torch.tensor([1, 65535]).to(torch.uint16), "stepped": torch.arange(9.0)[::2],
+        "expanded": torch.randn(3, 1).expand(3, 5),
+        "strided": torch.randn(4, 6).t()[::2],
+        "scalar": torch.tensor(2.5),
+        "waves": torch.randn(3, dtype=torch.complex64),
+        "conjugated": torch.randn(3, dtype=torch.complex64).conj(),
+        "flags": torch.tensor([True, False, True]),
+        "fp8": torch.randn(5).to(torch.float8_e4m3fn),
+        "empty": torch.zeros(3, 0),
+        "bf16": torch.randn(3).bfloat16(),
+        "nan": torch.tensor([float("nan"), -0.0]),
+        "unsigned": torch.tensor([1, 65535]).to(torch.uint16),
+        "stepped": torch.arange(9.0)[::2],
         "last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-    }  # fmt: skip
+    }
     whole["quantised"] = torch.quantize_per_tensor(torch.randn(6), 0.1, 3, torch.qint8)
     return whole
 
@@ -323,9 +331,9 @@ def _nested(depth: int) -> Any:
 
 
 GOOD: list[Any] = [
-    None, 3, "a", b"\0x", 1.5, 2j, True, torch.ones(2), [], {}, (1, [2, {"a": (3,)}]), {1: 2, (1, "a"): None},
-    torch.float16, torch.Size([2, 3]), OrderedDict(a=1), _nested(MAX_NESTING - 10),
-]  # fmt: skip
+    *(None, 3, "a", b"\0x", 1.5, 2j, True, torch.ones(2), [], {}, (1, [2, {"a": (3,)}]), {1: 2, (1, "a"): None}),
+    *(torch.float16, torch.Size([2, 3]), OrderedDict(a=1), _nested(MAX_NESTING - 10)),
+]
 
 
 @pytest.mark.parametrize("state", GOOD, ids=[f"{type(v).__name__}-{i}" for i, v in enumerate(GOOD)])

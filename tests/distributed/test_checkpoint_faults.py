@@ -82,8 +82,11 @@ def _of_another_step(path: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
-    "flipped byte": _flip, "truncated": _truncate, "missing": Path.unlink, "of another step": _of_another_step,
-}  # fmt: skip
+    "flipped byte": _flip,
+    "truncated": _truncate,
+    "missing": Path.unlink,
+    "of another step": _of_another_step,
+}
 FILES = ("__0_0.distcp", ".metadata", "rank-00000.json", "rank-00000.pt", "shared.pt", "manifest.json", "COMPLETE")
 
 
@@ -123,8 +126,10 @@ def test_latest_skips_what_is_not_complete_and_says_so(
     loaded = distmuon.load_checkpoint(folder, model, optimizer)
     assert loaded.path == folder / "step-2"
     assert [name for name in ("step-30", "step-40", "step-50") if any(name in why for why in loaded.skipped)] == [
-        "step-30", "step-40", "step-50",
-    ]  # fmt: skip
+        "step-30",
+        "step-40",
+        "step-50",
+    ]
     assert distmuon.latest_checkpoint(folder / "step-50") is None
     assert distmuon.latest_checkpoint(folder / "none") is None
     with pytest.raises(ValueError, match=r"no complete checkpoint there"):

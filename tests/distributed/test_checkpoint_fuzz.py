@@ -164,10 +164,11 @@ def test_any_bytes_of_any_file(saved: dict[int, Path], data: st.DataObject) -> N
 
 
 NASTY: list[Any] = [
-    None, True, False, -1, 0, 1, 2, 0.5, 1.0, float("nan"), float("inf"), 2**31, 2**63, -(2**63), 10**30, 10**5000, "",
-    "\0", "\ud800", "a" * 300, "../COMPLETE", "/etc/hostname", ".", "0.weight", "torch.float32", "torch.nn", "qint8",
-    "torch.bits8", "torch.complex64", [], {}, [[]], [1], [-1, 2], {"": 0}, DEEP,
-]  # fmt: skip
+    *(None, True, False, -1, 0, 1, 2, 0.5),
+    *(1.0, float("nan"), float("inf"), 2**31, 2**63, -(2**63), 10**30, 10**5000, ""),
+    *("\0", "\ud800", "a" * 300, "../COMPLETE", "/etc/hostname", ".", "0.weight", "torch.float32", "torch.nn", "qint8"),
+    *("torch.bits8", "torch.complex64", [], {}, [[]], [1], [-1, 2], {"": 0}, DEEP),
+]
 
 
 def _text(tree: Any) -> str:
@@ -233,9 +234,9 @@ def test_any_value_in_the_lists(saved: dict[int, Path], data: st.DataObject) -> 
 
 
 ODD: list[Any] = [
-    None, True, -1, 0, 2, 0.5, float("nan"), float("inf"), 10**400, "", "muon", [], {}, [1, 2], (3,), {"a": 1}, b"x",
-    torch.zeros(0), torch.ones(3), torch.tensor(float("nan")), torch.zeros(5056, dtype=torch.uint8), 1j,
-]  # fmt: skip
+    *(None, True, -1, 0, 2, 0.5, float("nan"), float("inf"), 10**400, "", "muon", [], {}, [1, 2], (3,), {"a": 1}, b"x"),
+    *(torch.zeros(0), torch.ones(3), torch.tensor(float("nan")), torch.zeros(5056, dtype=torch.uint8), 1j),
+]
 
 
 @settings(FUZZ, max_examples=200)
@@ -487,11 +488,13 @@ def _twice(times: int) -> bytes:
 
 BOMBS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "bytearray of a number": (
-        _pickled(b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x70\x85R."), "asked for by number",
+        _pickled(b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x70\x85R."),
+        "asked for by number",
     ),
     "tensor of a number": (_pickled(b"\x80\x02ctorch\nTensor\nJ\x00\x00\x00\x70\x85R."), "asked for by number"),
     "storage of a number": (
-        _pickled(b"\x80\x02ctorch.storage\nUntypedStorage\nJ\x00\x00\x00\x70\x85R."), "asked for by number",
+        _pickled(b"\x80\x02ctorch.storage\nUntypedStorage\nJ\x00\x00\x00\x70\x85R."),
+        "asked for by number",
     ),
     "doubled lists": (_pickled(_twice(60)), "more than .* items"),
     "deep lists": (_pickled(b"\x80\x02" + b"(" * 100_000 + b"l" * 100_000 + b"."), "nested more than 100 deep"),
@@ -501,7 +504,7 @@ BOMBS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "two lists of members": (lambda data: data[:-50] + b"\1" + data[-49:], "end records"),
     "no archive": (lambda data: pickle.dumps({"extra": 1, "rng": {}}), "no zip archive"),
     "a member twice": (lambda data: _doubled(data), "twice"),
-}  # fmt: skip
+}
 
 
 def _doubled(data: bytes) -> bytes:

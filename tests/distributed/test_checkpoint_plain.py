@@ -23,9 +23,12 @@ from tests.standing import Standing, routes
 from tests.training import Weights, assert_equals_reference, digest, make, policies, state_tensors, train, weights
 
 OPTIONS: dict[str, Any] = {
-    "lr": 0.02, "adamw_lr": 0.005, "weight_decay": 0.1, "ns_dtype": torch.float32,
+    "lr": 0.02,
+    "adamw_lr": 0.005,
+    "weight_decay": 0.1,
+    "ns_dtype": torch.float32,
     "routes": [distmuon.Route("[123].weight", "muon")],
-}  # fmt: skip
+}
 
 
 def _model() -> nn.Module:
@@ -202,8 +205,10 @@ def test_plain_state_of_another_routing_raises_and_names_the_parameters(spawn_ra
 def test_plain_state_of_another_routing_can_be_reset(spawn) -> None:
     for kept, state in spawn(_moved, 2, how="reset"):
         assert {name for name in state if name not in kept} == {
-            "up.weight.exp_avg", "up.weight.exp_avg_sq", "up.weight.step",
-        }  # fmt: skip
+            "up.weight.exp_avg",
+            "up.weight.exp_avg_sq",
+            "up.weight.step",
+        }
         for name, value in state.items():
             if name in kept:
                 assert torch.equal(value, kept[name]), name

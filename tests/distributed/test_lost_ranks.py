@@ -277,9 +277,14 @@ def _under_torchrun(*arguments: str, num_ranks: int) -> tuple[str, int, float]:
     """Output, exit status, and seconds from the fault to the end of torchrun and all its processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     found = subprocess.run(
-        [*command, "-m", "tests.distributed.lost_run", *arguments], cwd=ROOT, env=_environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240,
-    )  # fmt: skip
+        [*command, "-m", "tests.distributed.lost_run", *arguments],
+        cwd=ROOT,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
     fault = re.search(r"fault at ([\d.]+)", found.stdout)
     assert fault is not None, found.stdout
     return found.stdout, found.returncode, time.time() - float(fault[1])
@@ -313,12 +318,15 @@ def _processes(fault: str, *flags: str) -> list[tuple[int, str]]:
         port = free.getsockname()[1]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.lost_run", fault, *flags], cwd=ROOT,
+            [sys.executable, "-m", "tests.distributed.lost_run", fault, *flags],
+            cwd=ROOT,
             env=_environment(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(3)
-    ]  # fmt: skip
+    ]
     try:
         watched = ranks[1:] if fault == "stop-0" else ranks  # rank 0 stays stopped
         outputs = [process.communicate(timeout=240)[0] for process in watched]

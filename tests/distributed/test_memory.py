@@ -58,26 +58,34 @@ def _none() -> Carrier:
 
 UNLIKE: dict[str, tuple[Callable[[], Carrier], Callable[[], Carrier], str]] = {
     "length": (
-        lambda: _buffer(torch.ones(9)), lambda: _buffer(torch.ones(6)),
+        lambda: _buffer(torch.ones(9)),
+        lambda: _buffer(torch.ones(6)),
         r"cache: rank 1 holds a buffer \(6,\) torch\.float32 on cpu, rank 0 a buffer \(9,\) .*broadcast_buffers=False",
     ),
     "dtype": (
-        lambda: _buffer(torch.ones(4)), lambda: _buffer(torch.ones(4).int()),
+        lambda: _buffer(torch.ones(4)),
+        lambda: _buffer(torch.ones(4).int()),
         r"cache: rank 1 holds a buffer \(4,\) torch\.int32 on cpu, rank 0 a buffer \(4,\) torch\.float32 on cpu",
     ),
     "only on one": (
-        lambda: _frozen(torch.ones(4)), _none, "base: rank 1 holds nothing of this name, rank 0 a parameter "
+        lambda: _frozen(torch.ones(4)),
+        _none,
+        "base: rank 1 holds nothing of this name, rank 0 a parameter ",
     ),
     "only on another": (_none, lambda: _frozen(torch.ones(4)), "base: rank 1 holds a parameter .*, rank 0 nothing"),
     "elements of a sparse one": (
-        lambda: _buffer(torch.eye(3).to_sparse()), lambda: _buffer(torch.eye(3).tril().relu_().sub_(1e-9).to_sparse()),
+        lambda: _buffer(torch.eye(3).to_sparse()),
+        lambda: _buffer(torch.eye(3).tril().relu_().sub_(1e-9).to_sparse()),
         r"cache: rank 1 holds .*torch\.sparse_coo with 9 elements.*, rank 0 .*with 3 elements \(coalesced\)",
     ),
     "sparse on one": (
-        lambda: _buffer(torch.eye(3)), lambda: _buffer(torch.eye(3).to_sparse()), "cache: rank 1 holds .*sparse_coo"
+        lambda: _buffer(torch.eye(3)),
+        lambda: _buffer(torch.eye(3).to_sparse()),
+        "cache: rank 1 holds .*sparse_coo",
     ),
     "expanded on one": (
-        lambda: _buffer(torch.ones(1, 4).expand(3, 4)), lambda: _buffer(torch.ones(3, 4)),
+        lambda: _buffer(torch.ones(1, 4).expand(3, 4)),
+        lambda: _buffer(torch.ones(3, 4)),
         r"cache: rank 1 holds a buffer \(3, 4\) torch.*, rank 0 a buffer \(3, 4\) expanded from \(1, 4\)",
     ),
     "inside a subclass": (
@@ -85,7 +93,7 @@ UNLIKE: dict[str, tuple[Callable[[], Carrier], Callable[[], Carrier], str]] = {
         lambda: _frozen(Named(torch.ones(4), torch.ones(4, dtype=torch.float64))),
         r"base: rank 1 holds a parameter .*Named.*second \(4,\) torch\.float64.*, rank 0 ",
     ),
-}  # fmt: skip
+}
 
 
 def _unlike(group: dist.ProcessGroup, which: str) -> None:
@@ -303,9 +311,12 @@ def test_a_functional_forward_before_the_first_ordinary_one(spawn) -> None:
 # ------------------------------------------------------------------------------------- strides on several ranks
 
 OPTIONS: list[dict[str, Any]] = [
-    {}, {"overlap": False}, {"packing": "contiguous", "placement": "replicated"}, {"param_gather": "updates"},
+    {},
+    {"overlap": False},
+    {"packing": "contiguous", "placement": "replicated"},
+    {"param_gather": "updates"},
     {"grad_reduction": "external"},
-]  # fmt: skip
+]
 
 
 def _formats(group: dist.ProcessGroup, form: str, folder: str, options: dict[str, Any]) -> tuple[str, str, bool, int]:

@@ -25,14 +25,28 @@ MODELS: dict[str, tuple[str, dict[str, Any], float]] = {  # model_type, its conf
     "deepseek_v3": (
         "deepseek_v3",
         {
-            "hidden_size": 48, "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 4,
-            "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "v_head_dim": 8,
-            "qk_rope_head_dim": 4, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
-            "moe_intermediate_size": 28, "intermediate_size": 100, "vocab_size": 97, "max_position_embeddings": 32,
+            "hidden_size": 48,
+            "num_hidden_layers": 3,
+            "first_k_dense_replace": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 20,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "n_routed_experts": 8,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 28,
+            "intermediate_size": 100,
+            "vocab_size": 97,
+            "max_position_embeddings": 32,
         },
         0.15,
     ),
-}  # fmt: skip
+}
 WAYS: list[dict[str, Any]] = [
     {},
     {"packing": "contiguous"},

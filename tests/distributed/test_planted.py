@@ -181,9 +181,12 @@ def test_verdict_and_presence_are_those_of_all_ranks(spawn, odd: str) -> None:
 
 
 OPTIONS: list[dict[str, Any]] = [
-    {}, {"overlap": False}, {"overlap": "forward", "release_grads": True}, {"param_gather": "updates"},
+    {},
+    {"overlap": False},
+    {"overlap": "forward", "release_grads": True},
+    {"param_gather": "updates"},
     {"packing": "contiguous", "placement": "replicated", "release_grads": True},
-]  # fmt: skip
+]
 
 
 def _late(group: dist.ProcessGroup, cases: list[dict[str, Any]], fault: str = "") -> list[tuple[str, str, int]]:

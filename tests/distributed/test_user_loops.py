@@ -185,9 +185,14 @@ def _written_after_the_norm(model: Net, optimizer: Any) -> None:
 
 
 LOOPS = [
-    _clipped, _clipped_by_value, _several_backwards, _sharpness_aware, _zeroed_by_the_module_at_the_start,
-    _without_zero_grad, _written_after_the_norm,
-]  # fmt: skip
+    _clipped,
+    _clipped_by_value,
+    _several_backwards,
+    _sharpness_aware,
+    _zeroed_by_the_module_at_the_start,
+    _without_zero_grad,
+    _written_after_the_norm,
+]
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__.strip("_"))

@@ -24,9 +24,11 @@ UNLED = integration.deepspeed.DeepSpeedEngine._configure_optimizer
 def config(**changes: Any) -> dict[str, Any]:
     """A config file's content; None takes an entry out."""
     base = {
-        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0},
-        "optimizer": {"type": "DistMuon", "params": {"lr": 0.02, "adamw_lr": 0.001}}, **changes,
-    }  # fmt: skip
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 0},
+        "optimizer": {"type": "DistMuon", "params": {"lr": 0.02, "adamw_lr": 0.001}},
+        **changes,
+    }
     return {key: value for key, value in base.items() if value is not None}
 
 
@@ -213,9 +215,12 @@ def own_muon() -> dict[str, Any]:
     engine = start(model, config())
     left = [name for name, p in model.named_parameters() if hasattr(p, "use_muon")]
     return {
-        "theirs": type(theirs.optimizer).__name__, "tagged": tagged, "takes ours": takes_ours, "left": left,
+        "theirs": type(theirs.optimizer).__name__,
+        "tagged": tagged,
+        "takes ours": takes_ours,
+        "left": left,
         "ours": type(engine.optimizer).__name__,
-    }  # fmt: skip
+    }
 
 
 def float32_buffers() -> dict[str, str]:

@@ -33,10 +33,12 @@ from tests.training import EXACT
 
 def of_case(case: Case, **changes: Any) -> dict[str, Any]:
     return config(
-        gradient_accumulation_steps=case.num_micro, gradient_clipping=case.clip,
+        gradient_accumulation_steps=case.num_micro,
+        gradient_clipping=case.clip,
         bf16={"enabled": case.dtype == "bfloat16"},
-        optimizer={"type": "DistMuon", "params": json_options()}, **changes,
-    )  # fmt: skip
+        optimizer={"type": "DistMuon", "params": json_options()},
+        **changes,
+    )
 
 
 def engine_alone(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistMuon]:
@@ -130,18 +132,33 @@ def trainer(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.D
     filled = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
     settings = {
-        **auto, "zero_optimization": {"stage": 0}, "bf16": {"enabled": "auto"},
+        **auto,
+        "zero_optimization": {"stage": 0},
+        "bf16": {"enabled": "auto"},
         "optimizer": {"type": "DistMuon", "params": {**json_options(), **filled}},
-    }  # fmt: skip
+    }
     integration.register()
     inner = WithLoss(dist.get_rank(), case.tied)
     args = transformers.TrainingArguments(
-        output_dir=str(folder / "hf"), per_device_train_batch_size=1, gradient_accumulation_steps=case.num_micro,
-        max_steps=STEPS, max_grad_norm=case.clip, learning_rate=EXACT["lr"], weight_decay=0.1, adam_beta2=0.95,
-        lr_scheduler_type="constant", logging_steps=1, report_to="none", bf16=case.dtype == "bfloat16",
-        disable_tqdm=True, save_strategy="steps" if case.save else "no", save_steps=case.last, seed=0,
-        use_cpu=True, deepspeed=settings,
-    )  # fmt: skip
+        output_dir=str(folder / "hf"),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=case.num_micro,
+        max_steps=STEPS,
+        max_grad_norm=case.clip,
+        learning_rate=EXACT["lr"],
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to="none",
+        bf16=case.dtype == "bfloat16",
+        disable_tqdm=True,
+        save_strategy="steps" if case.save else "no",
+        save_steps=case.last,
+        seed=0,
+        use_cpu=True,
+        deepspeed=settings,
+    )
     hf = InOrder(
         model=inner, args=args, train_dataset=Data(), data_collator=lambda items: items[0], callbacks=[Record()]
     )

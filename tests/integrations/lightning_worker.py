@@ -115,10 +115,17 @@ def trainer(folder: Path, steps: int, **given: Any) -> Any:
     strategy = given.pop("strategy", "ddp")
     strategy = strategy if dist.is_initialized() else "auto"
     return lightning.Trainer(
-        accelerator="cpu", devices=ranks, strategy=strategy, max_steps=steps, default_root_dir=folder, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        accelerator="cpu",
+        devices=ranks,
+        strategy=strategy,
+        max_steps=steps,
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
         **{"enable_checkpointing": False, **given},
-    )  # fmt: skip
+    )
 
 
 def loader(num: int) -> Any:
@@ -135,10 +142,12 @@ def under_the_trainer(folder: Path, way: str) -> dict[str, Any]:
     trainer(folder, STEPS, **given).fit(rest, batches, ckpt_path=first)
     (state,) = torch.load(first)["optimizer_states"]
     return {
-        "whole": ends(whole.net, whole.made), "resumed": ends(rest.net, rest.made),
-        "losses": whole.losses, "rest": rest.losses,
+        "whole": ends(whole.net, whole.made),
+        "resumed": ends(rest.net, rest.made),
+        "losses": whole.losses,
+        "rest": rest.losses,
         "steps": sorted({float(entry["step"]) for entry in state["state"].values() if "step" in entry}),
-    }  # fmt: skip
+    }
 
 
 def plain(way: str) -> dict[str, Any]:

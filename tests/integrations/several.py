@@ -277,10 +277,19 @@ def fabrics_model_first() -> None:
 
 
 REFUSED: tuple[Callable[[], None], ...] = (
-    own_prepare, own_prepare_and_accumulation, own_prepare_then_ours, local_sgd, uneven_inputs,
-    clip_of_both, clip_with_adamw, clip_of_a_part, clip_of_values, a_model_of_two_kinds,
-    fabrics_model_first, fabrics_clip_of_values,
-)  # fmt: skip
+    own_prepare,
+    own_prepare_and_accumulation,
+    own_prepare_then_ours,
+    local_sgd,
+    uneven_inputs,
+    clip_of_both,
+    clip_with_adamw,
+    clip_of_a_part,
+    clip_of_values,
+    a_model_of_two_kinds,
+    fabrics_model_first,
+    fabrics_clip_of_values,
+)
 
 
 def refusal(trigger: Callable[[], None]) -> str:

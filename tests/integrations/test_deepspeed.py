@@ -95,7 +95,7 @@ REFUSED = {
     "mpu": r"averages over other ranks than the 2 .*process_group=",
     "sum": 'gradient_allreduce_op "sum"; .*use "mean"',
     "two clips": r"gradient_clipping 1\.0 .*max_grad_norm 0\.5.*write \"gradient_clipping\" alone",
-    "accumulated in bf16": "grad_accum_dtype 'bf16'.*\"precision\": {\"reduce\": ",
+    "accumulated in bf16": 'grad_accum_dtype \'bf16\'.*"precision": {"reduce": ',
     **{
         name: rf"scheduler {name}, which gives groups of lr \[0\.001, 0\.02\] one and the same.*lists, one a group"
         for name in ("WarmupLR", "WarmupDecayLR", "OneCycle", "LRRangeTest")
@@ -155,9 +155,10 @@ def test_every_config_trains(ran: tuple[Facts, Any]) -> None:
     trained = ran[0][0]["configs"]
     assert set(trained) == {file.name for file in CONFIGS.glob("*.json")}
     assert trained == {
-        "distmuon.json": "DistMuon torch.float32 1.0", "distmuon_bf16.json": "DistMuon torch.bfloat16 1.0",
+        "distmuon.json": "DistMuon torch.float32 1.0",
+        "distmuon_bf16.json": "DistMuon torch.bfloat16 1.0",
         "engine.json": "DistMuon torch.float32 0.5",
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.slow

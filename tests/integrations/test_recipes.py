@@ -17,21 +17,33 @@ from launch import pretrain
 from tests.launch.test_pretrain import ROOT, SHORT, TINY, records
 
 PACKAGE = {
-    "accelerate_train": "accelerate", "trainer_train": "accelerate", "deepspeed_train": "deepspeed",
-    "fabric_train": "lightning_fabric", "lightning_train": "lightning",
-}  # fmt: skip
+    "accelerate_train": "accelerate",
+    "trainer_train": "accelerate",
+    "deepspeed_train": "deepspeed",
+    "fabric_train": "lightning_fabric",
+    "lightning_train": "lightning",
+}
 LAUNCHERS = {
-    "accelerate_train": ("accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-                         "--dynamo_backend no --module launch.accelerate_train"),
+    "accelerate_train": (
+        "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+        "--dynamo_backend no --module launch.accelerate_train"
+    ),
     "deepspeed_train": "deepspeed --num_gpus 2 --module launch.deepspeed_train",
     "fabric_train": "fabric run --accelerator cpu --devices 2 launch/fabric_train.py",
-}  # fmt: skip
+}
 
 
 RUN = [
-    *TINY, *SHORT, "--train.steps=4", "--train.schedule=cosine", "--train.warmup_steps=2", "--checkpoint.every=2",
-    "--optimizer.precision.newton_schulz=float32", "--optimizer.precision.exchange=bfloat16", "--train.verify_every=2",
-]  # fmt: skip
+    *TINY,
+    *SHORT,
+    "--train.steps=4",
+    "--train.schedule=cosine",
+    "--train.warmup_steps=2",
+    "--checkpoint.every=2",
+    "--optimizer.precision.newton_schulz=float32",
+    "--optimizer.precision.exchange=bfloat16",
+    "--train.verify_every=2",
+]
 
 
 def torchrun(recipe: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:

@@ -105,9 +105,12 @@ def test_prepare_refuses_at_once_what_it_could_not_lead(accelerate: Any, given: 
 
     model = _model()
     objects = {
-        "model": model, "other": _model(), "optimizer": distmuon.DistMuon(model),
-        "loader": torch.utils.data.DataLoader([torch.zeros(6)]), "sgd": torch.optim.SGD(model.parameters(), lr=1.0),
-    }  # fmt: skip
+        "model": model,
+        "other": _model(),
+        "optimizer": distmuon.DistMuon(model),
+        "loader": torch.utils.data.DataLoader([torch.zeros(6)]),
+        "sgd": torch.optim.SGD(model.parameters(), lr=1.0),
+    }
     with pytest.raises(ValueError, match=rf"^distmuon\.integrations\.accelerate\.prepare: {found}"):
         prepare(accelerate.Accelerator(cpu=True), *(objects[name] for name in given.split(", ") if name))
 

@@ -17,9 +17,12 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = {
-    "ddp": "torch", "accelerate": "accelerate", "trainer": "accelerate", "deepspeed": "deepspeed",
+    "ddp": "torch",
+    "accelerate": "accelerate",
+    "trainer": "accelerate",
+    "deepspeed": "deepspeed",
     "fabric": "lightning_fabric",
-}  # fmt: skip
+}
 FIRST, REST = {"last": 2, "save": True, "tied": False}, {"first": 2, "tied": False}
 CASES: list[dict[str, Any]] = [
     {"num_micro": 3, "clip": 1.0},

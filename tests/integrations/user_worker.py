@@ -50,10 +50,16 @@ def tiny() -> Any:
     torch.manual_seed(0)
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=24, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
+            vocab_size=VOCABULARY,
+            n_positions=LENGTH,
+            n_embd=24,
+            n_layer=2,
+            n_head=2,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
             attn_pdrop=0.0,
         )
-    )  # fmt: skip
+    )
 
 
 def train_texts() -> Texts:
@@ -79,12 +85,28 @@ class StopAt(transformers.TrainerCallback):
 def under_the_trainer(folder: Path, stop: int = 0) -> dict[str, Any]:
     """Evaluations and saves in between, two checkpoints kept, the best one loaded at the end."""
     args = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=ROWS, gradient_accumulation_steps=MICRO,
-        learning_rate=LR, weight_decay=WEIGHT_DECAY, adam_beta2=0.95, max_grad_norm=CLIP, lr_scheduler_type="constant",
-        logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, eval_strategy="steps", eval_steps=2,
-        save_strategy="steps", save_steps=2, save_total_limit=2, load_best_model_at_end=True,
-        metric_for_best_model="eval_loss", seed=0,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=ROWS,
+        gradient_accumulation_steps=MICRO,
+        learning_rate=LR,
+        weight_decay=WEIGHT_DECAY,
+        adam_beta2=0.95,
+        max_grad_norm=CLIP,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        seed=0,
+    )
     trainer = InOrder(model=tiny(), args=args, train_dataset=train_texts(), eval_dataset=Texts(8, seed=1))
     trainer.remove_callback(transformers.PrinterCallback)
     attach(trainer, precision=EXACT)
@@ -106,13 +128,14 @@ def under_the_trainer(folder: Path, stop: int = 0) -> dict[str, Any]:
 def plain() -> dict[str, Any]:
     """The loop of the README over the same rows, each token of a step weighing the same."""
     model, world, rank, texts = tiny(), dist.get_world_size(), dist.get_rank(), train_texts()
-    optimizer = distmuon.DistMuon(
-        model, lr=LR, weight_decay=WEIGHT_DECAY, adamw_betas=(0.9, 0.95), precision=EXACT
-    )
+    optimizer = distmuon.DistMuon(model, lr=LR, weight_decay=WEIGHT_DECAY, adamw_betas=(0.9, 0.95), precision=EXACT)
     norms = {}
     for step in range(STEPS):
-        rows = [[texts[((step * MICRO + m) * world + r) * ROWS + k] for k in range(ROWS)] for m in range(MICRO)
-                for r in range(world)]  # fmt: skip
+        rows = [
+            [texts[((step * MICRO + m) * world + r) * ROWS + k] for k in range(ROWS)]
+            for m in range(MICRO)
+            for r in range(world)
+        ]
         items = sum(int((row["labels"] != -100).sum()) for batch in rows for row in batch)
         for micro in range(MICRO):
             batch = rows[micro * world + rank]

@@ -288,11 +288,24 @@ def trainer(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.D
 
     inner = make_model(case)
     args = transformers.TrainingArguments(
-        output_dir=str(folder / "trainer"), per_device_train_batch_size=1, gradient_accumulation_steps=case.num_micro,
-        max_steps=STEPS, max_grad_norm=case.clip, learning_rate=EXACT["lr"], weight_decay=0.1, adam_beta2=0.95,
-        lr_scheduler_type="constant", logging_steps=1, report_to="none", use_cpu=True, bf16=case.autocast,
-        disable_tqdm=True, save_strategy="steps" if case.save else "no", save_steps=case.last, seed=0,
-    )  # fmt: skip
+        output_dir=str(folder / "trainer"),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=case.num_micro,
+        max_steps=STEPS,
+        max_grad_norm=case.clip,
+        learning_rate=EXACT["lr"],
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=case.autocast,
+        disable_tqdm=True,
+        save_strategy="steps" if case.save else "no",
+        save_steps=case.last,
+        seed=0,
+    )
     hf = InOrder(
         model=inner, args=args, train_dataset=Data(), data_collator=lambda items: items[0], callbacks=[Record()]
     )
@@ -344,9 +357,12 @@ def fabric(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.Di
 
     plugins = [MixedPrecision("16-mixed", "cpu", grad_scaler(case))] if case.scale else []  # Fabric makes it on a GPU
     lightning = Fabric(
-        accelerator="cpu", devices=dist.get_world_size(), strategy=DistMuonStrategy(), plugins=plugins,
+        accelerator="cpu",
+        devices=dist.get_world_size(),
+        strategy=DistMuonStrategy(),
+        plugins=plugins,
         precision=None if case.scale else "bf16-mixed" if case.autocast else "32-true",
-    )  # fmt: skip
+    )
     lightning.launch()
     inner = make_model(case)
     optimizer = distmuon.DistMuon(inner, **options())

@@ -114,8 +114,11 @@ class Machines:
         with (self.folder / f"agent-{len(self.agents)}.txt").open("wb") as output:
             agent = subprocess.Popen(
                 [*command, f"--log.dir={self.folder}", *self._arguments],
-                cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
         self.agents.append(agent)
         return agent
 

@@ -37,8 +37,12 @@ def start(
     environment["PYTHONPATH"] = str(ROOT)  # for a program that lies elsewhere
     return subprocess.Popen(
         [*command, f"--log.dir={folder}", *arguments],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def alone(folder: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -194,12 +198,20 @@ def test_another_run_in_the_same_folder_is_refused_by_key(tmp_path: Path) -> Non
 
 
 SHARDING = {
-    "packing": "contiguous", "placement": "replicated", "bucket_mb": 0.5, "param_gather": "updates",
-    "release_grads": True, "overlap": False,
-}  # fmt: skip
+    "packing": "contiguous",
+    "placement": "replicated",
+    "bucket_mb": 0.5,
+    "param_gather": "updates",
+    "release_grads": True,
+    "overlap": False,
+}
 PRECISION = {
-    "reduce": "bfloat16", "momentum": "int8", "newton_schulz": "float32", "exchange": "float32", "master": "remainder",
-}  # fmt: skip
+    "reduce": "bfloat16",
+    "momentum": "int8",
+    "newton_schulz": "float32",
+    "exchange": "float32",
+    "master": "remainder",
+}
 
 
 @pytest.mark.parametrize(("policy", "values"), [("sharding", SHARDING), ("precision", PRECISION)])

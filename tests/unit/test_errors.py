@@ -50,8 +50,10 @@ def refused(call: Callable[[], Any], match: str) -> None:
     assert FORM.fullmatch(str(raised.value)), raised.value
 
 
-NUMBERS: list[Any] = [None, math.nan, -1, "x", [], (1, 2), True, 1j, torch.tensor(-1.0), torch.tensor(math.nan),
-                      torch.tensor(1j), torch.ones(2), torch.ones((), device="meta")]  # fmt: skip
+NUMBERS: list[Any] = [
+    *(None, math.nan, -1, "x", [], (1, 2), True, 1j, torch.ones(2), torch.ones((), device="meta")),
+    *(torch.tensor(-1.0), torch.tensor(math.nan), torch.tensor(1j)),
+]
 WORDS: list[Any] = [None, math.nan, -1, 0, 1, "x", "", [], (1, 2), 1j, torch.ones(2), torch.float8_e4m3fn, {}]
 
 
@@ -173,8 +175,11 @@ def test_parameters_that_cannot_be_trained(params: Any, match: str) -> None:
 
 @pytest.mark.parametrize("value", [3, math.nan, "muon", ["0.weight"], [None], [("0.weight", "muon")], (1, 2)], ids=repr)
 def test_routes_are_routes(value: Any) -> None:
-    for call in (lambda: _made(routes=value), lambda: plan(_model(), dp_size=2, routes=value),
-                 lambda: route(_model(), value)):  # fmt: skip
+    for call in (
+        lambda: _made(routes=value),
+        lambda: plan(_model(), dp_size=2, routes=value),
+        lambda: route(_model(), value),
+    ):
         refused(call, r"routes: found .*(one of adamw is needed|a list of distmuon\.Route or \"adamw\" is needed)")
 
 
@@ -414,7 +419,7 @@ STATES: list[tuple[Change, str]] = [
     (_set("state", 3, "step", -1), r"2\.bias\.step: found -1\.0; a count is needed"),
     (_set("state", 3, "step", torch.tensor(math.nan)), r"2\.bias\.step: found nan; a count is needed"),
     (_set("state", 3, "step", "7"), r"2\.bias\.step: found '7'; a dense real tensor is needed"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "match"), STATES)
@@ -485,8 +490,10 @@ def test_what_a_checkpoint_is_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        *(({"dp_size": value}, "dp_size: found .*; a whole number from 1 to 131072") for value in
-          (None, 0, -1, 2.0, "8", True, 10**30, math.inf, torch.tensor(2))),
+        *(
+            ({"dp_size": value}, "dp_size: found .*; a whole number from 1 to 131072")
+            for value in (None, 0, -1, 2.0, "8", True, 10**30, math.inf, torch.tensor(2))
+        ),
         *(({"ns_steps": value}, "ns_steps: found .*; a whole number from 1 to 99") for value in (None, 0, 1.5, 100)),
         *(({"hardware": value}, "hardware: found .*h100") for value in ("abacus", 3, [])),
         *(({"sharding": value}, "sharding: found .*distmuon.Sharding is needed") for value in ("big", {}, Precision())),
@@ -496,7 +503,7 @@ def test_what_a_checkpoint_is_asked_for(tmp_path: Path) -> None:
         ({"model": "gpt2", "routes": MUON}, "routes: patterns for parameters that are routed already"),
         ({"model": ()}, "model: no trainable parameter"),
     ],
-)  # fmt: skip
+)
 def test_a_plan_that_cannot_be(arguments: dict[str, Any], match: str) -> None:
     given: dict[str, Any] = {"model": _model(), "dp_size": 2, **arguments}
     refused(lambda: plan(given.pop("model"), **given), match)

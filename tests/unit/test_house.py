@@ -36,23 +36,25 @@ FACES = {"integrations", "cli", "__main__"}
 INTEGERS_ONLY = {"options", "layout", "planning"}
 MOVERS = {"step.grad_reduce", "step.matrix_exchange", "step.param_gather"}
 COLLECTIVES = {
-    "all_reduce", "all_reduce_coalesced", "reduce", "broadcast", "all_gather", "all_gather_into_tensor",
-    "all_gather_single", "all_gather_coalesced", "all_gather_object", "gather", "gather_object", "gather_single",
-    "scatter", "scatter_single",
-    "scatter_object_list", "broadcast_object_list", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single",
-    "all_to_all", "all_to_all_single", "barrier", "monitored_barrier", "send", "recv", "isend", "irecv",
-    "batch_isend_irecv", "send_object_list", "recv_object_list",
-}  # fmt: skip
+    *("all_reduce", "all_reduce_coalesced", "reduce", "broadcast", "all_gather", "all_gather_into_tensor"),
+    *("all_gather_single", "all_gather_coalesced", "all_gather_object", "gather", "gather_object", "gather_single"),
+    *("scatter", "scatter_single"),
+    *("scatter_object_list", "broadcast_object_list"),
+    *("reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single"),
+    *("all_to_all", "all_to_all_single", "barrier", "monitored_barrier", "send", "recv", "isend", "irecv"),
+    *("batch_isend_irecv", "send_object_list", "recv_object_list"),
+}
 GROUP_METHODS = {
-    "allreduce", "allgather", "alltoall", "alltoall_base", "allreduce_coalesced", "allgather_coalesced",
-    "_allgather_base", "_reduce_scatter_base", "allgather_into_tensor_coalesced", "reduce_scatter_tensor_coalesced",
-}  # fmt: skip
+    *("allreduce", "allgather", "alltoall", "alltoall_base", "allreduce_coalesced", "allgather_coalesced"),
+    *("_allgather_base", "_reduce_scatter_base", "allgather_into_tensor_coalesced", "reduce_scatter_tensor_coalesced"),
+}
 ALLOCATORS = {
-    "arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "from_numpy", "full", "full_like", "linspace",
-    "logspace", "ones", "ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "tensor",
-    "Tensor", "zeros", "zeros_like",
-    "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "clone", "stack", "cat",
-}  # fmt: skip
+    *("arange", "as_tensor", "empty", "empty_like", "empty_strided"),
+    *("eye", "from_numpy", "full", "full_like", "linspace"),
+    *("logspace", "ones", "ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "tensor"),
+    *("Tensor", "zeros", "zeros_like"),
+    *("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "clone", "stack", "cat"),
+}
 
 
 def imports(source: str) -> Iterator[tuple[int, str]]:

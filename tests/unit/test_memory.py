@@ -298,7 +298,7 @@ def _two_in(storage: Tensor) -> nn.Sequential:
         (lambda: _with(torch.ones(4, 16)[:, ::2]), r"2\.weight: .* strides \(16, 2\): .*a slice with gaps; .*clone\("),
         (lambda: _two_in(torch.ones(72)), r"2\.weight: it lies in the memory of 0\.weight, as a Parameter of its own"),
     ],
-)  # fmt: skip
+)
 def test_parameters_whose_values_are_no_memory_of_their_own(make: Callable[[], nn.Module], match: str) -> None:
     """A subclass that torch's AdamW trains never moved, in silence; an expanded weight lost its tie."""
     refused(lambda: distmuon.DistMuon(make()), match)

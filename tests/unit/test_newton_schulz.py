@@ -325,9 +325,12 @@ def test_the_tables_hold_the_published_digits() -> None:
     assert COEFFICIENTS["jordan"].triples == (JORDAN,)
     assert COEFFICIENTS["deepseek_v4"].triples == (JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2
     assert COEFFICIENTS["you"].triples == (
-        (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
         (2.8366, -3.0525, 1.2012),
-    )  # fmt: skip
+    )
     assert COEFFICIENTS["polar_express"].triples[7] == (1.875, -1.25, 0.375)
     assert all(table.source for table in COEFFICIENTS.values())
 

@@ -40,55 +40,95 @@ PUBLISHED = {
     "kimi-k2-1t": 1_026_408_232_448 - 60 * 384,
 }
 DEEPSEEK = {
-    "n_group": 1, "topk_group": 1, "vocab_size": 163840, "first_k_dense_replace": 1, "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "moe_intermediate_size": 2048,
-}  # fmt: skip
+    "n_group": 1,
+    "topk_group": 1,
+    "vocab_size": 163840,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "moe_intermediate_size": 2048,
+}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {  # what the published config.json say of shapes
     "gpt2-124m": ("gpt2", {}),
     "llama-1b": (
         "llama",
         {
-            "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "num_attention_heads": 32,
-            "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "intermediate_size": 8192,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+            "tie_word_embeddings": True,
         },
     ),
     "llama-8b": (
         "llama",
         {
-            "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "num_attention_heads": 32,
-            "num_key_value_heads": 8, "vocab_size": 128256,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
         },
     ),
     "llama-70b": (
         "llama",
         {
-            "hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672, "num_attention_heads": 64,
-            "num_key_value_heads": 8, "vocab_size": 128256,
+            "hidden_size": 8192,
+            "num_hidden_layers": 80,
+            "intermediate_size": 28672,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
         },
     ),
     "qwen3-30b-a3b": (
         "qwen3_moe",
         {
-            "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
-            "head_dim": 128, "num_experts": 128, "moe_intermediate_size": 768, "vocab_size": 151936,
+            "hidden_size": 2048,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "moe_intermediate_size": 768,
+            "vocab_size": 151936,
         },
     ),
     "moonlight-16b-a3b": (
         "deepseek_v3",
         {
-            **DEEPSEEK, "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16, "q_lora_rank": None,
-            "num_key_value_heads": 16, "n_routed_experts": 64, "n_shared_experts": 2, "intermediate_size": 11264,
+            **DEEPSEEK,
+            "hidden_size": 2048,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "q_lora_rank": None,
+            "num_key_value_heads": 16,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "intermediate_size": 11264,
             "moe_intermediate_size": 1408,
         },
     ),
     "kimi-k2-1t": (
         "deepseek_v3",
         {
-            **DEEPSEEK, "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 64, "q_lora_rank": 1536,
-            "num_key_value_heads": 64, "n_routed_experts": 384, "n_shared_experts": 1, "intermediate_size": 18432,
+            **DEEPSEEK,
+            "hidden_size": 7168,
+            "num_hidden_layers": 61,
+            "num_attention_heads": 64,
+            "q_lora_rank": 1536,
+            "num_key_value_heads": 64,
+            "n_routed_experts": 384,
+            "n_shared_experts": 1,
+            "intermediate_size": 18432,
         },
     ),
-}  # fmt: skip
+}
 
 
 def numel(name: str) -> int:
@@ -172,8 +212,11 @@ def test_sums_over_ranks() -> None:
     assert all(rank.ns_flops == 0 and rank.held.momentum == 0 for rank in adamw.ranks)
     assert sum(h.moments for h in (rank.held for rank in adamw.ranks)) == 8 * numel("gpt2")
     assert {stage for rank in paper.ranks for stage in rank.sent_bytes} == {
-        "reduce_scatter", "guard", "dp_gather", "all_gather"
-    }  # fmt: skip
+        "reduce_scatter",
+        "guard",
+        "dp_gather",
+        "all_gather",
+    }
     assert {stage for rank in whole.ranks for stage in rank.sent_bytes} == {"reduce_scatter", "guard", "all_gather"}
 
 

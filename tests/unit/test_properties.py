@@ -63,9 +63,12 @@ def wide(draw: Any) -> Layout:
             entries.append(("adamw", (rows, columns) if kind == "sand" else (), dtype, None))
     packing, placement = draw(st.sampled_from(small.PACKINGS)), draw(st.sampled_from(small.PLACEMENTS))
     return make_layout(
-        small.specs_of(*entries), draw(st.integers(1, 64)), packing=packing, placement=placement,
+        small.specs_of(*entries),
+        draw(st.integers(1, 64)),
+        packing=packing,
+        placement=placement,
         bucket_mb=draw(BUCKETS),
-    )  # fmt: skip
+    )
 
 
 @settings(FIXED, max_examples=150)
@@ -154,8 +157,12 @@ def test_the_first_match_decides_and_every_parameter_has_one_rule(data: st.DataO
         part = data.draw(st.one_of(st.sampled_from(names), NAMES))
         how = data.draw(st.sampled_from(["is", "starts", "ends", "holds"]))
         pattern = {"is": "{}", "starts": "{}*", "ends": "*{}", "holds": "*{}*"}[how].format(escape(part))
-        meaning = {"is": part.__eq__, "starts": lambda n, p=part: n.startswith(p),
-                   "ends": lambda n, p=part: n.endswith(p), "holds": lambda n, p=part: p in n}[how]  # fmt: skip
+        meaning = {
+            "is": part.__eq__,
+            "starts": lambda n, p=part: n.startswith(p),
+            "ends": lambda n, p=part: n.endswith(p),
+            "holds": lambda n, p=part: p in n,
+        }[how]
         patterns.append((Route(pattern, data.draw(st.sampled_from(["muon", "adamw"]))), meaning))
     rest = Route("*", "adamw")
     given_routes = [chosen for chosen, _ in patterns] + [rest]
@@ -270,14 +277,15 @@ def test_any_cut_of_a_tensor_is_read_back_in_any_other(
 # ------------------------------------------------------------------------------------- arguments of any type
 
 VALUES: list[Any] = [
-    None, True, False, 0, 1, -1, 5, 0.5, 1.0, 1e-300, 1e308, nan, inf, -inf, 10**400, "", "0.1", "jordan", "muon", b"x",
-    "forward", "contiguous", "replicated", "external", "updates", "float32", "original",
-    (), (0.9,), (0.9, 0.95), [0.9, 0.95], (nan, 0.9), (0.9, 1.0), ("a", "b"), ("a", "b", "c"), (1, 2, 3),
-    (3.4445, -4.775, 2.0315), (nan, nan, nan), (inf, 1, 1), (3.4445, nan, 2.0), (1e308, 1e308, 1e308), [[None] * 3],
-    {"a": 1}, {0.9, 0.95}, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int64, torch.quint8,
-    torch.tensor(0.1), torch.tensor(nan), torch.tensor(inf), torch.tensor([0.1, 0.2]), torch.tensor(1 + 1j),
-    torch.tensor(0.1, device="meta"), object(), float, lambda: 0.1,
-]  # fmt: skip
+    *(None, True, False, 0, 1, -1, 5, 0.5, 1.0, 1e-300),
+    *(1e308, nan, inf, -inf, 10**400, "", "0.1", "jordan", "muon", b"x"),
+    *("forward", "contiguous", "replicated", "external", "updates", "float32", "original"),
+    *((), (0.9,), (0.9, 0.95), [0.9, 0.95], (nan, 0.9), (0.9, 1.0), ("a", "b"), ("a", "b", "c"), (1, 2, 3)),
+    *((3.4445, -4.775, 2.0315), (nan, nan, nan), (inf, 1, 1), (3.4445, nan, 2.0), (1e308, 1e308, 1e308), [[None] * 3]),
+    *({"a": 1}, {0.9, 0.95}, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int64, torch.quint8),
+    *(torch.tensor(0.1), torch.tensor(nan), torch.tensor(inf), torch.tensor([0.1, 0.2]), torch.tensor(1 + 1j)),
+    *(torch.tensor(0.1, device="meta"), object(), float, lambda: 0.1),
+]
 NUMBERS = ("lr", "weight_decay", "momentum", "adamw_lr", "adamw_eps", "adamw_weight_decay")
 HYPERPARAMETERS = (*NUMBERS, "nesterov", "ns_steps", "ns_coefficients", "adjust_lr_fn", "adamw_betas")
 FIXED_OPTIONS = tuple(Options.__dataclass_fields__)

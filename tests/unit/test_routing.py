@@ -89,9 +89,14 @@ def test_gpt2_stores_in_out_and_fuses_qkv(transformers, tied: bool) -> None:
 
 def test_qwen2_moe(transformers) -> None:
     config = transformers.Qwen2MoeConfig(
-        **SMALL, **TOKENS, num_hidden_layers=1, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=48,
+        **SMALL,
+        **TOKENS,
+        num_hidden_layers=1,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
         shared_expert_intermediate_size=80,
-    )  # fmt: skip
+    )
     layer = "model.layers.0"
     assert table(transformers.Qwen2MoeForCausalLM(config)) == {
         f"{layer}.self_attn.q_proj.weight": [(64, 64)],
@@ -109,10 +114,21 @@ def test_qwen2_moe(transformers) -> None:
 
 def test_deepseek_v3(transformers) -> None:
     config = transformers.DeepseekV3Config(
-        **{**SMALL, "num_key_value_heads": 4}, **TOKENS, num_hidden_layers=2, first_k_dense_replace=1,
-        n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=48,
-        q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
-    )  # fmt: skip
+        **{**SMALL, "num_key_value_heads": 4},
+        **TOKENS,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        moe_intermediate_size=48,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    )
     expected: Table = {}
     for layer in ("model.layers.0", "model.layers.1"):
         expected[f"{layer}.self_attn.q_a_proj.weight"] = [(32, 64)]
@@ -467,7 +483,7 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         {"out.weight"},
     ),
     "linear patches": (Patches, set()),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -562,10 +578,18 @@ def test_vectors_in_disguise() -> None:
 
 
 NAMED = {
-    "pos_embed": (1, 17, 64), "encoder_positions": (1, 17, 64), "rel_pos_h": (31, 64), "A_log": (64, 16), "D": (4, 64),
-    "relative_position_bias_table": (169, 4), "register_tokens": (1, 4, 64), "attention_biases": (4, 196),
-    "mask_emb": (2, 300), "q_bias": (4, 64), "logit_scale": (4, 64),
-}  # fmt: skip
+    "pos_embed": (1, 17, 64),
+    "encoder_positions": (1, 17, 64),
+    "rel_pos_h": (31, 64),
+    "A_log": (64, 16),
+    "D": (4, 64),
+    "relative_position_bias_table": (169, 4),
+    "register_tokens": (1, 4, 64),
+    "attention_biases": (4, 196),
+    "mask_emb": (2, 300),
+    "q_bias": (4, 64),
+    "logit_scale": (4, 64),
+}
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -666,8 +690,13 @@ def test_names_that_decide_nothing_tell_to_pass_the_model() -> None:
 
 def test_convolutions_as_pairs() -> None:
     """Four dimensions are a filter (out, in, *kernel), by default and where a dict says Muon."""
-    model = net(stem=nn.Conv2d(3, 16, 3), middle=nn.Conv2d(16, 32, 3), depthwise=nn.Conv2d(32, 32, 5, groups=32),
-                conv1d=nn.Conv1d(16, 32, 3), fc=nn.Linear(32, 10))  # fmt: skip
+    model = net(
+        stem=nn.Conv2d(3, 16, 3),
+        middle=nn.Conv2d(16, 32, 3),
+        depthwise=nn.Conv2d(32, 32, 5, groups=32),
+        conv1d=nn.Conv1d(16, 32, 3),
+        fc=nn.Linear(32, 10),
+    )
     assert table(model) == {"middle.weight": [(32, 144)], "conv1d.weight": [(32, 48)]}
     specs = {spec.fqn: spec for spec, _ in route(model.named_parameters())}
     assert {fqn for fqn, spec in specs.items() if spec.rule == "muon"} == {"middle.weight", "conv1d.weight"}

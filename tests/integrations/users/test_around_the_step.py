@@ -290,10 +290,15 @@ def _taught_plain() -> dict[str, Weights]:
 @pytest.mark.parametrize(
     ("way", "where", "swap"),
     [
-        ("reduce", "loop", ""), ("external", "loop", ""), ("reduce", "hook", ""), ("external", "hook", ""),
-        ("reduce", "loop", "all"), ("reduce", "loop", "rank 0"), ("external", "loop", "all"),
+        ("reduce", "loop", ""),
+        ("external", "loop", ""),
+        ("reduce", "hook", ""),
+        ("external", "hook", ""),
+        ("reduce", "loop", "all"),
+        ("reduce", "loop", "rank 0"),
+        ("external", "loop", "all"),
     ],
-)  # fmt: skip
+)
 def test_a_teacher_and_an_average_follow_the_weights_of_each_step(spawn, way: str, where: str, swap: str) -> None:
     """They followed weights that were still under way, on each rank others."""
     found, wanted, first = spawn(_taught, RANKS, way=way, where=where, swap=swap), _taught_plain(), snapshot(network())

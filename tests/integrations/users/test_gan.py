@@ -46,9 +46,12 @@ def make_generator() -> nn.Module:
     """Noise (B, 24, 1, 1) -> pictures (B, 1, 8, 8)."""
     torch.manual_seed(1)
     return nn.Sequential(
-        nn.ConvTranspose2d(LATENT, 24, 4, bias=False), nn.BatchNorm2d(24), nn.ReLU(),
-        nn.ConvTranspose2d(24, 1, 4, stride=2, padding=1, bias=False), nn.Tanh(),
-    ).apply(weights_init)  # fmt: skip
+        nn.ConvTranspose2d(LATENT, 24, 4, bias=False),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        nn.ConvTranspose2d(24, 1, 4, stride=2, padding=1, bias=False),
+        nn.Tanh(),
+    ).apply(weights_init)
 
 
 def make_discriminator(norm: bool = True) -> nn.Module:
@@ -56,9 +59,13 @@ def make_discriminator(norm: bool = True) -> nn.Module:
     torch.manual_seed(2)
     between = [nn.BatchNorm2d(32)] if norm else []
     return nn.Sequential(
-        nn.Conv2d(1, 16, 4, stride=2, padding=1, bias=False), nn.LeakyReLU(0.2),
-        nn.Conv2d(16, 32, 2, stride=2, bias=False), *between, nn.LeakyReLU(0.2), nn.Conv2d(32, 1, 2, bias=False),
-    ).apply(weights_init)  # fmt: skip
+        nn.Conv2d(1, 16, 4, stride=2, padding=1, bias=False),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(16, 32, 2, stride=2, bias=False),
+        *between,
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(32, 1, 2, bias=False),
+    ).apply(weights_init)
 
 
 def real_pictures(*seed: int) -> Tensor:

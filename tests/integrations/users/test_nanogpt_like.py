@@ -105,6 +105,29 @@ def estimate_loss(model: nn.Module) -> float:
     return sum(losses) / len(losses)
 
 
+def _wrapped(model: Any, optimizer: Any, group: dist.ProcessGroup, way: str) -> Any:
+    """The model as the loop calls it."""
+    if "compiled" in way:
+        model = torch.compile(model, backend="eager")
+    if way.startswith("external") or "silenced" in way:
+        model = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view="views" in way)
+    return silence(model, optimizer) if "silenced" in way else model
+
+
+def _accumulate(model: Any, optimizer: Any, way: str, iteration: int, rank: int, extra_loss: Callable[[], Any]) -> None:
+    """The micro-batches of one step; only the last one reduces."""
+    is_ddp = isinstance(model, DistributedDataParallel)
+    for micro in range(ACCUMULATE):
+        last = micro == ACCUMULATE - 1
+        with model.no_sync() if "no_sync" in way and not last else nullcontext():
+            if is_ddp and "no_sync" not in way:
+                model.require_backward_grad_sync = last
+            elif not is_ddp:
+                optimizer.set_requires_gradient_sync(last)
+            _, loss = model(*get_batch(iteration, rank, micro))
+            ((loss + extra_loss()) / ACCUMULATE).backward()
+
+
 def _train(group: dist.ProcessGroup, way: str, folder: str, until: int, resume: bool = False) -> tuple[Weights, Any]:
     """`way`: who averages, and "compiled" or not. Returns (weights, {iteration: validation loss}) of this rank."""
     rank, path, losses = dist.get_rank(group), Path(folder, "ckpt.pt"), {}
@@ -120,38 +143,23 @@ def _train(group: dist.ProcessGroup, way: str, folder: str, until: int, resume: 
     if resume:
         optimizer.load_state_dict(saved["optimizer"])
         saved = None
-    if "compiled" in way:
-        model = torch.compile(model, backend="eager")
-    if external or "silenced" in way:
-        model = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view="views" in way)
-    if "silenced" in way:
-        model = silence(model, optimizer)
+    model = _wrapped(model, optimizer, group, way)
     is_ddp = isinstance(model, DistributedDataParallel)
 
     for iteration in range(start, until + 1):
         for param_group in optimizer.param_groups:
             param_group["lr"] = get_lr(iteration)
-        if iteration % EVERY == 0:
-            if not is_ddp or rank == 0:  # rank 0 alone evaluates what is wrapped, as the scripts do
-                losses[iteration] = estimate_loss(model)
-            if iteration == EVERY and not resume:
-                optimizer.consolidate_state_dict()
-                if rank == 0:
-                    inner = model.module if is_ddp else model
-                    torch.save(
-                        {"model": inner.state_dict(), "optimizer": optimizer.state_dict(), "iter_num": iteration}, path
-                    )
+        if iteration % EVERY == 0 and (not is_ddp or rank == 0):
+            losses[iteration] = estimate_loss(model)  # rank 0 alone evaluates what is wrapped, as the scripts do
+        if iteration == EVERY and not resume:
+            optimizer.consolidate_state_dict()
+            if rank == 0:
+                inner = model.module if is_ddp else model
+                found = {"model": inner.state_dict(), "optimizer": optimizer.state_dict(), "iter_num": iteration}
+                torch.save(found, path)
         if iteration == until:
             break
-        for micro in range(ACCUMULATE):
-            last = micro == ACCUMULATE - 1
-            with model.no_sync() if "no_sync" in way and not last else nullcontext():
-                if is_ddp and "no_sync" not in way:
-                    model.require_backward_grad_sync = last
-                elif not is_ddp:
-                    optimizer.set_requires_gradient_sync(last)
-                _, loss = model(*get_batch(iteration, rank, micro))
-                ((loss + pull(raw, rules)) / ACCUMULATE).backward()
+        _accumulate(model, optimizer, way, iteration, rank, lambda: pull(raw, rules))
         if external:
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         else:
@@ -190,9 +198,15 @@ def plain() -> tuple[Weights, dict[int, float]]:
 
 slow = pytest.mark.slow
 WAYS = [
-    "external", "external, views", "reduce", "silenced", "silenced, no_sync", "silenced, no_sync, views",
-    "reduce, compiled", pytest.param("external, compiled", marks=slow),
-]  # fmt: skip
+    "external",
+    "external, views",
+    "reduce",
+    "silenced",
+    "silenced, no_sync",
+    "silenced, no_sync, views",
+    "reduce, compiled",
+    pytest.param("external, compiled", marks=slow),
+]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -215,9 +215,14 @@ def _conv(group: dist.ProcessGroup, way: str, mode: str, folder: str, resume: bo
             optimizer.consolidate_state_dict()
             if rank == 0:
                 torch.save(
-                    {"epoch": epoch, "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(),
-                     "state_dict_ema": average.module.state_dict()}, path,
-                )  # fmt: skip
+                    {
+                        "epoch": epoch,
+                        "state_dict": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "state_dict_ema": average.module.state_dict(),
+                    },
+                    path,
+                )
     statistics = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
     means = {name: tensor.clone() for name, tensor in average.module.state_dict().items() if "tracked" not in name}
     return {"weights": snapshot(model), "means": means, "statistics": statistics}
