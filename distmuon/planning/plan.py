@@ -155,7 +155,8 @@ def plan(
         return make_layout(specs, dp_size, packing=packing, placement=placement, bucket_mb=mb)
 
     with _no_garbage_collection():
-        found = {mb: ours(mb) for mb in dict.fromkeys(tried)}
+        packing, placement = sharding.packing, sharding.placement
+        found = {mb: way("distmuon", cut(specs, packing, placement, mb)) for mb in dict.fromkeys(tried)}
         steps = {mb: one.time.step_s for mb, one in found.items() if one.time}
         best = min(steps, key=lambda mb: steps[mb]) if len(steps) > 1 else next(iter(found))
         others: list[Plan] = []

@@ -316,7 +316,7 @@ class _Copied:
     def __init__(self, flag: Tensor) -> None:
         self._flag = torch.empty_like(flag, device="cpu", pin_memory=flag.is_cuda)
         self._flag.copy_(flag, non_blocking=True)
-        self._arrived = torch.cuda.Event() if flag.is_cuda else None  # type: ignore[no-untyped-call]
+        self._arrived = torch.cuda.Event() if flag.is_cuda else None
         if self._arrived is not None:
             self._arrived.record()
 
