@@ -37,16 +37,25 @@ def check_given(model: object, optimizer: object) -> None:
     held = {id(param) for param in model.parameters()} if isinstance(model, nn.Module) else set()
     params = getattr(optimizer, "_params", None) if hasattr(optimizer, "quiesced") else None
     if params is None:
-        raise problem("optimizer", f"a {type(optimizer).__name__}", "a DistMuon is needed", "pass the one that trains")
+        raise problem(
+            "optimizer",
+            found=f"a {type(optimizer).__name__}",
+            needed="a DistMuon is needed",
+            cure="pass the one that trains",
+        )
     if not held.issuperset(map(id, params)):
         found = f"a {type(model).__name__} without some of the optimizer's parameters"
-        raise problem("model", found, "the model that the optimizer was made from is needed", "pass that one")
+        raise problem(
+            "model", found=found, needed="the model that the optimizer was made from is needed", cure="pass that one"
+        )
 
 
 def check_path(path: object, *, new: bool) -> None:
     """Raise for what names no folder; a `new` one needs a name of its own."""
     if not isinstance(path, (str, os.PathLike)) or "\0" in str(path) or (new and not Path(path).name):
-        raise problem("path", f"found {path!r}", "a folder's name is needed", "write 'runs/a/step-100'")
+        raise problem(
+            "path", found=f"found {path!r}", needed="a folder's name is needed", cure="write 'runs/a/step-100'"
+        )
 
 
 # ------------------------------------------------------------------------------- beside trained parameters
@@ -149,9 +158,9 @@ def plain_parts(fqn: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 def _not_kept(fqn: str, found: str) -> ValueError:
     return problem(
         fqn,
-        f"it is {found}",
-        "a checkpoint holds tensors with values of their own",
-        "register it with persistent=False, or make it a plain tensor",
+        found=f"it is {found}",
+        needed="a checkpoint holds tensors with values of their own",
+        cure="register it with persistent=False, or make it a plain tensor",
     )
 
 
@@ -167,9 +176,9 @@ def states_of(others: Others) -> dict[str, Any]:
         if type(module).set_extra_state is nn.Module.set_extra_state:
             raise problem(
                 fqn,
-                f"a {type(module).__name__} has get_extra_state and no set_extra_state",
-                "both are needed",
-                "define set_extra_state",
+                found=f"a {type(module).__name__} has get_extra_state and no set_extra_state",
+                needed="both are needed",
+                cure="define set_extra_state",
             )
         states[fqn] = _safe(fqn, state)
     return states
@@ -196,9 +205,9 @@ def _safe(name: str, value: Any, depth: int = 0) -> Any:
         return tensor if is_odd(tensor) else tensor.resolve_conj().resolve_neg().contiguous()
     raise problem(
         name,
-        f"a {kind.__name__}" + (f" more than {_DEPTH} containers deep" if kind in _CONTAINERS else ""),
-        "tensors, numbers, strings, bytes, None and dicts, lists and tuples of them can be loaded safely",
-        "convert it before saving",
+        found=f"a {kind.__name__}" + (f" more than {_DEPTH} containers deep" if kind in _CONTAINERS else ""),
+        needed="tensors, numbers, strings, bytes, None and dicts, lists and tuples of them can be loaded safely",
+        cure="convert it before saving",
     )
 
 
@@ -285,9 +294,9 @@ def packed(**state: Any) -> bytes:
             found = str(error).partition("\n")[0]
             raise problem(
                 name,
-                f"it holds what cannot be loaded safely ({found})",
-                "numbers, strings, tensors and lists, tuples and dicts of them are needed",
-                "convert it before saving",
+                found=f"it holds what cannot be loaded safely ({found})",
+                needed="numbers, strings, tensors and lists, tuples and dicts of them are needed",
+                cure="convert it before saving",
             ) from error
     return _written(state)
 
@@ -306,9 +315,9 @@ def unpacked(path: Path, *names: str) -> dict[str, Any]:
     except Exception as error:
         raise problem(
             str(path),
-            f"it cannot be loaded safely ({str(error).partition(chr(10))[0]})",
-            "what save_checkpoint wrote is needed",
-            "load an earlier checkpoint",
+            found=f"it cannot be loaded safely ({str(error).partition(chr(10))[0]})",
+            needed="what save_checkpoint wrote is needed",
+            cure="load an earlier checkpoint",
         ) from error
     return state
 

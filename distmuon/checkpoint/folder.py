@@ -92,9 +92,9 @@ def begin(final: Path, number: str) -> None:
     except OSError as error:
         raise problem(
             str(final.parent),
-            f"no folder can be made there ({reason_of(error)})",
-            "the right to write is needed",
-            INTACT,
+            found=f"no folder can be made there ({reason_of(error)})",
+            needed="the right to write is needed",
+            cure=INTACT,
         ) from error
     with suppress(OSError, ValueError):  # a folder that may be written but not listed
         for stale in _stale_in(final.parent, lambda name: name == final.name, (aside / WRITER).stat().st_mtime):
@@ -112,9 +112,9 @@ def _make_way(final: Path, number: str) -> None:
     else:
         raise problem(
             str(final),
-            "a complete checkpoint of this name exists",
-            "a name of its own is needed",
-            "name it by its step, or remove the old one",
+            found="a complete checkpoint of this name exists",
+            needed="a name of its own is needed",
+            cure="name it by its step, or remove the old one",
         )
 
 
@@ -123,9 +123,9 @@ def check_shared(final: Path, number: str) -> None:
     if not aside_of(final, number).is_dir():
         raise problem(
             str(final.parent),
-            "this rank does not see the folder that rank 0 made",
-            "one file system of all ranks is needed",
-            "save to a shared folder, given by the same path everywhere",
+            found="this rank does not see the folder that rank 0 made",
+            needed="one file system of all ranks is needed",
+            cure="save to a shared folder, given by the same path everywhere",
         )
 
 
@@ -291,9 +291,9 @@ def _listed(folder: Path) -> list[Path]:
     except OSError as error:
         raise problem(
             str(folder),
-            f"it cannot be listed ({reason_of(error)})",
-            "a folder of checkpoints is needed",
-            "see to its rights and its file system",
+            found=f"it cannot be listed ({reason_of(error)})",
+            needed="a folder of checkpoints is needed",
+            cure="see to its rights and its file system",
         ) from error
 
 

@@ -161,7 +161,10 @@ class _Load:
         missing = sharded.missing_from(reader, storage, fresh, self._others.plain, rank)
         if missing:
             raise problem(
-                names(missing), f"{len(missing)} tensors do not fit", "the model of the save is needed", _SAME
+                names(missing),
+                found=f"{len(missing)} tensors do not fit",
+                needed="the model of the save is needed",
+                cure=_SAME,
             )
         try:
             if changed:
@@ -171,7 +174,12 @@ class _Load:
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise not_understood(shared_file, error) from error
         if scheduler is not None and shared["scheduler"] is None:
-            raise problem(str(shared_file), "no scheduler's state is in it", "one is needed", "pass scheduler=None")
+            raise problem(
+                str(shared_file),
+                found="no scheduler's state is in it",
+                needed="one is needed",
+                cure="pass scheduler=None",
+            )
         if scheduler is not None:
             _try(shared_file, scheduler.load_state_dict, shared["scheduler"], deepcopy(scheduler.state_dict()))
         if same:
@@ -197,7 +205,7 @@ class _Load:
         elif surplus or missing:
             found = f"it holds states of {names(surplus)}, which this model has not" if surplus else ""
             found = found or f"it holds no state of {names(missing)}"
-            raise problem(str(read.path), found, "the model of the save is needed", _SAME)
+            raise problem(str(read.path), found=found, needed="the model of the save is needed", cure=_SAME)
         for fqn, tensor in self._others.odd.items():
             if fqn in read.states:
                 _check_fits(fqn, tensor, read.states[fqn])
@@ -205,9 +213,9 @@ class _Load:
             if fqn in read.states and type(module).set_extra_state is nn.Module.set_extra_state:
                 raise problem(
                     fqn,
-                    f"a {type(module).__name__} has no set_extra_state",
-                    "it must take its state back",
-                    "define set_extra_state",
+                    found=f"a {type(module).__name__} has no set_extra_state",
+                    needed="it must take its state back",
+                    cure="define set_extra_state",
                 )
 
     def _try_extra_states(self, read: _Read) -> None:
@@ -225,7 +233,9 @@ class _Load:
                         module.set_extra_state(deepcopy(read.states[fqn]))
                     except Exception as error:
                         found = f"its module did not take it over ({type(error).__name__}: {error})"
-                        raise problem(fqn, found, "the module of the save is needed", _SAME) from error
+                        raise problem(
+                            fqn, found=found, needed="the module of the save is needed", cure=_SAME
+                        ) from error
 
         try:
             together(self._group, attempt)
@@ -306,9 +316,9 @@ def _newest_whole(root: Path, group: DataParallelGroup, looking: snapshot.Lookin
     _log_skipped(skipped)
     raise problem(
         str(root),
-        f"no complete checkpoint there ({names([*skipped, *unfinished]) or 'it is empty'})",
-        "one is needed",
-        "start afresh where latest_checkpoint finds none",
+        found=f"no complete checkpoint there ({names([*skipped, *unfinished]) or 'it is empty'})",
+        needed="one is needed",
+        cure="start afresh where latest_checkpoint finds none",
     )
 
 
@@ -352,24 +362,24 @@ def _changed_routes(
     if surplus:
         raise problem(
             names(surplus),
-            f"{len(surplus)} tensors of the checkpoint are not in this model",
-            "the model of the save is needed",
-            _SAME,
+            found=f"{len(surplus)} tensors of the checkpoint are not in this model",
+            needed="the model of the save is needed",
+            cure=_SAME,
         )
     changed = [fqn for fqn in ours if fqn in saved and saved[fqn] != ours[fqn]]
     if changed and on_route_change == "raise":
         raise problem(
             names([f"{fqn} ({saved[fqn]} -> {ours[fqn]})" for fqn in changed]),
-            f"{len(changed)} parameters have another rule than in the checkpoint",
-            "the same routing is needed",
-            'make the optimizer with the routes it was saved with, or pass on_route_change="reset"',
+            found=f"{len(changed)} parameters have another rule than in the checkpoint",
+            needed="the same routing is needed",
+            cure='make the optimizer with the routes it was saved with, or pass on_route_change="reset"',
         )
     return set(changed)
 
 
 def _check_fits(fqn: str, tensor: Tensor, value: object) -> None:
     if (found := why_not_taken(tensor, value)) is not None:
-        raise problem(fqn, f"the checkpoint holds {found}", "the model of the save is needed", _SAME)
+        raise problem(fqn, found=f"the checkpoint holds {found}", needed="the model of the save is needed", cure=_SAME)
 
 
 def _try(file: Path, load: Callable[[Any], object], state: Any, before: Any) -> None:

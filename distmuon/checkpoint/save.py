@@ -109,7 +109,9 @@ _saves: WeakKeyDictionary[DistMuon, Saving] = WeakKeyDictionary()
 
 def _check_arguments(path: object, keep_last: object, asynchronous: object) -> None:
     if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
-        raise problem("keep_last", f"found {keep_last!r}", "1 or more is needed", "None: delete nothing")
+        raise problem(
+            "keep_last", found=f"found {keep_last!r}", needed="1 or more is needed", cure="None: delete nothing"
+        )
     one_of("asynchronous", asynchronous, (False, True))
     check_path(path, new=True)
 
@@ -254,9 +256,9 @@ def _await_tables(aside: Path, dp_size: int) -> None:
         if not aside.is_dir():
             raise problem(
                 str(aside),
-                "it has gone while it was written",
-                "a folder that nobody else removes is needed",
-                "see which other run, or person, tidies up there",
+                found="it has gone while it was written",
+                needed="a folder that nobody else removes is needed",
+                cure="see which other run, or person, tidies up there",
             )
         if failed:
             raise ValueError((aside / f"{failed[0]}.failed").read_text() or f"rank {failed[0]}: its save failed")
@@ -265,8 +267,8 @@ def _await_tables(aside: Path, dp_size: int) -> None:
         if time.monotonic() > deadline:
             raise problem(
                 str(aside),
-                f"ranks {missing} have not written their part",
-                f"{PEER_S:g} s are the limit",
-                "see whether these ranks are alive and their file system answers",
+                found=f"ranks {missing} have not written their part",
+                needed=f"{PEER_S:g} s are the limit",
+                cure="see whether these ranks are alive and their file system answers",
             )
         time.sleep(0.02)

@@ -179,9 +179,9 @@ class RollCall:
                 self._lost = str(
                     problem(
                         where,
-                        f"{why}, and the group's store cannot say which rank is missing ({answer})",
-                        "the process that holds the store must live (rank 0, or torchrun's agent)",
-                        "see the output and the machine of that process first",
+                        found=f"{why}, and the group's store cannot say which rank is missing ({answer})",
+                        needed="the process that holds the store must live (rank 0, or torchrun's agent)",
+                        cure="see the output and the machine of that process first",
                     )
                 )
         return LostRanks(self._lost)
@@ -244,7 +244,7 @@ class RollCall:
         if raised:
             found = "; ".join(f"{self.named([rank])} raised {words[rank].raised}" for rank in sorted(raised))
             remedy = f"see the traceback of {self.named(raised)}"
-            return problem(where, found, "all ranks must go on for one to go on", remedy)
+            return problem(where, found=found, needed="all ranks must go on for one to go on", cure=remedy)
         missing = [r for r in range(self._dp_size) if r not in (self._dp_rank, *words, *standing)]
         at = {**{rank: word.at for rank, word in words.items()}, **standing}
         elsewhere = {p: [r for r in sorted(at) if at[r] == p] for p in at.values()}
@@ -262,7 +262,10 @@ class RollCall:
                 "look for the slow rank or the broken link; init_process_group(timeout=...) sets how long ranks wait"
             )
         return problem(
-            where, f"{', '.join(findings)} ({why})", "every rank must come to every collective, in time", remedy
+            where,
+            found=f"{', '.join(findings)} ({why})",
+            needed="every rank must come to every collective, in time",
+            cure=remedy,
         )
 
     def named(self, ranks: Sequence[int]) -> str:

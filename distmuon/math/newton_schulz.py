@@ -117,7 +117,7 @@ def orthogonalize(
     if matrices.dim() != 3 or not matrices.is_floating_point():
         found = f"{tuple(matrices.shape)} of {matrices.dtype} found"
         cure = "add a dimension to a single matrix, flatten a kernel to (out, in)"
-        raise problem("matrices", found, "a floating-point stack (B, m, n) is needed", cure)
+        raise problem("matrices", found=found, needed="a floating-point stack (B, m, n) is needed", cure=cure)
     dtype = torch.bfloat16 if dtype is None else dtype
     triples = resolve(coefficients, steps)
     how = form(matrices.size(1), matrices.size(2), triples, dtype, processor_of(matrices.device))

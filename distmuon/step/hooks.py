@@ -80,9 +80,9 @@ class Hooks:
         if self._listener() is not caller:
             raise problem(
                 type(caller).__name__,
-                "it runs DistMuon's methods on itself instead of on the optimizer it wraps",
-                "the optimizer must be called itself",
-                "call the wrapped optimizer's own method",
+                found="it runs DistMuon's methods on itself instead of on the optimizer it wraps",
+                needed="the optimizer must be called itself",
+                cure="call the wrapped optimizer's own method",
             )
 
     def check_active(self, caller: object) -> None:
@@ -91,9 +91,9 @@ class Hooks:
         if not self._handles:
             raise problem(
                 "DistMuon",
-                "its parameters were taken over by a newer DistMuon",
-                "one optimizer manages a parameter",
-                "step the newer one",
+                found="its parameters were taken over by a newer DistMuon",
+                needed="one optimizer manages a parameter",
+                cure="step the newer one",
             )
 
     def remove(self) -> None:
