@@ -38,7 +38,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from distmuon import checks
 from distmuon import state_dict as full_state
-from distmuon.comm.agreement import agree_on_bits, agree_on_plan, together
+from distmuon.comm.agreement import agree_on_bits, agree_on_plan, raise_together
 from distmuon.comm.group import MEETING_S, DataParallelGroup
 from distmuon.errors import problem
 from distmuon.layout import memory, report
@@ -230,7 +230,7 @@ class DistMuon(torch.optim.Optimizer):
         and not with those of a checkpoint.
         """
         self.group.take_number()
-        self.layout = together(self.group, self._make_layout, stage="comparison of the plans")
+        self.layout = raise_together(self.group, self._make_layout, stage="comparison of the plans")
         fqns = [spec.fqn for spec in self._specs]
         lines = [f"{s.fqn} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
         agree_on_plan(repr(lines), lines, self.group)
@@ -268,7 +268,7 @@ class DistMuon(torch.optim.Optimizer):
     def verify_options(self, also: str = "") -> None:
         """Raise on all ranks, naming the first difference, unless all have the same options and hyperparameters now: a
         scheduler fed with each rank's own loss sets another lr on each. Collective."""
-        together(self.group, lambda: check_groups(self.param_groups), stage="comparison of the plans")
+        raise_together(self.group, lambda: check_groups(self.param_groups), stage="comparison of the plans")
         items = self.options.items() + hyperparameters(self.param_groups)
         agree_on_plan(repr(items) + also, items, self.group)
 
@@ -546,7 +546,7 @@ class DistMuon(torch.optim.Optimizer):
             return taken, full_state.is_empty(taken)
 
         self.group.begin("load_state_dict")
-        taken, empty = together(self.group, check, stage="load_state_dict")
+        taken, empty = raise_together(self.group, check, stage="load_state_dict")
         emptiness = self.group.gather_objects(empty, stage="load_state_dict")
         if len(set(emptiness)) > 1:
             raise problem(
@@ -558,7 +558,7 @@ class DistMuon(torch.optim.Optimizer):
             )
         if not empty or self._engine is not None:  # the state of before the first step is none
             engine = self.quiesced(to_write=True)
-            states, beside = together(
+            states, beside = raise_together(
                 self.group, lambda: full_state.states_of(engine.storage, self.param_groups, taken)
             )
             full_state.load_full_state(engine.storage, states)

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeGuard, get_args
 import torch
 
 from distmuon.errors import problem
-from distmuon.math.coefficients import resolve
+from distmuon.math.coefficients import coefficient_schedule
 
 Rule = Literal["muon", "adamw"]
 Packing = Literal["balanced", "contiguous"]
@@ -273,7 +273,7 @@ def _check_group(name: str, group: dict[str, Any]) -> None:
                 needed="1 to 99 steps are needed",
                 cure="5 is the usual number",
             )
-        resolve(group["ns_coefficients"], steps)
+        coefficient_schedule(group["ns_coefficients"], steps)
         return
     bound("eps", group["eps"])
     betas = group["betas"]

@@ -62,7 +62,7 @@ def check_path(path: object, *, new: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Others:
+class UntrainedTensors:
     """What a model's state dict holds beside the trained parameters, by fqn; tied tensors once.
 
     `left`: tensors without values of their own on this rank (meta, DTensor, opaque subclasses), which are not saved.
@@ -83,7 +83,7 @@ class Others:
         return [*self.plain, *self.odd, *self.extra]
 
 
-def others_of(model: nn.Module, trained: Sequence[nn.Parameter]) -> Others:
+def untrained_tensors(model: nn.Module, trained: Sequence[nn.Parameter]) -> UntrainedTensors:
     """Raises `ValueError` naming a lazy tensor."""
     model = unwrap(model, "external")
     for fqn, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -108,7 +108,7 @@ def others_of(model: nn.Module, trained: Sequence[nn.Parameter]) -> Others:
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             fqn = f"{prefix}.{_EXTRA}" if prefix else _EXTRA
             extra[fqn] = module, state[fqn] if fqn in state else module.get_extra_state()
-    return Others(plain, odd, extra, tuple(_unknown(model, state)), tuple(left))
+    return UntrainedTensors(plain, odd, extra, tuple(_unknown(model, state)), tuple(left))
 
 
 def _unknown(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
@@ -169,7 +169,7 @@ def is_odd(tensor: Tensor) -> bool:
     return tensor.layout != torch.strided or tensor.is_quantized
 
 
-def states_of(others: Others) -> dict[str, Any]:
+def states_of(others: UntrainedTensors) -> dict[str, Any]:
     """{fqn: value} of what is no dense tensor: copies, on the CPU. Raises `ValueError` naming what is not safe."""
     states: dict[str, Any] = {fqn: _safe(fqn, tensor) for fqn, tensor in others.odd.items()}
     for fqn, (module, state) in others.extra.items():
@@ -260,7 +260,7 @@ def compare(facts: Sequence[Mapping[str, object]]) -> tuple[list[str], set[str]]
     return shared, {name for name in shared if all(other[name] == facts[0][name] for other in facts)}
 
 
-def facts_of(others: Others, states: Mapping[str, Any]) -> dict[str, object]:
+def facts_of(others: UntrainedTensors, states: Mapping[str, Any]) -> dict[str, object]:
     """{fqn: dtype, shape and sums of bits, or a sum of what would be written}. Waits for the device once."""
     facts: dict[str, object] = {}
     by_device: dict[torch.device, list[str]] = {}

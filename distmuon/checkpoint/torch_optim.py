@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from distmuon.errors import names, problem
-from distmuon.math.coefficients import resolve
+from distmuon.math.coefficients import coefficient_schedule
 from distmuon.optimizer import DistMuon
 
 _MUON = ("lr", "weight_decay", "momentum", "nesterov", "ns_steps", "adjust_lr_fn")
@@ -85,7 +85,7 @@ def _to_torch(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[dict[
     found: dict[str, Any] = {key: group[key] for key in (_MUON if muon else _ADAMW)}
     found["param_names"] = list(group["param_names"])
     if muon:
-        triples = set(resolve(group["ns_coefficients"], group["ns_steps"]))
+        triples = set(coefficient_schedule(group["ns_coefficients"], group["ns_steps"]))
         if len(triples) > 1:
             raise problem(
                 "ns_coefficients",

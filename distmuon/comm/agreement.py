@@ -25,7 +25,7 @@ _ODD, _PLACES = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9  # odd: products modulo 2
 T = TypeVar("T")
 
 
-def together(group: DataParallelGroup, action: Callable[[], T], *, stage: str = "checkpoint") -> T:
+def raise_together(group: DataParallelGroup, action: Callable[[], T], *, stage: str = "checkpoint") -> T:
     """This rank's `action()`; what it raises on any rank, all raise, as a `ValueError`. Blocking; `stage`: where.
 
     A `ValueError` keeps its message; any other error is wrapped and names the rank.
@@ -66,7 +66,7 @@ def shared_fate(process_group: dist.ProcessGroup | None = None) -> Iterator[None
         with suppress(ValueError):  # the group was destroyed inside the block
             if known and not isinstance(error, LostRanks) and dist.get_world_size(process_group) > 1:
                 roll = RollCall(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
-                roll.tell(error, partial(hang_up, process_group))
+                roll.report_failure(error, partial(hang_up, process_group))
         raise
 
 

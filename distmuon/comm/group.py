@@ -224,7 +224,7 @@ class DataParallelGroup:
 
     def lost(self, place: Place, error: RuntimeError) -> LostRanks:
         """The error to raise for `error` of a collective at `place`."""
-        return self.roll.lost(place, error, partial(hang_up, self.process_group))
+        return self.roll.describe_failure(place, error, partial(hang_up, self.process_group))
 
     def _pending(
         self,
@@ -380,14 +380,14 @@ class DataParallelGroup:
         if self.dp_size == 1:
             return {}
         place = Place(what, "", self.step)
-        self.roll.stand(str(place))
+        self.roll.announce_waiting(str(place))
         try:
             return self.roll.meet(what, self._optimizers.started, limit_s, warning)
         except RuntimeError as error:
             raise self.lost(place, error) from error
         finally:
             with suppress(RuntimeError):
-                self.roll.stand("")
+                self.roll.announce_waiting("")
 
 
 def _asked_apart(asks: list[tuple[int, str, int, str]]) -> ValueError:

@@ -119,14 +119,14 @@ COEFFICIENTS: Mapping[str, Table] = MappingProxyType(
 )
 
 
-def resolve(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
+def coefficient_schedule(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
     """The (a, b, c) of each step: from a table's name, from one triple for all steps, or from one triple a step.
 
     Raises ValueError where the table does not serve that many steps, or where the polynomial could send a singular
     value of [0, 1], or one that rounding made a little larger, below 0 or above 1.5.
     """
     if isinstance(coefficients, str):
-        return _resolve(coefficients, steps)
+        return _cached_schedule(coefficients, steps)
     try:
         rows = [row if isinstance(row, Sequence) else (row,) for row in coefficients]
         rows = [[row[0] for row in rows]] if all(len(row) == 1 for row in rows) else rows
@@ -136,11 +136,11 @@ def resolve(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
         raise problem(
             "ns_coefficients", found=f"{coefficients!r} found", needed=needed, cure="'jordan' is usual"
         ) from None
-    return _resolve(triples, steps)
+    return _cached_schedule(triples, steps)
 
 
 @lru_cache(maxsize=256, typed=True)  # True and 2.0 are no numbers of steps, though they equal some
-def _resolve(coefficients: str | tuple[tuple[float, ...], ...], steps: int) -> tuple[Triple, ...]:
+def _cached_schedule(coefficients: str | tuple[tuple[float, ...], ...], steps: int) -> tuple[Triple, ...]:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise problem(
             "ns_steps", found=f"{steps!r} found", needed="a whole number of at least 1 is needed", cure="5 is usual"
@@ -167,13 +167,13 @@ def _resolve(coefficients: str | tuple[tuple[float, ...], ...], steps: int) -> t
                 cure="set ns_steps so, take 'jordan' (any number), or give your own (a, b, c) for each step",
             )
         triples = tuple(table.triples[min(step, last)] for step in range(steps))
-    reach(triples)
+    checked_bounds(triples)
     return triples
 
 
 @lru_cache(maxsize=256)
-def reach(triples: tuple[Triple, ...]) -> tuple[float, ...]:
-    """The largest singular value there can be before each step, and after the last. Raises ValueError: see `resolve`.
+def checked_bounds(triples: tuple[Triple, ...]) -> tuple[float, ...]:
+    """The largest singular value there can be before each step, and after the last. Raises ValueError above 1.5.
 
     Exact, with no grid: p is continuous and p(0) = 0, so where it is not negative it maps [0, u] onto [0, max p], and
     the extrema of a quintic are known. Each step's input counts as 2^-8 too large, which is two bfloat16 roundings.
