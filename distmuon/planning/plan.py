@@ -171,6 +171,9 @@ def plan(
     def cut(specs: Sequence[ParamSpec], packing: Packing, placement: Placement, mb: float | None) -> Layout:
         return make_layout(specs, dp_size, packing=packing, placement=placement, bucket_mb=mb)
 
+    def ours(mb: float | None) -> Plan:
+        return way("distmuon", cut(specs, sharding.packing, sharding.placement, mb))
+
     with _no_garbage_collection():
         packing, placement = sharding.packing, sharding.placement
         found = {mb: way("distmuon", cut(specs, packing, placement, mb)) for mb in dict.fromkeys(tried)}
