@@ -475,7 +475,10 @@ def test_what_a_checkpoint_is_asked_for(tmp_path: Path) -> None:
         refused(lambda wrong=wrong: save(tmp_path / "x-4", model, optimizer, asynchronous=wrong), "asynchronous: found")
         refused(lambda wrong=wrong: load(good, model, optimizer, on_route_change=wrong), "on_route_change: found")
     refused(lambda: save(tmp_path / "x-5", model, optimizer, scheduler=3), "rank 0: AttributeError: .*state_dict")
-    refused(lambda: save(tmp_path / "x-6", model, optimizer, extra=_model()), "extra: it holds what cannot be loaded")
+    refused(
+        lambda: save(tmp_path / "x-6", model, optimizer, extra=_model()),
+        "extra: it holds a value that cannot be loaded",
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
     before = (digest(state_tensors(optimizer)), optimizer.param_groups[0]["lr"])
     wanted = r"shared\.pt: no scheduler's state is in it; .*None"
