@@ -155,8 +155,8 @@ MUON = [Route("*", "muon")]
         ([("a", WEIGHT), ("a", nn.Parameter(torch.ones(3, 3)))], "a: its name or parameter was given before"),
         ([], "params: no trainable parameter"),
         (nn.Identity(), "params: no trainable parameter"),
-        (_model().requires_grad_(False), "params: no trainable parameter; one at least is needed; unfreeze"),
-        (nn.Sequential(nn.LazyLinear(4)), "0.weight: a lazy parameter without a shape; .*run one forward first"),
+        (_model().requires_grad_(False), "params: no trainable parameter; at least one is needed; unfreeze"),
+        (nn.Sequential(nn.LazyLinear(4)), "0.weight: a lazy parameter without a shape; .*run a forward first"),
         (_model().to("meta"), "0.weight: the parameter is on the meta device, without values"),
         (_model().double(), "0.weight: the parameter is of dtype torch.float64, which a float32 master would round"),
         (
