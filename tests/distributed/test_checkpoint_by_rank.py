@@ -434,7 +434,7 @@ def test_a_model_with_other_modules_of_extra_state_is_refused(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"step-1: it holds no state of 2\._extra_state"):
         distmuon.load_checkpoint(tmp_path, more, distmuon.DistMuon(more))
     half = nn.Sequential(nn.Linear(6, 4), Half())
-    with pytest.raises(ValueError, match=r"1\._extra_state: a Half has no set_extra_state; it must"):
+    with pytest.raises(ValueError, match=r"1\._extra_state: a Half has no set_extra_state; the module must"):
         distmuon.load_checkpoint(tmp_path, half, distmuon.DistMuon(half))
     with pytest.raises(ValueError, match=r"1\._extra_state: a Half has get_extra_state and no set_extra_state"):
         distmuon.save_checkpoint(tmp_path / "step-2", half, distmuon.DistMuon(half))

@@ -484,7 +484,7 @@ def test_lists_that_lead_elsewhere_are_refused_by_name(two: tuple[Path, list[str
 
 def test_a_file_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"none/x: it could not be written \(No such file or directory\); space and the"
+        ValueError, match=r"none/x: it could not be written \(No such file or directory\); space and perm"
     ):
         write_file(tmp_path / "none" / "x", b"data")
 
