@@ -140,7 +140,7 @@ def take_over(engine: Any, optimizer: DistMuon) -> None:
     for param in engine.module.parameters():
         if hasattr(param, "use_muon"):  # DeepSpeed's Muon looks for this attribute, and for "muon" in class names
             del param.use_muon
-    optimizer.engine_is_led = True
+    optimizer.managed_by_integration = True
     engine_ref, optimizer_ref = weakref.ref(engine), weakref.ref(optimizer)
 
     def before_forward(_module: nn.Module, _args: object) -> None:

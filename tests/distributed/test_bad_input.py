@@ -140,7 +140,10 @@ def _loads(group: dist.ProcessGroup, how: str) -> tuple[str, bool, str]:
 @pytest.mark.parametrize(
     ("how", "text"),
     [
-        ("empty", "load_state_dict: the state of ranks [1] is empty, that of the others is not; every rank needs the "),
+        (
+            "empty",
+            "load_state_dict: the state of ranks [1] is empty, that of other ranks is not; every rank needs the ",
+        ),
         ("None", "load_state_dict: no dict of states under 'state'; torch.optim's form is needed; pass what "),
         ("shape", "momentum_buffer: the state has shape (2, 2); "),
     ],

@@ -165,4 +165,4 @@ def _torchs_scaler(group: dist.ProcessGroup) -> None:
 
 
 def test_torchs_scaler_is_refused_where_the_gradients_have_left(spawn_raises) -> None:
-    spawn_raises(_torchs_scaler, 2, match=r"GradScaler: torch's own, or a trainer's clip.*use distmuon\.GradScaler")
+    spawn_raises(_torchs_scaler, 2, match=r"GradScaler: torch's scaler, or a trainer's clip.*use distmuon\.GradScaler")

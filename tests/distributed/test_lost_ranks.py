@@ -447,5 +447,5 @@ def test_verify_every_costs_one_all_gather_of_16_bytes_a_tensor_at_its_steps(spa
 
 @pytest.mark.parametrize("wrong", [-1, 1.5, True, None])
 def test_verify_every_is_a_number_of_steps(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"verify_every: found .+; a number of steps is needed; 0: never"):
+    with pytest.raises(ValueError, match=r"verify_every: found .+; a number of steps is needed; pass 0"):
         distmuon.DistMuon(torch.nn.Linear(3, 3), verify_every=wrong)

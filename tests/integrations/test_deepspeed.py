@@ -103,7 +103,7 @@ REFUSED = {
     "groups of their own": r"model_parameters: groups with their own weight_decay.*write them as routes",
     "part of the model": "2 of the model's 4 trainable parameters.*leave model_parameters out",
     "wrapped": "SimpleNamespace around DistMuon.*remove the setting that asks for the wrapper",
-    "not registered": r"DeepSpeed: an engine that the integration does not lead.*register\(\) before",
+    "not registered": r"DeepSpeed: an engine that the integration does not manage.*register\(\) before",
 }
 
 

@@ -186,7 +186,7 @@ def test_routes_are_routes(value: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"pattern": None}, "Route: found .*pattern=None.*a text as pattern"),
+        ({"pattern": None}, "Route: found .*pattern=None.*a string as pattern"),
         ({"pattern": 3}, "Route: found .*pattern=3"),
         ({"rule": "sgd"}, r"Route\('\*'\)\.rule: found 'sgd'; one of muon, adamw"),
         ({"rule": None}, "rule: found None"),
@@ -241,7 +241,7 @@ def _moved(model: nn.Sequential) -> None:
     [
         (_nan, "2.weight: 1 parameters hold NaN or inf before the first step; finite values.*initialize the model"),
         (_replaced, "0.weight: the parameter is no longer the one that the model holds there"),
-        (_grown, "3.weight: it is trainable now, and was not in the model.*make a new DistMuon once"),
+        (_grown, "3.weight: it is trainable now, but was absent or frozen.*make a new DistMuon once"),
         (_moved, "0.weight: the parameter is no longer the one|on the meta device"),
     ],
 )
@@ -405,7 +405,7 @@ STATES: list[tuple[Change, str]] = [
     (_set("param_groups", 0, "lr", math.nan), r"param_groups\[0\]\.lr: found nan"),
     (_set("param_groups", 0, "nesterov", "yes"), r"param_groups\[0\]\.nesterov: found 'yes'; one of False, True"),
     (_set("param_groups", 1, "betas", None), r"param_groups\[1\]\.betas: found None"),
-    (_set("state", 9, {}), "the state has an entry 9; one of the 4 in its groups"),
+    (_set("state", 9, {}), "the state has an entry 9; one of the 4 keys in its groups"),
     (_set("state", 0, {"exp_avg": torch.ones(8, 6)}), r"0\.weight: its state has \['exp_avg'\], not \['mom"),
     (_set("state", 2, "max_exp_avg_sq", torch.ones(8)), r"0\.bias: its state has .*'max_exp_avg_sq'"),
     (_without("state", 2, "step"), r"0\.bias: its state has \['exp_avg', 'exp_avg_sq'\], not"),

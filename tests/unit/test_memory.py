@@ -296,7 +296,7 @@ def _two_in(storage: Tensor) -> nn.Sequential:
         (lambda: _with(torch.ones(4, 8).to_sparse()), r"2\.weight: the parameter is a tensor of torch\.sparse_coo"),
         (lambda: _with(torch.ones(1, 8).expand(4, 8)), r"2\.weight: .* \(4, 8\) has strides \(0, 1\): it is expanded"),
         (lambda: _with(torch.ones(4, 16)[:, ::2]), r"2\.weight: .* strides \(16, 2\): .*a slice with gaps; .*clone\("),
-        (lambda: _two_in(torch.ones(72)), r"2\.weight: it lies in the memory of 0\.weight, as a Parameter of its own"),
+        (lambda: _two_in(torch.ones(72)), r"2\.weight: it lies in the memory of 0\.weight, as a separate Parameter"),
     ],
 )
 def test_parameters_whose_values_are_no_memory_of_their_own(make: Callable[[], nn.Module], match: str) -> None:
