@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz as torch_muon
 
-from distmuon.math.coefficients import COEFFICIENTS, Triple, resolve
-from distmuon.math.newton_schulz import form, orthogonalize, processor_of
+from distmuon.math.coefficients import COEFFICIENTS, Triple, coefficient_schedule
+from distmuon.math.newton_schulz import choose_form, orthogonalize, processor_of
 
 JORDAN: Triple = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -117,7 +117,7 @@ def compare(dtype: torch.dtype, shape: tuple[int, int, int], arguments: argparse
     pairs, blocks = take_turns(theirs, ours, arguments)
     name, how = (
         str(dtype).removeprefix("torch."),
-        form(*shape[1:], (JORDAN,) * STEPS, dtype, processor_of(torch.device("cpu"))),
+        choose_form(*shape[1:], (JORDAN,) * STEPS, dtype, processor_of(torch.device("cpu"))),
     )
     words = "stacked" if how.stacked else f"panels {how.gram_panels}/{how.square_panels}"
     words += f", Gram {how.segments}" if max(how.segments) > 1 else ""
@@ -213,7 +213,7 @@ def bands() -> None:
                         u, v = (torch.linalg.qr(torch.randn(size, count, dtype=torch.float64))[0] for size in (m, n))
                         if dtype is None:
                             s = values.double() / values.double().norm()
-                            for a, b, c in resolve(name, steps):
+                            for a, b, c in coefficient_schedule(name, steps):
                                 s = a * s + b * s**3 + c * s**5
                         else:
                             matrix = (u * values.double() @ v.mT).float().unsqueeze(0)

@@ -248,7 +248,7 @@ def all_peers() -> Iterator[Peer]:
     """Every row, ours first."""
     from benchmarks.peers_sharded import SHARDED
 
-    mine, ns = "distmuon.walk:orthogonalize", ("torch.optim._muon:_zeropower_via_newtonschulz",)
+    mine, ns = "distmuon.step.bucket:orthogonalize", ("torch.optim._muon:_zeropower_via_newtonschulz",)
     yield Peer(name="distmuon", make=ours(), counted=(mine,))
     yield Peer(
         name="distmuon, gathers under the forward", make=ours(sharding=Sharding(overlap="forward")), counted=(mine,)

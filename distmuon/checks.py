@@ -26,18 +26,18 @@ def unwrap(params: Any, grad_reduction: str) -> Any:
         if grad_reduction == "reduce_scatter":
             raise problem(
                 "params",
-                "a model wrapped in DistributedDataParallel, which averages the gradients itself",
-                "one reduction of the gradients is needed",
-                'pass grad_reduction="external", or pass the unwrapped model (and silence the wrapper: '
+                found="a model wrapped in DistributedDataParallel, which averages the gradients itself",
+                needed="one reduction of the gradients is needed",
+                cure='pass grad_reduction="external", or pass the unwrapped model (and silence the wrapper: '
                 "distmuon.integrations.ddp.silence)",
             )
         return _uncompiled(params.module)
     if type(params).__module__.startswith("torch.distributed.fsdp"):
         raise problem(
             "params",
-            f"a model wrapped in {type(params).__name__}",
-            "whole parameters are needed (ZeRO-1)",
-            "pass the plain module: distmuon shards optimizer state and gradients by itself",
+            found=f"a model wrapped in {type(params).__name__}",
+            needed="whole parameters are needed (ZeRO-1)",
+            cure="pass the plain module: distmuon shards optimizer state and gradients by itself",
         )
     return params
 
@@ -104,15 +104,15 @@ def check_parameters(
             cure += "; an ordinary forward must come before a functional_call with Parameters of another model"
         if found:
             needed = "whole real ones on one device, unchanged since then, are needed"
-            raise problem(fqn, f"the parameter is {found}", needed, cure)
+            raise problem(fqn, found=f"the parameter is {found}", needed=needed, cure=cure)
     known = {id(param) for _, param in named}
     for fqn, param in model.named_parameters() if model is not None else ():
         if param.requires_grad and param.numel() and id(param) not in known:
             raise problem(
                 fqn,
-                "it is trainable now, and was not in the model or frozen when the optimizer was made",
-                "the layout holds no state for it",
-                "make a new DistMuon once the model is complete",
+                found="it is trainable now, and was not in the model or frozen when the optimizer was made",
+                needed="the layout holds no state for it",
+                cure="make a new DistMuon once the model is complete",
             )
 
 
@@ -126,26 +126,26 @@ def check_memory(named: Sequence[tuple[str, nn.Parameter]]) -> None:
             kind = type(param).__name__ if param.layout == torch.strided else f"tensor of {param.layout}"
             raise problem(
                 fqn,
-                f"the parameter is a {kind}, whose values are not simply those in its memory",
-                "a plain nn.Parameter is needed for what is trained",
-                "put nn.Parameter(a plain copy of its values) there, or freeze it with requires_grad_(False)",
+                found=f"the parameter is a {kind}, whose values are not simply those in its memory",
+                needed="a plain nn.Parameter is needed for what is trained",
+                cure="put nn.Parameter(a plain copy of its values) there, or freeze it with requires_grad_(False)",
             )
         if not memory.is_dense(param):
             raise problem(
                 fqn,
-                f"the parameter of shape {tuple(param.shape)} has strides {param.stride()}: it is expanded, or a "
+                found=f"the parameter of shape {tuple(param.shape)} has strides {param.stride()}: it is expanded, or a "
                 "slice with gaps",
-                "a place for each element, without gaps, is needed",
-                "put nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format)) there",
+                needed="a place for each element, without gaps, is needed",
+                cure="put nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format)) there",
             )
     pair = memory.overlapping([param for _, param in named])
     if pair is not None:
         (other, _), (fqn, _) = named[pair[0]], named[pair[1]]
         raise problem(
             fqn,
-            f"it lies in the memory of {other}, as a Parameter of its own",
-            "one Parameter a memory is needed",
-            "tie weights as modules do, module.weight = other.weight (not .data), before DistMuon is made",
+            found=f"it lies in the memory of {other}, as a Parameter of its own",
+            needed="one Parameter a memory is needed",
+            cure="tie weights as modules do, module.weight = other.weight (not .data), before DistMuon is made",
         )
 
 
@@ -171,9 +171,10 @@ def check_wrapper(params: Sequence[nn.Parameter]) -> None:
     if any(id(param) in ours for param in wrapper.parameters()):
         raise problem(
             "DistributedDataParallel",
-            "it runs the model, and averages the gradients that DistMuon reduces",
-            "one reduction of the gradients is needed",
-            "prepare the model with the trainer's own line: distmuon.integrations.accelerate.prepare in the place of "
+            found="it runs the model, and averages the gradients that DistMuon reduces",
+            needed="one reduction of the gradients is needed",
+            cure="prepare the model with the trainer's own line: distmuon.integrations.accelerate.prepare in "
+            "the place of "
             "accelerator.prepare, distmuon.integrations.fabric.setup; silence a wrapper of your own by "
             'distmuon.integrations.ddp.silence; or let it average (Lightning\'s Trainer): grad_reduction="external"',
         )
@@ -185,9 +186,9 @@ def check_frozen(named: Sequence[tuple[str, nn.Parameter]]) -> None:
         if param.requires_grad:
             raise problem(
                 fqn,
-                "requires_grad was switched on after construction",
-                "the layout holds no state for it",
-                "make a new DistMuon when parameters are unfrozen",
+                found="requires_grad was switched on after construction",
+                needed="the layout holds no state for it",
+                cure="make a new DistMuon when parameters are unfrozen",
             )
 
 
@@ -206,7 +207,7 @@ def check_members(param_groups: Sequence[dict[str, Any]], made: GroupMembers) ->
         now, then = (sum(len(ids) for _, ids in groups) for groups in (members, made))
         raise problem(
             "param_groups",
-            f"they hold {now} parameters that are not the {then} of construction, in their groups",
-            "distmuon keeps its own masters and needs the model's own parameters, under their rules, in order",
-            "keep other optimizers' wrappers away (DeepSpeed: ZeRO stage 0, cast the model itself)",
+            found=f"they hold {now} parameters that are not the {then} of construction, in their groups",
+            needed="distmuon keeps its own masters and needs the model's own parameters, under their rules, in order",
+            cure="keep other optimizers' wrappers away (DeepSpeed: ZeRO stage 0, cast the model itself)",
         )

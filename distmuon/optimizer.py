@@ -38,7 +38,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from distmuon import checks
 from distmuon import state_dict as full_state
-from distmuon.comm.agreement import agree_on_bits, agree_on_plan, together
+from distmuon.comm.agreement import agree_on_bits, agree_on_plan, raise_together
 from distmuon.comm.group import MEETING_S, DataParallelGroup
 from distmuon.errors import problem
 from distmuon.layout import memory, report
@@ -185,9 +185,9 @@ class DistMuon(torch.optim.Optimizer):
         if gathers_in_forward and self._model is None:
             raise problem(
                 "sharding.overlap",
-                'found "forward" with parameters by name',
-                "the modules that use them must wait for them",
-                "pass the model itself, or Sharding(overlap=True)",
+                found='found "forward" with parameters by name',
+                needed="the modules that use them must wait for them",
+                cure="pass the model itself, or Sharding(overlap=True)",
             )
         self._gathers_in_forward = gathers_in_forward and self.group.dp_size > 1
         self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward)
@@ -230,7 +230,7 @@ class DistMuon(torch.optim.Optimizer):
         and not with those of a checkpoint.
         """
         self.group.take_number()
-        self.layout = together(self.group, self._make_layout, stage="comparison of the plans")
+        self.layout = raise_together(self.group, self._make_layout, stage="comparison of the plans")
         fqns = [spec.fqn for spec in self._specs]
         lines = [f"{s.fqn} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
         agree_on_plan(repr(lines), lines, self.group)
@@ -268,7 +268,7 @@ class DistMuon(torch.optim.Optimizer):
     def verify_options(self, also: str = "") -> None:
         """Raise on all ranks, naming the first difference, unless all have the same options and hyperparameters now: a
         scheduler fed with each rank's own loss sets another lr on each. Collective."""
-        together(self.group, lambda: check_groups(self.param_groups), stage="comparison of the plans")
+        raise_together(self.group, lambda: check_groups(self.param_groups), stage="comparison of the plans")
         items = self.options.items() + hyperparameters(self.param_groups)
         agree_on_plan(repr(items) + also, items, self.group)
 
@@ -283,9 +283,9 @@ class DistMuon(torch.optim.Optimizer):
         if hasattr(self, "layout"):
             raise problem(
                 "add_param_group",
-                "called after construction",
-                "the layout is fixed by all parameters together",
-                "make a new DistMuon with all parameters",
+                found="called after construction",
+                needed="the layout is fixed by all parameters together",
+                cure="make a new DistMuon with all parameters",
             )
         super().add_param_group(param_group)
 
@@ -333,9 +333,9 @@ class DistMuon(torch.optim.Optimizer):
             self.verify_options()
             raise problem(
                 "step",
-                "the ranks' hyperparameters differed, and are equal now",
-                "they must be equal in every step",
-                "let schedulers depend on the step alone",
+                found="the ranks' hyperparameters differed, and are equal now",
+                needed="they must be equal in every step",
+                cure="let schedulers depend on the step alone",
             )
         if not all(present):
             self.check_parameters()  # the model may hold others by now
@@ -488,9 +488,9 @@ class DistMuon(torch.optim.Optimizer):
         if self._consolidated is not None and not self._consolidated:
             raise problem(
                 f"state_dict on rank {self.group.dp_rank}",
-                f"the state was consolidated on rank {self._consolidated_on} alone",
-                "a rank that asks alone needs the consolidated state",
-                "ask on that rank, or call optimizer.consolidate_state_dict() on all ranks, which keeps it on all",
+                found=f"the state was consolidated on rank {self._consolidated_on} alone",
+                needed="a rank that asks alone needs the consolidated state",
+                cure="ask on that rank, or call optimizer.consolidate_state_dict() on all ranks, which keeps it on all",
             )
         state = self._consolidated if self._consolidated is not None else self._gathered("state_dict")
         storage, groups = self._engine.storage, self.param_groups
@@ -512,21 +512,22 @@ class DistMuon(torch.optim.Optimizer):
         state]."""
         limit, named = MEETING_S if limit_s is None else limit_s, self.group.roll.named
         where = f"{what} on {named([self.group.dp_rank])}"
+        needed = "the state is spread over the ranks, so all must call it"
         cure = (
-            "the state is spread over the ranks, so all must call it",
             "call optimizer.consolidate_state_dict() on all ranks first, then one rank alone may ask; "
-            "or let all call distmuon.save_checkpoint",
+            "or let all call distmuon.save_checkpoint"
         )
 
         def warning(absent: Sequence[int]) -> str:
-            return str(problem(where, f"waits for {named(absent)}, for {limit:g} s at the most", *cure))
+            found = f"waits for {named(absent)}, for {limit:g} s at the most"
+            return str(problem(where, found=found, needed=needed, cure=cure))
 
         missing = self.group.missing_ranks("state_dict", warning, limit)
         if missing:
             standing = {named([rank]): place for rank, place in missing.items() if place}
             found = [f"{named(list(missing))} did not call it" + ("" if standing else f" within {limit:g} s")]
             found += [f"{r} stands at {place}, which waits for this rank" for r, place in list(standing.items())[:3]]
-            raise problem(where, "; ".join(found), *cure)
+            raise problem(where, found="; ".join(found), needed=needed, cure=cure)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any], on_route_change: str = "raise", **_ignored: object) -> None:
@@ -545,19 +546,19 @@ class DistMuon(torch.optim.Optimizer):
             return taken, full_state.is_empty(taken)
 
         self.group.begin("load_state_dict")
-        taken, empty = together(self.group, check, stage="load_state_dict")
+        taken, empty = raise_together(self.group, check, stage="load_state_dict")
         emptiness = self.group.gather_objects(empty, stage="load_state_dict")
         if len(set(emptiness)) > 1:
             raise problem(
                 "load_state_dict",
-                f"the state of ranks {[rank for rank, is_empty in enumerate(emptiness) if is_empty]} is empty, "
+                found=f"the state of ranks {[rank for rank, is_empty in enumerate(emptiness) if is_empty]} is empty, "
                 "that of the others is not",
-                "every rank needs the whole state",
-                "read the same file on every rank",
+                needed="every rank needs the whole state",
+                cure="read the same file on every rank",
             )
         if not empty or self._engine is not None:  # the state of before the first step is none
             engine = self.quiesced(to_write=True)
-            states, beside = together(
+            states, beside = raise_together(
                 self.group, lambda: full_state.states_of(engine.storage, self.param_groups, taken)
             )
             full_state.load_full_state(engine.storage, states)
@@ -594,9 +595,9 @@ class DistMuon(torch.optim.Optimizer):
         if to is not None and (isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < size):
             raise problem(
                 "consolidate_state_dict",
-                f"found to={to!r}",
-                f"a rank of the group, 0 to {size - 1}, or None is needed",
-                "None keeps the state on all ranks",
+                found=f"found to={to!r}",
+                needed=f"a rank of the group, 0 to {size - 1}, or None is needed",
+                cure="None keeps the state on all ranks",
             )
         self._consolidated = None
         if self._engine is None:
@@ -630,9 +631,9 @@ class DistMuon(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         raise problem(
             "DistMuon",
-            "copied or pickled as an object (or with a scheduler that holds it)",
-            "one optimizer manages a parameter, with hooks and buffers",
-            "use state_dict() or distmuon.save_checkpoint",
+            found="copied or pickled as an object (or with a scheduler that holds it)",
+            needed="one optimizer manages a parameter, with hooks and buffers",
+            cure="use state_dict() or distmuon.save_checkpoint",
         )
 
     # ----------------------------------------------------------------------- what torch's GradScaler and DeepSpeed ask
@@ -645,9 +646,11 @@ class DistMuon(torch.optim.Optimizer):
         if not self.loss_scaling and self._engine is not None and self._engine.holds_grads:
             raise problem(
                 "GradScaler",
-                "torch's own, or a trainer's clip, looks for gradients in param.grad, which distmuon has taken by then",
-                "a scaler and a clip that ask the reduction are needed",
-                "use distmuon.GradScaler with float16 (bfloat16 needs none) and optimizer.clip_grad_norm_; under a "
+                found="torch's own, or a trainer's clip, looks for gradients in param.grad, which distmuon has "
+                "taken by then",
+                needed="a scaler and a clip that ask the reduction are needed",
+                cure="use distmuon.GradScaler with float16 (bfloat16 needs none) and optimizer.clip_grad_norm_; "
+                "under a "
                 'trainer that averages by itself, as Lightning\'s does, pass grad_reduction="external"',
             )
         return False
@@ -657,9 +660,9 @@ class DistMuon(torch.optim.Optimizer):
         if not self.engine_is_led:
             raise problem(
                 "DeepSpeed",
-                "an engine that the integration does not lead",
-                "its clip and accumulation must reach DistMuon",
-                "call distmuon.integrations.deepspeed.register() before deepspeed.initialize",
+                found="an engine that the integration does not lead",
+                needed="its clip and accumulation must reach DistMuon",
+                cure="call distmuon.integrations.deepspeed.register() before deepspeed.initialize",
             )
         self.reduce_gradients()
         return [], {}

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeGuard, get_args
 import torch
 
 from distmuon.errors import problem
-from distmuon.math.coefficients import resolve
+from distmuon.math.coefficients import coefficient_schedule
 
 Rule = Literal["muon", "adamw"]
 Packing = Literal["balanced", "contiguous"]
@@ -113,19 +113,24 @@ class Options:
         for name, policy in (("sharding", Sharding), ("precision", Precision)):
             if not isinstance(getattr(self, name), policy):
                 found = f"found {getattr(self, name)!r}"
-                raise problem(name, found, f"a distmuon.{policy.__name__} is needed", f"{name}={policy.__name__}(...)")
+                raise problem(
+                    name,
+                    found=found,
+                    needed=f"a distmuon.{policy.__name__} is needed",
+                    cure=f"{name}={policy.__name__}(...)",
+                )
         one_of("grad_reduction", self.grad_reduction, get_args(GradReduction))
         one_of("broadcast_buffers", self.broadcast_buffers, (False, True))
         positive("max_grad_norm", self.max_grad_norm)
         if type(self.verify_every) is not int or self.verify_every < 0:
             found = f"found {self.verify_every!r}"
-            raise problem("verify_every", found, "a number of steps is needed", "0: never")
+            raise problem("verify_every", found=found, needed="a number of steps is needed", cure="0: never")
         if self.sharding.release_grads and self.grad_reduction == "external":
             raise problem(
                 "sharding.release_grads",
-                'found True with grad_reduction="external"',
-                "gradient buffers of our own are needed",
-                "let zero_grad(set_to_none=True) free the gradients",
+                found='found True with grad_reduction="external"',
+                needed="gradient buffers of our own are needed",
+                cure="let zero_grad(set_to_none=True) free the gradients",
             )
 
     def check_dtypes(self, params: Sequence[tuple[str, torch.dtype]]) -> None:
@@ -134,16 +139,16 @@ class Options:
             if self.sharding.param_gather == "updates" and dtype != torch.float32:
                 raise problem(
                     fqn,
-                    f'the parameter is {dtype} with param_gather="updates"',
-                    "float32 parameters are needed, since replicas hold no masters",
-                    'pass Sharding(param_gather="parameters")',
+                    found=f'the parameter is {dtype} with param_gather="updates"',
+                    needed="float32 parameters are needed, since replicas hold no masters",
+                    cure='pass Sharding(param_gather="parameters")',
                 )
         if self.precision.master == "remainder" and all(dtype != torch.bfloat16 for _, dtype in params):
             raise problem(
                 "precision.master",
-                f'found "remainder" with parameters of {params[0][1]}',
-                "bfloat16 parameters are needed, whose missing 16 bits it keeps",
-                'pass Precision(master="float32")',
+                found=f'found "remainder" with parameters of {params[0][1]}',
+                needed="bfloat16 parameters are needed, whose missing 16 bits it keeps",
+                cure='pass Precision(master="float32")',
             )
 
     def grads_stay(self, dp_size: int) -> bool:
@@ -229,19 +234,31 @@ def _check_group(name: str, group: dict[str, Any]) -> None:
     def bound(key: str, value: object, below: float = float("inf")) -> None:
         if isinstance(value, torch.Tensor) and key == "lr":  # the one that torch.optim keeps in a tensor, too
             if value.numel() != 1:
-                raise problem(f"{name}.{key}", f"a tensor of {value.numel()} elements", "one is needed", "pass one")
+                raise problem(
+                    f"{name}.{key}",
+                    found=f"a tensor of {value.numel()} elements",
+                    needed="one is needed",
+                    cure="pass one",
+                )
             if value.device.type != "cpu" or value.is_complex():
                 found = f"a tensor of {value.dtype} on {value.device}"
-                raise problem(f"{name}.{key}", found, "a real number on the CPU is needed", "move it there")
+                raise problem(
+                    f"{name}.{key}", found=found, needed="a real number on the CPU is needed", cure="move it there"
+                )
             value = value.item()
         if not is_number(value) or not 0.0 <= value < below:
             needed = "a number >= 0 is needed" if below == float("inf") else f"a number in [0, {below}) is needed"
-            raise problem(f"{name}.{key}", f"found {value!r}", needed, f"correct {key}")
+            raise problem(f"{name}.{key}", found=f"found {value!r}", needed=needed, cure=f"correct {key}")
 
     one_of(f"{name}.rule", group.get("rule"), ("muon", "adamw"))
     missing = [key for key in _KEYS[group["rule"]] if key not in group]
     if missing:
-        raise problem(f"{name}.{missing[0]}", "missing", "each rule needs all of its own", f"put {missing[0]} back")
+        raise problem(
+            f"{name}.{missing[0]}",
+            found="missing",
+            needed="each rule needs all of its own",
+            cure=f"put {missing[0]} back",
+        )
     bound("lr", group["lr"])
     bound("weight_decay", group["weight_decay"])
     if group["rule"] == "muon":
@@ -250,13 +267,20 @@ def _check_group(name: str, group: dict[str, Any]) -> None:
         one_of(f"{name}.adjust_lr_fn", group["adjust_lr_fn"], get_args(AdjustLrFn))
         steps = group["ns_steps"]
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < 100:
-            raise problem(f"{name}.ns_steps", f"found {steps!r}", "1 to 99 steps are needed", "5 is the usual number")
-        resolve(group["ns_coefficients"], steps)
+            raise problem(
+                f"{name}.ns_steps",
+                found=f"found {steps!r}",
+                needed="1 to 99 steps are needed",
+                cure="5 is the usual number",
+            )
+        coefficient_schedule(group["ns_coefficients"], steps)
         return
     bound("eps", group["eps"])
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise problem(f"{name}.betas", f"found {betas!r}", "two numbers are needed", "pass (beta1, beta2)")
+        raise problem(
+            f"{name}.betas", found=f"found {betas!r}", needed="two numbers are needed", cure="pass (beta1, beta2)"
+        )
     for beta in betas:
         bound("betas", beta, 1.0)
 
@@ -264,7 +288,7 @@ def _check_group(name: str, group: dict[str, Any]) -> None:
 def positive(name: str, value: object, most: float = float("inf")) -> None:
     """Raise unless `value` is None or a number above 0, `most` at the largest."""
     if value is not None and not (is_number(value) and 0 < value <= most):
-        raise problem(name, f"found {value!r}", "a positive number is needed", "or leave it None")
+        raise problem(name, found=f"found {value!r}", needed="a positive number is needed", cure="or leave it None")
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -281,7 +305,12 @@ def is_number(value: object) -> TypeGuard[float]:
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise unless `value` is one of `allowed`, of its type: 0 is not False."""
     if not any(isinstance(value, type(one)) and value == one for one in allowed):
-        raise problem(name, f"found {value!r}", f"one of {', '.join(map(str, allowed))} is needed", f"correct {name}")
+        raise problem(
+            name,
+            found=f"found {value!r}",
+            needed=f"one of {', '.join(map(str, allowed))} is needed",
+            cure=f"correct {name}",
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -307,7 +336,7 @@ class Route:
             or not all(isinstance(k, str) for k in options)
         ):
             needed = "a text as pattern, whole numbers as split and a dict as options are needed"
-            raise problem("Route", f"found {self}", needed, "correct it")
+            raise problem("Route", found=f"found {self}", needed=needed, cure="correct it")
         one_of(f"Route({self.pattern!r}).rule", self.rule, ("muon", "adamw"))
         one_of(f"Route({self.pattern!r}).split_dim", self.split_dim, (0, 1))
 
@@ -319,5 +348,10 @@ def checked_routes(routes: Sequence[Route] | str | None) -> tuple[Route, ...]:
         return (Route("*", "adamw"),)
     given = tuple(routes) if isinstance(routes, Iterable) else (routes,) if routes is not None else ()
     if not all(isinstance(entry, Route) for entry in given):
-        raise problem("routes", f"found {routes!r}", 'a list of distmuon.Route or "adamw" is needed', "correct it")
+        raise problem(
+            "routes",
+            found=f"found {routes!r}",
+            needed='a list of distmuon.Route or "adamw" is needed',
+            cure="correct it",
+        )
     return given

@@ -136,9 +136,9 @@ def _by_number(states: Mapping[Any, Mapping[str, Any]], keys: Sequence[Any]) -> 
         if key not in numbers:
             raise problem(
                 "load_state_dict",
-                f"the state has an entry {key!r}",
-                f"one of the {len(keys)} in its groups is needed",
-                "pass what state_dict() returned",
+                found=f"the state has an entry {key!r}",
+                needed=f"one of the {len(keys)} in its groups is needed",
+                cure="pass what state_dict() returned",
             )
     return {numbers[key]: state for key, state in states.items()}
 
@@ -153,9 +153,9 @@ def _check_state(storage: Storage, index: int, state: Mapping[str, Any]) -> None
     if state.keys() - {"master"} - optional not in (set(), needed - optional):
         raise problem(
             spec.fqn,
-            f"its state has {sorted(state)}, not {sorted(needed)}",
-            "the state of the same rule is needed",
-            "make the optimizer with the routes it was saved with",
+            found=f"its state has {sorted(state)}, not {sorted(needed)}",
+            needed="the state of the same rule is needed",
+            cure="make the optimizer with the routes it was saved with",
         )
     for key, value in state.items():
         if key == "step" and is_number(value):
@@ -163,18 +163,26 @@ def _check_state(storage: Storage, index: int, state: Mapping[str, Any]) -> None
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_complex():
             found = f"{value.layout} {value.dtype} on {value.device}" if isinstance(value, Tensor) else repr(value)
             raise problem(
-                f"{spec.fqn}.{key}", f"found {found:.80}", "a dense real tensor is needed", "pass what was saved"
+                f"{spec.fqn}.{key}",
+                found=f"found {found:.80}",
+                needed="a dense real tensor is needed",
+                cure="pass what was saved",
             )
         shape = spec.shape if key != "step" else (1,) * value.ndim  # older torch has steps of shape (1,)
         if tuple(value.shape) != shape:
             raise problem(
                 f"{spec.fqn}.{key}",
-                f"the state has shape {tuple(value.shape)}",
-                f"{shape} is needed",
-                "load it into the model it was saved from",
+                found=f"the state has shape {tuple(value.shape)}",
+                needed=f"{shape} is needed",
+                cure="load it into the model it was saved from",
             )
         if key == "step" and not 0 <= float(value) < float("inf"):
-            raise problem(f"{spec.fqn}.step", f"found {float(value)}", "a count is needed", "pass what was saved")
+            raise problem(
+                f"{spec.fqn}.step",
+                found=f"found {float(value)}",
+                needed="a count is needed",
+                cure="pass what was saved",
+            )
 
 
 def _torch_numbering(param_groups: Sequence[Mapping[str, Any]], storage: Storage) -> list[int]:
@@ -190,9 +198,9 @@ def load_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[dict[str, 
     if len(saved) != len(current):
         raise problem(
             "load_state_dict",
-            f"the state has {len(saved)} param groups, this optimizer has {len(current)}",
-            "the same routing is needed",
-            "make the optimizer with the routes it was saved with",
+            found=f"the state has {len(saved)} param groups, this optimizer has {len(current)}",
+            needed="the same routing is needed",
+            cure="make the optimizer with the routes it was saved with",
         )
     for theirs, ours in zip(saved, current):
         names, own_names = theirs.get("param_names"), ours["param_names"]
@@ -200,17 +208,17 @@ def load_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[dict[str, 
             found = f"{len(theirs['params'])} parameters under {theirs.get('rule')!r}"
             raise problem(
                 "load_state_dict",
-                f"a group of the state has {found}, here {len(own_names)} under {ours['rule']!r}",
-                "the same routing is needed",
-                "make the optimizer with the routes it was saved with",
+                found=f"a group of the state has {found}, here {len(own_names)} under {ours['rule']!r}",
+                needed="the same routing is needed",
+                cure="make the optimizer with the routes it was saved with",
             )
         for name, own in zip(names or own_names, own_names):
             if name != own:
                 raise problem(
                     "load_state_dict",
-                    f"the state has {name!r} where this optimizer has {own!r}",
-                    "the same parameters in the same order are needed",
-                    "load it into the model it was saved from",
+                    found=f"the state has {name!r} where this optimizer has {own!r}",
+                    needed="the same parameters in the same order are needed",
+                    cure="load it into the model it was saved from",
                 )
     taken = [{k: deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")} for group in saved]
     check_groups([{**ours, **theirs} for ours, theirs in zip(current, taken)])
@@ -226,9 +234,9 @@ def _check_routes(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[
     if changed:
         raise problem(
             ", ".join(changed[:5]),
-            f"{len(changed)} parameters have another rule than in the state",
-            "the same routing is needed",
-            'make the optimizer with the routes it was saved with, or pass on_route_change="reset"',
+            found=f"{len(changed)} parameters have another rule than in the state",
+            needed="the same routing is needed",
+            cure='make the optimizer with the routes it was saved with, or pass on_route_change="reset"',
         )
 
 
@@ -248,7 +256,9 @@ def check_form(state_dict: object) -> None:
         found = "no dict of states under 'state'"
     else:
         return
-    raise problem("load_state_dict", found, "torch.optim's form is needed", "pass what state_dict() returned")
+    raise problem(
+        "load_state_dict", found=found, needed="torch.optim's form is needed", cure="pass what state_dict() returned"
+    )
 
 
 def _names(group: Mapping[str, Any]) -> Sequence[str] | None:
@@ -287,9 +297,9 @@ def _named(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
     if not group.get("param_names") or "rule" not in group:
         raise problem(
             "load_state_dict",
-            "the state's groups have no param_names and rules",
-            'on_route_change="reset" needs them',
-            "pass what a DistMuon saved",
+            found="the state's groups have no param_names and rules",
+            needed='on_route_change="reset" needs them',
+            cure="pass what a DistMuon saved",
         )
     return list(zip(group["param_names"], group["params"]))
 
@@ -302,10 +312,10 @@ def is_empty(state_dict: Mapping[str, Any]) -> bool:
     if any(isinstance(key, str) for key in states):
         raise problem(
             "load_state_dict",
-            "the state of every parameter is empty (torch unflattens what it finds in "
+            found="the state of every parameter is empty (torch unflattens what it finds in "
             "optimizer.state, and leaves an optimizer without state as it is while there are gradients)",
-            "an optimizer that has its state is needed",
-            "call optimizer.zero_grad() before set_optimizer_state_dict",
+            needed="an optimizer that has its state is needed",
+            cure="call optimizer.zero_grad() before set_optimizer_state_dict",
         )
     return True
 

@@ -37,23 +37,32 @@ def check_given(model: object, optimizer: object) -> None:
     held = {id(param) for param in model.parameters()} if isinstance(model, nn.Module) else set()
     params = getattr(optimizer, "_params", None) if hasattr(optimizer, "quiesced") else None
     if params is None:
-        raise problem("optimizer", f"a {type(optimizer).__name__}", "a DistMuon is needed", "pass the one that trains")
+        raise problem(
+            "optimizer",
+            found=f"a {type(optimizer).__name__}",
+            needed="a DistMuon is needed",
+            cure="pass the one that trains",
+        )
     if not held.issuperset(map(id, params)):
         found = f"a {type(model).__name__} without some of the optimizer's parameters"
-        raise problem("model", found, "the model that the optimizer was made from is needed", "pass that one")
+        raise problem(
+            "model", found=found, needed="the model that the optimizer was made from is needed", cure="pass that one"
+        )
 
 
 def check_path(path: object, *, new: bool) -> None:
     """Raise for what names no folder; a `new` one needs a name of its own."""
     if not isinstance(path, (str, os.PathLike)) or "\0" in str(path) or (new and not Path(path).name):
-        raise problem("path", f"found {path!r}", "a folder's name is needed", "write 'runs/a/step-100'")
+        raise problem(
+            "path", found=f"found {path!r}", needed="a folder's name is needed", cure="write 'runs/a/step-100'"
+        )
 
 
 # ------------------------------------------------------------------------------- beside trained parameters
 
 
 @dataclass(frozen=True, slots=True)
-class Others:
+class UntrainedTensors:
     """What a model's state dict holds beside the trained parameters, by fqn; tied tensors once.
 
     `left`: tensors without values of their own on this rank (meta, DTensor, opaque subclasses), which are not saved.
@@ -74,7 +83,7 @@ class Others:
         return [*self.plain, *self.odd, *self.extra]
 
 
-def others_of(model: nn.Module, trained: Sequence[nn.Parameter]) -> Others:
+def untrained_tensors(model: nn.Module, trained: Sequence[nn.Parameter]) -> UntrainedTensors:
     """Raises `ValueError` naming a lazy tensor."""
     model = unwrap(model, "external")
     for fqn, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -99,7 +108,7 @@ def others_of(model: nn.Module, trained: Sequence[nn.Parameter]) -> Others:
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             fqn = f"{prefix}.{_EXTRA}" if prefix else _EXTRA
             extra[fqn] = module, state[fqn] if fqn in state else module.get_extra_state()
-    return Others(plain, odd, extra, tuple(_unknown(model, state)), tuple(left))
+    return UntrainedTensors(plain, odd, extra, tuple(_unknown(model, state)), tuple(left))
 
 
 def _unknown(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
@@ -149,9 +158,9 @@ def plain_parts(fqn: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 def _not_kept(fqn: str, found: str) -> ValueError:
     return problem(
         fqn,
-        f"it is {found}",
-        "a checkpoint holds tensors with values of their own",
-        "register it with persistent=False, or make it a plain tensor",
+        found=f"it is {found}",
+        needed="a checkpoint holds tensors with values of their own",
+        cure="register it with persistent=False, or make it a plain tensor",
     )
 
 
@@ -160,16 +169,16 @@ def is_odd(tensor: Tensor) -> bool:
     return tensor.layout != torch.strided or tensor.is_quantized
 
 
-def states_of(others: Others) -> dict[str, Any]:
+def states_of(others: UntrainedTensors) -> dict[str, Any]:
     """{fqn: value} of what is no dense tensor: copies, on the CPU. Raises `ValueError` naming what is not safe."""
     states: dict[str, Any] = {fqn: _safe(fqn, tensor) for fqn, tensor in others.odd.items()}
     for fqn, (module, state) in others.extra.items():
         if type(module).set_extra_state is nn.Module.set_extra_state:
             raise problem(
                 fqn,
-                f"a {type(module).__name__} has get_extra_state and no set_extra_state",
-                "both are needed",
-                "define set_extra_state",
+                found=f"a {type(module).__name__} has get_extra_state and no set_extra_state",
+                needed="both are needed",
+                cure="define set_extra_state",
             )
         states[fqn] = _safe(fqn, state)
     return states
@@ -196,9 +205,9 @@ def _safe(name: str, value: Any, depth: int = 0) -> Any:
         return tensor if is_odd(tensor) else tensor.resolve_conj().resolve_neg().contiguous()
     raise problem(
         name,
-        f"a {kind.__name__}" + (f" more than {_DEPTH} containers deep" if kind in _CONTAINERS else ""),
-        "tensors, numbers, strings, bytes, None and dicts, lists and tuples of them can be loaded safely",
-        "convert it before saving",
+        found=f"a {kind.__name__}" + (f" more than {_DEPTH} containers deep" if kind in _CONTAINERS else ""),
+        needed="tensors, numbers, strings, bytes, None and dicts, lists and tuples of them can be loaded safely",
+        cure="convert it before saving",
     )
 
 
@@ -251,7 +260,7 @@ def compare(facts: Sequence[Mapping[str, object]]) -> tuple[list[str], set[str]]
     return shared, {name for name in shared if all(other[name] == facts[0][name] for other in facts)}
 
 
-def facts_of(others: Others, states: Mapping[str, Any]) -> dict[str, object]:
+def facts_of(others: UntrainedTensors, states: Mapping[str, Any]) -> dict[str, object]:
     """{fqn: dtype, shape and sums of bits, or a sum of what would be written}. Waits for the device once."""
     facts: dict[str, object] = {}
     by_device: dict[torch.device, list[str]] = {}
@@ -285,9 +294,9 @@ def packed(**state: Any) -> bytes:
             found = str(error).partition("\n")[0]
             raise problem(
                 name,
-                f"it holds what cannot be loaded safely ({found})",
-                "numbers, strings, tensors and lists, tuples and dicts of them are needed",
-                "convert it before saving",
+                found=f"it holds what cannot be loaded safely ({found})",
+                needed="numbers, strings, tensors and lists, tuples and dicts of them are needed",
+                cure="convert it before saving",
             ) from error
     return _written(state)
 
@@ -306,9 +315,9 @@ def unpacked(path: Path, *names: str) -> dict[str, Any]:
     except Exception as error:
         raise problem(
             str(path),
-            f"it cannot be loaded safely ({str(error).partition(chr(10))[0]})",
-            "what save_checkpoint wrote is needed",
-            "load an earlier checkpoint",
+            found=f"it cannot be loaded safely ({str(error).partition(chr(10))[0]})",
+            needed="what save_checkpoint wrote is needed",
+            cure="load an earlier checkpoint",
         ) from error
     return state
 

@@ -66,25 +66,25 @@ _DELETED = re.compile(r"\.(?P<final>.+)\.deleted", re.DOTALL)
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
 
-def reached(stage: str) -> None:
+def fault_point(stage: str) -> None:
     """Called between the stages of a save; does nothing. Tests stop a save here."""
 
 
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def aside_of(final: Path, number: str) -> Path:
-    """The folder that a save of `final` is written into; `number`: 8 hexadecimal digits."""
-    return final.with_name(f".{final.name}.{number}.saving")
+def aside_of(final: Path, save_id: str) -> Path:
+    """The folder that a save of `final` is written into; `save_id`: 8 hexadecimal digits."""
+    return final.with_name(f".{final.name}.{save_id}.saving")
 
 
-def begin(final: Path, number: str) -> None:
+def begin(final: Path, save_id: str) -> None:
     """Rank 0: make the folder aside. Raises where a complete checkpoint of that name exists already; anything else of
     that name is renamed, never deleted."""
-    aside = aside_of(final, number)
+    aside = aside_of(final, save_id)
     try:
         if os.path.lexists(final):
-            _make_way(final, number)
+            _make_way(final, save_id)
         begun = aside.with_name(f"{aside.name}.begun")  # no folder aside is ever seen without its writer
         begun.mkdir(parents=True)
         write_file(begun / WRITER, json.dumps(_this_process()).encode())
@@ -92,64 +92,64 @@ def begin(final: Path, number: str) -> None:
     except OSError as error:
         raise problem(
             str(final.parent),
-            f"no folder can be made there ({reason_of(error)})",
-            "the right to write is needed",
-            INTACT,
+            found=f"no folder can be made there ({reason_of(error)})",
+            needed="the right to write is needed",
+            cure=INTACT,
         ) from error
     with suppress(OSError, ValueError):  # a folder that may be written but not listed
         for stale in _stale_in(final.parent, lambda name: name == final.name, (aside / WRITER).stat().st_mtime):
             _remove(stale)
 
 
-def _make_way(final: Path, number: str) -> None:
+def _make_way(final: Path, save_id: str) -> None:
     try:
         check_files(final, read_manifest(final))
     except ValueError as damaged:
-        away = final.with_name(f"{final.name}.{number}.damaged")
+        away = final.with_name(f"{final.name}.{save_id}.damaged")
         _LOG.warning("%s is renamed to %s: %s", final, away.name, damaged)
         with naming(final, "renamed"):
             os.rename(final, away)
     else:
         raise problem(
             str(final),
-            "a complete checkpoint of this name exists",
-            "a name of its own is needed",
-            "name it by its step, or remove the old one",
+            found="a complete checkpoint of this name exists",
+            needed="a name of its own is needed",
+            cure="name it by its step, or remove the old one",
         )
 
 
-def check_shared(final: Path, number: str) -> None:
+def check_shared(final: Path, save_id: str) -> None:
     """Other ranks: raise unless the folder of rank 0 is there."""
-    if not aside_of(final, number).is_dir():
+    if not aside_of(final, save_id).is_dir():
         raise problem(
             str(final.parent),
-            "this rank does not see the folder that rank 0 made",
-            "one file system of all ranks is needed",
-            "save to a shared folder, given by the same path everywhere",
+            found="this rank does not see the folder that rank 0 made",
+            needed="one file system of all ranks is needed",
+            cure="save to a shared folder, given by the same path everywhere",
         )
 
 
-def commit(final: Path, number: str, manifest: Manifest, keep_last: int | None) -> None:
+def commit(final: Path, save_id: str, manifest: Manifest, keep_last: int | None) -> None:
     """Rank 0, once all files are on the disk: manifest, marker, rename; then `keep_last`.
 
     Up to the rename whatever fails is raised. After it the checkpoint is complete, and what fails is logged.
     """
-    aside = aside_of(final, number)
+    aside = aside_of(final, save_id)
     text = json.dumps(asdict(manifest), indent=1).encode()
-    reached("before manifest")
+    fault_point("before manifest")
     summed = write_file(aside / MANIFEST, text)
-    reached("before marker")
+    fault_point("before marker")
     write_file(aside / MARKER, summed.sha256.encode())
     (aside / WRITER).unlink(missing_ok=True)
     _sync_folder(aside)
-    reached("before rename")
+    fault_point("before rename")
     with naming(final, "put in place"):
         os.rename(aside, final)
     try:
         _sync_folder(final.parent)
     except ValueError as error:
         _LOG.warning("%s is complete, but a power failure now may lose it: %s", final, error)
-    reached("after rename")
+    fault_point("after rename")
     if keep_last is not None:
         try:
             _retain(final, keep_last)
@@ -157,9 +157,9 @@ def commit(final: Path, number: str, manifest: Manifest, keep_last: int | None) 
             _LOG.warning("%s is complete, but older ones could not be looked through: %s", final, error)
 
 
-def abandon(final: Path, number: str) -> None:
+def abandon(final: Path, save_id: str) -> None:
     """Remove what a failed save left aside; quietly, for its own error is on the way."""
-    aside = aside_of(final, number)
+    aside = aside_of(final, save_id)
     for folder in (aside, aside.with_name(f"{aside.name}.begun")):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -196,7 +196,7 @@ def _remove(folder: Path) -> None:
         except OSError as error:
             _LOG.warning("%s could not be removed (%s) and stays", folder, reason_of(error))
             return
-    reached("while deleting")
+    fault_point("while deleting")
     shutil.rmtree(doomed, ignore_errors=True)
     if os.path.lexists(doomed):
         _LOG.warning("%s could not be removed wholly; the next save tries again", doomed)
@@ -291,9 +291,9 @@ def _listed(folder: Path) -> list[Path]:
     except OSError as error:
         raise problem(
             str(folder),
-            f"it cannot be listed ({reason_of(error)})",
-            "a folder of checkpoints is needed",
-            "see to its rights and its file system",
+            found=f"it cannot be listed ({reason_of(error)})",
+            needed="a folder of checkpoints is needed",
+            cure="see to its rights and its file system",
         ) from error
 
 

@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from distmuon.checkpoint import folder as snapshot
 from distmuon.checkpoint import tensors as sharded
 from distmuon.checkpoint.extras import (
-    Others,
+    UntrainedTensors,
     check_given,
     check_path,
-    others_of,
     restore_rng,
     rng_states,
     unpacked,
+    untrained_tensors,
     why_not_taken,
     write_other,
 )
 from distmuon.checkpoint.manifest import Manifest, check_files, damaged, not_understood, own_file, read_manifest
-from distmuon.comm.agreement import agree_on_bits, together
+from distmuon.comm.agreement import agree_on_bits, raise_together
 from distmuon.comm.group import DataParallelGroup
 from distmuon.errors import names, problem
 from distmuon.optimizer import DistMuon
@@ -41,7 +41,7 @@ from distmuon.step import initial_values as holdings
 from distmuon.step.engine import Engine
 
 _LOG = logging.getLogger("distmuon")
-_SAME = "make model and optimizer as they were for the save"
+_SAME_MODEL_CURE = "make model and optimizer as they were for the save"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +105,9 @@ def load_checkpoint(
         one_of("on_route_change", on_route_change, ("raise", "reset"))
         check_path(path, new=False)
 
-    together(optimizer.group, check)
+    raise_together(optimizer.group, check)
     group, engine = optimizer.group, optimizer.quiesced(to_write=True)
-    others = together(group, lambda: others_of(model, engine.storage.params))
+    others = raise_together(group, lambda: untrained_tensors(model, engine.storage.params))
     load = _Load(model, optimizer, engine, others, scheduler, on_route_change)
     root, looking = Path(path), snapshot.Looking(Path(path))
     while True:
@@ -126,7 +126,13 @@ class _Load:
     """A load into one model and optimizer; `take` may be called again after one that failed."""
 
     def __init__(
-        self, model: nn.Module, optimizer: DistMuon, engine: Engine, others: Others, scheduler: Any, on_change: str
+        self,
+        model: nn.Module,
+        optimizer: DistMuon,
+        engine: Engine,
+        others: UntrainedTensors,
+        scheduler: Any,
+        on_change: str,
     ) -> None:
         self._model, self._optimizer, self._engine = model, optimizer, engine
         self._others, self._scheduler, self._on_change = others, scheduler, on_change
@@ -134,9 +140,9 @@ class _Load:
 
     def take(self, found: Path, skipped: Sequence[str]) -> Loaded:
         """Check and load the checkpoint at `found`. Collective."""
-        read = together(self._group, lambda: self._check(found))
+        read = raise_together(self._group, lambda: self._check(found))
         self._try_extra_states(read)
-        together(self._group, lambda: self._write(read))
+        raise_together(self._group, lambda: self._write(read))
         self._engine.gather_all()
         held = {name for name in read.reader.unlike() if read.same}
         _verify(self._model, self._optimizer, leaving_out=held)
@@ -161,21 +167,29 @@ class _Load:
         missing = sharded.missing_from(reader, storage, fresh, self._others.plain, rank)
         if missing:
             raise problem(
-                names(missing), f"{len(missing)} tensors do not fit", "the model of the save is needed", _SAME
+                names(missing),
+                found=f"{len(missing)} tensors do not fit",
+                needed="the model of the save is needed",
+                cure=_SAME_MODEL_CURE,
             )
         try:
             if changed:
                 saved = {"state": {}, "param_groups": shared["param_groups"]}
                 shared["param_groups"] = rerouted(saved, optimizer.param_groups)["param_groups"]
-            load_groups(shared["param_groups"], _bare(optimizer.param_groups))
+            load_groups(shared["param_groups"], _without_params(optimizer.param_groups))
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise not_understood(shared_file, error) from error
         if scheduler is not None and shared["scheduler"] is None:
-            raise problem(str(shared_file), "no scheduler's state is in it", "one is needed", "pass scheduler=None")
+            raise problem(
+                str(shared_file),
+                found="no scheduler's state is in it",
+                needed="one is needed",
+                cure="pass scheduler=None",
+            )
         if scheduler is not None:
-            _try(shared_file, scheduler.load_state_dict, shared["scheduler"], deepcopy(scheduler.state_dict()))
+            _dry_run(shared_file, scheduler.load_state_dict, shared["scheduler"], deepcopy(scheduler.state_dict()))
         if same:
-            _try(file, lambda states: restore_rng(states, storage.device), own["rng"], rng_states(storage.device))
+            _dry_run(file, lambda states: restore_rng(states, storage.device), own["rng"], rng_states(storage.device))
         for bucket in storage.buckets:
             sharded.read_bucket(reader, storage, bucket, fresh)
         for fqn, tensor in self._others.plain.items():
@@ -197,7 +211,7 @@ class _Load:
         elif surplus or missing:
             found = f"it holds states of {names(surplus)}, which this model has not" if surplus else ""
             found = found or f"it holds no state of {names(missing)}"
-            raise problem(str(read.path), found, "the model of the save is needed", _SAME)
+            raise problem(str(read.path), found=found, needed="the model of the save is needed", cure=_SAME_MODEL_CURE)
         for fqn, tensor in self._others.odd.items():
             if fqn in read.states:
                 _check_fits(fqn, tensor, read.states[fqn])
@@ -205,9 +219,9 @@ class _Load:
             if fqn in read.states and type(module).set_extra_state is nn.Module.set_extra_state:
                 raise problem(
                     fqn,
-                    f"a {type(module).__name__} has no set_extra_state",
-                    "it must take its state back",
-                    "define set_extra_state",
+                    found=f"a {type(module).__name__} has no set_extra_state",
+                    needed="it must take its state back",
+                    cure="define set_extra_state",
                 )
 
     def _try_extra_states(self, read: _Read) -> None:
@@ -225,10 +239,12 @@ class _Load:
                         module.set_extra_state(deepcopy(read.states[fqn]))
                     except Exception as error:
                         found = f"its module did not take it over ({type(error).__name__}: {error})"
-                        raise problem(fqn, found, "the module of the save is needed", _SAME) from error
+                        raise problem(
+                            fqn, found=found, needed="the module of the save is needed", cure=_SAME_MODEL_CURE
+                        ) from error
 
         try:
-            together(self._group, attempt)
+            raise_together(self._group, attempt)
         except ValueError:
             for module, before in done:
                 with suppress(Exception):  # the error that counts is on its way
@@ -290,7 +306,7 @@ def _newest_whole(root: Path, group: DataParallelGroup, looking: snapshot.Lookin
                 return [root], []
             return looking.candidates(), snapshot.unfinished_in(root)
 
-        candidates, unfinished = group.gather_objects(together(group, listed), stage="checkpoint")[0]
+        candidates, unfinished = group.gather_objects(raise_together(group, listed), stage="checkpoint")[0]
         for candidate in candidates:
             damage = _damage(candidate, group)
             if damage is None:
@@ -306,16 +322,16 @@ def _newest_whole(root: Path, group: DataParallelGroup, looking: snapshot.Lookin
     _log_skipped(skipped)
     raise problem(
         str(root),
-        f"no complete checkpoint there ({names([*skipped, *unfinished]) or 'it is empty'})",
-        "one is needed",
-        "start afresh where latest_checkpoint finds none",
+        found=f"no complete checkpoint there ({names([*skipped, *unfinished]) or 'it is empty'})",
+        needed="one is needed",
+        cure="start afresh where latest_checkpoint finds none",
     )
 
 
 def _damage(path: Path, group: DataParallelGroup) -> ValueError | None:
     """The first file of a checkpoint that its sums do not vouch for. Collective; each rank reads its share."""
     try:
-        together(group, lambda: check_files(path, read_manifest(path), group.dp_rank, group.dp_size))
+        raise_together(group, lambda: check_files(path, read_manifest(path), group.dp_rank, group.dp_size))
     except ValueError as damage:
         return damage
     return None
@@ -338,7 +354,7 @@ def _overtaken(root: Path, found: Path, group: DataParallelGroup, looking: snaps
 
 
 def _changed_routes(
-    manifest: Manifest, held: Collection[str], specs: Sequence[Any], others: Others, on_route_change: str
+    manifest: Manifest, held: Collection[str], specs: Sequence[Any], others: UntrainedTensors, on_route_change: str
 ) -> set[str]:
     """The parameters whose rule is not that of the save. Raises for them, or for parameters this model lacks.
 
@@ -352,27 +368,29 @@ def _changed_routes(
     if surplus:
         raise problem(
             names(surplus),
-            f"{len(surplus)} tensors of the checkpoint are not in this model",
-            "the model of the save is needed",
-            _SAME,
+            found=f"{len(surplus)} tensors of the checkpoint are not in this model",
+            needed="the model of the save is needed",
+            cure=_SAME_MODEL_CURE,
         )
     changed = [fqn for fqn in ours if fqn in saved and saved[fqn] != ours[fqn]]
     if changed and on_route_change == "raise":
         raise problem(
             names([f"{fqn} ({saved[fqn]} -> {ours[fqn]})" for fqn in changed]),
-            f"{len(changed)} parameters have another rule than in the checkpoint",
-            "the same routing is needed",
-            'make the optimizer with the routes it was saved with, or pass on_route_change="reset"',
+            found=f"{len(changed)} parameters have another rule than in the checkpoint",
+            needed="the same routing is needed",
+            cure='make the optimizer with the routes it was saved with, or pass on_route_change="reset"',
         )
     return set(changed)
 
 
 def _check_fits(fqn: str, tensor: Tensor, value: object) -> None:
     if (found := why_not_taken(tensor, value)) is not None:
-        raise problem(fqn, f"the checkpoint holds {found}", "the model of the save is needed", _SAME)
+        raise problem(
+            fqn, found=f"the checkpoint holds {found}", needed="the model of the save is needed", cure=_SAME_MODEL_CURE
+        )
 
 
-def _try(file: Path, load: Callable[[Any], object], state: Any, before: Any) -> None:
+def _dry_run(file: Path, load: Callable[[Any], object], state: Any, before: Any) -> None:
     """Raise, naming the file, unless `load(state)` works. Undone by `load(before)` in any case."""
     try:
         load(state)
@@ -382,6 +400,6 @@ def _try(file: Path, load: Callable[[Any], object], state: Any, before: Any) -> 
         load(before)
 
 
-def _bare(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _without_params(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A copy to try a load on."""
     return [{**group, "params": list(range(len(group["params"])))} for group in groups]

@@ -111,7 +111,7 @@ class SummedFile:
 def unwritten(path: Path, error: OSError, what: str = "written") -> ValueError:
     """The error for what the file system did not let happen to `path`."""
     found = f"it could not be {what} ({reason_of(error)})"
-    return problem(str(path), found, "space and the right to write are needed", INTACT)
+    return problem(str(path), found=found, needed="space and the right to write are needed", cure=INTACT)
 
 
 def reason_of(error: OSError) -> str:
@@ -154,9 +154,9 @@ def parse_manifest(where: Path, text: bytes) -> Manifest:
     if type(version) is not int or version != FORMAT:
         raise problem(
             str(where),
-            f"the checkpoint has format {version!r}",
-            f"format {FORMAT} is read here",
-            "load it with the version of distmuon that wrote it, or a later one",
+            found=f"the checkpoint has format {version!r}",
+            needed=f"format {FORMAT} is read here",
+            cure="load it with the version of distmuon that wrote it, or a later one",
         )
     try:
         files = {
@@ -263,7 +263,7 @@ def not_understood(path: Path, error: Exception) -> ValueError:
 
 def damaged(path: Path, found: str) -> ValueError:
     """The error for a file that is not what the manifest says, or a manifest that says nothing."""
-    return problem(str(path), found, "a complete checkpoint is needed", "load an earlier checkpoint")
+    return problem(str(path), found=found, needed="a complete checkpoint is needed", cure="load an earlier checkpoint")
 
 
 def merge_sums(tables: Sequence[Mapping[str, Any]]) -> dict[str, FileSum]:

@@ -29,15 +29,15 @@ from torch import nn
 from distmuon.checkpoint import folder as snapshot
 from distmuon.checkpoint import tensors as sharded
 from distmuon.checkpoint.extras import (
-    Others,
+    UntrainedTensors,
     check_given,
     check_path,
     compare,
     facts_of,
-    others_of,
     packed,
     rng_states,
     states_of,
+    untrained_tensors,
     versions,
 )
 from distmuon.checkpoint.manifest import (
@@ -51,7 +51,7 @@ from distmuon.checkpoint.manifest import (
     table_file,
     write_file,
 )
-from distmuon.comm.agreement import together
+from distmuon.comm.agreement import raise_together
 from distmuon.errors import names, problem
 from distmuon.optimizer import DistMuon
 from distmuon.options import one_of
@@ -64,9 +64,9 @@ PEER_S = 1800.0  # how long rank 0's thread waits for the other ranks' files
 class Saving:
     """A save, perhaps still being written. `wait` (collective, idempotent) returns its path once it is complete."""
 
-    def __init__(self, optimizer: DistMuon, path: Path, number: str) -> None:
+    def __init__(self, optimizer: DistMuon, path: Path, save_id: str) -> None:
         self.path = path
-        self._group, self._number = optimizer.group, number
+        self._group, self._save_id = optimizer.group, save_id
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -93,10 +93,10 @@ class Saving:
     def all_do(self, action: Callable[[], None]) -> None:
         """`action` on all ranks; an error on any is raised on all, and what was written aside is removed."""
         try:
-            together(self._group, action)
+            raise_together(self._group, action)
         except ValueError:
             if self._group.dp_rank == 0:
-                snapshot.abandon(self.path, self._number)
+                snapshot.abandon(self.path, self._save_id)
             raise
 
     def _raise(self) -> None:
@@ -109,19 +109,21 @@ _saves: WeakKeyDictionary[DistMuon, Saving] = WeakKeyDictionary()
 
 def _check_arguments(path: object, keep_last: object, asynchronous: object) -> None:
     if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
-        raise problem("keep_last", f"found {keep_last!r}", "1 or more is needed", "None: delete nothing")
+        raise problem(
+            "keep_last", found=f"found {keep_last!r}", needed="1 or more is needed", cure="None: delete nothing"
+        )
     one_of("asynchronous", asynchronous, (False, True))
     check_path(path, new=True)
 
 
 def _beside_trained(
     model: nn.Module, trained: Sequence[nn.Parameter], rank: int
-) -> tuple[Others, dict[str, Any], dict[str, object]]:
+) -> tuple[UntrainedTensors, dict[str, Any], dict[str, object]]:
     """What a model holds beside trained parameters, its extra states, and what ranks compare of both.
 
     Rank 0 names in the log what cannot be saved.
     """
-    others = others_of(model, trained)
+    others = untrained_tensors(model, trained)
     if rank == 0:
         if others.unknown:
             found = names(others.unknown)
@@ -160,13 +162,13 @@ def save_checkpoint(
     """
     check_given(model, optimizer)
     optimizer.group.begin("save_checkpoint")
-    together(optimizer.group, lambda: _check_arguments(path, keep_last, asynchronous))
+    raise_together(optimizer.group, lambda: _check_arguments(path, keep_last, asynchronous))
     final, group = Path(path), optimizer.group
     storage = optimizer.quiesced().storage
     finish_saves(optimizer)
-    rank, number = group.dp_rank, group.gather_objects(uuid4().hex[:8], stage="checkpoint")[0]
+    rank, save_id = group.dp_rank, group.gather_objects(uuid4().hex[:8], stage="checkpoint")[0]
 
-    others, states, facts = together(group, lambda: _beside_trained(model, storage.params, rank))
+    others, states, facts = raise_together(group, lambda: _beside_trained(model, storage.params, rank))
     shared, alike = compare(group.gather_objects(facts, stage="checkpoint"))
 
     def pack() -> dict[str, bytes]:
@@ -179,17 +181,17 @@ def save_checkpoint(
             small["shared.pt"] = packed(param_groups=groups, scheduler=state, modules=of_all)
         return small
 
-    saving = Saving(optimizer, final, number)
-    small = together(group, pack)
-    saving.all_do(lambda: snapshot.begin(final, number) if rank == 0 else None)
-    saving.all_do(lambda: snapshot.check_shared(final, number))
-    aside = snapshot.aside_of(final, number)
+    saving = Saving(optimizer, final, save_id)
+    small = raise_together(group, pack)
+    saving.all_do(lambda: snapshot.begin(final, save_id) if rank == 0 else None)
+    saving.all_do(lambda: snapshot.check_shared(final, save_id))
+    aside = snapshot.aside_of(final, save_id)
     parts: Iterable[sharded.Part] = sharded.parts_of(storage, others.plain, group.dp_size, shared, alike)
     trained = {s.fqn: {"shape": s.shape, "dtype": str(s.dtype), "rule": s.rule} for s in storage.layout.specs}
     manifest = Manifest(FORMAT, group.dp_size, versions(), repr(optimizer.options), trained, {})
     if not asynchronous:
         saving.all_do(lambda: _write_part(aside, rank, parts, small))
-        saving.all_do(lambda: _commit(final, number, manifest, keep_last) if rank == 0 else None)
+        saving.all_do(lambda: _commit(final, save_id, manifest, keep_last) if rank == 0 else None)
         return saving
 
     copies = sharded.copied(parts)
@@ -205,7 +207,7 @@ def save_checkpoint(
             copies.clear()
         if rank == 0:
             _await_tables(aside, group.dp_size)
-            _commit(final, number, manifest, keep_last)
+            _commit(final, save_id, manifest, keep_last)
 
     saving.start_behind(write_behind)
     _saves[optimizer] = saving
@@ -222,19 +224,19 @@ def finish_saves(optimizer: DistMuon) -> None:
 def _write_part(aside: Path, rank: int, parts: Iterable[sharded.Part], small: Mapping[str, bytes]) -> None:
     """This rank's files; its table, which sums the others, appears last and at once."""
     sums = {name: write_file(aside / name, data) for name, data in small.items()}
-    snapshot.reached("before data")
+    snapshot.fault_point("before data")
     data = f"__{rank}_0.distcp"
     sums[data], table = sharded.write_parts(aside / data, parts)
-    snapshot.reached("after data")
+    snapshot.fault_point("after data")
     text = json.dumps({**table, "files": {name: asdict(entry) for name, entry in sums.items()}})
     write_file(aside / f"{table_file(rank)}.new", text.encode())
     with naming(aside / table_file(rank)):
         os.rename(aside / f"{table_file(rank)}.new", aside / table_file(rank))
 
 
-def _commit(final: Path, number: str, manifest: Manifest, keep_last: int | None) -> None:
+def _commit(final: Path, save_id: str, manifest: Manifest, keep_last: int | None) -> None:
     """Rank 0, once all tables are there."""
-    aside = snapshot.aside_of(final, number)
+    aside = snapshot.aside_of(final, save_id)
     written = [table_file(rank) for rank in range(manifest.dp_size)]
     tables, files = [], dict[str, FileSum]()
     for name in written:
@@ -243,7 +245,7 @@ def _commit(final: Path, number: str, manifest: Manifest, keep_last: int | None)
             files[name] = sum_of(aside / name)
     files |= merge_sums(tables)
     files[".metadata"] = sharded.write_metadata(aside, tables)
-    snapshot.commit(final, number, replace(manifest, files=files), keep_last)
+    snapshot.commit(final, save_id, replace(manifest, files=files), keep_last)
 
 
 def _await_tables(aside: Path, dp_size: int) -> None:
@@ -254,9 +256,9 @@ def _await_tables(aside: Path, dp_size: int) -> None:
         if not aside.is_dir():
             raise problem(
                 str(aside),
-                "it has gone while it was written",
-                "a folder that nobody else removes is needed",
-                "see which other run, or person, tidies up there",
+                found="it has gone while it was written",
+                needed="a folder that nobody else removes is needed",
+                cure="see which other run, or person, tidies up there",
             )
         if failed:
             raise ValueError((aside / f"{failed[0]}.failed").read_text() or f"rank {failed[0]}: its save failed")
@@ -265,8 +267,8 @@ def _await_tables(aside: Path, dp_size: int) -> None:
         if time.monotonic() > deadline:
             raise problem(
                 str(aside),
-                f"ranks {missing} have not written their part",
-                f"{PEER_S:g} s are the limit",
-                "see whether these ranks are alive and their file system answers",
+                found=f"ranks {missing} have not written their part",
+                needed=f"{PEER_S:g} s are the limit",
+                cure="see whether these ranks are alive and their file system answers",
             )
         time.sleep(0.02)

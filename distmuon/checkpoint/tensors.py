@@ -55,11 +55,11 @@ from distmuon.checkpoint.manifest import (
     sum_of,
     table_file,
 )
-from distmuon.layout.boxes import MAX_DIMS, Box, boxes, make_up, ranges_of
+from distmuon.layout.boxes import MAX_DIMS, Box, boxes, ranges_of, tiles_exactly
 from distmuon.layout.routing import ParamSpec
 from distmuon.step.storage import FlatStorage, ShardPiece, Storage
 
-Others = Mapping[str, Tensor]
+UntrainedTensors = Mapping[str, Tensor]
 
 
 # ------------------------------------------------------------------------- the two doors to a piece's state
@@ -118,7 +118,7 @@ class Part:
 
 
 def parts_of(
-    storage: Storage, others: Others, dp_size: int, shared: Sequence[str], alike: Collection[str]
+    storage: Storage, others: UntrainedTensors, dp_size: int, shared: Sequence[str], alike: Collection[str]
 ) -> Iterator[Part]:
     """What this rank saves: its pieces of the trainable parameters and their state, its share of those of `others` that
     are `alike` on all ranks, and all of those that are not.
@@ -164,7 +164,7 @@ def write_parts(path: Path, parts: Iterable[Part]) -> tuple[FileSum, dict[str, A
     tensors: dict[str, Any] = {}
     with SummedFile(path) as file:
         for part in parts:
-            snapshot.reached("in data")
+            snapshot.fault_point("in data")
             value = part.read().reshape(-1)
             entry = {"name": part.name, "shape": part.shape, "dtype": str(value.dtype), "boxes": []}
             entry = tensors.setdefault(".".join(part.name), entry)
@@ -192,7 +192,7 @@ def write_metadata(folder: Path, tables: Sequence[Mapping[str, Any]]) -> FileSum
 
 
 def _is_whole(entry: TensorStorageMetadata) -> bool:
-    return make_up(tuple(entry.size), [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks])
+    return tiles_exactly(tuple(entry.size), [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks])
 
 
 def metadata_of(tables: Sequence[Mapping[str, Any]]) -> tuple[Metadata, list[list[WriteResult]]]:
@@ -350,7 +350,7 @@ def _table(path: Path, manifest: Manifest) -> dict[str, Any]:
         raise not_understood(path, error) from error
 
 
-def missing_from(reader: Reader, storage: Storage, fresh: set[str], others: Others, rank: int) -> list[str]:
+def missing_from(reader: Reader, storage: Storage, fresh: set[str], others: UntrainedTensors, rank: int) -> list[str]:
     """What loading would need and not find: "name: what was found", one line a tensor. Reads no data."""
     needed = {reader.other(fqn, rank): tuple(tensor.shape) for fqn, tensor in others.items()}
     for bucket in storage.buckets:

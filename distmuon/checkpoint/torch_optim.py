@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from distmuon.errors import names, problem
-from distmuon.math.coefficients import resolve
+from distmuon.math.coefficients import coefficient_schedule
 from distmuon.optimizer import DistMuon
 
 _MUON = ("lr", "weight_decay", "momentum", "nesterov", "ns_steps", "adjust_lr_fn")
@@ -31,9 +31,9 @@ def to_torch_optim(optimizer: DistMuon) -> tuple[dict[str, Any], dict[str, Any]]
     if unlike:
         raise problem(
             names(unlike),
-            "of several logical matrices or of more than 2 dimensions",
-            "torch.optim.Muon takes a 2-D parameter as one matrix",
-            'send these to AdamW: Route(name, "adamw")',
+            found="of several logical matrices or of more than 2 dimensions",
+            needed="torch.optim.Muon takes a 2-D parameter as one matrix",
+            cure='send these to AdamW: Route(name, "adamw")',
         )
     state = optimizer.full_state_dict()
     muon = [_to_torch(group, state) for group in state["param_groups"] if group["rule"] == "muon"]
@@ -62,9 +62,9 @@ def from_torch_optim(
                 text = names(missing or group["param_names"])
                 raise problem(
                     text,
-                    f"not in one group of torch.optim's {rule} state",
-                    "those of one group must be together",
-                    "give both optimizers the same groups",
+                    found=f"not in one group of torch.optim's {rule} state",
+                    needed="those of one group must be together",
+                    cure="give both optimizers the same groups",
                 )
             group.update({key: homes[0][key] for key in keys})
             if rule == "muon":
@@ -85,13 +85,13 @@ def _to_torch(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[dict[
     found: dict[str, Any] = {key: group[key] for key in (_MUON if muon else _ADAMW)}
     found["param_names"] = list(group["param_names"])
     if muon:
-        triples = set(resolve(group["ns_coefficients"], group["ns_steps"]))
+        triples = set(coefficient_schedule(group["ns_coefficients"], group["ns_steps"]))
         if len(triples) > 1:
             raise problem(
                 "ns_coefficients",
-                f"{len(triples)} triples in {group['ns_steps']} steps",
-                "torch.optim.Muon takes one for all steps",
-                'continue with "jordan" or a triple of your own',
+                found=f"{len(triples)} triples in {group['ns_steps']} steps",
+                needed="torch.optim.Muon takes one for all steps",
+                cure='continue with "jordan" or a triple of your own',
             )
         found.update(ns_coefficients=triples.pop(), eps=1e-7)
     else:

@@ -76,7 +76,9 @@ def _dp_sizes(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise problem("--dp", f"found {text!r}", "whole numbers are needed", "write 8 or 8,64,512") from None
+        raise problem(
+            "--dp", found=f"found {text!r}", needed="whole numbers are needed", cure="write 8 or 8,64,512"
+        ) from None
 
 
 def _model(name: str) -> nn.Module | tuple[ParamSpec, ...]:
@@ -89,7 +91,9 @@ def _model(name: str) -> nn.Module | tuple[ParamSpec, ...]:
     try:
         from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
     except ImportError:
-        raise problem("model", f"found {name!r}", needed, "pip install transformers for the last two") from None
+        raise problem(
+            "model", found=f"found {name!r}", needed=needed, cure="pip install transformers for the last two"
+        ) from None
     logging.getLogger("transformers").setLevel(logging.ERROR)
     path = Path(name)
     if path.is_dir():
@@ -98,22 +102,31 @@ def _model(name: str) -> nn.Module | tuple[ParamSpec, ...]:
         try:
             entries = json.loads(path.read_text())
         except ValueError as error:
-            raise problem(str(path), f"no JSON ({error})", "a config.json is needed", "correct the file") from error
+            raise problem(
+                str(path), found=f"no JSON ({error})", needed="a config.json is needed", cure="correct the file"
+            ) from error
         model_type = entries.get("model_type") if isinstance(entries, dict) else None
         if model_type not in CONFIG_MAPPING:
             known = "a model_type that transformers knows is needed"
-            raise problem(str(path), f"its model_type is {model_type!r}", known, "correct it or update transformers")
+            raise problem(
+                str(path),
+                found=f"its model_type is {model_type!r}",
+                needed=known,
+                cure="correct it or update transformers",
+            )
     elif name in CONFIG_MAPPING:
         entries = {"model_type": name}
     else:
-        raise problem("model", f"found {name!r}", needed, "correct the name or the path")
+        raise problem("model", found=f"found {name!r}", needed=needed, cure="correct the name or the path")
     build: Any = AutoModelForCausalLM.from_config
     try:
         with torch.device("meta"):
             model: nn.Module = build(AutoConfig.for_model(**entries))
     except Exception as error:  # of whatever kind a model's code raises for values that it cannot use
         found = f"transformers makes no causal language model of it ({type(error).__name__}: {error})"
-        raise problem(name, found.partition("\n")[0][:300], "a model's own config is needed", "correct it") from error
+        raise problem(
+            name, found=found.partition("\n")[0][:300], needed="a model's own config is needed", cure="correct it"
+        ) from error
     return model
 
 
@@ -179,7 +192,9 @@ def _draw(plans: Sequence[Plan], model: str, path: Path) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        raise problem("--plot", "matplotlib is not installed", "it draws the plot", "pip install matplotlib") from None
+        raise problem(
+            "--plot", found="matplotlib is not installed", needed="it draws the plot", cure="pip install matplotlib"
+        ) from None
     figure: Any
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     sizes = [found.dp_size for found in plans]

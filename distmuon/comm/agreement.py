@@ -25,7 +25,7 @@ _ODD, _PLACES = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9  # odd: products modulo 2
 T = TypeVar("T")
 
 
-def together(group: DataParallelGroup, action: Callable[[], T], *, stage: str = "checkpoint") -> T:
+def raise_together(group: DataParallelGroup, action: Callable[[], T], *, stage: str = "checkpoint") -> T:
     """This rank's `action()`; what it raises on any rank, all raise, as a `ValueError`. Blocking; `stage`: where.
 
     A `ValueError` keeps its message; any other error is wrapped and names the rank.
@@ -44,7 +44,7 @@ def together(group: DataParallelGroup, action: Callable[[], T], *, stage: str = 
                 if clear:
                     raise ValueError(text) from cause
                 needed, remedy = "all ranks must succeed", "see that rank's traceback"
-                raise problem(f"rank {rank}", text, needed, remedy) from cause
+                raise problem(f"rank {rank}", found=text, needed=needed, cure=remedy) from cause
         return value
     finally:
         del cause  # whose traceback holds this frame, and with it whatever `action` holds
@@ -66,7 +66,7 @@ def shared_fate(process_group: dist.ProcessGroup | None = None) -> Iterator[None
         with suppress(ValueError):  # the group was destroyed inside the block
             if known and not isinstance(error, LostRanks) and dist.get_world_size(process_group) > 1:
                 roll = RollCall(process_group, dist.get_rank(process_group), dist.get_world_size(process_group))
-                roll.tell(error, partial(hang_up, process_group))
+                roll.report_failure(error, partial(hang_up, process_group))
         raise
 
 
@@ -116,10 +116,10 @@ def agree_on_bits(
     odd = [rank for rank, value in enumerate(values) if value != usual]
     raise problem(
         fqns[differing[0]],
-        f"its bits on ranks {odd} are not those on ranks {[r for r, v in enumerate(values) if v == usual]}"
+        found=f"its bits on ranks {odd} are not those on ranks {[r for r, v in enumerate(values) if v == usual]}"
         f" ({len(differing)} of {len(fqns)} tensors differ)",
-        "all ranks must hold the same parameters",
-        "go back to the last checkpoint; if it happens again, test the memory of the machine of these ranks",
+        needed="all ranks must hold the same parameters",
+        cure="go back to the last checkpoint; if it happens again, test the memory of the machine of these ranks",
     )
 
 
@@ -138,13 +138,13 @@ def agree_on_plan(fingerprint: str, items: Sequence[str], group: DataParallelGro
             if ours != other:
                 raise problem(
                     f"rank {rank}",
-                    f"found {other}, on rank 0 {ours}",
-                    "all ranks must build the same model and options in the same order",
-                    "make the model, the arguments and the learning rate independent of the rank",
+                    found=f"found {other}, on rank 0 {ours}",
+                    needed="all ranks must build the same model and options in the same order",
+                    cure="make the model, the arguments and the learning rate independent of the rank",
                 )
     raise problem(
         "plan",
-        "ranks agree on parameters and options but not on the layout or the kernels",
-        "all ranks need the same versions of distmuon and of its kernels",
-        "install the same everywhere",
+        found="ranks agree on parameters and options but not on the layout or the kernels",
+        needed="all ranks need the same versions of distmuon and of its kernels",
+        cure="install the same everywhere",
     )

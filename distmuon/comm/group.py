@@ -126,9 +126,9 @@ class DataParallelGroup:
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise problem(
                 "process_group",
-                f"found {process_group!r}",
-                "a group that this rank is in, or None, is needed",
-                "pass what torch.distributed.new_group(ranks) returned on these ranks",
+                found=f"found {process_group!r}",
+                needed="a group that this rank is in, or None, is needed",
+                cure="pass what torch.distributed.new_group(ranks) returned on these ranks",
             )
         distributed = process_group is not None or (dist.is_available() and dist.is_initialized())
         self.dp_size = dist.get_world_size(process_group) if distributed else 1
@@ -150,9 +150,9 @@ class DataParallelGroup:
         if self.process_group is None and self.dp_size == 1 and dist.is_initialized() and dist.get_world_size() > 1:
             raise problem(
                 "process_group",
-                f"DistMuon was made before the group of {dist.get_world_size()} ranks",
-                "the group must exist by then",
-                "call init_process_group first",
+                found=f"DistMuon was made before the group of {dist.get_world_size()} ranks",
+                needed="the group must exist by then",
+                cure="call init_process_group first",
             )
 
     def check_same_ranks(self, group: DataParallelGroup) -> None:
@@ -161,9 +161,9 @@ class DataParallelGroup:
         if ours != theirs:
             raise problem(
                 "exchange_group",
-                f"ranks {ours}",
-                f"the ranks of process_group, {theirs}, are needed",
-                "make both with torch.distributed.new_group(ranks)",
+                found=f"ranks {ours}",
+                needed=f"the ranks of process_group, {theirs}, are needed",
+                cure="make both with torch.distributed.new_group(ranks)",
             )
 
     def _lost(self, stage: str, label: str) -> Callable[[RuntimeError], LostRanks]:
@@ -183,9 +183,9 @@ class DataParallelGroup:
         if optimizers.more not in ([], more):
             raise problem(
                 "DistMuon",
-                f"ranks use their optimizers numbers {made} for the same first forward",
-                "several optimizers must be built in one order on all ranks",
-                "make them, and call their models for the first time, in the same order everywhere",
+                found=f"ranks use their optimizers numbers {made} for the same first forward",
+                needed="several optimizers must be built in one order on all ranks",
+                cure="make them, and call their models for the first time, in the same order everywhere",
             )
         optimizers.more = more
         self.number = optimizers.built = optimizers.built + 1
@@ -224,7 +224,7 @@ class DataParallelGroup:
 
     def lost(self, place: Place, error: RuntimeError) -> LostRanks:
         """The error to raise for `error` of a collective at `place`."""
-        return self.roll.lost(place, error, partial(hang_up, self.process_group))
+        return self.roll.describe_failure(place, error, partial(hang_up, self.process_group))
 
     def _pending(
         self,
@@ -380,14 +380,14 @@ class DataParallelGroup:
         if self.dp_size == 1:
             return {}
         place = Place(what, "", self.step)
-        self.roll.stand(str(place))
+        self.roll.announce_waiting(str(place))
         try:
             return self.roll.meet(what, self._optimizers.started, limit_s, warning)
         except RuntimeError as error:
             raise self.lost(place, error) from error
         finally:
             with suppress(RuntimeError):
-                self.roll.stand("")
+                self.roll.announce_waiting("")
 
 
 def _asked_apart(asks: list[tuple[int, str, int, str]]) -> ValueError:
@@ -401,9 +401,10 @@ def _asked_apart(asks: list[tuple[int, str, int, str]]) -> ValueError:
         ranks_of.setdefault(text, []).append(rank)
     return problem(
         "ranks",
-        "; ".join(f"{ranks} asked for {text}" for text, ranks in ranks_of.items()),
-        "all ranks must make the same collective calls, of the same optimizer, in the same order",
-        "use several optimizers in one order on all ranks, and look for a call that was refused, or left out, on some",
+        found="; ".join(f"{ranks} asked for {text}" for text, ranks in ranks_of.items()),
+        needed="all ranks must make the same collective calls, of the same optimizer, in the same order",
+        cure="use several optimizers in one order on all ranks, and look for a call that was refused, or left "
+        "out, on some",
     )
 
 

@@ -57,7 +57,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
+class FailureReport:
     """What one rank left in the store: where its collective failed, or the error it raised of its own."""
 
     at: str = ""
@@ -76,7 +76,7 @@ class RollCall:
         pg = self._process_group if self._process_group is not None else c10d._get_default_group()
         return c10d.PrefixStore(f"distmuon/{what}", c10d._get_process_group_store(pg))
 
-    def stand(self, at: str) -> None:
+    def announce_waiting(self, at: str) -> None:
         """Leave word beforehand that this rank waits at `at`, in the store and not in a collective; "": no more."""
         self.store("lost").set(f"stands {self._dp_rank}", at)
 
@@ -98,7 +98,7 @@ class RollCall:
         said = not leads
         try:
             while not _appeared(store, outcome, LOOK_S):
-                if self.someone_spoke():
+                if self.any_report():
                     raise RuntimeError(f"while this rank waited for all to come to {what}, another one failed")
                 waited = time.monotonic() - begin
                 if leads and not asked:
@@ -159,41 +159,43 @@ class RollCall:
         finally:
             over.set()
 
-    def someone_spoke(self) -> bool:
+    def any_report(self) -> bool:
         """A rank has failed, or the store cannot say."""
         try:
             return bool(self.store("lost").add("words", 0))
         except RuntimeError:
             return True
 
-    def lost(self, place: Place, error: RuntimeError, hang_up: Callable[[], None]) -> LostRanks:
+    def describe_failure(self, place: Place, error: RuntimeError, hang_up: Callable[[], None]) -> LostRanks:
         """The error of a rank whose collective at `place` failed with `error`; the first one's, where others follow."""
         if not self._lost:
             why = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
             where = f"{self.named([self._dp_rank])} at {place}"
             try:
-                words, standing = self._exchange(Word(at=str(place)), hang_up)
+                words, standing = self._exchange(FailureReport(at=str(place)), hang_up)
                 self._lost = str(self._finding(where, str(place), why, words, standing))
             except (RuntimeError, TimeoutError, ValueError) as silence:
                 answer = str(silence).partition("\n")[0]
                 self._lost = str(
                     problem(
                         where,
-                        f"{why}, and the group's store cannot say which rank is missing ({answer})",
-                        "the process that holds the store must live (rank 0, or torchrun's agent)",
-                        "see the output and the machine of that process first",
+                        found=f"{why}, and the group's store cannot say which rank is missing ({answer})",
+                        needed="the process that holds the store must live (rank 0, or torchrun's agent)",
+                        cure="see the output and the machine of that process first",
                     )
                 )
         return LostRanks(self._lost)
 
-    def tell(self, error: Exception, hang_up: Callable[[], None]) -> None:
+    def report_failure(self, error: Exception, hang_up: Callable[[], None]) -> None:
         """This rank goes down with `error` of its own: all others shall say so. Waits until they have failed, too."""
         with suppress(RuntimeError, TimeoutError, ValueError):  # nobody can be told then
-            self._exchange(Word(raised=f"{type(error).__name__}: {error}"), hang_up)
+            self._exchange(FailureReport(raised=f"{type(error).__name__}: {error}"), hang_up)
 
-    def _exchange(self, own: Word, hang_up: Callable[[], None]) -> tuple[dict[int, Word], dict[int, str]]:
+    def _exchange(
+        self, own: FailureReport, hang_up: Callable[[], None]
+    ) -> tuple[dict[int, FailureReport], dict[int, str]]:
         """Leave `own` and hang up; then the others' words, and where ranks without a word stand, if that is known."""
-        told, answers = threading.Event(), list[tuple[dict[int, Word], dict[int, str]] | Exception]()
+        told, answers = threading.Event(), list[tuple[dict[int, FailureReport], dict[int, str]] | Exception]()
 
         def ask() -> None:
             try:
@@ -222,14 +224,14 @@ class RollCall:
         finally:
             del answer  # an error's traceback holds this frame
 
-    def _listen(self, store: c10d.Store, to_all: bool) -> tuple[dict[int, Word], dict[int, str]]:
+    def _listen(self, store: c10d.Store, to_all: bool) -> tuple[dict[int, FailureReport], dict[int, str]]:
         """Until all have spoken, or (not `to_all`) one has raised, or the grace is over."""
-        others, words = [rank for rank in range(self._dp_size) if rank != self._dp_rank], dict[int, Word]()
+        others, words = [rank for rank in range(self._dp_size) if rank != self._dp_rank], dict[int, FailureReport]()
         heard, deadline = 0, time.monotonic() + GRACE_S
         while len(words) < len(others) and (to_all or not any(word.raised for word in words.values())):
             if heard != (heard := store.add("words", 0)):
                 known = [rank for rank in others if rank not in words and store.check([f"rank {rank}"])]
-                words.update((rank, Word(**json.loads(store.get(f"rank {rank}")))) for rank in known)
+                words.update((rank, FailureReport(**json.loads(store.get(f"rank {rank}")))) for rank in known)
             elif time.monotonic() > deadline:
                 break
             else:
@@ -238,13 +240,13 @@ class RollCall:
         return words, {rank: at for rank in silent if (at := store.get(f"stands {rank}").decode())}
 
     def _finding(
-        self, where: str, place: str, why: str, words: dict[int, Word], standing: dict[int, str]
+        self, where: str, place: str, why: str, words: dict[int, FailureReport], standing: dict[int, str]
     ) -> ValueError:
         raised = [rank for rank, word in words.items() if word.raised]
         if raised:
             found = "; ".join(f"{self.named([rank])} raised {words[rank].raised}" for rank in sorted(raised))
             remedy = f"see the traceback of {self.named(raised)}"
-            return problem(where, found, "all ranks must go on for one to go on", remedy)
+            return problem(where, found=found, needed="all ranks must go on for one to go on", cure=remedy)
         missing = [r for r in range(self._dp_size) if r not in (self._dp_rank, *words, *standing)]
         at = {**{rank: word.at for rank, word in words.items()}, **standing}
         elsewhere = {p: [r for r in sorted(at) if at[r] == p] for p in at.values()}
@@ -262,7 +264,10 @@ class RollCall:
                 "look for the slow rank or the broken link; init_process_group(timeout=...) sets how long ranks wait"
             )
         return problem(
-            where, f"{', '.join(findings)} ({why})", "every rank must come to every collective, in time", remedy
+            where,
+            found=f"{', '.join(findings)} ({why})",
+            needed="every rank must come to every collective, in time",
+            cure=remedy,
         )
 
     def named(self, ranks: Sequence[int]) -> str:

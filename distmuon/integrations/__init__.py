@@ -38,7 +38,7 @@ def need(package: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != package.partition(".")[0]:
             raise
-        text = problem(package, "not installed", "it is used here", f"pip install distmuon[{extra}]")
+        text = problem(package, found="not installed", needed="it is used here", cure=f"pip install distmuon[{extra}]")
         raise ImportError(str(text)) from None
 
 
@@ -80,17 +80,17 @@ def reduced_by(what: str, params: Iterable[Tensor]) -> DistMuon | None:
         others = "parameters of no DistMuon" if None in managers else f"those of {len(managers)} DistMuons"
         raise problem(
             what,
-            f"one call for the parameters of a DistMuon together with {others}",
-            "each optimizer's gradient has a norm of its own",
-            "call it once for each optimizer's parameters, and freeze (requires_grad_(False)) what nobody trains",
+            found=f"one call for the parameters of a DistMuon together with {others}",
+            needed="each optimizer's gradient has a norm of its own",
+            cure="call it once for each optimizer's parameters, and freeze (requires_grad_(False)) what nobody trains",
         )
     given, all_of_it = {id(param) for param in params}, list(params_of(reducing[0]))
     if absent := [param for param in all_of_it if id(param) not in given]:
         raise problem(
             what,
-            f"{len(all_of_it) - len(absent)} of the {len(all_of_it)} parameters of a DistMuon",
-            "the reduced gradient's norm is that of all of them",
-            "pass all parameters of the model",
+            found=f"{len(all_of_it) - len(absent)} of the {len(all_of_it)} parameters of a DistMuon",
+            needed="the reduced gradient's norm is that of all of them",
+            cure="pass all parameters of the model",
         )
     return reducing[0]
 
@@ -103,9 +103,10 @@ def averaged_model(model: nn.Module) -> bool:
     if ours and num_others:
         raise problem(
             type(model).__name__,
-            f"{num_others} of {len(params)} trainable parameters are not DistMuon's",
-            "DDP would average all of them, and DistMuon some a second time",
-            "give DistMuon the whole model (routes decide on AdamW), freeze the rest, or prepare the parts as models",
+            found=f"{num_others} of {len(params)} trainable parameters are not DistMuon's",
+            needed="DDP would average all of them, and DistMuon some a second time",
+            cure="give DistMuon the whole model (routes decide on AdamW), freeze the rest, or prepare the parts "
+            "as models",
         )
     return bool(ours)
 

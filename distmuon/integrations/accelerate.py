@@ -59,9 +59,9 @@ def _check_objects(accelerator: Any, objects: tuple[Any, ...]) -> None:
     if not ours:
         raise problem(
             OURS,
-            f"no DistMuon in ({kinds})",
-            "the optimizer and its model are needed",
-            "pass model and optimizer in one call; what has no DistMuon goes through accelerator.prepare",
+            found=f"no DistMuon in ({kinds})",
+            needed="the optimizer and its model are needed",
+            cure="pass model and optimizer in one call; what has no DistMuon goes through accelerator.prepare",
         )
     models = [each for each in (*objects, *accelerator._models) if isinstance(each, nn.Module)]
     held = {id(param) for model in models for param in model.parameters()}
@@ -69,17 +69,17 @@ def _check_objects(accelerator: Any, objects: tuple[Any, ...]) -> None:
         if any(id(param) not in held for param in params_of(optimizer)):
             raise problem(
                 OURS,
-                f"a DistMuon without its model in ({kinds})",
-                "the model that it trains is needed beside it",
-                "pass the model, as an nn.Module, in the same call",
+                found=f"a DistMuon without its model in ({kinds})",
+                needed="the model that it trains is needed beside it",
+                cure="pass the model, as an nn.Module, in the same call",
             )
     for model in models:
         if isinstance(model, nn.parallel.DistributedDataParallel) and averaging_managers_of(model.parameters()):
             raise problem(
                 OURS,
-                f"the model of a DistMuon in DistributedDataParallel, in ({kinds}) or from accelerator.prepare",
-                "one reduction of the gradients is needed",
-                'pass the unwrapped model to this function alone, or let DDP average: grad_reduction="external"',
+                found=f"the model of a DistMuon in DistributedDataParallel, in ({kinds}) or from accelerator.prepare",
+                needed="one reduction of the gradients is needed",
+                cure='pass the unwrapped model to this function alone, or let DDP average: grad_reduction="external"',
             )
 
 
@@ -89,23 +89,23 @@ def check(accelerator: Any) -> None:
     if accelerator.distributed_type not in (kinds.NO, kinds.MULTI_CPU, kinds.MULTI_GPU):
         raise problem(
             "accelerator",
-            f"distributed_type {accelerator.distributed_type.value}",
-            "plain data parallelism is needed: distmuon shards the optimizer itself",
-            "launch with torchrun and without an FSDP, Megatron or tensor-parallel plugin",
+            found=f"distributed_type {accelerator.distributed_type.value}",
+            needed="plain data parallelism is needed: distmuon shards the optimizer itself",
+            cure="launch with torchrun and without an FSDP, Megatron or tensor-parallel plugin",
         )
     if accelerator.mixed_precision not in ("no", "bf16", "fp16"):
         raise problem(
             "accelerator",
-            f"mixed_precision={accelerator.mixed_precision!r}, which exchanges layers of the model",
-            "parameters that stay as they are, are needed",
-            'use mixed_precision="bf16" or "fp16"',
+            found=f"mixed_precision={accelerator.mixed_precision!r}, which exchanges layers of the model",
+            needed="parameters that stay as they are, are needed",
+            cure='use mixed_precision="bf16" or "fp16"',
         )
     if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         raise problem(
             "accelerator",
-            "sync_each_batch=True, a reduction for every micro-batch",
-            "one reduction a step is needed",
-            "leave it out: distmuon's buckets take no more memory with accumulation",
+            found="sync_each_batch=True, a reduction for every micro-batch",
+            needed="one reduction a step is needed",
+            cure="leave it out: distmuon's buckets take no more memory with accumulation",
         )
 
 
@@ -172,9 +172,9 @@ class _Routed:
         if reducing_managers_of(params):
             raise problem(
                 "clip_grad_value_",
-                "asked for",
-                "gradients are in the reduction, where only the norm is known",
-                "use accelerator.clip_grad_norm_",
+                found="asked for",
+                needed="gradients are in the reduction, where only the norm is known",
+                cure="use accelerator.clip_grad_norm_",
             )
         self._unscale(params)
         torch.nn.utils.clip_grad_value_(params, clip_value)
@@ -184,9 +184,9 @@ class _Routed:
             if isinstance(each, DistMuon) or (isinstance(each, nn.Module) and averaged_model(each)):
                 raise problem(
                     "join_uneven_inputs",
-                    "a model that DistMuon reduces",
-                    "every rank must run every backward of a step",
-                    "leave it out: Accelerator(even_batches=True), the default, evens the batches",
+                    found="a model that DistMuon reduces",
+                    needed="every rank must run every backward of a step",
+                    cure="leave it out: Accelerator(even_batches=True), the default, evens the batches",
                 )
         return self._own.join_uneven_inputs(self._accelerator, joinables, even_batches)
 
@@ -227,9 +227,9 @@ def _no_sync(optimizers: list[DistMuon]) -> Iterator[None]:
 def _no_local_step(*_: object) -> None:
     raise problem(
         "step",
-        "called within model.no_sync(), as accelerate's LocalSGD does, where each rank would go its own way",
-        "ranks that step together are needed: each holds a shard of the optimizer's state",
-        "leave LocalSGD out, and accumulate by accelerator.accumulate(model) for fewer reductions",
+        found="called within model.no_sync(), as accelerate's LocalSGD does, where each rank would go its own way",
+        needed="ranks that step together are needed: each holds a shard of the optimizer's state",
+        cure="leave LocalSGD out, and accumulate by accelerator.accumulate(model) for fewer reductions",
     )
 
 

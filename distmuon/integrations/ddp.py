@@ -32,31 +32,31 @@ def silence(model: DistributedDataParallel, optimizer: DistMuon) -> DistributedD
     if not isinstance(model, DistributedDataParallel) or not isinstance(optimizer, DistMuon):
         raise problem(
             "silence",
-            f"({type(model).__name__}, {type(optimizer).__name__})",
-            "the wrapped model and its optimizer are needed, in this order",
-            "call silence(DistributedDataParallel(model), optimizer)",
+            found=f"({type(model).__name__}, {type(optimizer).__name__})",
+            needed="the wrapped model and its optimizer are needed, in this order",
+            cure="call silence(DistributedDataParallel(model), optimizer)",
         )
     if optimizer.options.grad_reduction == "external":
         raise problem(
             "DistributedDataParallel",
-            'silenced with grad_reduction="external"',
-            "somebody has to average",
-            "drop one of the two",
+            found='silenced with grad_reduction="external"',
+            needed="somebody has to average",
+            cure="drop one of the two",
         )
     reduced, trained = {id(p) for p in params_of(optimizer)}, [p for p in model.parameters() if p.requires_grad]
     if num_others := sum(id(param) not in reduced for param in trained):
         raise problem(
             "silence",
-            f"{num_others} of the wrapper's {len(trained)} trainable parameters are not the optimizer's",
-            "somebody has to average them",
-            "silence the wrapper of what this optimizer trains, and that alone",
+            found=f"{num_others} of the wrapper's {len(trained)} trainable parameters are not the optimizer's",
+            needed="somebody has to average them",
+            cure="silence the wrapper of what this optimizer trains, and that alone",
         )
     if model.static_graph:
         raise problem(
             "DistributedDataParallel",
-            "silenced with static_graph=True",
-            "a reduction that may be left out is needed",
-            "leave static_graph out: it tunes DDP's own reduction",
+            found="silenced with static_graph=True",
+            needed="a reduction that may be left out is needed",
+            cure="leave static_graph out: it tunes DDP's own reduction",
         )
     setattr(model, SILENCED, True)
     flag = _Flag(optimizer)

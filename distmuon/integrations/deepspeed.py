@@ -72,9 +72,9 @@ def register() -> None:
     if not lowest <= version < below or takes != ["self", "client_optimizer", "model_parameters"]:
         raise problem(
             "deepspeed",
-            f"version {deepspeed.__version__}, {_SEAM}({', '.join(takes)})",
-            "the engine's seams of 0.19.8 are needed",
-            'pip install "deepspeed>=0.19.8,<0.20"',
+            found=f"version {deepspeed.__version__}, {_SEAM}({', '.join(takes)})",
+            needed="the engine's seams of 0.19.8 are needed",
+            cure='pip install "deepspeed>=0.19.8,<0.20"',
         )
 
     def configure(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
@@ -94,9 +94,9 @@ def register() -> None:
         if engine.optimizer is not optimizer:
             raise problem(
                 "DeepSpeed config",
-                f"{type(engine.optimizer).__name__} around DistMuon",
-                "the optimizer itself is needed: its masters and its reduction are the only ones",
-                "take what asks for the wrapper out of the config",
+                found=f"{type(engine.optimizer).__name__} around DistMuon",
+                needed="the optimizer itself is needed: its masters and its reduction are the only ones",
+                cure="take what asks for the wrapper out of the config",
             )
 
     torch.optim.DistMuon = DistMuon  # type: ignore[attr-defined]  # DeepSpeed looks there whether it knows a name
@@ -116,9 +116,9 @@ def initialize(
     if optimizer is None and settled.get("optimizer", {}).get("type") != NAME:
         raise problem(
             "initialize",
-            f"optimizer {settled.get('optimizer', {}).get('type')!r} in the config",
-            "DistMuon is needed, there or as optimizer=",
-            f'write "optimizer": {{"type": "{NAME}", "params": {{...}}}}',
+            found=f"optimizer {settled.get('optimizer', {}).get('type')!r} in the config",
+            needed="DistMuon is needed, there or as optimizer=",
+            cure=f'write "optimizer": {{"type": "{NAME}", "params": {{...}}}}',
         )
     check_stage(int(settled.get("zero_optimization", {}).get("stage", 0)))
     engine, *rest = deepspeed.initialize(model=model, config=settled, optimizer=optimizer, **kwargs)
@@ -154,9 +154,9 @@ def check_stage(stage: int) -> None:
     if stage >= 1:
         raise problem(
             f"zero_optimization.stage {stage}",
-            "DeepSpeed would cut the parameters into flat 1-D partitions",
-            "whole matrices are needed; distmuon shards optimizer state itself, as stage 1 does",
-            'set "zero_optimization": {"stage": 0}',
+            found="DeepSpeed would cut the parameters into flat 1-D partitions",
+            needed="whole matrices are needed; distmuon shards optimizer state itself, as stage 1 does",
+            cure='set "zero_optimization": {"stage": 0}',
         )
 
 
@@ -191,7 +191,12 @@ def _check(engine: Any, optimizer: DistMuon) -> None:
         cure = "write its lrs as lists, one a group, or pass a torch scheduler as lr_scheduler="
     else:
         return
-    raise problem("DeepSpeed config", found, "one reduction, one set of masters and two learning rates are kept", cure)
+    raise problem(
+        "DeepSpeed config",
+        found=found,
+        needed="one reduction, one set of masters and two learning rates are kept",
+        cure=cure,
+    )
 
 
 def _from_json(engine: Any, model_parameters: Any) -> DistMuon:
@@ -200,18 +205,18 @@ def _from_json(engine: Any, model_parameters: Any) -> DistMuon:
     if own := sorted({key for entry in entries for key in entry if key != "params"}):
         raise problem(
             "model_parameters",
-            f"groups with {', '.join(own)} of their own",
-            "distmuon makes the groups by its routes",
-            'write them as routes: {"pattern": "*norm*", "rule": "adamw", "options": {"weight_decay": 0.0}}',
+            found=f"groups with {', '.join(own)} of their own",
+            needed="distmuon makes the groups by its routes",
+            cure='write them as routes: {"pattern": "*norm*", "rule": "adamw", "options": {"weight_decay": 0.0}}',
         )
     given = {id(param) for entry in entries for param in entry["params"]}
     trained = {id(param) for param in engine.module.parameters() if param.requires_grad}
     if given and not trained <= given:
         raise problem(
             "model_parameters",
-            f"{len(given)} of the model's {len(trained)} trainable parameters",
-            "distmuon routes the whole model",
-            "leave model_parameters out and freeze what shall not be trained",
+            found=f"{len(given)} of the model's {len(trained)} trainable parameters",
+            needed="distmuon routes the whole model",
+            cure="leave model_parameters out and freeze what shall not be trained",
         )
     return DistMuon(engine.module, **_options(engine.optimizer_params() or {}))
 
@@ -235,7 +240,9 @@ def _policy(name: str, kind: type[Sharding] | type[Precision], entries: Mapping[
     known = [field.name for field in fields(kind)]
     if unknown := [key for key in entries if key not in known]:
         found = f"{kind.__name__} has no such field"
-        raise problem(f"{name}.{unknown[0]}", found, f"one of {', '.join(known)} is needed", "correct the name")
+        raise problem(
+            f"{name}.{unknown[0]}", found=found, needed=f"one of {', '.join(known)} is needed", cure="correct the name"
+        )
     return kind(**entries)
 
 

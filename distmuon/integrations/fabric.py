@@ -68,9 +68,9 @@ class DistMuonStrategy(strategies.DDPStrategy):  # type: ignore[misc]
         if averages and any(param in self._averaged for param in params_of(optimizer)):
             raise problem(
                 "DistMuonStrategy",
-                "the model was set up before its DistMuon was made, and is wrapped in DDP",
-                "one reduction of the gradients is needed",
-                "make the optimizer first, then distmuon.integrations.fabric.setup(fabric, model, optimizer)",
+                found="the model was set up before its DistMuon was made, and is wrapped in DDP",
+                needed="one reduction of the gradients is needed",
+                cure="make the optimizer first, then distmuon.integrations.fabric.setup(fabric, model, optimizer)",
             )
         return optimizer
 
@@ -89,9 +89,9 @@ class DistMuonStrategy(strategies.DDPStrategy):  # type: ignore[misc]
             return
         raise problem(
             "clip_gradients",
-            f"clip_val={clip_val}",
-            "gradients are in the reduction, where only the norm is known",
-            "use max_norm",
+            found=f"clip_val={clip_val}",
+            needed="gradients are in the reduction, where only the norm is known",
+            cure="use max_norm",
         )
 
     def get_optimizer_state(self, optimizer: Any) -> Mapping[str, Any]:
@@ -107,9 +107,9 @@ def setup(fabric: Any, model: nn.Module, *optimizers: Any, **kwargs: Any) -> Any
     if not isinstance(fabric.strategy, DistMuonStrategy):
         raise problem(
             "Fabric",
-            f"strategy {type(fabric.strategy).__name__}",
-            "gradients must be left to distmuon",
-            "pass strategy=distmuon.integrations.fabric.DistMuonStrategy()",
+            found=f"strategy {type(fabric.strategy).__name__}",
+            needed="gradients must be left to distmuon",
+            cure="pass strategy=distmuon.integrations.fabric.DistMuonStrategy()",
         )
     ours = [each for each in optimizers if isinstance(each, DistMuon)]
     held = {id(param) for param in model.parameters()} if isinstance(model, nn.Module) else set()
@@ -117,9 +117,9 @@ def setup(fabric: Any, model: nn.Module, *optimizers: Any, **kwargs: Any) -> Any
     if not (ours and is_one_model and all(id(param) in held for each in ours for param in params_of(each))):
         raise problem(
             "distmuon.integrations.fabric.setup",
-            f"({', '.join(type(each).__name__ for each in (model, *optimizers))})",
-            "one model and the DistMuon made of it are needed, in this order",
-            "call it once for each model; a model that has no DistMuon goes through fabric.setup",
+            found=f"({', '.join(type(each).__name__ for each in (model, *optimizers))})",
+            needed="one model and the DistMuon made of it are needed, in this order",
+            cure="call it once for each model; a model that has no DistMuon goes through fabric.setup",
         )
     precision = fabric.strategy.precision
     if getattr(precision, "scaler", None) is not None:

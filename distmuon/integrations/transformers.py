@@ -32,37 +32,37 @@ def attach(trainer: Any, **options: Any) -> None:
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         raise problem(
             "Trainer",
-            "it was given an optimizer",
-            "attach makes it",
-            "leave optimizers and optimizer_cls_and_kwargs out",
+            found="it was given an optimizer",
+            needed="attach makes it",
+            cure="leave optimizers and optimizer_cls_and_kwargs out",
         )
     if args.optim_args:
         raise problem(
             "Trainer",
-            f"optim_args={args.optim_args!r}",
-            "attach makes the optimizer, nobody would read them",
-            "pass them to attach, as keywords",
+            found=f"optim_args={args.optim_args!r}",
+            needed="attach makes the optimizer, nobody would read them",
+            cure="pass them to attach, as keywords",
         )
     if trainer.is_deepspeed_enabled:
         raise problem(
             "Trainer",
-            "args.deepspeed is set",
-            "the engine makes the optimizer there",
-            "call distmuon.integrations.deepspeed.register() instead of attach and name DistMuon in the JSON",
+            found="args.deepspeed is set",
+            needed="the engine makes the optimizer there",
+            cure="call distmuon.integrations.deepspeed.register() instead of attach and name DistMuon in the JSON",
         )
     if args.n_gpu > 1:
         raise problem(
             "Trainer",
-            f"{args.n_gpu} GPUs in one process (DataParallel)",
-            "one process a GPU is needed",
-            "launch with torchrun",
+            found=f"{args.n_gpu} GPUs in one process (DataParallel)",
+            needed="one process a GPU is needed",
+            cure="launch with torchrun",
         )
     if str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
         raise problem(
             "Trainer",
-            'save_strategy="best", which decides on a save after the callbacks',
-            "all ranks must gather the state before one of them saves it",
-            'use save_strategy="steps" with load_best_model_at_end=True',
+            found='save_strategy="best", which decides on a save after the callbacks',
+            needed="all ranks must gather the state before one of them saves it",
+            cure='use save_strategy="steps" with load_best_model_at_end=True',
         )
     given = {
         "lr": args.learning_rate,

@@ -53,7 +53,7 @@ def ranges_of(shape: Sequence[int], found: Sequence[Box]) -> list[tuple[int, int
     return ranges
 
 
-def make_up(shape: Sequence[int], found: Sequence[Box]) -> bool:
+def tiles_exactly(shape: Sequence[int], found: Sequence[Box]) -> bool:
     """Whether boxes like those of `boxes` hold every element of a tensor of `shape` exactly once."""
     ranges = ranges_of(shape, found)
     if ranges is None:

@@ -181,7 +181,7 @@ def make_layout(
     """Cut `specs` (registration order) for `dp_size` ranks. Pure and deterministic.
 
     `bucket_mb`: size of a bucket in MiB of float32 gradients. None: between a sixteenth and two ninths of the model, by
-    `_regret`, but not below 32 MiB; smaller buckets win a tie, for they overlap better.
+    `_score`, but not below 32 MiB; smaller buckets win a tie, for they overlap better.
     """
     if bucket_mb is not None:
         size = max(1, int(min(bucket_mb * (1 << 20) / 4, 1 << 62)))  # inf: one bucket a dtype
@@ -193,7 +193,7 @@ def make_layout(
         if cut not in cuts:
             cuts.append(cut)
     layouts = (_cut(specs, dp_size, packing, placement, cut) for cut in cuts)
-    return next(layouts) if len(cuts) == 1 else min(layouts, key=_regret)
+    return next(layouts) if len(cuts) == 1 else min(layouts, key=_score)
 
 
 def _cut(
@@ -209,7 +209,7 @@ def _cut(
     return Layout(dp_size, tuple(specs), tuple(buckets), _place(specs, buckets, placement, dp_size))
 
 
-def _regret(layout: Layout) -> float:
+def _score(layout: Layout) -> float:
     """How far a layout is from the ideal. The worse of two: the elements that the busiest rank sends beyond AdamW's
     bytes, in units of 0.5 %, and its Newton-Schulz work above the mean, in units of 3 %. To that, in units of 5 %, what
     the exchanges take: all ranks wait for the busiest of each bucket, which favours few straddlers in few buckets."""

@@ -86,7 +86,9 @@ def route(model: nn.Module | Iterable[tuple[str, nn.Parameter]], routes: Sequenc
     named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
     for fqn, param in named:
         if is_lazy(param):
-            raise problem(fqn, "a lazy parameter without a shape", "shapes are needed", "run one forward first")
+            raise problem(
+                fqn, found="a lazy parameter without a shape", needed="shapes are needed", cure="run one forward first"
+            )
     is_module = isinstance(model, nn.Module)
     plan = _Plan(read_module(model) if isinstance(model, nn.Module) else read_pairs(named), is_module)
     return _route(named, checked_routes(routes), plan)
@@ -112,7 +114,9 @@ def _route(named: Sequence[tuple[str, nn.Parameter]], routes: Sequence[Route], p
     used = set(chosen.values())
     for unused in (r for r in routes if routed and r not in used):
         needed = "every route must decide one"
-        raise problem(f"Route({unused.pattern!r})", "matched no parameter", needed, "correct the pattern")
+        raise problem(
+            f"Route({unused.pattern!r})", found="matched no parameter", needed=needed, cure="correct the pattern"
+        )
     return routed
 
 
@@ -138,15 +142,20 @@ def route_params(params: nn.Module | Iterable[Any], routes: Sequence[Route] | st
         if not all(_is_pair(pair) for pair in named):
             raise problem(
                 "params",
-                "parameters without names",
-                "routing needs modules or names",
-                "pass the model itself, or dicts of named parameters with a rule",
+                found="parameters without names",
+                needed="routing needs modules or names",
+                cure="pass the model itself, or dicts of named parameters with a rule",
             )
         pairs += named
     seen: set[object] = set()
     for fqn, param in pairs:
         if seen & {fqn, id(param)}:
-            raise problem(fqn, "its name or parameter was given before", "each is needed once", "leave the second out")
+            raise problem(
+                fqn,
+                found="its name or parameter was given before",
+                needed="each is needed once",
+                cure="leave the second out",
+            )
         seen |= {fqn, id(param)}
     given = checked_routes(routes)
     both = [_both(fqn, own, given) for fqn, own in stated.items()]
@@ -162,9 +171,9 @@ def _both(fqn: str, own: Route, routes: Sequence[Route]) -> Route:
     if found.rule != own.rule:
         raise problem(
             fqn,
-            f"its dict says rule {own.rule!r} and Route({found.pattern!r}) says {found.rule!r}",
-            "one rule is needed",
-            "correct the dict's rule or the routes",
+            found=f"its dict says rule {own.rule!r} and Route({found.pattern!r}) says {found.rule!r}",
+            needed="one rule is needed",
+            cure="correct the dict's rule or the routes",
         )
     return replace(found, pattern=own.pattern, options={**own.options, **found.options})
 
@@ -184,7 +193,7 @@ def _with_muon(routed: Routed, routes: Sequence[Route] | str | None) -> Routed:
     Raises otherwise, with the reason of each.
     """
     if not routed:
-        raise problem("params", "no trainable parameter", "one at least is needed", "unfreeze some")
+        raise problem("params", found="no trainable parameter", needed="one at least is needed", cure="unfreeze some")
     on_purpose = routes == "adamw" or all(spec.reason.startswith("route ") for spec, _ in routed)
     if not on_purpose and not any(spec.rule == "muon" for spec, _ in routed):
         reasons = ", ".join(f"{spec.fqn} ({spec.reason})" for spec, _ in routed[:20])
@@ -194,9 +203,9 @@ def _with_muon(routed: Routed, routes: Sequence[Route] | str | None) -> Routed:
             cure += f', or give Muon a matrix: routes=[distmuon.Route({escape(heads[-1])!r}, "muon")]'
         raise problem(
             "params",
-            f"none of {len(routed)} trainable parameters is updated by Muon",
-            f"at least one matrix is needed, found {reasons}",
-            cure,
+            found=f"none of {len(routed)} trainable parameters is updated by Muon",
+            needed=f"at least one matrix is needed, found {reasons}",
+            cure=cure,
         )
     return routed
 
@@ -213,9 +222,9 @@ def make_groups(
             if option not in known or option == "rule":
                 raise problem(
                     spec.fqn,
-                    f"option {option!r} in its route",
-                    f"one of {', '.join([*known][1:])} is needed",
-                    "correct the route's options",
+                    found=f"option {option!r} in its route",
+                    needed=f"one of {', '.join([*known][1:])} is needed",
+                    cure="correct the route's options",
                 )
         group = groups.setdefault(key, {**known, **dict(spec.options), "params": []})
         group["params"].append((spec.fqn, param))
@@ -362,9 +371,9 @@ def _undecided(
         cure = 'reshape them to matrices, or say routes="adamw" to use AdamW on purpose'
     return problem(
         ", ".join(texts),
-        f"{len(undecided)} weights that neither module type nor name decides",
-        "each needs a rule",
-        cure if plan.is_module else f"pass the model itself, whose modules say more, or {cure}",
+        found=f"{len(undecided)} weights that neither module type nor name decides",
+        needed="each needs a rule",
+        cure=cure if plan.is_module else f"pass the model itself, whose modules say more, or {cure}",
     )
 
 
@@ -394,24 +403,24 @@ def _matrices(fqn: str, shape: tuple[int, ...], chosen: Route, is_conv: bool) ->
     """Cut a Muon parameter into units, see [Note: logical matrices]."""
     if len(shape) < 2 or 0 in shape:
         needed = "a matrix is needed (2 dimensions or more)"
-        raise problem(fqn, f"shape {shape} was routed to muon", needed, 'route it to "adamw"')
+        raise problem(fqn, found=f"shape {shape} was routed to muon", needed=needed, cure='route it to "adamw"')
     if is_conv:
         shape = (shape[0], prod(shape[1:]))
     if len(shape) > 3:
         raise problem(
             fqn,
-            f"shape {shape} with {len(shape)} dimensions outside a convolution",
-            "(m, n) or (E, m, n) is needed",
-            'reshape the parameter or route it to "adamw"',
+            found=f"shape {shape} with {len(shape)} dimensions outside a convolution",
+            needed="(m, n) or (E, m, n) is needed",
+            cure='reshape the parameter or route it to "adamw"',
         )
     rows, columns = shape[-2:]
     split = tuple(chosen.split or ())
     if split and (sum(split) != (rows, columns)[chosen.split_dim] or min(split) < 1):
         raise problem(
             fqn,
-            f"split={list(split)} sums to {sum(split)} along dimension {chosen.split_dim} of {(rows, columns)}",
-            f"parts >= 1 that sum to {(rows, columns)[chosen.split_dim]} are needed",
-            "correct the route's split",
+            found=f"split={list(split)} sums to {sum(split)} along dimension {chosen.split_dim} of {(rows, columns)}",
+            needed=f"parts >= 1 that sum to {(rows, columns)[chosen.split_dim]} are needed",
+            cure="correct the route's split",
         )
     heights, column_split = (split or (rows,), ()) if chosen.split_dim == 0 else ((rows,), split)
     matrices, offset = [], 0

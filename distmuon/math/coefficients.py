@@ -119,55 +119,61 @@ COEFFICIENTS: Mapping[str, Table] = MappingProxyType(
 )
 
 
-def resolve(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
+def coefficient_schedule(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
     """The (a, b, c) of each step: from a table's name, from one triple for all steps, or from one triple a step.
 
     Raises ValueError where the table does not serve that many steps, or where the polynomial could send a singular
     value of [0, 1], or one that rounding made a little larger, below 0 or above 1.5.
     """
     if isinstance(coefficients, str):
-        return _resolve(coefficients, steps)
+        return _cached_schedule(coefficients, steps)
     try:
         rows = [row if isinstance(row, Sequence) else (row,) for row in coefficients]
         rows = [[row[0] for row in rows]] if all(len(row) == 1 for row in rows) else rows
         triples = tuple(tuple(float(number) for number in row) for row in rows)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         needed = "a table's name, one (a, b, c) for all steps or one for each is needed"
-        raise problem("ns_coefficients", f"{coefficients!r} found", needed, "'jordan' is usual") from None
-    return _resolve(triples, steps)
+        raise problem(
+            "ns_coefficients", found=f"{coefficients!r} found", needed=needed, cure="'jordan' is usual"
+        ) from None
+    return _cached_schedule(triples, steps)
 
 
 @lru_cache(maxsize=256, typed=True)  # True and 2.0 are no numbers of steps, though they equal some
-def _resolve(coefficients: str | tuple[tuple[float, ...], ...], steps: int) -> tuple[Triple, ...]:
+def _cached_schedule(coefficients: str | tuple[tuple[float, ...], ...], steps: int) -> tuple[Triple, ...]:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise problem("ns_steps", f"{steps!r} found", "a whole number of at least 1 is needed", "5 is usual")
+        raise problem(
+            "ns_steps", found=f"{steps!r} found", needed="a whole number of at least 1 is needed", cure="5 is usual"
+        )
     if not isinstance(coefficients, str):
         if {len(row) for row in coefficients} != {3} or len(coefficients) not in (1, steps):
             found = f"rows of {[len(row) for row in coefficients]} numbers found for {steps} steps"
             cure = f"give 1 or {steps} triples"
-            raise problem("ns_coefficients", found, "one (a, b, c) for all or one for each is needed", cure)
+            raise problem(
+                "ns_coefficients", found=found, needed="one (a, b, c) for all or one for each is needed", cure=cure
+            )
         triples = tuple((a, b, c) for a, b, c in coefficients) * (steps // len(coefficients))
     elif coefficients not in COEFFICIENTS:
         cure = f"take one of {[*COEFFICIENTS]}"
-        raise problem("ns_coefficients", f"{coefficients!r} found", "a table is needed", cure)
+        raise problem("ns_coefficients", found=f"{coefficients!r} found", needed="a table is needed", cure=cure)
     else:
         table, last = COEFFICIENTS[coefficients], len(COEFFICIENTS[coefficients].triples) - 1
         if steps < table.fewest or (steps > last + 1 and not table.repeats):
             served = f"{table.fewest} steps{' or more' if table.repeats else ' and no other number'}"
             raise problem(
                 "ns_steps",
-                f"{steps} found for ns_coefficients {coefficients!r}",
-                f"its source tuned {served}",
-                "set ns_steps so, take 'jordan' (any number), or give your own (a, b, c) for each step",
+                found=f"{steps} found for ns_coefficients {coefficients!r}",
+                needed=f"its source tuned {served}",
+                cure="set ns_steps so, take 'jordan' (any number), or give your own (a, b, c) for each step",
             )
         triples = tuple(table.triples[min(step, last)] for step in range(steps))
-    reach(triples)
+    checked_bounds(triples)
     return triples
 
 
 @lru_cache(maxsize=256)
-def reach(triples: tuple[Triple, ...]) -> tuple[float, ...]:
-    """The largest singular value there can be before each step, and after the last. Raises ValueError: see `resolve`.
+def checked_bounds(triples: tuple[Triple, ...]) -> tuple[float, ...]:
+    """The largest singular value there can be before each step, and after the last. Raises ValueError above 1.5.
 
     Exact, with no grid: p is continuous and p(0) = 0, so where it is not negative it maps [0, u] onto [0, max p], and
     the extrema of a quintic are known. Each step's input counts as 2^-8 too large, which is two bfloat16 roundings.
@@ -180,7 +186,7 @@ def reach(triples: tuple[Triple, ...]) -> tuple[float, ...]:
         if not lowest > 0:
             found = f"step {len(tops)}, {(a, b, c)}, multiplies some singular value of (0, {end:.4g}] by {lowest:.3g}"
             needed = "a positive factor is needed, or its sign turns"
-            raise problem("ns_coefficients", found, needed, "take a table's name instead")
+            raise problem("ns_coefficients", found=found, needed=needed, cure="take a table's name instead")
         root = max(9 * b * b - 20 * a * c, 0.0) ** 0.5
         flat = ((-3 * b - root) / (10 * c), (-3 * b + root) / (10 * c)) if c else (-a / (3 * b),) if b else ()  # p' = 0
         candidates = (end, *(y**0.5 for y in flat if 0 < y < end**2))
@@ -188,8 +194,8 @@ def reach(triples: tuple[Triple, ...]) -> tuple[float, ...]:
     if not tops[-1] <= 1.5:
         raise problem(
             "ns_coefficients",
-            f"singular values up to {tops[-1]:.4g} after {len(triples)} steps found",
-            "at most 1.5 is needed",
-            "add the steps that bring them back to 1, or take a table's name instead",
+            found=f"singular values up to {tops[-1]:.4g} after {len(triples)} steps found",
+            needed="at most 1.5 is needed",
+            cure="add the steps that bring them back to 1, or take a table's name instead",
         )
     return tuple(tops)

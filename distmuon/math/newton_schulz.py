@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from distmuon.errors import problem
-from distmuon.math.coefficients import Coefficients, Triple, reach, resolve
+from distmuon.math.coefficients import Coefficients, Triple, checked_bounds, coefficient_schedule
 
 
 def flops(m: int, n: int, steps: int) -> int:
@@ -37,7 +37,7 @@ def flops(m: int, n: int, steps: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How to evaluate; `form` chooses one."""
+    """How to evaluate; `choose_form` chooses one."""
 
     segments: tuple[int, ...]  # steps from one G = X X^T to the next: see [Note: segments]
     dtype: torch.dtype  # of the products
@@ -59,8 +59,8 @@ _COLUMNS = 1024  # X is updated in place, in panels of about so many columns, wh
 
 
 def processor_of(device: torch.device) -> str:
-    """The kind of processor that `form` asks for: the device's type, or "amx" for a CPU whose bfloat16 products run on
-    matrix tiles."""
+    """The kind of processor that `choose_form` asks for: the device's type, or "amx" for a CPU whose bfloat16 products
+    run on matrix tiles."""
     return "amx" if device.type == "cpu" and _multiplies_tiles() else device.type
 
 
@@ -72,7 +72,7 @@ def _multiplies_tiles() -> bool:
 
 
 @lru_cache(maxsize=4096)
-def form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, processor: str) -> Form:
+def choose_form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, processor: str) -> Form:
     """The cheapest safe way to evaluate `triples` on (m, n) matrices, by the thresholds above (measured: see docs).
 
     `processor`: see `processor_of`.
@@ -91,7 +91,7 @@ def form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, proces
     gram = 2 * long >= 3 * short >= 3 * _LEAST and short * short * (2 * long - 3 * short) >= _SAVED.get(dtype, 0.0)
     gram = gram and (dtype != torch.bfloat16 or on_cpu)
     segments, growth, bounds = [1], 1.0, _GROWTH.get(dtype, (0.0, 0.0))
-    for (a, _, _), top in zip(triples[:-1], reach(triples)):
+    for (a, _, _), top in zip(triples[:-1], checked_bounds(triples)):
         growth *= (a * top) ** 2
         if gram and growth <= bounds[len(segments) > 1]:
             segments[-1] += 1
@@ -112,34 +112,34 @@ def orthogonalize(
     The input is never written; the result is new memory, for m > n a transposed view of it. The input's scale, 1e-20 to
     1e20, does not matter; a matrix of zeros gives zeros; each matrix gives the bits that it gives alone (k >= 16 in
     float32 and bfloat16; below, a library may batch with another kernel, and the last bit may differ). Raises
-    ValueError as `resolve` does, and for anything but a stack of floating-point matrices.
+    ValueError as `coefficient_schedule` does, and for anything but a stack of floating-point matrices.
     """
     if matrices.dim() != 3 or not matrices.is_floating_point():
         found = f"{tuple(matrices.shape)} of {matrices.dtype} found"
         cure = "add a dimension to a single matrix, flatten a kernel to (out, in)"
-        raise problem("matrices", found, "a floating-point stack (B, m, n) is needed", cure)
+        raise problem("matrices", found=found, needed="a floating-point stack (B, m, n) is needed", cure=cure)
     dtype = torch.bfloat16 if dtype is None else dtype
-    triples = resolve(coefficients, steps)
-    how = form(matrices.size(1), matrices.size(2), triples, dtype, processor_of(matrices.device))
-    return evaluate(matrices.detach(), triples, how).to(dtype)
+    triples = coefficient_schedule(coefficients, steps)
+    form = choose_form(matrices.size(1), matrices.size(2), triples, dtype, processor_of(matrices.device))
+    return evaluate(matrices.detach(), triples, form).to(dtype)
 
 
-def evaluate(matrices: Tensor, triples: tuple[Triple, ...], how: Form) -> Tensor:
-    """(B, m, n) -> (B, m, n) in how.dtype, by the form asked."""
+def evaluate(matrices: Tensor, triples: tuple[Triple, ...], form: Form) -> Tensor:
+    """(B, m, n) -> (B, m, n) in form.dtype, by the form asked."""
     if matrices.numel() == 0:
-        return matrices.new_empty(matrices.shape, dtype=how.dtype)
-    unit = _normalized(matrices, torch.promote_types(how.dtype, torch.float32))
+        return matrices.new_empty(matrices.shape, dtype=form.dtype)
+    unit = _normalized(matrices, torch.promote_types(form.dtype, torch.float32))
     tall = unit.size(1) > unit.size(2)  # then all that follows works on the transpose, contiguous too
-    x = (unit.mT if tall else unit).to(how.dtype, memory_format=torch.contiguous_format).contiguous()  # (B, k, l)
-    if how.stacked:
+    x = (unit.mT if tall else unit).to(form.dtype, memory_format=torch.contiguous_format).contiguous()  # (B, k, l)
+    if form.stacked:
         alone = x.size(0) == 1 and x.size(1) >= _ALONE
         x = x[0] if alone else x
-        x = _standard(x, triples) if max(how.segments) == 1 else _segmented(x, torch.empty_like(x), triples, how)
+        x = _standard(x, triples) if max(form.segments) == 1 else _segmented(x, torch.empty_like(x), triples, form)
         x = x.unsqueeze(0) if alone else x
     else:
         old = x.new_empty(x.size(1), -(-x.size(2) // -(-x.size(2) // _COLUMNS)))
         for matrix in x:  # (k, l), in place
-            _segmented(matrix, old, triples, how)
+            _segmented(matrix, old, triples, form)
     return x.mT if tall else x
 
 
@@ -170,20 +170,20 @@ def _standard(x: Tensor, triples: tuple[Triple, ...]) -> Tensor:
     return x
 
 
-def _segmented(x: Tensor, spare: Tensor, triples: tuple[Triple, ...], how: Form) -> Tensor:
+def _segmented(x: Tensor, spare: Tensor, triples: tuple[Triple, ...], form: Form) -> Tensor:
     """[Note: segments]. x, (k, l) or (B, k, l), like spare, is overwritten; not stacked: (k, l) in place, by panels."""
     gram, square, factor, half, other = x.new_empty(5, *x.shape[:-1], x.size(-2))
-    panels, remaining = how.square_panels, iter(triples)
+    panels, remaining = form.square_panels, iter(triples)
     apart = 0.0  # the multiple of I that factor, which is Q, lacks
-    for index, length in enumerate(how.segments):
-        _symmetric(x, x.mT, gram, how.gram_panels, gram, 0.0, 1.0)
+    for index, length in enumerate(form.segments):
+        _symmetric(x, x.mT, gram, form.gram_panels, gram, 0.0, 1.0)
         for number in range(1, length + 1):
             a, b, c = next(remaining)
             p, scale = (square, 1.0) if c else (gram, b)  # P = scale * p
             if c:
                 _symmetric(gram, gram, square, panels, gram, b, c)
             if length == 1:
-                x, spare = _advance(x, spare, p, a, scale, how.stacked)
+                x, spare = _advance(x, spare, p, a, scale, form.stacked)
             elif number == 1:
                 apart = 0.0 if index else a
                 torch.mul(p, scale, out=factor).diagonal(dim1=-2, dim2=-1).add_(a - apart)
@@ -197,7 +197,7 @@ def _segmented(x: Tensor, spare: Tensor, triples: tuple[Triple, ...], how: Form)
                 _symmetric(p, half, other, panels, half, a, scale)
                 gram, other = other, gram
         if length > 1:
-            x, spare = _advance(x, spare, factor, apart, 1.0, how.stacked)
+            x, spare = _advance(x, spare, factor, apart, 1.0, form.stacked)
     return x
 
 

@@ -94,7 +94,14 @@ def scalar(value: float | Tensor) -> float:
 def clip_coefficient(total_norm: Tensor, max_norm: float, norm_type: float = 2.0) -> Tensor:
     """``min(1, max_norm / (total_norm + 1e-6))``, torch.nn.utils.clip_grad_norm_'s own; a 0-dim tensor."""
     if not isinstance(norm_type, (int, float)) or norm_type != 2.0:
-        raise problem("norm_type", f"found {norm_type}", "only the 2-norm is reduced across ranks", "pass norm_type=2")
+        raise problem(
+            "norm_type",
+            found=f"found {norm_type}",
+            needed="only the 2-norm is reduced across ranks",
+            cure="pass norm_type=2",
+        )
     if isinstance(max_norm, bool) or not isinstance(max_norm, Real) or not max_norm > 0:
-        raise problem("max_norm", f"found {max_norm!r}", "a positive number is needed", "inf: only the norm")
+        raise problem(
+            "max_norm", found=f"found {max_norm!r}", needed="a positive number is needed", cure="inf: only the norm"
+        )
     return (float(max_norm) / (total_norm + 1e-6)).clamp(max=1.0)

@@ -127,9 +127,19 @@ def plan(
     """
     for name, value, most in (("dp_size", dp_size, 1 << 17), ("ns_steps", ns_steps, 99)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise problem(name, f"found {value!r}", f"a whole number from 1 to {most} is needed", f"correct {name}")
+            raise problem(
+                name,
+                found=f"found {value!r}",
+                needed=f"a whole number from 1 to {most} is needed",
+                cure=f"correct {name}",
+            )
     if not (hardware is None or isinstance(hardware, Hardware) or hardware in [*HARDWARE]):
-        raise problem("hardware", f"found {hardware!r}", f"one of {', '.join(HARDWARE)} is needed", "or pass Hardware")
+        raise problem(
+            "hardware",
+            found=f"found {hardware!r}",
+            needed=f"one of {', '.join(HARDWARE)} is needed",
+            cure="or pass Hardware",
+        )
     sharding = Sharding() if sharding is None else sharding
     options = Options(
         sharding=sharding,
@@ -137,12 +147,19 @@ def plan(
         grad_reduction=grad_reduction,
     )
     if auto_bucket and hardware is None:
-        raise problem("auto_bucket", "found no hardware", "estimated steps are needed", "pass hardware, or bucket_mb")
+        raise problem(
+            "auto_bucket",
+            found="found no hardware",
+            needed="estimated steps are needed",
+            cure="pass hardware, or bucket_mb",
+        )
     one_of("param_dtype", param_dtype, (None, torch.float32, torch.bfloat16, torch.float16))
     specs = _routed(model, routes)
     specs = specs if param_dtype is None else [replace(spec, dtype=param_dtype) for spec in specs]
     if not specs:
-        raise problem("model", "no trainable parameter", "one at least is needed", "pass the whole model")
+        raise problem(
+            "model", found="no trainable parameter", needed="one at least is needed", cure="pass the whole model"
+        )
     size_mb = sum(spec.numel for spec in specs) * 4 / (1 << 20)
     tried = [None, *(max(32.0, size_mb / part) for part in _AUTO_PARTS)] if auto_bucket else [sharding.bucket_mb]
     options.check_dtypes([(spec.fqn, spec.dtype) for spec in specs])
@@ -158,7 +175,8 @@ def plan(
         return way("distmuon", cut(specs, sharding.packing, sharding.placement, mb))
 
     with _no_garbage_collection():
-        found = {mb: ours(mb) for mb in dict.fromkeys(tried)}
+        packing, placement = sharding.packing, sharding.placement
+        found = {mb: way("distmuon", cut(specs, packing, placement, mb)) for mb in dict.fromkeys(tried)}
         steps = {mb: one.time.step_s for mb, one in found.items() if one.time}
         best = min(steps, key=lambda mb: steps[mb]) if len(steps) > 1 else next(iter(found))
         others: list[Plan] = []
@@ -222,7 +240,10 @@ def _routed(model: nn.Module | Iterable[ParamSpec] | str, routes: Sequence[Route
         return [replace(spec, stays=kept) for (spec, _), kept in zip(routed, stays)]
     if routes is not None and not (isinstance(routes, str) and routes == "adamw"):
         raise problem(
-            "routes", "patterns for parameters that are routed already", 'None or "adamw" is needed', "pass the module"
+            "routes",
+            found="patterns for parameters that are routed already",
+            needed='None or "adamw" is needed',
+            cure="pass the module",
         )
     try:
         specs = list(shape_table(model) if isinstance(model, str) else model)
@@ -230,7 +251,10 @@ def _routed(model: nn.Module | Iterable[ParamSpec] | str, routes: Sequence[Route
             raise TypeError("no specs")
     except (KeyError, TypeError) as error:
         raise problem(
-            "model", f"found {model!r}", f"a module, specs or one of {', '.join(TABLES)} is needed", "correct the name"
+            "model",
+            found=f"found {model!r}",
+            needed=f"a module, specs or one of {', '.join(TABLES)} is needed",
+            cure="correct the name",
         ) from error
     return _all_adamw(specs) if routes == "adamw" else specs
 

@@ -97,9 +97,9 @@ class Engine:
         if layout.bucket_of[index] in self._in_flight:
             raise problem(
                 layout.specs[index].fqn,
-                "it was used in forward before its all-gather was waited for",
-                "parameters are waited for in the forward of the module that holds them",
-                "call optimizer.synchronize() before the forward, or pass Sharding(overlap=True)",
+                found="it was used in forward before its all-gather was waited for",
+                needed="parameters are waited for in the forward of the module that holds them",
+                cure="call optimizer.synchronize() before the forward, or pass Sharding(overlap=True)",
             )
         self.source.accept(index, sync)
         if not self.source.finished:
@@ -158,9 +158,9 @@ class Engine:
         if self._clipped:
             raise problem(
                 "GradScaler",
-                "gradients that still carried the loss scale were clipped",
-                "unscaling before clipping is needed",
-                "call scaler.unscale_ before clip_grad_norm_ (and, with max_grad_norm, before reduce_gradients)",
+                found="gradients that still carried the loss scale were clipped",
+                needed="unscaling before clipping is needed",
+                cure="call scaler.unscale_ before clip_grad_norm_ (and, with max_grad_norm, before reduce_gradients)",
             )
         assert self._verdict is not None
         self._scale(inverse_scale)
@@ -194,17 +194,15 @@ class Engine:
     def _meet_to_forget(self) -> None:
         named = self._group.roll.named
         where = f"zero_grad on {named([self._group.dp_rank])}"
-        cure = (
-            "between backward and step, and when called twice, it drops what all ranks have begun to reduce",
-            "call it on all ranks; model.zero_grad() drops what this rank alone has accumulated under no_sync",
-        )
+        needed = "between backward and step, and when called twice, it drops what all ranks have begun to reduce"
+        cure = "call it on all ranks; model.zero_grad() drops what this rank alone has accumulated under no_sync"
 
         def warning(absent: Sequence[int]) -> str:
-            return str(problem(where, f"waits for {named(absent)}", *cure))
+            return str(problem(where, found=f"waits for {named(absent)}", needed=needed, cure=cure))
 
         missing = self._group.missing_ranks("zero_grad", warning, LATE_S)
         if missing:
-            raise problem(where, f"{named(list(missing))} did not call it", *cure)
+            raise problem(where, found=f"{named(list(missing))} did not call it", needed=needed, cure=cure)
 
     def finish_begun_reductions(self) -> None:
         """Finish what a backward on any rank has begun to reduce, before collectives of another kind follow.
@@ -316,7 +314,7 @@ class _Copied:
     def __init__(self, flag: Tensor) -> None:
         self._flag = torch.empty_like(flag, device="cpu", pin_memory=flag.is_cuda)
         self._flag.copy_(flag, non_blocking=True)
-        self._arrived = torch.cuda.Event() if flag.is_cuda else None  # type: ignore[no-untyped-call]
+        self._arrived = torch.cuda.Event() if flag.is_cuda else None
         if self._arrived is not None:
             self._arrived.record()
 

@@ -140,9 +140,10 @@ class BackwardReducer:
     def _second_reduction(self, index: int) -> ValueError:
         return problem(
             self._specs[index].fqn,
-            "a gradient arrived after its bucket was reduced in this step",
-            "only the last backward of a step may reduce",
-            "wrap the earlier ones in `with optimizer.no_sync():`, or pass Sharding(overlap=False), which reduces in "
+            found="a gradient arrived after its bucket was reduced in this step",
+            needed="only the last backward of a step may reduce",
+            cure="wrap the earlier ones in `with optimizer.no_sync():`, or pass Sharding(overlap=False), which "
+            "reduces in "
             "step(); call zero_grad() before a backward that starts anew; checkpoint activations with "
             "use_reentrant=False",
         )
@@ -191,9 +192,9 @@ class BackwardReducer:
             if late and param.grad is not None and param.grad is not self._placeholders[index]:
                 raise problem(
                     self._specs[index].fqn,
-                    "param.grad was written after backward had handed its gradient to the reduction",
-                    "a second reduction (DDP, DeepSpeed) averages and clips what distmuon does not read",
-                    "do not wrap the model, or take the trainer's own line from distmuon.integrations, "
+                    found="param.grad was written after backward had handed its gradient to the reduction",
+                    needed="a second reduction (DDP, DeepSpeed) averages and clips what distmuon does not read",
+                    cure="do not wrap the model, or take the trainer's own line from distmuon.integrations, "
                     'or pass grad_reduction="external"',
                 )
 
@@ -261,7 +262,10 @@ def _at_the_end_of_backward(call: Callable[[], None]) -> None:
 def _check_dense(fqn: str, grad: Tensor) -> None:
     if grad.layout != torch.strided:
         raise problem(
-            fqn, f"its gradient is {grad.layout}", "dense gradients are needed", "build the embedding with sparse=False"
+            fqn,
+            found=f"its gradient is {grad.layout}",
+            needed="dense gradients are needed",
+            cure="build the embedding with sparse=False",
         )
 
 

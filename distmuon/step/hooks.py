@@ -80,9 +80,9 @@ class Hooks:
         if self._listener() is not caller:
             raise problem(
                 type(caller).__name__,
-                "it runs DistMuon's methods on itself instead of on the optimizer it wraps",
-                "the optimizer must be called itself",
-                "call the wrapped optimizer's own method",
+                found="it runs DistMuon's methods on itself instead of on the optimizer it wraps",
+                needed="the optimizer must be called itself",
+                cure="call the wrapped optimizer's own method",
             )
 
     def check_active(self, caller: object) -> None:
@@ -91,9 +91,9 @@ class Hooks:
         if not self._handles:
             raise problem(
                 "DistMuon",
-                "its parameters were taken over by a newer DistMuon",
-                "one optimizer manages a parameter",
-                "step the newer one",
+                found="its parameters were taken over by a newer DistMuon",
+                needed="one optimizer manages a parameter",
+                cure="step the newer one",
             )
 
     def remove(self) -> None:
@@ -113,7 +113,7 @@ class Hooks:
             if (listener := listener_ref()) is not None:
                 listener.on_gradient(index)
 
-        self._handles.append(param.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+        self._handles.append(param.register_post_accumulate_grad_hook(hook))
 
     def _on_model(self, model: nn.Module) -> None:
         listener_ref, model_ref = self._listener, weakref.ref(model)
@@ -133,9 +133,9 @@ class Hooks:
 
         self._handles.append(model.register_forward_pre_hook(on_forward, prepend=True))
         for module in model.modules():  # a part of the model may be saved or loaded by itself
-            self._handles.append(module.register_state_dict_pre_hook(on_state))  # type: ignore[no-untyped-call]
-            self._handles.append(module.register_load_state_dict_pre_hook(on_load))  # type: ignore[no-untyped-call]
-            self._handles.append(module.register_state_dict_post_hook(_own_storages))  # type: ignore[no-untyped-call]
+            self._handles.append(module.register_state_dict_pre_hook(on_state))
+            self._handles.append(module.register_load_state_dict_pre_hook(on_load))
+            self._handles.append(module.register_state_dict_post_hook(_own_storages))
 
     def _wait_in_forward(self, model: nn.Module, index_of: Mapping[int, int]) -> None:
         """Let each module wait for its parameters, see [Note: which modules wait]; `index_of`: by id(parameter)."""
@@ -163,7 +163,7 @@ def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
 
 def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
     """See [Note: compiled models]."""
-    untraced: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    untraced: Callable[..., None] = torch.compiler.disable(hook)
     return untraced
 
 

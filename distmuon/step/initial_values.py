@@ -130,16 +130,17 @@ def agree_on(holdings: Sequence[Holding], group: DataParallelGroup) -> None:
             if ours != other:
                 raise problem(
                     name,
-                    f"rank {rank} holds {other}, rank 0 {ours}",
-                    "all ranks must hold tensors of the same form before rank 0's values are sent",
-                    "make the model alike on all ranks, and let no rank change it alone before the first forward in "
+                    found=f"rank {rank} holds {other}, rank 0 {ours}",
+                    needed="all ranks must hold tensors of the same form before rank 0's values are sent",
+                    cure="make the model alike on all ranks, and let no rank change it alone before the first "
+                    "forward in "
                     "training; buffers that may differ stay each rank's own with broadcast_buffers=False",
                 )
     raise problem(
         "model",
-        "ranks hold the same tensors in another order",
-        "all ranks must register them in the same order",
-        "make the model alike on all ranks",
+        found="ranks hold the same tensors in another order",
+        needed="all ranks must register them in the same order",
+        cure="make the model alike on all ranks",
     )
 
 
@@ -170,9 +171,9 @@ def check_finite(broken: Sequence[str], where: str = "") -> None:
     if broken:
         raise problem(
             ", ".join(broken[:5]),
-            f"{len(broken)} parameters hold NaN or inf{where} before the first step",
-            "finite values are needed to start from",
-            "initialize the model, or load its weights, before training",
+            found=f"{len(broken)} parameters hold NaN or inf{where} before the first step",
+            needed="finite values are needed to start from",
+            cure="initialize the model, or load its weights, before training",
         )
 
 
@@ -190,9 +191,10 @@ def agree_on_values(fqns: Sequence[str], params: Sequence[nn.Parameter], group: 
             if theirs[number] != everyone[0][number]:
                 raise problem(
                     fqn,
-                    f"rank {rank} starts from other values than rank 0, and a forward has used them already",
-                    "all ranks must start from the same values",
-                    "pass the model itself and call it once before anything else (an ordinary forward with gradients "
+                    found=f"rank {rank} starts from other values than rank 0, and a forward has used them already",
+                    needed="all ranks must start from the same values",
+                    cure="pass the model itself and call it once before anything else (an ordinary forward with "
+                    "gradients "
                     "takes rank 0's values), or seed all ranks alike",
                 )
 
@@ -209,7 +211,7 @@ def agree_on_reduced(grads: Sequence[Tensor], group: DataParallelGroup) -> None:
     if max(totals) - min(totals) > 1e-5 * max(map(abs, totals)):
         raise problem(
             'grad_reduction="external"',
-            f"the ranks' gradients differ (squared norms from {min(totals):.6g} to {max(totals):.6g})",
-            "gradients already averaged over the ranks are needed",
-            'wrap the model in DDP, or let distmuon reduce: grad_reduction="reduce_scatter"',
+            found=f"the ranks' gradients differ (squared norms from {min(totals):.6g} to {max(totals):.6g})",
+            needed="gradients already averaged over the ranks are needed",
+            cure='wrap the model in DDP, or let distmuon reduce: grad_reduction="reduce_scatter"',
         )

@@ -128,9 +128,9 @@ class LocalState:
                 found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
                 raise problem(
                     f"optimizer.state[{self._storage.layout.specs[index].fqn}][{key!r}]",
-                    f"found {found:.80} in place of distmuon's own tensor",
-                    "a tensor of its shape or of the parameter's is needed",
-                    "write into the tensor that stands there (copy_, zero_), or use load_state_dict",
+                    found=f"found {found:.80} in place of distmuon's own tensor",
+                    needed="a tensor of its shape or of the parameter's is needed",
+                    cure="write into the tensor that stands there (copy_, zero_), or use load_state_dict",
                 )
 
     def _write(self, index: int, given: Mapping[str, Any]) -> None:

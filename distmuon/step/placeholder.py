@@ -101,9 +101,10 @@ def _not_here(args: Sequence[Any]) -> ValueError:
     fqn = next((each.fqn for each in flat if isinstance(each, InReduction)), "a parameter")
     return problem(
         f"{fqn}.grad",
-        "it was used after backward, when the gradient is in the reduction over the ranks",
-        "whoever reads, clips or writes gradients needs the optimizer, or gradients that somebody else has averaged",
-        "clip with optimizer.clip_grad_norm_ (it returns the norm; metrics()['grad_norm'] has it, too) or "
+        found="it was used after backward, when the gradient is in the reduction over the ranks",
+        needed="whoever reads, clips or writes gradients needs the optimizer, or gradients that somebody else "
+        "has averaged",
+        cure="clip with optimizer.clip_grad_norm_ (it returns the norm; metrics()['grad_norm'] has it, too) or "
         "max_grad_norm=, and drop gradients with zero_grad(). If the model is wrapped in DDP, which reduces as well, "
         'pass grad_reduction="external" or use distmuon.integrations.ddp.silence',
     )

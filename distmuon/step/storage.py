@@ -194,9 +194,9 @@ class FlatStorage:
         if param.data_ptr() != self._homes[index].data_ptr() or param.dtype != self._layout.specs[index].dtype:
             raise problem(
                 self._layout.specs[index].fqn,
-                f"its storage changed since distmuon's buffers were built (now {param.dtype} on {param.device})",
-                "parameters must stay where they are once training has begun",
-                "move and cast the model before the first forward, or make a new DistMuon afterwards; "
+                found=f"its storage changed since distmuon's buffers were built (now {param.dtype} on {param.device})",
+                needed="parameters must stay where they are once training has begun",
+                cure="move and cast the model before the first forward, or make a new DistMuon afterwards; "
                 "write values with param.data.copy_(values), not param.data = values",
             )
 
@@ -224,9 +224,9 @@ class FlatStorage:
             if param._version != self._versions[index]:
                 raise problem(
                     self._layout.specs[index].fqn,
-                    "it was written while its all-gather was in flight",
-                    "parameters may be read and written once they have arrived",
-                    "call optimizer.synchronize() before writing parameters, or pass Sharding(overlap=True)",
+                    found="it was written while its all-gather was in flight",
+                    needed="parameters may be read and written once they have arrived",
+                    cure="call optimizer.synchronize() before writing parameters, or pass Sharding(overlap=True)",
                 )
             torch.autograd.graph.increment_version(param)
 

@@ -41,7 +41,7 @@ def run(folder: Path, rank: int, store: Path, stage: str = "", victim: int = 0, 
         optimizer.step()
         optimizer.zero_grad()
         if stage and step == at_step and rank == victim:
-            snapshot.reached = lambda now: _die_at(now, stage)
+            snapshot.fault_point = lambda now: _die_at(now, stage)
         distmuon.save_checkpoint(folder / f"step-{step}", model, optimizer, extra={"step": step}, keep_last=1)
     end = digest({**weights(model, optimizer), **state_tensors(optimizer)})
     if rank == 0:

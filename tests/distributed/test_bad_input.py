@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import distmuon
-from distmuon.comm.agreement import agree_on_plan, together
+from distmuon.comm.agreement import agree_on_plan, raise_together
 from distmuon.comm.group import DataParallelGroup
 from tests.training import digest, make, policies, state_tensors, train, weights
 
@@ -156,7 +156,7 @@ def _fails_on(group: dist.ProcessGroup, rank: int) -> None:
     def action() -> float:
         return 1.0 / (dist.get_rank(group) - rank)
 
-    together(DataParallelGroup(group, lambda stage, num_bytes: None), action)
+    raise_together(DataParallelGroup(group, lambda stage, num_bytes: None), action)
 
 
 def test_what_is_no_value_error_names_its_rank(spawn_raises) -> None:

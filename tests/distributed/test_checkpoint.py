@@ -194,16 +194,16 @@ def _unbroken(group: dist.ProcessGroup, folder: str, asynchronous: bool) -> Any:
     run = _Run(group)
     run.train(2)
     extra = {"position": run.position, "rank": run.rank}
-    trained, reached = threading.Event(), snapshot.reached
+    trained, reached = threading.Event(), snapshot.fault_point
     if asynchronous:  # nothing is written before the later steps are done, which the save must not see
-        snapshot.reached = lambda stage: trained.wait(60) and None
+        snapshot.fault_point = lambda stage: trained.wait(60) and None
     saving = distmuon.save_checkpoint(
         folder, run.model, run.optimizer, scheduler=run.scheduler, extra=extra, asynchronous=asynchronous
     )
     run.train(3)
     trained.set()
     saving.wait()
-    snapshot.reached = reached
+    snapshot.fault_point = reached
     return run.end()
 
 

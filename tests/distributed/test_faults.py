@@ -217,7 +217,7 @@ def test_options_that_differ_by_rank_raise_on_all(spawn_raises) -> None:
                 spawn_raises(
                     _other_packing,
                     2,
-                    match="rank 1: found packing = contiguous, on rank 0 packing = balanced",
+                    match="rank 1: found sharding.packing = contiguous, on rank 0 sharding.packing = balanced",
                     timeout=10,
                 )
             )

@@ -343,10 +343,10 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"release_grads": True, "grad_reduction": "external"}, "float32", "release_grads"),
     ({"param_gather": "updates"}, "mixed", r"embed.*bfloat16"),
     ({"param_gather": "gradients"}, "float32", "param_gather"),
-    ({"master_format": "remainder"}, "float32", "master_format"),
-    ({"master_format": "int4"}, "float32", "master_format"),
-    ({"exchange_dtype": torch.float16}, "float32", "exchange_dtype"),
-    ({"momentum_dtype": torch.float16}, "float32", "momentum_dtype"),
+    ({"master_format": "remainder"}, "float32", r"precision\.master"),
+    ({"master_format": "int4"}, "float32", r"precision\.master"),
+    ({"exchange_dtype": torch.float16}, "float32", r"precision\.exchange"),
+    ({"momentum_dtype": torch.float16}, "float32", r"precision\.momentum"),
 ]
 
 

@@ -249,13 +249,13 @@ def _own_gradient(self: Any, output: Tensor, input: Tensor, *, stage: str, label
 def _train_with_fault(group: dist.ProcessGroup, fault: str, config: dict[str, Any]) -> list[tuple[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         if fault == "newton_schulz_on_pieces":
-            patch.setattr(distmuon.walk, "orthogonalize", _on_pieces)
+            patch.setattr(distmuon.step.bucket, "orthogonalize", _on_pieces)
         elif fault == "own_gradient_only":
             patch.setattr(distmuon.comm.group.DataParallelGroup, "start_reduce_scatter", _own_gradient)
         elif fault == "wrong_scale":
-            patch.setattr(distmuon.rules, "lr_scale", lambda m, n, fn: 0.2 * min(m, n) ** 0.5)
+            patch.setattr(distmuon.math.rules, "lr_scale", lambda m, n, fn: 0.2 * min(m, n) ** 0.5)
         elif fault == "no_momentum":
-            patch.setattr(distmuon.rules, "muon_momentum", _forgetful)
+            patch.setattr(distmuon.math.rules, "muon_momentum", _forgetful)
         return _train_all(group, 1, [config])
 
 

@@ -122,7 +122,9 @@ def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) ->
                 "ns_flops": flops,
                 "state_bytes": metrics["state_bytes"],
                 "parameters": sum(b.param_flat.nbytes for b in buffers.buckets),
-                "gradients": sum(_storage_bytes(b.grad_shard, b.grad_buffer.flat) for b in buffers.buckets),
+                "gradients": sum(
+                    _storage_bytes(b.grad_shard, b.grad_buffer and b.grad_buffer.flat) for b in buffers.buckets
+                ),
                 "staged": sum(buffers.params[i].nbytes for i in staged),
             }
         )

@@ -172,7 +172,7 @@ LAWS: list[tuple[Law, str, str, str]] = [  # law, module, a breach, a clean neig
     (breaks_floors, "layout.layout", "from distmuon.step.storage import Storage", "from distmuon.options import Route"),
     (breaks_floors, "math.rules", "from distmuon.step.metrics import Metrics", "from distmuon.errors import problem"),
     (breaks_floors, "comm.group", "from distmuon.math import rules", "from distmuon.comm.lost_ranks import RollCall"),
-    (breaks_floors, "errors", "from distmuon.math.coefficients import resolve", "import torch"),
+    (breaks_floors, "errors", "from distmuon.math.coefficients import coefficient_schedule", "import torch"),
     (
         breaks_floors,
         "step.engine",

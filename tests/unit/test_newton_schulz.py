@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.newton_schulz import composition, relaxed_cubics
 from distmuon.math import newton_schulz
-from distmuon.math.coefficients import COEFFICIENTS, Triple, reach, resolve
-from distmuon.math.newton_schulz import Form, evaluate, flops, form, orthogonalize
+from distmuon.math.coefficients import COEFFICIENTS, Triple, checked_bounds, coefficient_schedule
+from distmuon.math.newton_schulz import Form, choose_form, evaluate, flops, orthogonalize
 
 TABLES = sorted(COEFFICIENTS)
 STEPS = {name: max(5, table.fewest) for name, table in COEFFICIENTS.items()}
@@ -63,7 +63,7 @@ def test_each_table_in_each_dtype_goes_where_its_polynomial_says(table: str, dty
         matrices = torch.randn(shape)
         result = orthogonalize(matrices, steps=STEPS[table], coefficients=table, dtype=dtype)
         assert result.shape == shape and result.dtype == dtype
-        assert error(result, exact(matrices, resolve(table, STEPS[table]))) < ERROR[dtype], shape
+        assert error(result, exact(matrices, coefficient_schedule(table, STEPS[table]))) < ERROR[dtype], shape
 
 
 def test_the_default_dtype_is_bfloat16_and_float64_is_served() -> None:
@@ -104,8 +104,8 @@ FORMS = [
 @pytest.mark.parametrize(("table", "columns"), [("jordan", 64), ("you", 64), ("cubic", 64), ("jordan", 1024)])
 def test_every_form_computes_the_same(how: Form, table: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(newton_schulz, "_COLUMNS", columns)  # several column panels, the last one narrower; or one
-    triples, limit = resolve(table, 5), {F64: 1e-12, F32: 2e-5, BF16: 4e-2}[how.dtype]
-    limit *= 10 if how.segments == (5,) else 1  # no restart: `form` never asks for this
+    triples, limit = coefficient_schedule(table, 5), {F64: 1e-12, F32: 2e-5, BF16: 4e-2}[how.dtype]
+    limit *= 10 if how.segments == (5,) else 1  # no restart: `choose_form` never asks for this
     for shape in ((2, 150, 330), (2, 330, 150), (2, 129, 129), (1, 130, 131), (2, 3, 70)):
         matrices = torch.randn(shape, dtype=F64 if how.dtype == F64 else F32)
         assert error(evaluate(matrices, triples, how), exact(matrices, triples)) < limit, shape
@@ -115,46 +115,59 @@ def test_every_form_computes_the_same(how: Form, table: str, columns: int, monke
 
 
 def test_the_form_is_chosen_by_shape_dtype_device_and_growth() -> None:
-    jordan, polar, v4 = resolve("jordan", 5), resolve("polar_express", 5), resolve("deepseek_v4", 10)
+    jordan, polar, v4 = (
+        coefficient_schedule("jordan", 5),
+        coefficient_schedule("polar_express", 5),
+        coefficient_schedule("deepseek_v4", 10),
+    )
     ones = (1,) * 5
     # On a CPU: panels where products are large; matrix by matrix where there are panels.
-    assert form(1024, 1024, jordan, BF16, "cpu") == Form(ones, BF16, False, 4, 4)
-    assert form(1024, 1024, jordan, F32, "cpu") == Form(ones, F32, False, 8, 8)
-    assert form(512, 512, jordan, BF16, "cpu") == form(384, 384, jordan, BF16, "cpu") == Form(ones, BF16, False, 2, 2)
-    assert form(320, 320, jordan, BF16, "cpu") == form(512, 512, jordan, BF16, "cuda") == Form(ones, BF16)
-    # On a CPU with matrix tiles: no panels in bfloat16, all else as on any CPU.
-    assert form(1024, 1024, jordan, BF16, "amx") == form(512, 512, jordan, BF16, "amx") == Form(ones, BF16)
-    assert form(1024, 4096, jordan, BF16, "amx") == Form((2, 1, 1, 1), BF16)
-    for shape in ((1024, 1024), (1024, 4096), (64, 64)):
-        assert form(*shape, jordan, F32, "amx") == form(*shape, jordan, F32, "cpu")
-    # The Gram form: float32 from l = 1.5 k and k = 128, restarted as often as the table's growth asks.
-    assert form(1024, 4096, jordan, F32, "cpu") == Form((3, 2), F32, False, 8, 8)
-    assert form(4096, 1024, jordan, F32, "cpu") == form(1024, 4096, jordan, F32, "cpu")
-    assert form(1024, 1536, jordan, F32, "cuda") == Form((3, 2), F32)
-    assert form(1024, 1535, jordan, F32, "cuda") == Form(ones, F32)
-    assert form(127, 4096, jordan, F32, "cpu").segments == ones
-    assert form(1024, 4096, polar, F32, "cpu").segments == (2, 2, 1)
-    assert sum(form(1024, 4096, v4, F32, "cuda").segments) == 10
-    assert form(1024, 4096, jordan, F16, "cuda") == Form((2, 2, 1), F16)
-    # In bfloat16 two first steps in one, on a CPU, from a gentle table. Never in float64, where exactness is wanted.
-    assert form(1024, 4096, jordan, BF16, "cpu") == Form((2, 1, 1, 1), BF16, False, 8, 4)
-    assert form(256, 1024, jordan, BF16, "cpu") == Form((2, 1, 1, 1), BF16)
+    assert choose_form(1024, 1024, jordan, BF16, "cpu") == Form(ones, BF16, False, 4, 4)
+    assert choose_form(1024, 1024, jordan, F32, "cpu") == Form(ones, F32, False, 8, 8)
     assert (
-        form(128, 512, jordan, BF16, "cpu") == form(512, 256, jordan, BF16, "cpu") == Form(ones, BF16)
+        choose_form(512, 512, jordan, BF16, "cpu")
+        == choose_form(384, 384, jordan, BF16, "cpu")
+        == Form(ones, BF16, False, 2, 2)
+    )
+    assert choose_form(320, 320, jordan, BF16, "cpu") == choose_form(512, 512, jordan, BF16, "cuda") == Form(ones, BF16)
+    # On a CPU with matrix tiles: no panels in bfloat16, all else as on any CPU.
+    assert (
+        choose_form(1024, 1024, jordan, BF16, "amx") == choose_form(512, 512, jordan, BF16, "amx") == Form(ones, BF16)
+    )
+    assert choose_form(1024, 4096, jordan, BF16, "amx") == Form((2, 1, 1, 1), BF16)
+    for shape in ((1024, 1024), (1024, 4096), (64, 64)):
+        assert choose_form(*shape, jordan, F32, "amx") == choose_form(*shape, jordan, F32, "cpu")
+    # The Gram form: float32 from l = 1.5 k and k = 128, restarted as often as the table's growth asks.
+    assert choose_form(1024, 4096, jordan, F32, "cpu") == Form((3, 2), F32, False, 8, 8)
+    assert choose_form(4096, 1024, jordan, F32, "cpu") == choose_form(1024, 4096, jordan, F32, "cpu")
+    assert choose_form(1024, 1536, jordan, F32, "cuda") == Form((3, 2), F32)
+    assert choose_form(1024, 1535, jordan, F32, "cuda") == Form(ones, F32)
+    assert choose_form(127, 4096, jordan, F32, "cpu").segments == ones
+    assert choose_form(1024, 4096, polar, F32, "cpu").segments == (2, 2, 1)
+    assert sum(choose_form(1024, 4096, v4, F32, "cuda").segments) == 10
+    assert choose_form(1024, 4096, jordan, F16, "cuda") == Form((2, 2, 1), F16)
+    # In bfloat16 two first steps in one, on a CPU, from a gentle table. Never in float64, where exactness is wanted.
+    assert choose_form(1024, 4096, jordan, BF16, "cpu") == Form((2, 1, 1, 1), BF16, False, 8, 4)
+    assert choose_form(256, 1024, jordan, BF16, "cpu") == Form((2, 1, 1, 1), BF16)
+    assert (
+        choose_form(128, 512, jordan, BF16, "cpu") == choose_form(512, 256, jordan, BF16, "cpu") == Form(ones, BF16)
     )  # little to save
     for table, (device, dtype) in itertools.product(TABLES, (("cpu", BF16), ("cuda", BF16), ("cpu", F64))):
-        segments = form(256, 8192, resolve(table, STEPS[table]), dtype, device).segments
+        segments = choose_form(256, 8192, coefficient_schedule(table, STEPS[table]), dtype, device).segments
         pair = (device, dtype) == ("cpu", BF16) and table in ("jordan", "you", "deepseek_v4", "cubic")
         assert segments == ((2,) if pair else (1, 1)) + (1,) * (STEPS[table] - 2)
     # A CPU has no fast float16, and calls its bfloat16 kernel too slowly for tiny products.
-    assert form(512, 512, jordan, F16, "cpu").dtype == F32
-    assert form(64, 64, jordan, BF16, "cpu").dtype == F32 and form(64, 64, jordan, BF16, "cuda").dtype == BF16
+    assert choose_form(512, 512, jordan, F16, "cpu").dtype == F32
+    assert (
+        choose_form(64, 64, jordan, BF16, "cpu").dtype == F32
+        and choose_form(64, 64, jordan, BF16, "cuda").dtype == BF16
+    )
 
 
 @pytest.mark.parametrize("table", ["jordan", "polar_express", "you", "cans", "deepseek_v4", "cubic"])
 def test_restarts_keep_the_gram_form_as_exact_as_the_standard_one(table: str) -> None:
-    triples = resolve(table, STEPS[table])
-    chosen = form(128, 512, triples, F32, "cpu")
+    triples = coefficient_schedule(table, STEPS[table])
+    chosen = choose_form(128, 512, triples, F32, "cpu")
     assert len(chosen.segments) > 1 and max(chosen.segments) > 1
     restarted, never = 0.0, 0.0
     for values in (torch.logspace(0, -3, 128), torch.tensor([1.0] * 4 + [1e-2] * 124), 1 / torch.arange(1.0, 129.0)):
@@ -173,8 +186,8 @@ def test_restarts_keep_the_gram_form_as_exact_as_the_standard_one(table: str) ->
 def test_two_first_steps_in_one_are_as_exact_in_bfloat16_as_two(table: str) -> None:
     """With Q's multiple of the identity inside Q its rounding went one way, and Gaussian matrices came out 7 % less
     exact; apart from Q it is exact, and one rounding of X less makes graded spectra come out more exact."""
-    triples = resolve(table, STEPS[table])
-    pair = form(128, 1024, triples, BF16, "cpu")
+    triples = coefficient_schedule(table, STEPS[table])
+    pair = choose_form(128, 1024, triples, BF16, "cpu")
     assert pair.segments[0] == 2
     ratios = []
     for values in (None, *spectra(128, 100.0), *spectra(128, 1000.0), 1 / torch.arange(1.0, 129.0)):
@@ -285,7 +298,7 @@ def spectra(count: int, condition: float) -> Iterator[Tensor]:
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 @pytest.mark.parametrize("table", TABLES)
 def test_singular_values_come_out_in_the_stated_band(table: str, dtype: torch.dtype) -> None:
-    triples = resolve(table, STEPS[table])
+    triples = coefficient_schedule(table, STEPS[table])
     for condition, (m, n) in itertools.product((10.0, 100.0), ((96, 96), (80, 256), (256, 80))):
         for values in spectra(min(m, n), condition):
             matrices = with_spectrum(m, n, values)
@@ -300,7 +313,7 @@ def test_singular_values_come_out_in_the_stated_band(table: str, dtype: torch.dt
 @pytest.mark.parametrize("table", TABLES)
 def test_nothing_turns_round_or_leaves_1_5_where_bfloat16_rounds_all_one_way(table: str) -> None:
     """Rounding of equal elements adds up. With the published digits of `cans` a matrix of ones came out at 1e10."""
-    triples = resolve(table, STEPS[table])
+    triples = coefficient_schedule(table, STEPS[table])
     row = torch.randn(1, 200)
     inputs = {
         "ones": torch.ones(90, 200),
@@ -349,27 +362,27 @@ def test_the_tables_follow_from_what_their_sources_define(table: str) -> None:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_the_reach_is_that_of_the_composed_polynomial(table: str) -> None:
-    """`reach` knows the extrema; a dense grid must agree: never above it, and not far below."""
-    triples = resolve(table, STEPS[table])
+    """`checked_bounds` knows the extrema; a dense grid must agree: never above it, and not far below."""
+    triples = coefficient_schedule(table, STEPS[table])
     grid = torch.cat([torch.linspace(0, 1 + 2.0**-8, 200_001, dtype=F64), torch.logspace(-8, 0, 200_001, dtype=F64)])
-    for step, top in enumerate(reach(triples)):
+    for step, top in enumerate(checked_bounds(triples)):
         values = polynomial(grid / (1 if step else 1 + 2.0**-8), triples[:step])
         assert values.min() >= 0 and top - 0.01 < values.max() < top + 1e-9
-    assert reach(triples)[-1] <= 1.5
+    assert checked_bounds(triples)[-1] <= 1.5
 
 
 def test_any_number_of_steps_of_jordan_and_a_longer_polar_express() -> None:
     for steps in (1, 2, 3, 4, 6, 10, 30):
-        assert resolve("jordan", steps) == (JORDAN,) * steps
-    assert resolve("polar_express", 11)[7:] == ((1.875, -1.25, 0.375),) * 4
-    assert resolve("polar_express", 5) == COEFFICIENTS["polar_express"].triples[:5]
+        assert coefficient_schedule("jordan", steps) == (JORDAN,) * steps
+    assert coefficient_schedule("polar_express", 11)[7:] == ((1.875, -1.25, 0.375),) * 4
+    assert coefficient_schedule("polar_express", 5) == COEFFICIENTS["polar_express"].triples[:5]
 
 
 def test_triples_of_ones_own() -> None:
-    assert resolve((1.5, -0.5, 0.0), 3) == ((1.5, -0.5, 0.0),) * 3
-    assert resolve([2, -1.5, 0.5], 2) == ((2.0, -1.5, 0.5),) * 2
+    assert coefficient_schedule((1.5, -0.5, 0.0), 3) == ((1.5, -0.5, 0.0),) * 3
+    assert coefficient_schedule([2, -1.5, 0.5], 2) == ((2.0, -1.5, 0.5),) * 2
     each = ((2.0, -1.5, 0.5), (1.5, -0.5, 0.0))
-    assert resolve(each, 2) == each and resolve([list(row) for row in each], 2) == each
+    assert coefficient_schedule(each, 2) == each and coefficient_schedule([list(row) for row in each], 2) == each
     matrices = torch.randn(1, 20, 30)
     assert error(orthogonalize(matrices, steps=2, coefficients=each, dtype=F32), exact(matrices, each)) < 1e-5
 
@@ -423,7 +436,7 @@ def test_the_published_digits_of_cans_and_cubic_need_their_guard() -> None:
         triples = COEFFICIENTS[table].triples
         published = tuple((a * 1.01, b * 1.01**3, c * 1.01**5) for a, b, c in triples)
         with pytest.raises(ValueError, match="singular value"):
-            resolve(published, 5)
+            coefficient_schedule(published, 5)
 
 
 @pytest.mark.parametrize("matrices", [torch.ones(4, 6), torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3).long()])

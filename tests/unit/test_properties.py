@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import distmuon
 from distmuon.checkpoint.manifest import FileSum, Manifest, table_file
 from distmuon.checkpoint.tensors import Part, Reader, write_parts
-from distmuon.layout.boxes import boxes, make_up
+from distmuon.layout.boxes import boxes, tiles_exactly
 from distmuon.layout.layout import Layout, make_layout, ns_cost
 from distmuon.layout.packing import _fill_level
 from distmuon.layout.routing import Route, route
@@ -224,18 +224,18 @@ def _cut(data: st.DataObject, numel: int) -> list[tuple[int, int]]:
 @given(SHAPES, st.data())
 def test_boxes_of_a_cut_make_up_the_tensor_and_no_others_do(shape: tuple[int, ...], data: st.DataObject) -> None:
     found = [box for start, length in _cut(data, prod(shape)) for box in boxes(shape, start, length)]
-    assert make_up(shape, data.draw(st.permutations(found)))
+    assert tiles_exactly(shape, data.draw(st.permutations(found)))
     number = data.draw(st.integers(0, len(found) - 1))
-    assert not make_up(shape, found[:number] + found[number + 1 :]), "a hole"
-    assert not make_up(shape, [*found, found[number]]), "an overlap"
+    assert not tiles_exactly(shape, found[:number] + found[number + 1 :]), "a hole"
+    assert not tiles_exactly(shape, [*found, found[number]]), "an overlap"
     if shape:
         offsets, sizes = found[number]
         dim = data.draw(st.integers(0, len(shape) - 1))
         for by in (-1, 1):
             moved = (*offsets[:dim], offsets[dim] + by, *offsets[dim + 1 :])
-            assert not make_up(shape, [*found[:number], (moved, sizes), *found[number + 1 :]]), "moved"
+            assert not tiles_exactly(shape, [*found[:number], (moved, sizes), *found[number + 1 :]]), "moved"
             resized = (*sizes[:dim], sizes[dim] + by, *sizes[dim + 1 :])
-            assert not make_up(shape, [*found[:number], (offsets, resized), *found[number + 1 :]]), "resized"
+            assert not tiles_exactly(shape, [*found[:number], (offsets, resized), *found[number + 1 :]]), "resized"
 
 
 def _written(folder: Path, tensors: dict[str, tuple[Tensor, list[tuple[int, int]]]], dp_size: int) -> Reader:
