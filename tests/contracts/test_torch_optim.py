@@ -462,7 +462,7 @@ def test_a_frozen_parameter_may_be_unfrozen() -> None:
 
 
 @differs(
-    instead="refused: unfreeze some",
+    instead="refused: unfreeze some parameters",
     reason="an optimizer that can never move anything is a mistake, most often of a freeze that went too far",
     match="no trainable parameter",
 )
