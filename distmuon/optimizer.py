@@ -177,7 +177,7 @@ class DistMuon(torch.optim.Optimizer):
             self._exchange_group = DataParallelGroup(exchange_group, self._metrics.count)
             self._exchange_group.check_same_ranks(self.group)
             self._exchange_group.roll = self.group.roll
-            self._exchange_group.leaves_word = False  # its collectives are counted apart from the other's
+            self._exchange_group.tells_place = False  # its collectives are counted apart from the other's
         self.layout = self._make_layout()
         self._engine: Engine | None = None
         self._sync = True

@@ -72,7 +72,7 @@ def _other_version(group: dist.ProcessGroup) -> None:
 
 
 def test_a_layout_that_differs_though_all_was_given_alike(spawn_raises) -> None:
-    match = "ValueError: plan: ranks agree on parameters and options but not on the layout .*; install the same everywh"
+    match = "ValueError: plan: ranks agree on parameters and options but not on the layout .*; install the same version"
     assert len(set(spawn_raises(_other_version, 2, match=match))) == 1
 
 

@@ -84,6 +84,7 @@ class Churn:
 def _read(step: int, model: nn.Module, optimizer: Any) -> Reading:
     distmuon.verify_parameters(model, optimizer)
     bits = digest({**weights(model, optimizer), **state_tensors(optimizer)})
+    gc.unfreeze()  # what tests/pool.py has frozen counts, too
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # free pages that the allocator keeps are not held by anybody
     objects = gc.get_objects()
