@@ -57,7 +57,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Facts, list[dict[str,
     return json.loads((folder / "facts.json").read_text()), results
 
 
-@pytest.mark.supports("a DeepSpeed engine that somebody else makes", "accelerate", "Trainer", "DeepSpeed")
+@pytest.mark.supports("a DeepSpeed engine that a launcher or trainer makes", "accelerate", "Trainer", "DeepSpeed")
 @pytest.mark.supports("`managed_gradient_accumulation: false`, `engine.no_sync()`", "DeepSpeed")
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[case["how"] for case in CASES])
 def test_an_engine_of_somebody_else_equals_the_plain_loop(ran: tuple[Facts, Any], number: int) -> None:
