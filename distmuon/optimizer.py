@@ -332,7 +332,7 @@ class DistMuon(torch.optim.Optimizer):
         present = engine.reduce(self._fingerprint())
         if present is None:
             return False
-        if engine.ranks_went_apart():
+        if engine.ranks_disagree():
             self.verify_options()
             raise problem(
                 "step",

@@ -55,7 +55,7 @@ from distmuon.comm.agreement import raise_together
 from distmuon.errors import names, problem
 from distmuon.optimizer import DistMuon
 from distmuon.options import one_of
-from distmuon.step.initial_values import log_left
+from distmuon.step.initial_values import log_skipped
 
 _LOG = logging.getLogger("distmuon")
 PEER_S = 1800.0  # how long rank 0's thread waits for the other ranks' files
@@ -131,7 +131,7 @@ def _beside_trained(
         if untrained.unknown:
             found = names(untrained.unknown)
             _LOG.warning("not saved: %s; no parameter, buffer or get_extra_state of the model holds it", found)
-        log_left(untrained.skipped, "saved")
+        log_skipped(untrained.skipped, "saved")
     states = states_of(untrained)
     return untrained, states, facts_of(untrained, states)
 

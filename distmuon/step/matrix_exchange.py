@@ -1,16 +1,15 @@
-"""Pieces of updates -> whole matrices, stacked by shape on the ranks that orthogonalize them, and back.
+"""The exchange of matrix pieces: updates go to the ranks that orthogonalize them, stacked by shape, and results return.
 
-Decides which rank sends which piece to which, once, from the layout. A matrix that lies whole on its owner never
-travels; a bucket without straddlers makes no collective at all. Knows no mathematics: what comes back is whatever the
-caller put into the stacks.
+This module decides once, from the layout, which piece each rank sends to which rank. A matrix that lies whole on its
+owner never travels; a bucket without straddlers makes no collective at all. The module knows no mathematics: it returns
+what the caller put into the stacks.
 
       update pieces (shard) --start_gather--> stacks (B, m, n) on the workers
       pieces (shard)       <--start_scatter-- results (B, m, n)
 
-[Note: who needs which piece] A piece on rank p is sent to every worker of its matrix except p. After the computation
-p takes the piece from its own result if it is a worker, else from the first worker, the owner. With
-`placement="owner"` there is one worker; with "replicated" every holder is one, so nothing is ever sent back: the
-paper's literal form.
+[Note: routes of pieces] A piece on rank p is sent to every worker of its matrix except p. After the computation p takes
+the piece from its result if it is a worker, else from the first worker, the owner. With `placement="owner"` a matrix
+has one worker. With "replicated", the paper's literal form, every holder is a worker, so nothing is sent back.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ class StackKey(NamedTuple):
 Stacks = dict[StackKey, Tensor]
 
 
-def goes_to(piece: Segment, placed: PlacedUnit, rank: int) -> bool:
-    """`piece` is sent to `rank`, which computes its matrix and does not hold it."""
+def is_sent_to(piece: Segment, placed: PlacedUnit, rank: int) -> bool:
+    """Whether `piece` is sent to `rank`, which computes its matrix and does not hold the piece."""
     return rank in placed.workers and rank != piece.rank
 
 
-def comes_home_from(piece: Segment, placed: PlacedUnit) -> int | None:
-    """The rank that sends the result back to the holder of `piece`; None where the holder computes it itself."""
+def returns_from(piece: Segment, placed: PlacedUnit) -> int | None:
+    """The rank that sends the result back to the holder of `piece`; None if the holder computes it itself."""
     return None if piece.rank in placed.workers else placed.workers[0]
 
 
 class MatrixExchange:
-    """The exchange of one bucket's matrices, seen from one rank."""
+    """The exchange of a bucket's matrices, on this rank."""
 
     def __init__(
         self,
@@ -60,8 +59,11 @@ class MatrixExchange:
         device: torch.device,
         label: str = "",
     ) -> None:
-        """`units`: all of the bucket; `muon_segments`: this rank's, in the order in which updates will be handed in;
-        `group_of`: param group of each parameter; `dtype`: of the stacks and of what travels; `label`: for messages."""
+        """Decide the routes of the bucket's `units`.
+
+        `muon_segments`: this rank's segments, in the order of the updates that `start_gather` gets. `group_of`: the
+        param group of each parameter. `dtype`: that of the stacks and of the messages. `label`: a name for errors.
+        """
         self._group, self.dtype, self._device, self._label = group, dtype, device, label
         me = group.dp_rank
         self._segments = list(muon_segments)
@@ -69,19 +71,21 @@ class MatrixExchange:
         self._place_stacks(units, group_of, me)
 
         def listed(wanted: Callable[[Segment, PlacedUnit, int], bool]) -> list[list[Segment]]:
-            """By peer, the segments that `wanted(piece, placed, peer)` picks, in an order all ranks share."""
+            """For each peer, the segments that `wanted(piece, placed, peer)` picks, in the same order on all ranks."""
             return [[p for u in units for p in u.pieces if wanted(p, u, peer)] for peer in range(group.dp_size)]
 
-        self._gather_out = listed(lambda p, u, peer: p.rank == me and goes_to(p, u, peer))
-        self._gather_in = listed(lambda p, u, peer: p.rank == peer and goes_to(p, u, me))
-        self._scatter_out = listed(lambda p, u, peer: p.rank == peer and comes_home_from(p, u) == me)
-        self._scatter_in = listed(lambda p, u, peer: p.rank == me and comes_home_from(p, u) == peer)
-        # The same on all ranks, so that all make the same collectives.
-        self.has_exchange = any(goes_to(p, u, worker) for u in units for p in u.pieces for worker in u.workers)
-        self._scatters = any(comes_home_from(p, u) is not None for u in units for p in u.pieces)
+        self._gather_out = listed(lambda p, u, peer: p.rank == me and is_sent_to(p, u, peer))
+        self._gather_in = listed(lambda p, u, peer: p.rank == peer and is_sent_to(p, u, me))
+        self._scatter_out = listed(lambda p, u, peer: p.rank == peer and returns_from(p, u) == me)
+        self._scatter_in = listed(lambda p, u, peer: p.rank == me and returns_from(p, u) == peer)
+        # These are the same on all ranks, so that all make the same collectives.
+        self.has_exchange = any(is_sent_to(p, u, worker) for u in units for p in u.pieces for worker in u.workers)
+        self._scatters = any(returns_from(p, u) is not None for u in units for p in u.pieces)
 
     def _place_stacks(self, units: Sequence[PlacedUnit], group_of: Sequence[int], me: int) -> None:
-        self._places: dict[tuple[int, int], tuple[StackKey, int]] = {}  # by segment: its stack, first element there
+        self._places: dict[
+            tuple[int, int], tuple[StackKey, int]
+        ] = {}  # by segment: its stack and its first element in it
         self.stack_sizes: dict[StackKey, int] = {}
         for placed in units:
             if me in placed.workers:
@@ -94,7 +98,7 @@ class MatrixExchange:
                     self._places[p.param, p.param_offset] = (key, start)
 
     def start_gather(self, updates: Sequence[Tensor]) -> Gathering:
-        """Send `updates` (one 1-D tensor a Muon piece) on their way; `wait` for the whole stacks."""
+        """Start to gather `updates`, a 1-D tensor for each Muon piece; `wait` returns the stacks of whole matrices."""
         pending = None
         if self.has_exchange:
             outgoing = [updates[self._number[s.param, s.param_offset]] for peer in self._gather_out for s in peer]
@@ -109,7 +113,7 @@ class MatrixExchange:
         return Gathering(self, pending, stacks)
 
     def start_scatter(self, results: Stacks) -> Scattering:
-        """Send results home; `wait` for one 1-D tensor a Muon piece."""
+        """Start to send results back; `wait` returns a 1-D tensor for each Muon piece."""
         pending = None
         if self._scatters:
             outgoing = [self._piece(results, segment) for peer in self._scatter_out for segment in peer]
@@ -124,7 +128,7 @@ class MatrixExchange:
         return stacks
 
     def finish_scatter(self, pending: Pending | None, results: Stacks) -> list[Tensor]:
-        """This rank's pieces: those that arrive, and those of its own results."""
+        """This rank's pieces: those that arrive, and those of its results."""
         back = {} if pending is None else dict(self._arrived(pending, self._scatter_in))
         return [back[s] if s in back else self._piece(results, s) for s in self._segments]
 
@@ -151,22 +155,22 @@ class MatrixExchange:
 
 
 class Gathering:
-    """Pieces on their way to the workers of their matrices."""
+    """Pieces in flight to the workers of their matrices."""
 
     def __init__(self, exchange: MatrixExchange, pending: Pending | None, stacks: Stacks) -> None:
         self._exchange, self._pending, self._stacks = exchange, pending, stacks
 
     def wait(self) -> Stacks:
-        """The whole matrices that this rank orthogonalizes, (B, m, n) by shape."""
+        """Wait for the pieces; return the matrices that this rank orthogonalizes, (B, m, n) by shape."""
         return self._exchange.finish_gather(self._pending, self._stacks)
 
 
 class Scattering:
-    """Results on their way back to the holders of the pieces."""
+    """Results in flight to the holders of the pieces."""
 
     def __init__(self, exchange: MatrixExchange, pending: Pending | None, results: Stacks) -> None:
         self._exchange, self._pending, self._results = exchange, pending, results
 
     def wait(self) -> list[Tensor]:
-        """One 1-D tensor a Muon piece of this rank."""
+        """Wait for the results; return a 1-D tensor for each Muon piece of this rank."""
         return self._exchange.finish_scatter(self._pending, self._results)

@@ -115,7 +115,7 @@ def _nan_on(group: dist.ProcessGroup, rank: int, by_name: bool) -> None:
 
 def test_weights_that_are_nan_on_one_rank(spawn_raises) -> None:
     """Rank 0's become all ranks'; those of others are looked at where a forward has used them."""
-    needed = "before the first step; finite values are needed to start from; initialize the model"
+    needed = "before the first step; finite values are needed to start with; initialize the model"
     messages = spawn_raises(_nan_on, 3, rank=0, by_name=False, match=f"2.weight: 1 parameters hold NaN or inf {needed}")
     assert len(set(messages)) == 1
     messages = spawn_raises(_nan_on, 3, rank=2, by_name=True, match=f"2.weight: .* NaN or inf on rank 2 {needed}")

@@ -437,7 +437,7 @@ def test_every_lawful_way_to_combine_with_ddp_is_right(spawn, how: str, num_micr
 def test_a_second_averaging_raises(spawn_raises, how: str) -> None:
     """DDP put zeros where distmuon had taken the gradient: a trainer that clips those clips nothing. Refused in the
     first forward, whatever comes after it: with accumulation the message spoke of `no_sync`."""
-    match = r"DistributedDataParallel: it runs the model, and averages.*integrations\.accelerate\.prepare in the place"
+    match = r"DistributedDataParallel: it runs the model, and averages.*integrations\.accelerate\.prepare instead of"
     spawn_raises(_train_under_ddp, 2, match=match, how=how, num_micro=2)
 
 

@@ -62,7 +62,7 @@ def test_a_prepared_model_has_a_no_sync_as_one_that_ddp_wraps(found: Ranks) -> N
         assert rank["no_sync"] == {"steps": 1}
 
 
-DOUBLE = r"runs the model, and averages the gradients.*integrations\.accelerate\.prepare in the place of"
+DOUBLE = r"runs the model, and averages the gradients.*integrations\.accelerate\.prepare instead of"
 REFUSED = {
     "own_prepare": DOUBLE,
     "own_prepare_and_accumulation": DOUBLE,

@@ -61,4 +61,4 @@ def test_resume_from_checkpoint_true_goes_on_bit_for_bit(found: list[dict[str, A
 def test_accelerates_own_prepare_raises_and_names_the_cure(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert "DistributedDataParallel: it runs the model, and averages" in rank["own prepare"]
-        assert "distmuon.integrations.accelerate.prepare in the place of accelerator.prepare" in rank["own prepare"]
+        assert "distmuon.integrations.accelerate.prepare instead of accelerator.prepare" in rank["own prepare"]

@@ -506,7 +506,7 @@ def test_what_a_checkpoint_is_asked_for(tmp_path: Path) -> None:
         *(({"sharding": value}, "sharding: found .*distmuon.Sharding is needed") for value in ("big", {}, Precision())),
         ({"auto_bucket": True, "hardware": None}, "auto_bucket: found no hardware"),
         *(({"param_dtype": value}, "param_dtype: found .*torch.float32") for value in (3, "fp32", torch.int8)),
-        *(({"model": value}, "model: found .*a module, specs") for value in (None, 3, "nonsense", [3], WEIGHT)),
+        *(({"model": value}, "model: found .*a module, ParamSpecs") for value in (None, 3, "nonsense", [3], WEIGHT)),
         ({"model": "gpt2", "routes": MUON}, "routes: patterns for parameters that are routed already"),
         ({"model": ()}, "model: no trainable parameter"),
     ],
