@@ -138,8 +138,12 @@ class _Load:
         scheduler: Any,
         on_change: str,
     ) -> None:
-        self._model, self._optimizer, self._engine = model, optimizer, engine
-        self._untrained, self._scheduler, self._on_change = untrained, scheduler, on_change
+        self._model = model
+        self._optimizer = optimizer
+        self._engine = engine
+        self._untrained = untrained
+        self._scheduler = scheduler
+        self._on_change = on_change
         self._group, self._storage = optimizer.group, engine.storage
 
     def take(self, found: Path, skipped: Sequence[str]) -> Loaded:
@@ -156,7 +160,10 @@ class _Load:
 
     def _check(self, found: Path) -> _Checked:
         """Read everything once; raise if anything does not fit. Changes nothing."""
-        optimizer, storage, group, scheduler = self._optimizer, self._storage, self._group, self._scheduler
+        optimizer = self._optimizer
+        storage = self._storage
+        group = self._group
+        scheduler = self._scheduler
         manifest = read_manifest(found)
         reader = tensors.Reader(found, manifest)
         same_size = manifest.dp_size == group.dp_size
@@ -269,7 +276,9 @@ class _Load:
 
     @torch.no_grad()
     def _write(self, checked: _Checked) -> None:
-        optimizer, storage, scheduler = self._optimizer, self._storage, self._scheduler
+        optimizer = self._optimizer
+        storage = self._storage
+        scheduler = self._scheduler
         for bucket in storage.buckets:
             for piece, key, value in tensors.read_bucket(checked.reader, storage, bucket, checked.fresh):
                 tensors.write_value(bucket, piece, key, value)
@@ -312,7 +321,9 @@ def _newest_whole(root: Path, group: DataParallelGroup, search: folder.NewestSea
     Rank 0 lists the folder. See folder.py, [Note: looking again].
     """
     while True:
-        skipped, unfinished, gone = list[str](), list[Path](), False
+        skipped = list[str]()
+        unfinished = list[Path]()
+        gone = False
 
         def listed() -> tuple[list[Path], list[Path]]:
             if group.dp_rank > 0:

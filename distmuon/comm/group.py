@@ -105,7 +105,9 @@ class Pending:
         except RuntimeError as error:
             assert self.lost is not None
             raise self.lost(error) from error
-        then, self.works, self.then = self.then, (), None
+        then = self.then
+        self.works = ()
+        self.then = None
         if then is not None:
             then()
         self.holds = ()

@@ -70,7 +70,9 @@ class RollCall:
     """Reports and meetings of one group's ranks. `process_group=None`: the default group, looked up when needed."""
 
     def __init__(self, process_group: dist.ProcessGroup | None, dp_rank: int, dp_size: int) -> None:
-        self._process_group, self._dp_rank, self._dp_size = process_group, dp_rank, dp_size
+        self._process_group = process_group
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
         self._lost = ""
 
     def store(self, what: str) -> c10d.Store:

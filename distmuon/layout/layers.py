@@ -84,7 +84,9 @@ def read_module(model: nn.Module) -> Structure:
     """Read every use of every parameter of `model`, including frozen and tied parameters."""
     first = {id(param): fqn for fqn, param in model.named_parameters()}
     modules = dict(model.named_modules())
-    uses, classes, heads = [], {}, set()
+    uses = []
+    classes = {}
+    heads = set()
     for module_name, module in modules.items():
         parts = module_name.split(".") if module_name else []
         owner: nn.Module | None = module
@@ -158,13 +160,21 @@ def _by_type(module: nn.Module, name: str, param: nn.Parameter) -> tuple[Kind, s
         kind = "depthwise" if param.ndim > 1 and param.shape[1] == 1 and module.groups > 1 else "convolution"
         reason = f"{kind} convolution" if kind == "depthwise" else kind
     elif isinstance(module, nn.Linear):
-        kind, reason, is_weight = "linear", "linear", name in _WEIGHTS and param.ndim == 2
+        kind = "linear"
+        reason = "linear"
+        is_weight = name in _WEIGHTS and param.ndim == 2
     elif isinstance(module, nn.MultiheadAttention):
-        kind, reason, is_weight = "attention", "attention projection", name.endswith("proj_weight")
+        kind = "attention"
+        reason = "attention projection"
+        is_weight = name.endswith("proj_weight")
     elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        kind, reason, is_weight = "recurrent", "recurrent weight", name.startswith("weight_")
+        kind = "recurrent"
+        reason = "recurrent weight"
+        is_weight = name.startswith("weight_")
     elif (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        kind, reason, is_weight = "stored (in, out)", "linear stored (in, out)", name == "weight"
+        kind = "stored (in, out)"
+        reason = "linear stored (in, out)"
+        is_weight = name == "weight"
     else:
         return "unknown", ""
     if not is_weight and name.startswith("parametrized "):

@@ -91,7 +91,7 @@ COEFFICIENTS: Mapping[str, Table] = MappingProxyType(
             fewest=5,
             repeats=False,
             source=(
-                "CANS, arXiv 2506.10935: Remez from 1e-3, digits as in NVIDIA-NeMo/Emerging-Optimizers; guarded by us:"
+                "CANS, arXiv 2506.10935: Remez from 1e-3, digits as in NVIDIA-NeMo/Emerging-Optimizers; guarded here:"
                 " an input 0.2 % above 1, which bfloat16 makes, diverges otherwise"
             ),
         ),
@@ -113,7 +113,7 @@ COEFFICIENTS: Mapping[str, Table] = MappingProxyType(
             repeats=False,
             source=(
                 "cubic5, arXiv 2606.00371: relaxed band from 7e-3, two products a step instead of three, digits as in"
-                " NVIDIA-NeMo/Emerging-Optimizers; guarded by us: it is negative from 1.0035 otherwise"
+                " NVIDIA-NeMo/Emerging-Optimizers; guarded here: it is negative from 1.0035 otherwise"
             ),
         ),
     }

@@ -99,7 +99,9 @@ def choose_form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype,
         dtype = torch.promote_types(dtype, torch.float32)
     gram = 2 * long >= 3 * short >= 3 * _LEAST and short * short * (2 * long - 3 * short) >= _SAVED.get(dtype, 0.0)
     gram = gram and (dtype != torch.bfloat16 or on_cpu)
-    segments, growth, bounds = [1], 1.0, _GROWTH.get(dtype, (0.0, 0.0))
+    segments = [1]
+    growth = 1.0
+    bounds = _GROWTH.get(dtype, (0.0, 0.0))
     for (a, _, _), top in zip(triples[:-1], checked_bounds(triples)):
         growth *= (a * top) ** 2
         if gram and growth <= bounds[len(segments) > 1]:
@@ -206,7 +208,8 @@ def _segmented(x: Tensor, spare: Tensor, triples: tuple[Triple, ...], form: Form
                 whole = half.copy_(factor) if apart else factor
                 whole.diagonal(dim1=-2, dim2=-1).add_(apart)
                 _symmetric(p, whole, other, panels, factor, a, scale)
-                factor, other, apart = other, factor, apart * a
+                factor, other = other, factor
+                apart = apart * a
             if number < length:
                 _symmetric(p, gram, half, panels, gram, a, scale)
                 _symmetric(p, half, other, panels, half, a, scale)

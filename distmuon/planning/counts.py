@@ -126,9 +126,9 @@ def _load(layout: Layout, options: Options) -> list[BucketLoad]:
             load.gather_in[worker] += placed.unit.numel
         for piece in placed.pieces:
             works = piece.rank in workers
-            others = len(workers) - works
-            load.gathers = load.gathers or others > 0
-            load.gather_out[piece.rank] += others * piece.length
+            num_receivers = len(workers) - 1 if works else len(workers)
+            load.gathers = load.gathers or num_receivers > 0
+            load.gather_out[piece.rank] += num_receivers * piece.length
             if works:
                 load.gather_in[piece.rank] -= piece.length
             else:
@@ -197,7 +197,9 @@ def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, ra
         computing = holds + finished + 16 * load.stacked[rank]  # Newton-Schulz: four float32 stacks, with Gram matrices
         gathered = holds
         if not options.sharding.overlap:
-            peak, gathered, computing = max(peak, computing), 0, 0
+            peak = max(peak, computing)
+            gathered = 0
+            computing = 0
         if options.sharding.param_gather == "updates" and layout.dp_size > 1:
             messages.append(load.all_gather + load.all_gather // (layout.dp_size - 1))
     flat = [layout.dp_size * bucket.shard_size * options.precision.reduce.itemsize for bucket in layout.buckets]

@@ -63,7 +63,9 @@ class Bucket:
         dp_group: DataParallelGroup,
         metrics: Metrics,
     ) -> None:
-        self.storage, self.exchange, self.transport = storage, exchange, transport
+        self.storage = storage
+        self.exchange = exchange
+        self.transport = transport
         self.index, self.params = storage.spec.index, storage.spec.params
         self.grads = Grads.COLLECTING
         self._reduction: Pending | None = None

@@ -58,7 +58,9 @@ class Engine:
         *,
         gathers_in_forward: bool,
     ) -> None:
-        self._group, self._options, self._metrics = group, options, metrics
+        self._group = group
+        self._options = options
+        self._metrics = metrics
         # See [Note: all-gathers come last]. At most two messages of updates may be in flight, so none is deferred.
         one_queue = exchange_group.process_group is group.process_group
         self._gathers_last = gathers_in_forward and one_queue and options.sharding.param_gather == "parameters"

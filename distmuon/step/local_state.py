@@ -100,7 +100,7 @@ class LocalState:
         known = self._storage.keys_of(index)
         has_master = self._storage.buckets[self._storage.layout.bucket_of[index]].has_master
         if not homes:
-            keys = [*known, *["master"] * has_master]
+            keys = (*known, "master") if has_master else known
             return {key: torch.empty(0, device=self._storage.device) for key in keys}
         entry: dict[str, Any] = {}
         for key in known:

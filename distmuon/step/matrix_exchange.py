@@ -64,7 +64,10 @@ class MatrixExchange:
         `muon_segments`: this rank's segments, in the order of the updates that `start_gather` gets. `group_of`: the
         param group of each parameter. `dtype`: that of the stacks and of the messages. `label`: a name for errors.
         """
-        self._group, self.dtype, self._device, self._label = group, dtype, device, label
+        self._group = group
+        self.dtype = dtype
+        self._device = device
+        self._label = label
         me = group.dp_rank
         self._segments = list(muon_segments)
         self._number = {(s.param, s.param_offset): i for i, s in enumerate(self._segments)}
@@ -158,7 +161,9 @@ class Gathering:
     """Pieces in flight to the workers of their matrices."""
 
     def __init__(self, exchange: MatrixExchange, pending: Pending | None, stacks: Stacks) -> None:
-        self._exchange, self._pending, self._stacks = exchange, pending, stacks
+        self._exchange = exchange
+        self._pending = pending
+        self._stacks = stacks
 
     def wait(self) -> Stacks:
         """Wait for the pieces; return the matrices that this rank orthogonalizes, (B, m, n) by shape."""
@@ -169,7 +174,9 @@ class Scattering:
     """Results in flight to the holders of the pieces."""
 
     def __init__(self, exchange: MatrixExchange, pending: Pending | None, results: Stacks) -> None:
-        self._exchange, self._pending, self._results = exchange, pending, results
+        self._exchange = exchange
+        self._pending = pending
+        self._results = results
 
     def wait(self) -> list[Tensor]:
         """Wait for the results; return a 1-D tensor for each Muon piece of this rank."""

@@ -67,7 +67,9 @@ class Parameters:
     has_message = False
 
     def __init__(self, storage: FlatStorage, group: DataParallelGroup, stage: str = "all_gather") -> None:
-        self._storage, self._group, self._stage = storage, group, stage
+        self._storage = storage
+        self._group = group
+        self._stage = stage
         self._flight: _Flight | None = None
 
     def apply(self, masters: Tensor, polar: Sequence[Tensor], apply_muon: ApplyMuon) -> None:
@@ -94,7 +96,10 @@ class Updates:
     has_message = True
 
     def __init__(self, storage: FlatStorage, group: DataParallelGroup, layout: Layout, dtype: torch.dtype) -> None:
-        self._storage, self._group, self._layout, self._dtype = storage, group, layout, dtype
+        self._storage = storage
+        self._group = group
+        self._layout = layout
+        self._dtype = dtype
         self._polar: Sequence[Tensor] = ()
         self._apply_muon: ApplyMuon | None = None
         self._flight: _Flight | None = None

@@ -72,7 +72,9 @@ class FlatStorage:
         self, spec: BucketSpec, layout: Layout, params: Sequence[nn.Parameter], dp_rank: int, options: Options
     ) -> None:
         self.spec = spec
-        self._layout, self._params, self._options = layout, params, options
+        self._layout = layout
+        self._params = params
+        self._options = options
         self.label = f"bucket {spec.index} ({names([layout.specs[index].fqn for index in spec.params], 3)})"
         device, numel = params[spec.params[0]].device, layout.dp_size * spec.shard_size
         own = slice(dp_rank * spec.shard_size, (dp_rank + 1) * spec.shard_size)
