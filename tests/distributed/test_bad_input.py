@@ -173,7 +173,7 @@ def _own_folder(group: dist.ProcessGroup, folder: str) -> None:
 
 
 def test_a_folder_that_other_ranks_do_not_see(spawn_raises, tmp_path: Path) -> None:
-    match = "1: this rank does not see the folder that rank 0 made; one file system of all ranks is needed; save to a"
+    match = "1: this rank does not see the folder that rank 0 made; all ranks must see the same file system; save to a"
     assert len(set(spawn_raises(_own_folder, 2, folder=str(tmp_path), match=match))) == 1
     assert not [*tmp_path.rglob("*.saving")]
 

@@ -301,7 +301,7 @@ def test_a_buffer_that_is_not_initialized_is_refused_before_anything_is_written(
         (torch.zeros(3), torch.ones(3, dtype=torch.complex64), r"x: the checkpoint holds torch.complex64"),
         (torch.eye(3).to_sparse(), torch.eye(4).to_sparse(), r"x: the checkpoint holds torch.float32 \(4, 4\) sparse"),
         (torch.eye(3).to_sparse(), torch.eye(3), r"step-1: it holds no state of x;"),
-        (torch.zeros(1).expand(3), torch.arange(3.0), r"x: the checkpoint holds other values along dimension 0"),
+        (torch.zeros(1).expand(3), torch.arange(3.0), r"x: the checkpoint holds different values along dimension 0"),
     ],
     ids=["float into int", "complex into real", "shape", "dense into sparse", "into expanded"],
 )
@@ -396,9 +396,7 @@ def test_a_module_that_refuses_its_state_stops_the_load_and_all_keep_theirs(tmp_
     again = nn.Sequential(nn.Linear(6, 4), _Counting("a"), Refusing("b"))
     again[1].seen, again[2].seen = "mine", "mine"
     before = digest(again.state_dict() and dict(again.named_parameters()))
-    with pytest.raises(
-        ValueError, match=r"2\._extra_state: its module did not take it over \(RuntimeError: not mine\)"
-    ):
+    with pytest.raises(ValueError, match=r"2\._extra_state: its module refused it \(RuntimeError: not mine\)"):
         distmuon.load_checkpoint(tmp_path, again, distmuon.DistMuon(again))
     assert (again[1].seen, again[2].seen) == ("mine", "mine") and digest(dict(again.named_parameters())) == before
 
@@ -430,13 +428,13 @@ def test_a_model_with_other_modules_of_extra_state_is_refused(tmp_path: Path) ->
 
     distmuon.save_checkpoint(tmp_path / "step-1", *_counting(1))
     plain = nn.Sequential(nn.Linear(6, 4), nn.Identity())
-    with pytest.raises(ValueError, match=r"step-1: it holds states of 1\._extra_state, which this model has not"):
+    with pytest.raises(ValueError, match=r"step-1: it holds states of 1\._extra_state, which this model lacks"):
         distmuon.load_checkpoint(tmp_path, plain, distmuon.DistMuon(plain))
     more = nn.Sequential(nn.Linear(6, 4), _Counting("a"), _Counting("b"))
     with pytest.raises(ValueError, match=r"step-1: it holds no state of 2\._extra_state"):
         distmuon.load_checkpoint(tmp_path, more, distmuon.DistMuon(more))
     half = nn.Sequential(nn.Linear(6, 4), Half())
-    with pytest.raises(ValueError, match=r"1\._extra_state: a Half has no set_extra_state; it must"):
+    with pytest.raises(ValueError, match=r"1\._extra_state: a Half has no set_extra_state; the module must"):
         distmuon.load_checkpoint(tmp_path, half, distmuon.DistMuon(half))
     with pytest.raises(ValueError, match=r"1\._extra_state: a Half has get_extra_state and no set_extra_state"):
         distmuon.save_checkpoint(tmp_path / "step-2", half, distmuon.DistMuon(half))
@@ -456,7 +454,7 @@ def test_a_checkpoint_of_before_extra_state_leaves_it_alone_and_says_so(
     model, optimizer = _counting("mine")
     distmuon.load_checkpoint(tmp_path, model, optimizer)
     assert model[1].seen == "mine"
-    assert re.search(r"holds no state of 1\._extra_state, which keep what they have", caplog.text)
+    assert re.search(r"holds no state of 1\._extra_state, which keep their values", caplog.text)
 
 
 def test_what_a_hook_puts_into_the_state_dict_is_said_not_to_be_saved(
@@ -466,7 +464,7 @@ def test_what_a_hook_puts_into_the_state_dict_is_said_not_to_be_saved(
     model.register_state_dict_post_hook(lambda module, state, prefix, local: state.update(secret=torch.ones(2)))
     with caplog.at_level(logging.WARNING):
         distmuon.save_checkpoint(tmp_path / "step-1", model, distmuon.DistMuon(model))
-    assert "not saved: secret; no parameter, buffer or get_extra_state stands behind it" in caplog.text
+    assert "not saved: secret; no parameter, buffer or get_extra_state of the model holds it" in caplog.text
     distmuon.load_checkpoint(tmp_path, model, distmuon.DistMuon(model))
 
 

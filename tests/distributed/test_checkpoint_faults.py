@@ -300,7 +300,7 @@ def test_two_optimizers_may_save_into_one_folder(tmp_path: Path, monkeypatch: py
         if stage == "before data" and threading.current_thread() is not threading.main_thread():
             go.wait(60)
 
-    monkeypatch.setattr(snapshot, "reached", reached)
+    monkeypatch.setattr(snapshot, "fault_point", reached)
     behind = distmuon.save_checkpoint(tmp_path / "gen-10", *first, asynchronous=True, keep_last=2)
     killed = tmp_path / ".disc-5.0123abcd.saving"
     killed.mkdir()
@@ -352,14 +352,14 @@ def _never_writes(group: dist.ProcessGroup, folder: str) -> str:
 
 def test_a_rank_that_does_not_write_is_named(tmp_path: Path, pool: Any) -> None:
     for message in pool.spawn(_never_writes, 2, folder=str(tmp_path)):
-        assert re.search(r"ranks \[1\] have not written their part; 0.3 s are the limit", message)
+        assert re.search(r"ranks \[1\] have not written their part; the limit is 0.3 s", message)
     pool.close()  # the workers are changed
     assert distmuon.latest_checkpoint(tmp_path) is None
 
 
 def test_state_that_could_not_be_loaded_safely_is_refused(tmp_path: Path) -> None:
     model, optimizer = _small()
-    with pytest.raises(ValueError, match=r"extra: it holds what cannot be loaded safely"):
+    with pytest.raises(ValueError, match=r"extra: it holds a value that cannot be loaded safely"):
         distmuon.save_checkpoint(tmp_path / "step-1", model, optimizer, extra={"path": tmp_path})
     assert list(tmp_path.iterdir()) == []
 
@@ -484,7 +484,7 @@ def test_lists_that_lead_elsewhere_are_refused_by_name(two: tuple[Path, list[str
 
 def test_a_file_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"none/x: it could not be written \(No such file or directory\); space and the"
+        ValueError, match=r"none/x: it could not be written \(No such file or directory\); space and perm"
     ):
         write_file(tmp_path / "none" / "x", b"data")
 
@@ -588,7 +588,7 @@ def test_one_flipped_bit_is_found_with_its_tensor_and_rank(spawn_raises) -> None
 def test_the_stages_of_a_save_are_passed_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kills above stop a save at these names."""
     stages: list[str] = []
-    monkeypatch.setattr(snapshot, "reached", lambda stage: stages.append(stage))
+    monkeypatch.setattr(snapshot, "fault_point", lambda stage: stages.append(stage))
     model, optimizer = _small()
     for step in (1, 2):
         distmuon.save_checkpoint(tmp_path / f"step-{step}", model, optimizer, keep_last=1)

@@ -55,7 +55,7 @@ def test_keep_last_leaves_a_save_under_way_alone(
         if stage == "before data" and threading.current_thread() is not threading.main_thread():
             go.wait(60)
 
-    monkeypatch.setattr(snapshot, "reached", reached)
+    monkeypatch.setattr(snapshot, "fault_point", reached)
     behind = distmuon.save_checkpoint(tmp_path / under_way, *first, asynchronous=True, keep_last=1)
     distmuon.save_checkpoint(tmp_path / saved, *second, keep_last=1)
     go.set()
@@ -119,10 +119,10 @@ def test_two_runs_that_save_one_name_end_with_one_of_them_whole(
 ) -> None:
     def reached(stage: str) -> None:
         if stage == "before rename" and not (tmp_path / "step-1").exists():
-            monkeypatch.setattr(snapshot, "reached", lambda stage: None)
+            monkeypatch.setattr(snapshot, "fault_point", lambda stage: None)
             distmuon.save_checkpoint(tmp_path / "step-1", *_small())
 
-    monkeypatch.setattr(snapshot, "reached", reached)
+    monkeypatch.setattr(snapshot, "fault_point", reached)
     with pytest.raises(ValueError, match=r"step-1: it could not be put in place \(Directory not empty\)"):
         distmuon.save_checkpoint(tmp_path / "step-1", *_small())
     assert _names(tmp_path) == ["step-1"] and distmuon.latest_checkpoint(tmp_path) == tmp_path / "step-1"
@@ -163,7 +163,7 @@ def test_what_is_only_half_removed_is_a_warning(
     real = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", lambda path, **_: None)
     distmuon.save_checkpoint(tmp_path / "step-2", *_small(), keep_last=1)
-    assert _names(tmp_path) == [".step-1.deleted", "step-2"] and "could not be removed wholly" in caplog.text
+    assert _names(tmp_path) == [".step-1.deleted", "step-2"] and "could not be removed completely" in caplog.text
     monkeypatch.setattr(shutil, "rmtree", real)
     distmuon.save_checkpoint(tmp_path / "step-3", *_small(), keep_last=1)
     assert _names(tmp_path) == ["step-3"]
@@ -183,7 +183,7 @@ def test_a_folder_that_is_not_brought_to_the_disk(
     assert "step-1 is complete, but a power failure now may lose it" in caplog.text
     with monkeypatch.context() as patch:
         _refusing(patch, "fsync", _of_a_folder(".saving"), errno.EIO)
-        with pytest.raises(ValueError, match=r"step-2.*saving: it could not be brought to the disk \(Input/output err"):
+        with pytest.raises(ValueError, match=r"step-2.*saving: it could not be synced to the disk \(Input/output err"):
             distmuon.save_checkpoint(tmp_path / "step-2", *_small())
     assert _names(tmp_path) == ["step-1"]
     with monkeypatch.context() as patch:
@@ -200,7 +200,7 @@ def test_older_ones_that_cannot_be_listed_are_a_warning(
 
     monkeypatch.setattr(Path, "iterdir", refuse)
     distmuon.save_checkpoint(tmp_path / "step-1", *_small(), keep_last=1)
-    assert "step-1 is complete, but older ones could not be looked through" in caplog.text
+    assert "step-1 is complete, but older checkpoints could not be examined" in caplog.text
     for look in (distmuon.latest_checkpoint, lambda folder: distmuon.load_checkpoint(folder, *_small())):
         with pytest.raises(ValueError, match=rf"{tmp_path}: it cannot be listed \(Stale file handle\)"):
             look(tmp_path)
@@ -239,7 +239,7 @@ def test_a_folder_that_goes_while_it_is_written_is_said_at_once(
 ) -> None:
     monkeypatch.setattr("distmuon.checkpoint.save._write_part", lambda aside, *_: shutil.rmtree(aside))
     saving = distmuon.save_checkpoint(tmp_path / "step-1", *_small(), asynchronous=True)
-    with pytest.raises(ValueError, match=r"step-1.*saving: it has gone while it was written"):
+    with pytest.raises(ValueError, match=r"step-1.*saving: it disappeared while it was being written"):
         saving.wait()
 
 

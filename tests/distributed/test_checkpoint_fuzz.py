@@ -286,7 +286,7 @@ def test_boxes_that_overlap_and_leave_a_hole_are_refused(saved: dict[int, Path])
     """Their sizes added up, so the load went well and the hole was whatever memory held before."""
     for rank in range(3):
         message = _load_changed(Run(), saved[3], _edited(f"rank-{rank:05d}.json", _shifted))
-        assert "do not make it up exactly once" in message
+        assert "do not cover it exactly once" in message
 
 
 def test_a_file_that_no_sum_vouches_for_is_refused(saved: dict[int, Path]) -> None:
@@ -386,7 +386,7 @@ def test_a_generator_is_never_put_where_none_can_be(saved: dict[int, Path], forg
     """NumPy believed the position: the next number came from beside its table, and the process died."""
     generator, edit, match = FORGED_RNG[forged]
     message = _load_changed(Run(), saved[1], _rng(generator, edit))
-    assert re.search(rf"rank-00000\.pt: its state cannot be taken over \(ValueError: {match}", message), message
+    assert re.search(rf"rank-00000\.pt: its state cannot be loaded \(ValueError: {match}", message), message
 
 
 def test_every_state_that_the_generators_can_be_in_is_restored(saved: dict[int, Path]) -> None:
@@ -499,8 +499,8 @@ BOMBS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "doubled lists": (_pickled(_twice(60)), "more than .* items"),
     "deep lists": (_pickled(b"\x80\x02" + b"(" * 100_000 + b"l" * 100_000 + b"."), "nested more than 100 deep"),
     "deep tuples": (_pickled(b"\x80\x02)" + b"\x85" * 100_000 + b"."), "nested more than 100 deep"),
-    "bytes after the end": (lambda data: data + b"x" * 30, "something follows its end"),
-    "a comment": (lambda data: data[:-2] + b"\x05\x00later", "something follows its end"),
+    "bytes after the end": (lambda data: data + b"x" * 30, "data follows its end"),
+    "a comment": (lambda data: data[:-2] + b"\x05\x00later", "data follows its end"),
     "two lists of members": (lambda data: data[:-50] + b"\1" + data[-49:], "end records"),
     "no archive": (lambda data: pickle.dumps({"extra": 1, "rng": {}}), "no zip archive"),
     "a member twice": (lambda data: _doubled(data), "twice"),
@@ -554,7 +554,7 @@ def test_a_tensor_of_64_dimensions_is_saved_and_loaded(tmp_path: Path) -> None:
     [
         (b"[" * 100_000, "it is nested more than 16 deep"),
         (b'{"format": 1, "x": ' + b'{"a":' * 20 + b"1" + b"}" * 21, "it is nested more than 16 deep"),
-        (b'{"' + b'\\"' * 500_000, "a text in it never ends"),
+        (b'{"' + b'\\"' * 500_000, "a string in it never ends"),
         (b'{"format": 1, "a": "[[[[[[[[[[[[[[[[[[[[[["}', "KeyError"),
         ("[[1]]".encode("utf-16"), "UnicodeDecodeError"),
     ],

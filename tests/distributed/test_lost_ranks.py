@@ -230,7 +230,7 @@ def test_what_one_rank_raises_ends_the_others_with_its_message(spawn) -> None:
     results = spawn(_raises, 4, told=True)
     for rank, ((message, _, seconds), again) in enumerate(results[:2]):
         assert message.startswith(f"LostRanks: rank {rank} at reduce_scatter of bucket 0 (")
-        assert "step 2: rank 2 raised KeyError: 'no such batch'; all ranks must go on" in message
+        assert "step 2: rank 2 raised KeyError: 'no such batch'; training needs all ranks" in message
         assert seconds < 30 and message == f"LostRanks: {again}"
     assert results[2][0][0] == "KeyError: 'no such batch'"
 

@@ -155,8 +155,8 @@ MUON = [Route("*", "muon")]
         ([("a", WEIGHT), ("a", nn.Parameter(torch.ones(3, 3)))], "a: its name or parameter was given before"),
         ([], "params: no trainable parameter"),
         (nn.Identity(), "params: no trainable parameter"),
-        (_model().requires_grad_(False), "params: no trainable parameter; one at least is needed; unfreeze"),
-        (nn.Sequential(nn.LazyLinear(4)), "0.weight: a lazy parameter without a shape; .*run one forward first"),
+        (_model().requires_grad_(False), "params: no trainable parameter; at least one is needed; unfreeze"),
+        (nn.Sequential(nn.LazyLinear(4)), "0.weight: a lazy parameter without a shape; .*run a forward first"),
         (_model().to("meta"), "0.weight: the parameter is on the meta device, without values"),
         (_model().double(), "0.weight: the parameter is of dtype torch.float64, which a float32 master would round"),
         (
@@ -475,7 +475,10 @@ def test_what_a_checkpoint_is_asked_for(tmp_path: Path) -> None:
         refused(lambda wrong=wrong: save(tmp_path / "x-4", model, optimizer, asynchronous=wrong), "asynchronous: found")
         refused(lambda wrong=wrong: load(good, model, optimizer, on_route_change=wrong), "on_route_change: found")
     refused(lambda: save(tmp_path / "x-5", model, optimizer, scheduler=3), "rank 0: AttributeError: .*state_dict")
-    refused(lambda: save(tmp_path / "x-6", model, optimizer, extra=_model()), "extra: it holds what cannot be loaded")
+    refused(
+        lambda: save(tmp_path / "x-6", model, optimizer, extra=_model()),
+        "extra: it holds a value that cannot be loaded",
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
     before = (digest(state_tensors(optimizer)), optimizer.param_groups[0]["lr"])
     wanted = r"shared\.pt: no scheduler's state is in it; .*None"

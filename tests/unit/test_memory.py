@@ -206,11 +206,11 @@ def test_a_parameter_moved_after_the_build_is_refused() -> None:
 def test_a_newer_optimizer_takes_no_older_ones_buffer_for_foreign_memory() -> None:
     model = _model()
     _step(model, distmuon.DistMuon(model))
-    old = memory.of(model[0].weight)
+    old = memory.addresses_of(model[0].weight)
     optimizer = distmuon.DistMuon(model)
     assert "staged 0.0 %" in optimizer.report()
     _step(model, optimizer)
-    assert memory.is_in_flat(model[0].weight) and memory.of(model[0].weight) != old
+    assert memory.is_in_flat(model[0].weight) and memory.addresses_of(model[0].weight) != old
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
