@@ -38,6 +38,11 @@ def _unlike(group: dist.ProcessGroup, name: str, values: list[Any]) -> None:
     _step(model, distmuon.DistMuon(model, **policies(process_group=group, **{name: values[dist.get_rank(group)]})))
 
 
+@pytest.mark.promise(
+    "Faults while training",
+    "An argument or learning rate that differs by rank is refused before the first step; "
+    "`verify_parameters` refuses a value that went apart later. Each error names rank and value",
+)
 @pytest.mark.parametrize(
     ("name", "values", "match"),
     [
@@ -87,6 +92,11 @@ def _plateau(group: dist.ProcessGroup) -> None:
         scheduler.step(1.0 + step * (dist.get_rank(group) - 0.5))
 
 
+@pytest.mark.promise(
+    "Faults while training",
+    "An argument or learning rate that differs by rank is refused before the first step; "
+    "`verify_parameters` refuses a value that went apart later. Each error names rank and value",
+)
 def test_an_lr_that_went_apart_is_found_where_all_is_verified(spawn_raises) -> None:
     messages = spawn_raises(_plateau, 2, match=r"rank 1: found param_groups\[0\]\.lr = 0\.05, on rank 0 .* = 0\.5; ")
     assert len(set(messages)) == 1
@@ -137,6 +147,10 @@ def _loads(group: dist.ProcessGroup, how: str) -> tuple[str, bool, str]:
     return str(raised.value), unchanged and optimizer.param_groups[0]["lr"] == 0.02, digest(weights(model, optimizer))
 
 
+@pytest.mark.promise(
+    "Untrusted checkpoints and bad input",
+    "A state dict that is broken, on all ranks or on one, is refused on all before anything has changed",
+)
 @pytest.mark.parametrize(
     ("how", "text"),
     [

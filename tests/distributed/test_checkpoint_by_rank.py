@@ -94,6 +94,13 @@ def _load(group: dist.ProcessGroup | None, folder: str) -> tuple[str, list[float
     return model.held(), model.scratch.tolist()
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "Tensors beside trained parameters may differ by rank (BatchNorm's statistics, codebooks, frozen "
+    "tensors that a script wrote). At the same number of ranks every rank gets its tensors back bit "
+    "for bit; at another number all get rank 0's, never a mixture. Tensors that are alike are stored "
+    "once",
+)
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_each_rank_gets_its_own_back_and_another_number_rank_0s(spawn, tmp_path: Path, asynchronous: bool) -> None:
     """Buffers were dealt out over the ranks: the mean of one beside the variance of another came back."""
@@ -104,6 +111,13 @@ def test_each_rank_gets_its_own_back_and_another_number_rank_0s(spawn, tmp_path:
     assert spawn(_load, 1, folder=str(tmp_path)) == [(saved[0], [0.0, 0.0])]
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "Tensors beside trained parameters may differ by rank (BatchNorm's statistics, codebooks, frozen "
+    "tensors that a script wrote). At the same number of ranks every rank gets its tensors back bit "
+    "for bit; at another number all get rank 0's, never a mixture. Tensors that are alike are stored "
+    "once",
+)
 def test_only_what_differs_is_stored_by_rank(spawn, tmp_path: Path) -> None:
     spawn(_save, 3, folder=str(tmp_path / "step-2"), asynchronous=False)
     tables = [json.loads((tmp_path / "step-2" / f"rank-{r:05d}.json").read_text())["tensors"] for r in range(3)]
@@ -135,6 +149,13 @@ def _unlike_sets(group: dist.ProcessGroup, folder: str) -> list[tuple[float, lis
     return found
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "Tensors beside trained parameters may differ by rank (BatchNorm's statistics, codebooks, frozen "
+    "tensors that a script wrote). At the same number of ranks every rank gets its tensors back bit "
+    "for bit; at another number all get rank 0's, never a mixture. Tensors that are alike are stored "
+    "once",
+)
 def test_ranks_may_hold_buffers_of_other_lengths_and_names(spawn, tmp_path: Path) -> None:
     assert spawn(_unlike_sets, 2, folder=str(tmp_path)) == [[(10.0, [0.0, 0.0])], [(11.0, [1.0, 1.0, 1.0])]]
     model = nn.Linear(6, 4)
@@ -186,6 +207,12 @@ def _with(tensors: dict[str, Tensor]) -> tuple[nn.Module, distmuon.DistMuon]:
     return model, distmuon.DistMuon(model)
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "Sparse, expanded, quantised, complex, bool, fp8, 0-dim and empty buffers come back. A frozen "
+    "tensor subclass is saved by the tensors that its `__tensor_flatten__` names. A tensor that has "
+    "no values here (meta, DTensor) is named in the log as not saved, and keeps what it has at a load",
+)
 @pytest.mark.filterwarnings("ignore:.*(quantize|Sparse CSR|TypedStorage)")
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_buffers_of_every_kind_come_back(tmp_path: Path, asynchronous: bool) -> None:
@@ -254,6 +281,12 @@ def _quantised(low: int, kind: type = _Halves) -> tuple[nn.Module, distmuon.Dist
     return model, distmuon.DistMuon(model)
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "Sparse, expanded, quantised, complex, bool, fp8, 0-dim and empty buffers come back. A frozen "
+    "tensor subclass is saved by the tensors that its `__tensor_flatten__` names. A tensor that has "
+    "no values here (meta, DTensor) is named in the log as not saved, and keeps what it has at a load",
+)
 def test_a_frozen_tensor_subclass_is_saved_by_the_tensors_in_it_or_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -270,6 +303,12 @@ def test_a_frozen_tensor_subclass_is_saved_by_the_tensors_in_it_or_named(
     assert model.base.low.tolist() == [1, 1, 1], "it keeps what it has"
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "Sparse, expanded, quantised, complex, bool, fp8, 0-dim and empty buffers come back. A frozen "
+    "tensor subclass is saved by the tensors that its `__tensor_flatten__` names. A tensor that has "
+    "no values here (meta, DTensor) is named in the log as not saved, and keeps what it has at a load",
+)
 def test_a_buffer_without_values_is_named_as_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer = _with({"odd": torch.zeros(3, device="meta"), "even": torch.ones(2)})
     distmuon.save_checkpoint(tmp_path / "step-1", model, optimizer)
@@ -336,6 +375,12 @@ GOOD: list[Any] = [
 ]
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "The value that a module returns from `get_extra_state` comes back by the same rule, if it is "
+    "made of tensors, numbers, strings, bytes, None and dicts, lists and tuples; any other is refused"
+    " by its place in the state, on all ranks, before anything is written",
+)
 @pytest.mark.parametrize("state", GOOD, ids=[f"{type(v).__name__}-{i}" for i, v in enumerate(GOOD)])
 def test_extra_state_of_safe_types_comes_back(tmp_path: Path, state: Any) -> None:
     distmuon.save_checkpoint(tmp_path / "step-1", *_counting(state))
@@ -358,6 +403,12 @@ BAD: list[tuple[Any, str]] = [
 ]
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "The value that a module returns from `get_extra_state` comes back by the same rule, if it is "
+    "made of tensors, numbers, strings, bytes, None and dicts, lists and tuples; any other is refused"
+    " by its place in the state, on all ranks, before anything is written",
+)
 @pytest.mark.parametrize(("state", "match"), BAD, ids=[str(i) for i in range(len(BAD))])
 def test_extra_state_of_other_types_is_refused_by_name_before_anything_is_written(
     tmp_path: Path, state: Any, match: str
@@ -377,12 +428,22 @@ def _refused_on_one(group: dist.ProcessGroup, folder: str) -> str:
     return str(raised.value)
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "The value that a module returns from `get_extra_state` comes back by the same rule, if it is "
+    "made of tensors, numbers, strings, bytes, None and dicts, lists and tuples; any other is refused"
+    " by its place in the state, on all ranks, before anything is written",
+)
 def test_what_one_rank_cannot_save_is_refused_on_all_before_anything_is_written(spawn, tmp_path: Path) -> None:
     for message in spawn(_refused_on_one, 2, folder=str(tmp_path)):
         assert message.startswith("1._extra_state: a _Odd;")
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "A module that refuses its state stops the load, and all modules keep what they had",
+)
 def test_a_module_that_refuses_its_state_stops_the_load_and_all_keep_theirs(tmp_path: Path) -> None:
     class Refusing(_Counting):
         def set_extra_state(self, state: Any) -> None:

@@ -40,6 +40,12 @@ def _names(folder: Path) -> list[str]:
 # ------------------------------------------------------------------------------------- saves of others
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "`keep_last` and a new save leave saves under way alone, of other series and of other runs of the"
+    " same series. The remains of a killed save are removed once its process has ended, or after an "
+    "hour without a change where that cannot be seen",
+)
 @pytest.mark.parametrize(
     ("under_way", "saved"),
     [("v1.d-10", "v2"), ("10.x-3", "11"), ("gen-10", "disc-20"), ("step-10", "step-11"), ("step-11", "step-11x1")],
@@ -86,6 +92,12 @@ def _old(aside: Path) -> Path:
     return aside
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "`keep_last` and a new save leave saves under way alone, of other series and of other runs of the"
+    " same series. The remains of a killed save are removed once its process has ended, or after an "
+    "hour without a change where that cannot be seen",
+)
 def test_a_save_is_tidied_once_nobody_writes_it(tmp_path: Path) -> None:
     """By its process where that can be seen, by an hour without a change where it cannot; only of the same series."""
     alive = _aside(tmp_path, "step-1", pid=os.getpid())
@@ -143,6 +155,11 @@ def _refusing(monkeypatch: pytest.MonkeyPatch, call: str, which: Callable[..., b
     monkeypatch.setattr(os, call, refuse)
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "A complete save is not reported as failed: if an older checkpoint cannot be removed, or a folder"
+    " cannot be synced to the disk after the rename, that is logged",
+)
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -173,6 +190,11 @@ def _of_a_folder(name: str) -> Callable[[int], bool]:
     return lambda handle: Path(os.readlink(f"/proc/self/fd/{handle}")).name.endswith(name)
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "A complete save is not reported as failed: if an older checkpoint cannot be removed, or a folder"
+    " cannot be synced to the disk after the rename, that is logged",
+)
 def test_a_folder_that_is_not_brought_to_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -192,6 +214,11 @@ def test_a_folder_that_is_not_brought_to_the_disk(
     assert distmuon.latest_checkpoint(tmp_path) == tmp_path / "step-2"
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "A complete save is not reported as failed: if an older checkpoint cannot be removed, or a folder"
+    " cannot be synced to the disk after the rename, that is logged",
+)
 def test_older_ones_that_cannot_be_listed_are_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -206,6 +233,10 @@ def test_older_ones_that_cannot_be_listed_are_a_warning(
             look(tmp_path)
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "Every refusal of the file system before that is raised with the file's name, and leaves nothing",
+)
 @pytest.mark.parametrize(
     ("call", "which", "match"),
     [
@@ -282,6 +313,11 @@ class _Writing:
         assert self.process.wait() == 0
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "Beside a run with `keep_last=1` that saves without a pause, `latest_checkpoint` never answers "
+    "None and `load_checkpoint` never fails: both look again",
+)
 def test_no_look_and_no_load_fails_beside_a_run_that_keeps_one(tmp_path: Path) -> None:
     """71 of 68,117 looks answered None, which a recipe takes for "start afresh", and every fifth load failed."""
     folder, looks, loads = tmp_path / "run", 0, 0
@@ -305,6 +341,11 @@ def test_no_look_and_no_load_fails_beside_a_run_that_keeps_one(tmp_path: Path) -
 STAGES = {"listed": (loading, "check_files"), "summed": (sharded, "Reader"), "written": (sharded, "write_value")}
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "Beside a run with `keep_last=1` that saves without a pause, `latest_checkpoint` never answers "
+    "None and `load_checkpoint` never fails: both look again",
+)
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_is_removed_under_a_load_is_looked_for_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str

@@ -267,6 +267,7 @@ def _forgetful(grad: Tensor, buffer: Tensor, **rest: Any) -> tuple[Tensor, Tenso
     return _momentum(grad, torch.zeros_like(buffer), **{**rest, "out": None})
 
 
+@pytest.mark.promise("Planted faults", "Newton-Schulz on a slice (planted)")
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[-1]], ids=["balanced", "contiguous"])
 @pytest.mark.parametrize("fault", ["newton_schulz_on_pieces", "own_gradient_only", "wrong_scale", "no_momentum"])
 def test_the_comparison_fails_for_planted_faults(spawn, fault: str, config: dict[str, Any]) -> None:

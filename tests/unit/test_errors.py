@@ -422,6 +422,10 @@ STATES: list[tuple[Change, str]] = [
 ]
 
 
+@pytest.mark.promise(
+    "Untrusted checkpoints and bad input",
+    "A state dict that is broken, on all ranks or on one, is refused on all before anything has changed",
+)
 @pytest.mark.parametrize(("change", "match"), STATES)
 def test_a_broken_state_dict_changes_nothing(change: Change, match: str) -> None:
     """A wrong shape in the last bucket was found after the first ones and all hyperparameters had been taken over."""
