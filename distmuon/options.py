@@ -37,8 +37,9 @@ class Precision:
     newton_schulz: torch.dtype = torch.bfloat16
     """Dtype of the Newton-Schulz iteration: bfloat16, float32 or float64."""
     exchange: torch.dtype | None = None
-    """Dtype of the pieces of updates and polar factors that are sent: bfloat16, float32 or float64. None:
-    `newton_schulz`. float16 is not allowed, since small updates would vanish in it."""
+    """Wire dtype: the pieces of updates and polar factors are sent and rounded in it, also those that stay on their rank
+    (`Bucket._orthogonalize`). bfloat16, float32 or float64; None: `newton_schulz`. float16 is not allowed, since small
+    updates would vanish in it. `_DTYPES` lists the allowed dtypes; all senders and the planner read `wire`."""
     master: MasterFormat = "float32"
     """Format of a bfloat16 parameter's master: "float32", or "remainder", the 16 bits that the parameter lacks. Both
     give the same float32 master."""

@@ -207,6 +207,7 @@ def _plan_layout(
                 hardware,
                 guard_bytes=guard_bytes(layout),
                 ns_bytes=options.precision.newton_schulz.itemsize,
+                wire_bytes=options.precision.wire.itemsize,
                 ns_steps=ns_steps,
                 overlap=bool(options.sharding.overlap),
                 gathers_in_forward=options.sharding.overlap == "forward",

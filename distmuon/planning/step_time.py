@@ -164,7 +164,7 @@ class _Clock:
 class _Rates:
     """Rates of the hardware in the units of `BucketLoad`."""
 
-    def __init__(self, hardware: Hardware, dp_size: int, ns_bytes: int) -> None:
+    def __init__(self, hardware: Hardware, dp_size: int, ns_bytes: int, wire_bytes: int) -> None:
         h = hardware
         num_nodes = max(1, ceil(dp_size / h.node_size))
         self.latency = h.latency_s * (1 + log2(num_nodes)) if dp_size > 1 else 0.0
@@ -172,7 +172,7 @@ class _Rates:
         self.direct = h.link_share * (h.nvlink if num_nodes == 1 else h.network)
         self.flops = h.flops * h.flops_share * (1.0 if ns_bytes == 2 else h.float32_share)
         self.memory = h.memory * h.memory_share
-        self.ns_bytes = ns_bytes
+        self.wire_bytes = wire_bytes
 
     def passes(self, elements: Sequence[int], bytes_per_element: int) -> list[float]:
         """Seconds, by rank, to read and write `bytes_per_element` bytes for each element."""
@@ -184,7 +184,7 @@ class _Rates:
 
     def exchange(self, out: Sequence[int], into: Sequence[int]) -> float:
         """Seconds until the busiest rank has sent and received its elements."""
-        return max(*out, *into) * self.ns_bytes / self.direct + self.latency
+        return max(*out, *into) * self.wire_bytes / self.direct + self.latency
 
 
 def _visits(num_buckets: int, overlap: bool) -> list[tuple[int, int]]:
@@ -201,19 +201,22 @@ def estimate(
     *,
     guard_bytes: int,
     ns_bytes: int,
+    wire_bytes: int,
     ns_steps: int,
     overlap: bool,
     gathers_in_forward: bool,
     order: Order = "one_group",
 ) -> StepTime:
-    """Simulate the buckets in the optimizer's order, the first layers first. `ns_bytes`: bytes of an exchanged element.
+    """Simulate the buckets in the optimizer's order, the first layers first.
+
+    `ns_bytes`, `wire_bytes`: bytes of an element in Newton-Schulz and in the exchange.
 
     `gathers_in_forward`: the step ends when the first bucket's parameters have arrived, and the forward hides the other
     all-gathers. Otherwise the step ends when all parameters have arrived.
     """
     dp_size = loads[0].dp_size
     loads = loads[::-1]
-    rates = _Rates(hardware, dp_size, ns_bytes)
+    rates = _Rates(hardware, dp_size, ns_bytes, wire_bytes)
     passes = rates.passes
     before = [passes(load.muon, MUON_BEFORE) for load in loads]
     newton_schulz = [[ns_steps * n / rates.flops for n in load.ns_flops] for load in loads]

@@ -3,7 +3,7 @@
 This module decides what happens to a bucket's gradient, momentum and parameters, and in which order. It knows no other
 bucket: the engine decides when each line runs. Four interfaces hide the variants:
 
-    where the shard lives             `Storage`     storage.py
+    where the shard lives             `FlatStorage` storage.py
     whether and how state is written  `Decision`    verdict.py
     in which format state is kept     the codecs    math/codecs.py
     what travels back                 `Transport`   param_gather.py
@@ -124,7 +124,7 @@ class Bucket:
         """Run the step. At each `yield` this bucket's pieces travel and another bucket may compute."""
         stage = self._metrics.stage
         with stage("momentum", self.index):
-            updates = [self._momentum(piece, step) for piece in self.storage.muon]  # 2  M and U, on the shard
+            updates = [self._update_momentum(piece, step) for piece in self.storage.muon]  # 2  M and U, on the shard
         with stage("start_dp_gather", self.index):
             gathering = self.exchange.start_gather(updates)
             del updates
@@ -141,21 +141,21 @@ class Bucket:
             pieces = scattering.wait()  # 5  O, back on the shard
             del scattering, polar
         with stage("apply", self.index), self.storage.masters() as masters:
-            # 6  W <- W - lr*(scale*O + wd*W), and AdamW for the rest
+            # 6  W <- W - lr*(scale*O + wd*W), and AdamW for the rest; on exit parameters are rounded from the masters
             self.transport.apply(masters, pieces, lambda *piece: self._apply_muon(step, *piece))
             self._adamw(masters, step)
 
-    def _momentum(self, piece: ShardPiece, step: Step) -> Tensor:
-        """The update of a piece, (length,) float32. Its new momentum is written if the parameter had a gradient."""
-        param, momentum = piece.segment.param, self.storage.momentum
-        old, param_group = momentum.decode(piece.state), step.param_groups[self._group_of[param]]
+    def _update_momentum(self, piece: ShardPiece, step: Step) -> Tensor:
+        """Write the new momentum of a piece, if its parameter had a gradient; return its update U, (length,) float32."""
+        param, codec = piece.segment.param, self.storage.momentum
+        old, param_group = codec.decode(piece.state), step.param_groups[self._group_of[param]]
         present = step.verdict.present[param]
-        out = step.decision.scratch(old) if present and momentum.in_place else None
+        out = step.decision.scratch(old) if present and codec.in_place else None
         new, update = rules.muon_momentum(
             piece.grad, old, momentum=param_group["momentum"], nesterov=param_group["nesterov"], out=out
         )
         if present:
-            for key, value in momentum.encode_step(new, piece.segment.param_offset, piece.state).items():
+            for key, value in codec.encode_step(new, piece.segment.param_offset, piece.state).items():
                 step.decision.write(piece.state[key], value)
         return update
 

@@ -3,12 +3,12 @@
 This module decides when a bucket reduces, updates and gathers, and that nothing is written before the verdict. It knows
 no formula: `bucket.py` defines what a bucket does, and `optimizer.py` has the interface of torch.optim.
 
-[Note: all-gathers come last] NCCL runs the collectives of a group one after another. An all-gather that starts as soon
-as its bucket is updated delays the pieces of later buckets, and with them Newton-Schulz. With `overlap="forward"` it
-can run under the next forward instead. So no all-gather starts there before the last bucket that exchanges pieces has
-started its scatter (docs/planner.md, 8B at dp 64, by the estimate: 69 ms of step and 46 left to the forward, instead of
-83 and 25). With an `exchange_group` there is no common queue, and if `step` itself waits for the parameters, a later
-start gains nothing.
+[Note: when all-gathers start] By default a bucket's all-gather starts as soon as the bucket is updated, since `step`
+waits for all of them: a later start would gain nothing. NCCL runs the collectives of a group one after another, so such
+an all-gather delays the pieces of later buckets, and with them Newton-Schulz. With `overlap="forward"` it can run under
+the next forward instead. There no all-gather starts before the last bucket that exchanges pieces has started its
+scatter (docs/planner.md, 8B at dp 64, by the estimate: 69 ms of step and 46 left to the forward, instead of 83 and 25).
+An `exchange_group` has a queue of its own, so nothing needs to be held back.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Engine:
         self._group = group
         self._options = options
         self._metrics = metrics
-        # See [Note: all-gathers come last]. At most two messages of updates may be in flight, so none is deferred.
+        # See [Note: when all-gathers start]. At most two messages of updates may be in flight, so none is deferred.
         one_queue = exchange_group.process_group is group.process_group
         self._gathers_last = gathers_in_forward and one_queue and options.sharding.param_gather == "parameters"
         self.storage = Storage(layout, params, group.dp_rank, options)
@@ -232,7 +232,7 @@ class Engine:
         judged, self._verdict = self._verdict, None
         assert judged is not None
         judged = judged.final()
-        if judged.ok_on_host is not False:
+        if not judged.known_to_skip:  # on a GPU no host knows; there every write is masked, see `OnDevice`
             with torch.autocast(self.storage.device.type, enabled=False):
                 self._update_buckets(Step(param_groups, judged, judged.decision))
         self.skipped += ~judged.ok
@@ -242,7 +242,7 @@ class Engine:
 
     def _update_buckets(self, step: Step) -> None:
         exchanging = [bucket for bucket in self.buckets if bucket.exchange.has_exchange]
-        scatters_left = len(exchanging) if self._gathers_last else 0
+        scatters_left = len(exchanging) if self._gathers_last else 0  # see [Note: when all-gathers start]
         deferred: list[Bucket] = []
         # Backward finishes the last layers first, but the next forward needs the first layers first.
         for bucket, stage in in_pipeline(self.buckets[::-1], step, bool(self._options.sharding.overlap)):
@@ -258,7 +258,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- parameters
 
     def _start_param_gather(self, bucket: Bucket) -> None:
-        if bucket.transport.has_message:  # at most two messages are in flight; older messages are applied
+        if bucket.transport.has_message:  # a message has memory of its own, so at most two are in flight
             self.wait_params(list(self._in_flight)[:-1])
         self._in_flight[bucket.index] = bucket
         bucket.start_param_gather()

@@ -57,6 +57,11 @@ class Verdict:
         return replace(self, ok=ok, ok_on_host=None if self.ok_on_host is None else read_on_host(ok))
 
     @property
+    def known_to_skip(self) -> bool:
+        """The host knows that the step must be skipped: the engine then updates no bucket."""
+        return self.ok_on_host is False
+
+    @property
     def decision(self) -> Decision:
         """How this step writes: in place if the host knows that it is taken, else under `ok`."""
         return OnHost() if self.ok_on_host else OnDevice(self.ok)
