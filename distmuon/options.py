@@ -37,7 +37,7 @@ class Precision:
     newton_schulz: torch.dtype = torch.bfloat16
     """Dtype of the Newton-Schulz iteration: bfloat16, float32 or float64."""
     exchange: torch.dtype | None = None
-    """Wire dtype: the pieces of updates and polar factors are sent and rounded in it, also those that stay on their rank
+    """Wire dtype: pieces of updates and polar factors are sent and rounded in it, also those that stay on their rank
     (`Bucket._orthogonalize`). bfloat16, float32 or float64; None: `newton_schulz`. float16 is not allowed, since small
     updates would vanish in it. `_DTYPES` lists the allowed dtypes; all senders and the planner read `wire`."""
     master: MasterFormat = "float32"

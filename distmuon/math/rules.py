@@ -1,10 +1,10 @@
 """The two update rules on plain tensors: momentum, the scaled Muon step, the AdamW step.
 
 This module decides the formulas; it knows no rank and no bucket, and does not decide whether a step happens. Line
-numbers are those of the algorithm in docs/design.md, section 1. `Bucket.update` (step/bucket.py) calls them. With `out`,
-which may be the old tensor, Muon's functions write in place; without it the caller writes the result by a `Decision`
-(step/verdict.py). AdamW's fused kernel itself writes, and takes the verdict, a 0-dim
-bool on the device, as `found_inf`.
+numbers are those of the algorithm in docs/design.md, section 1. `Bucket.update` (step/bucket.py) calls these functions.
+With `out`, which may be the old tensor, Muon's functions write in place; without it the caller writes the result by a
+`Decision` (step/verdict.py). AdamW's fused kernel writes by itself, and takes the verdict, a 0-dim bool on the device,
+as `found_inf`.
 """
 
 from __future__ import annotations

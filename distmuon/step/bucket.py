@@ -146,7 +146,7 @@ class Bucket:
             self._adamw(masters, step)
 
     def _update_momentum(self, piece: ShardPiece, step: Step) -> Tensor:
-        """Write the new momentum of a piece, if its parameter had a gradient; return its update U, (length,) float32."""
+        """Write a piece's new momentum, if its parameter had a gradient; return its update U, (length,) float32."""
         param, codec = piece.segment.param, self.storage.momentum
         old, param_group = codec.decode(piece.state), step.param_groups[self._group_of[param]]
         present = step.verdict.present[param]
