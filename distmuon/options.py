@@ -7,7 +7,7 @@ This module decides which values are legal; it allocates no tensor. Every hyperp
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -97,6 +97,18 @@ class Sharding:
         one_of("sharding.overlap", self.overlap, get_args(Overlap))
         one_of("sharding.release_grads", self.release_grads, (False, True))
         positive("sharding.bucket_mb", self.bucket_mb, most=2.0**40)
+
+
+def with_fields(sharding: Sharding, given: Mapping[str, Any]) -> Sharding:
+    """`sharding` with the fields `given`. Raises TypeError for the name of anything else, as a call does."""
+    names = [field.name for field in fields(Sharding)]
+    for name in given:
+        if name not in names:
+            raise TypeError(
+                f"DistMuon got an unexpected argument {name!r}; its own arguments and the fields of Sharding "
+                f"({', '.join(names)}) are needed; dtypes are fields of precision=distmuon.Precision(...)"
+            )
+    return replace(sharding, **given) if given else sharding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,6 +102,19 @@ def test_a_dtype_goes_by_its_name() -> None:
     refused(lambda: Precision(momentum="Tensor"), r"precision\.momentum: found 'Tensor'; one of")  # type: ignore[arg-type]
 
 
+def test_a_field_of_sharding_may_be_given_by_itself() -> None:
+    model = _model()
+    optimizer = distmuon.DistMuon(model, overlap=False, sharding=distmuon.Sharding(packing="contiguous"))
+    assert optimizer.options.sharding == distmuon.Sharding(overlap=False, packing="contiguous")
+    refused(lambda: distmuon.DistMuon(model, overlap="backward"), "sharding.overlap: found 'backward'")
+
+
+@pytest.mark.parametrize("name", ["reduce_dtype", "momentum_buffer", "learning_rate"])
+def test_another_argument_is_refused_as_a_call_does(name: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected argument '{name}'; .*overlap.*Precision"):
+        distmuon.DistMuon(_model(), **{name: 1})
+
+
 @pytest.mark.parametrize("name", ["bucket_mb", "max_grad_norm"])
 def test_a_size_or_norm_is_a_positive_number(name: str) -> None:
     for value in [0, *NUMBERS[1:]]:
