@@ -95,7 +95,7 @@ def test_accelerates_clips_are_torchs_in_one_process(accelerate: Any) -> None:
         ("loader, optimizer", r"a DistMuon without its model in \(DataLoader, DistMuon\).*pass the model"),
         ("optimizer", r"a DistMuon without its model in \(DistMuon\)"),
         ("other, optimizer", r"a DistMuon without its model in \(Sequential, DistMuon\)"),
-        ("model, sgd", r"no DistMuon in \(Sequential, SGD\).*goes through accelerator\.prepare"),
+        ("model, sgd", r"no DistMuon in \(Sequential, SGD\).*go through accelerator\.prepare"),
         ("", r"no DistMuon in \(nothing\)"),
     ],
 )
