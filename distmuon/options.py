@@ -39,7 +39,9 @@ class Precision:
     exchange: torch.dtype | None = None
     """Wire dtype: pieces of updates and polar factors are sent and rounded in it, also those that stay on their rank
     (`Bucket._orthogonalize`). bfloat16, float32 or float64; None: `newton_schulz`. float16 is not allowed, since small
-    updates would vanish in it. `_DTYPES` lists the allowed dtypes; all senders and the planner read `wire`."""
+    updates would vanish in it. A further dtype goes into `_DTYPES`, and all senders and the planner follow, for they
+    read `wire`. It must be a floating-point dtype that torch promotes and the backend sends: there is no codec with
+    scales for pieces."""
     master: MasterFormat = "float32"
     """Format of a bfloat16 parameter's master: "float32", or "remainder", the 16 bits that the parameter lacks. Both
     give the same float32 master."""

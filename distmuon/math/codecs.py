@@ -1,7 +1,8 @@
 """Formats of state: momentum in float32, bfloat16 or int8, and the float32 master of a 16-bit parameter.
 
-This module decides how values are rounded and stored. It has functions on plain tensors and knows no rank and no
-bucket; nothing in it waits for a device or draws from a global generator.
+This module decides how values are rounded and stored: momentum by dither, parameters and masters to the nearest. It has
+functions on plain tensors and knows no rank and no bucket; nothing in it waits for a device or draws from a global
+generator.
 
 [Note: dither] A moving average moves by 1 - mu = 0.05 of its distance to the target. Rounded to the nearest number,
 such steps are lost once they are below half the distance of two neighbours: the average stalls 10 distances away from

@@ -29,7 +29,8 @@ from distmuon.step.param_gather import Transport
 from distmuon.step.storage import FlatStorage, ShardPiece
 from distmuon.step.verdict import Decision, Verdict
 
-Stage = Literal["to_owners", "to_holders"]  # the ranks to which this bucket's pieces travel
+# When `Bucket.update` yields, pieces are on their way to the owners of their matrices, or back to their holders.
+Stage = Literal["to_owners", "to_holders"]
 
 
 class Grads(Enum):

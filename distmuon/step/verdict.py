@@ -36,7 +36,8 @@ _EXACT = (2.0**-80, 2.0**128)  # in this range a float32 sum of squares has neit
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A verdict, equal on all ranks. `total_norm` (0-dim float32) and `ok` (0-dim bool) stay on the device.
+    """A verdict, equal on all ranks. `total_norm` (0-dim float32) and `ok` (0-dim bool; `final` may still
+    refuse) stay on the device.
 
     `present[i]`: whether any rank had a gradient for parameter i (a parameter without gradient is left alone).
     `ok_on_host`: the value of `ok`, or None on a GPU, where the host would have to wait. `disagree` (0-dim bool): the
