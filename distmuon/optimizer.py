@@ -13,6 +13,11 @@ state once, with gradients of zero and lr 0, for its state to be there. That ste
 built builds it and counts as none: no momentum, no AdamW step, no metrics. A plain `state_dict` builds nothing, for
 engines that move and cast the model afterwards (accelerate) call it, too.
 
+[Note: FSDP2] Where `fully_shard` has cut the parameters, its hooks gather, reduce and scatter, and ours are not
+registered. Gradients arrive averaged in `param.grad`, on the shard. State is made at the first step, or on this rank
+alone where its state is asked for or loaded; all ranks compare their plans before the first step. No values are sent:
+each rank has its shard already.
+
 [Note: wrappers that borrow the class] Fabric's and Lightning's wrappers are made as subclasses of the wrapped
 optimizer's class, without its `__init__`, and forward only the attributes that they do not find. Our methods would run
 on the wrapper and write into it. So in a class with bases other than optimizers each of our public methods is led to
@@ -57,6 +62,7 @@ from distmuon.options import (
 )
 from distmuon.step import initial_values
 from distmuon.step.engine import Engine
+from distmuon.step.given_storage import local_of
 from distmuon.step.hooks import Hooks
 from distmuon.step.local_state import LocalState
 from distmuon.step.metrics import Metrics
@@ -107,6 +113,7 @@ class DistMuon(torch.optim.Optimizer):
     _consolidated: dict[int, dict[str, Tensor]] | None = None  # {}: kept on another rank, `_consolidated_on`
     _consolidated_on = -1
     _local_state: LocalState  # once built
+    _agreed = False  # all ranks have compared their plans
 
     def __init__(
         self,
@@ -160,6 +167,11 @@ class DistMuon(torch.optim.Optimizer):
         self._frozen = checks.frozen(params)
         self._specs = tuple(spec for spec, _ in routed)
         self._params = [param for _, param in routed]
+        self._sharded = checks.sharded(params, self._named())
+        if self._sharded:  # see [Note: FSDP2]
+            checks.check_options_when_sharded(self.options)
+            process_group = checks.group_of_mesh(self._params[0], process_group)
+            self.options = replace(self.options, grad_reduction="external")
         groups, self._group_of = make_groups(routed, start)
         for group in groups:  # schedulers write into tensors, group by group
             group.update((key, value.clone()) for key, value in group.items() if isinstance(value, Tensor))
@@ -190,7 +202,7 @@ class DistMuon(torch.optim.Optimizer):
                 cure="pass the model itself, or Sharding(overlap=True)",
             )
         self._gathers_in_forward = gathers_in_forward and self.group.dp_size > 1
-        self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward)
+        self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward, silent=self._sharded)
         self.register_step_pre_hook(_wait_params)  # before the user's own, which may read parameters
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -209,8 +221,10 @@ class DistMuon(torch.optim.Optimizer):
         """The layout of the parameters as they are: until buffers are built, engines may still move and cast them."""
         self.group.check_current()
         self.check_parameters()
-        checks.check_memory(self._named())
-        stays = memory.stays(self._params, self._model)
+        stays = [False] * len(self._params)
+        if not self._sharded:
+            checks.check_memory(self._named())
+            stays = memory.stays(self._params, self._model)
         now = zip(self._specs, self._params, stays)
         self._specs = tuple(replace(spec, dtype=param.dtype, stays=kept) for spec, param, kept in now)
         self.options.check_dtypes([(spec.fqn, spec.dtype) for spec in self._specs])
@@ -218,7 +232,7 @@ class DistMuon(torch.optim.Optimizer):
         return make_layout(
             self._specs,
             self.group.dp_size,
-            packing=sharding.packing,
+            packing="given" if self._sharded else sharding.packing,
             placement=sharding.placement,
             bucket_mb=sharding.bucket_mb,
         )
@@ -229,12 +243,8 @@ class DistMuon(torch.optim.Optimizer):
         `values_used`: a forward has run already, so the ranks must hold the same values. `to_train`: with these values,
         and not with those of a checkpoint.
         """
-        self.group.take_number()
-        self.layout = raise_together(self.group, self._make_layout, stage="comparison of the plans")
+        self._agree()
         fqns = [spec.fqn for spec in self._specs]
-        lines = [f"{s.fqn} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
-        agree_on_plan(repr(lines), lines, self.group)
-        self.verify_options(also=self.layout.fingerprint())
         held = initial_values.held(self._named(), self._model, buffers=self.options.broadcast_buffers)
         initial_values.agree_on(held, self.group)
         if any(self.group.gather_objects(values_used, stage="comparison of the plans")):
@@ -242,6 +252,18 @@ class DistMuon(torch.optim.Optimizer):
         initial_values.send(held, self.group, self._params[0].device)
         if to_train:
             initial_values.check_finite(initial_values.not_finite(fqns, self._params))
+        self._make_engine()
+
+    def _agree(self) -> None:
+        """Raise on all ranks unless all made the same layout with the same options. Collective, once."""
+        self.group.take_number()
+        self.layout = raise_together(self.group, self._make_layout, stage="comparison of the plans")
+        lines = [f"{s.fqn} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
+        agree_on_plan(repr(lines), lines, self.group)
+        self.verify_options(also=self.layout.fingerprint())
+        self._agreed = True
+
+    def _make_engine(self) -> None:
         self._engine = Engine(
             self.layout,
             self._params,
@@ -259,10 +281,43 @@ class DistMuon(torch.optim.Optimizer):
 
     def _built(self, *, values_used: bool = False, to_train: bool = True) -> Engine:
         self._hooks.check_active(self)
+        if self._sharded and not self._agreed:
+            self._agree_on_shards(to_train=to_train)
         if self._engine is None:
             with torch.inference_mode(False):
                 self._build(values_used=values_used, to_train=to_train)
             assert self._engine is not None
+        return self._engine
+
+    def _agree_on_shards(self, *, to_train: bool) -> None:
+        """The plan of all ranks, and this rank's state if there is none yet. Collective, once."""
+        made = self.layout if self._engine is not None else None
+        self._agree()
+        if made is not None and made != self.layout:
+            raise problem(
+                "model",
+                found="its parameters changed between the first call for the optimizer's state and the first step",
+                needed="parameters keep dtype, device and placement once there is state",
+                cure="cast, move and shard the model first, then make DistMuon",
+            )
+        if to_train:
+            fqns, rows = [spec.fqn for spec in self._specs], [local_of(param) for param in self._params]
+            broken = [i for i, fqn in enumerate(fqns) if rows[i].numel() and not bool(rows[i].isfinite().all())]
+            raise_together(
+                self.group,
+                lambda: initial_values.check_finite([fqns[i] for i in broken], f" on rank {self.group.dp_rank}"),
+                stage="comparison of the first values",
+            )
+        self._built_here()
+
+    def _built_here(self) -> Engine:
+        """This rank's state of the shards that it was given; asks no other rank. See [Note: FSDP2]."""
+        self._hooks.check_active(self)
+        if self._engine is None:
+            with torch.inference_mode(False):
+                self.layout = self._make_layout()
+                self._make_engine()
+        assert self._engine is not None
         return self._engine
 
     def verify_options(self, also: str = "") -> None:
@@ -274,7 +329,11 @@ class DistMuon(torch.optim.Optimizer):
 
     def check_parameters(self) -> None:
         """Raise if parameters are not, or no longer, what the layout was made for."""
-        checks.check_parameters(self._model, self._named(), [spec.shape for spec in self._specs])
+        shapes = [spec.shape for spec in self._specs]
+        if self._sharded:
+            checks.check_shards(self._model, self._named(), shapes, self.group.dp_rank, self.group.dp_size)
+        else:
+            checks.check_parameters(self._model, self._named(), shapes)
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return [(spec.fqn, param) for spec, param in zip(self._specs, self._params)]
@@ -459,14 +518,15 @@ class DistMuon(torch.optim.Optimizer):
 
     def full_state_dict(self) -> dict[str, Any]:
         """`state_dict`, of what is built here if need be."""
-        if self._engine is None:
+        if self._engine is None and not self._sharded:
             self._meet("full_state_dict")
         self._built(to_train=False)
-        return self.state_dict()
+        return self._whole_state(self._packed()) if self._sharded else self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """Whole state of every parameter, on the CPU of every rank, in torch.optim's format; empty before the first
-        step or forward. Collective, or on one rank alone after `consolidate_state_dict`.
+        step or forward. Collective, or on one rank alone after `consolidate_state_dict`. Under FSDP2 this rank's shards
+        instead, as DTensors, without asking another rank.
 
         What users have put into `optimizer.state` is in it, this rank's own. Raises `ValueError` on a rank that asks
         alone, within half a minute.
@@ -477,13 +537,17 @@ class DistMuon(torch.optim.Optimizer):
             state = state if changed is None else changed
         return state
 
-    def _packed_state(self) -> dict[str, Any]:
+    def _packed(self) -> dict[str, Any]:
+        """What stands in `optimizer.state`, as torch.optim packs it, before users' hooks."""
         post_hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
         try:
-            packed = super().state_dict()
+            return super().state_dict()
         finally:
             self._optimizer_state_dict_post_hooks = post_hooks
-        if self._engine is None:
+
+    def _packed_state(self) -> dict[str, Any]:
+        packed = self._packed()
+        if self._engine is None or self._sharded:
             return packed
         if self._consolidated is not None and not self._consolidated:
             raise problem(
@@ -492,7 +556,12 @@ class DistMuon(torch.optim.Optimizer):
                 needed="a rank that asks alone needs the consolidated state",
                 cure="ask on that rank, or call optimizer.consolidate_state_dict() on all ranks, which keeps it on all",
             )
+        return self._whole_state(packed)
+
+    def _whole_state(self, packed: dict[str, Any]) -> dict[str, Any]:
+        """Every parameter's whole state in the place of this rank's part of it. Collective, unless consolidated."""
         state = self._consolidated if self._consolidated is not None else self._gathered("state_dict")
+        assert self._engine is not None
         storage, groups = self._engine.storage, self.param_groups
         extra = full_state.numbered(storage, groups, self._local_state.extra_of(self.state))
         whole: dict[Any, Any] = {number: {**entry, **extra[number]} for number, entry in state.items()}
@@ -533,7 +602,8 @@ class DistMuon(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any], on_route_change: str = "raise", **_ignored: object) -> None:
         """Load a full state saved at any dp_size. State keeps its own dtype; masters, if any, become the parameters.
         A parameter under another rule than then raises, or with "reset" begins with no state. Collective; what raises,
-        raises on all ranks and before anything is changed."""
+        raises on all ranks and before anything is changed. Under FSDP2 this rank loads alone: whole tensors, or
+        DTensors with the parameters' placement."""
 
         def check() -> tuple[dict[str, Any], bool]:
             state = state_dict
@@ -545,6 +615,9 @@ class DistMuon(torch.optim.Optimizer):
             full_state.load_groups(taken["param_groups"], [dict(group) for group in self.param_groups])
             return taken, full_state.is_empty(taken)
 
+        if self._sharded:
+            self._load_shards(*check())
+            return
         self.group.begin("load_state_dict")
         taken, empty = raise_together(self.group, check, stage="load_state_dict")
         emptiness = self.group.gather_objects(empty, stage="load_state_dict")
@@ -564,6 +637,21 @@ class DistMuon(torch.optim.Optimizer):
             full_state.load_full_state(engine.storage, states)
             engine.gather_all()
             self._local_state.load_extra(self.state, beside)
+        self._finish_load(taken)
+
+    def _load_shards(self, taken: dict[str, Any], empty: bool) -> None:
+        """`load_state_dict` under FSDP2."""
+        if not empty or self._engine is not None:
+            engine = self._built_here()
+            self._local_state.take_back(self.state)
+            engine.storage.absorb_external_writes()
+            states, beside = full_state.states_of(engine.storage, self.param_groups, taken)
+            self._local_state.load(states)
+            self._local_state.load_extra(self.state, beside)
+        self._finish_load(taken)
+
+    def _finish_load(self, taken: dict[str, Any]) -> None:
+        """The parts of a state that are no parameter's."""
         for key in full_state.entries_beside(torch.optim.Optimizer.state_dict(self)):
             del self.state[key]
         self.state.update(full_state.entries_beside(taken))
@@ -599,6 +687,14 @@ class DistMuon(torch.optim.Optimizer):
                 needed=f"a rank of the group, 0 to {size - 1}, or None is needed",
                 cure="None keeps the state on all ranks",
             )
+        if self._sharded:
+            raise problem(
+                "consolidate_state_dict",
+                found="called under FSDP2",
+                needed="state_dict() has this rank's shards there and asks no other rank",
+                cure="call full_state_dict() on all ranks, or torch.distributed.checkpoint.state_dict's "
+                "get_optimizer_state_dict",
+            )
         self._consolidated = None
         if self._engine is None:
             return
@@ -613,7 +709,7 @@ class DistMuon(torch.optim.Optimizer):
 
         Never true once a backward has run, for that has built.
         """
-        grads = [param.grad for param in self._params]
+        grads = [None if param.grad is None else local_of(param.grad) for param in self._params]
         if self._engine is not None or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
         return all(grad is not None and not bool(grad.any()) for grad in grads)
@@ -621,7 +717,7 @@ class DistMuon(torch.optim.Optimizer):
     def _build_if_asked(self) -> bool:
         """Build, if all ranks are asked for their state; whether they are."""
         asked = self._asked_for_state()
-        if asked:
+        if asked and not self._sharded:
             self._meet("the first step of torch's state_dict helpers")
         self._built(values_used=not asked and self._has_gradients(), to_train=not asked)
         if any(float(group["lr"]) != 0.0 for group in self.param_groups):  # the same on all ranks: building compares

@@ -16,7 +16,7 @@ from torch import Tensor
 from distmuon.comm.group import DataParallelGroup
 from distmuon.errors import problem
 from distmuon.options import check_groups, is_number, one_of
-from distmuon.step.storage import FlatStorage, Storage
+from distmuon.step.storage import BucketStorage, Storage
 
 # What torch.optim's Muon and AdamW and we keep by parameter: never taken for what a user has put beside it.
 _KEPT = frozenset({"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "master"})
@@ -34,7 +34,7 @@ def gather_full_state(storage: Storage, group: DataParallelGroup, keep: bool = T
         for key in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
             if key != "master" and not any(key in storage.keys_of(index) for index in bucket.spec.params):
                 continue
-            shard = _shard_of(bucket, key)
+            shard = _shard_of(bucket, key, storage.device)
             if shard is None:
                 continue
             flat = shard.new_empty(group.dp_size * shard.numel())
@@ -116,7 +116,7 @@ def load_full_state(storage: Storage, of_param: Mapping[int, Mapping[str, Any]])
                 start = piece.segment.param_offset
                 mine = {key: t.reshape(-1)[start : start + piece.segment.length] for key, t in whole.items()}
                 if "momentum_buffer" in mine:
-                    momentum = mine["momentum_buffer"].to(masters.device, torch.float32)
+                    momentum = mine["momentum_buffer"].to(storage.device, torch.float32)
                     mine.update(storage.momentum.encode(momentum))
                 for key, own in piece.state.items():
                     if key == "step" and key in state:
@@ -126,7 +126,7 @@ def load_full_state(storage: Storage, of_param: Mapping[int, Mapping[str, Any]])
                     else:
                         own.zero_()
                 if "master" in mine:
-                    piece.cut(masters).copy_(mine["master"])
+                    masters(piece).copy_(mine["master"])
 
 
 def _by_number(states: Mapping[Any, Mapping[str, Any]], keys: Sequence[Any]) -> dict[int, Mapping[str, Any]]:
@@ -320,16 +320,16 @@ def is_empty(state_dict: Mapping[str, Any]) -> bool:
     return True
 
 
-def _shard_of(bucket: FlatStorage, key: str) -> Tensor | None:
+def _shard_of(bucket: BucketStorage, key: str, device: torch.device) -> Tensor | None:
     """This rank's shard of `key`, zeros where no piece has it; None for a master that is the parameter itself."""
     if key == "master":
         return bucket.decoded_masters() if bucket.has_master else None
     if key != "momentum_buffer":
-        shard = torch.zeros_like(bucket.param_shard, dtype=torch.float32)
+        shard = torch.zeros(bucket.spec.shard_size, dtype=torch.float32, device=device)
         for piece in bucket.adamw:
             piece.cut(shard).copy_(piece.state[key])
         return shard
-    shard = torch.zeros_like(bucket.param_shard, dtype=bucket.momentum.decoded)
+    shard = torch.zeros(bucket.spec.shard_size, dtype=bucket.momentum.decoded, device=device)
     for piece in bucket.muon:
         piece.cut(shard).copy_(bucket.momentum.decode(piece.state))
     return shard

@@ -57,7 +57,7 @@ from distmuon.checkpoint.manifest import (
 )
 from distmuon.layout.boxes import MAX_DIMS, Box, boxes, ranges_of, tiles_exactly
 from distmuon.layout.routing import ParamSpec
-from distmuon.step.storage import FlatStorage, ShardPiece, Storage
+from distmuon.step.storage import BucketStorage, ShardPiece, Storage
 
 UntrainedTensors = Mapping[str, Tensor]
 
@@ -65,22 +65,22 @@ UntrainedTensors = Mapping[str, Tensor]
 # ------------------------------------------------------------------------- the two doors to a piece's state
 
 
-def keys_of(bucket: FlatStorage, piece: ShardPiece) -> tuple[str, ...]:
+def keys_of(bucket: BucketStorage, piece: ShardPiece) -> tuple[str, ...]:
     """What is saved of a piece beside the parameter itself."""
     kept = [key for key in piece.state if key != "momentum_scale"]
     return ("master", *kept) if bucket.has_master else tuple(kept)
 
 
-def read_value(bucket: FlatStorage, piece: ShardPiece, key: str) -> Tensor:
+def read_value(bucket: BucketStorage, piece: ShardPiece, key: str) -> Tensor:
     """The logical value of `key`, (length,) or for "step" 0-d, in the dtype in which it is saved. May be a view."""
     if key == "param":
-        return piece.cut(bucket.param_shard)
+        return bucket.param_of(piece)
     if key == "momentum_buffer":
         return bucket.momentum.decode(piece.state)
     return bucket.master_of(piece) if key == "master" else piece.state[key]
 
 
-def write_value(bucket: FlatStorage, piece: ShardPiece, key: str, value: Tensor) -> None:
+def write_value(bucket: BucketStorage, piece: ShardPiece, key: str, value: Tensor) -> None:
     """Take over the logical value of `key`, of the shape that `read_value` gives, any dtype and device.
 
     "master" is always given; the parameter follows, on other ranks when the bucket is gathered.
@@ -149,7 +149,7 @@ def _resolver(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor.detach().resolve_conj().resolve_neg()
 
 
-def _reader(bucket: FlatStorage, piece: ShardPiece, key: str) -> Callable[[], Tensor]:
+def _reader(bucket: BucketStorage, piece: ShardPiece, key: str) -> Callable[[], Tensor]:
     return lambda: read_value(bucket, piece, key)
 
 
@@ -371,7 +371,7 @@ def _starts_anew(reader: Reader, spec: ParamSpec, key: str, fresh: set[str]) -> 
 
 
 def read_bucket(
-    reader: Reader, storage: Storage, bucket: FlatStorage, fresh: set[str]
+    reader: Reader, storage: Storage, bucket: BucketStorage, fresh: set[str]
 ) -> list[tuple[ShardPiece, str, Tensor]]:
     """What `write_value` shall write: masters and state of this rank's pieces, zeros for state of the `fresh`."""
     values: list[tuple[ShardPiece, str, Tensor]] = []

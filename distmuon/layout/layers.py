@@ -93,7 +93,7 @@ def read_module(model: nn.Module) -> Read:
             *around, _, stands_for = parts
             owner, parts = modules.get(".".join(around)), around
         elif parts[-1:] != ["parametrizations"] and "parametrizations" not in parts:
-            classes[unwrapped(parts)] = type(module)
+            classes[unwrapped(parts)] = _class_of(module)
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             name = _parametrized(module, name, stands_for)
             uses.append(_use(first[id(param)], unwrapped(parts), name, param, owner))
@@ -110,6 +110,13 @@ def unwrapped(parts: Iterable[str]) -> Path:
             kept.append(part)
         copied = part == "modules_to_save"
     return tuple(kept)
+
+
+def _class_of(module: nn.Module) -> type:
+    """The class that the model's author wrote: `fully_shard` puts a subclass of it in its place."""
+    kind = type(module)
+    first, *others = kind.__bases__
+    return others[0] if first.__module__.startswith("torch.distributed.fsdp") and others else kind
 
 
 def _own_head(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -163,7 +170,7 @@ def _by_type(module: nn.Module, name: str, param: nn.Parameter) -> tuple[Kind, s
         kind, reason, is_weight = "attention", "attention projection", name.endswith("proj_weight")
     elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         kind, reason, is_weight = "recurrent", "recurrent weight", name.startswith("weight_")
-    elif (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+    elif (_class_of(module).__module__, _class_of(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
         kind, reason, is_weight = "stored (in, out)", "linear stored (in, out)", name == "weight"
     else:
         return "unknown", ""

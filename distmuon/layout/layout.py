@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from heapq import heapify, heappop, heappush
 from operator import attrgetter
+from typing import Literal
 
 import torch
 
+from distmuon.layout.given import pack_given
 from distmuon.layout.packing import Item, Loads, Piece, pack_balanced, pack_evenly
 from distmuon.layout.routing import ParamSpec, Unit
 from distmuon.options import Packing, Placement
@@ -41,7 +43,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class BucketSpec:
-    """What one reduce-scatter and one all-gather move: `dp_size` shards of `shard_size` elements of one dtype."""
+    """What one reduce-scatter and one all-gather move: `dp_size` shards of `shard_size` elements of one dtype.
+
+    Where shards are given: parameters that exchange pieces together; `shard_size` is what the fullest rank holds.
+    """
 
     index: int
     dtype: torch.dtype
@@ -74,6 +79,7 @@ class Layout:
     specs: tuple[ParamSpec, ...]
     buckets: tuple[BucketSpec, ...]
     matrices: tuple[PlacedUnit, ...]
+    given: bool = False  # the shards are FSDP2's, see given.py; then no parameter lies in a flat buffer
 
     @cached_property
     def segments_of(self) -> tuple[tuple[Segment, ...], ...]:
@@ -152,7 +158,11 @@ class Layout:
     def fingerprint(self) -> str:
         """Text that is equal on two ranks exactly if they cut alike."""
         return repr(
-            (self.dp_size, [(s.fqn, s.shape, str(s.dtype), s.rule, s.matrices) for s in self.specs], self.buckets)
+            (
+                (self.dp_size, self.given),
+                [(s.fqn, s.shape, str(s.dtype), s.rule, s.matrices) for s in self.specs],
+                self.buckets,
+            )
         )
 
 
@@ -174,11 +184,11 @@ def make_layout(
     specs: Sequence[ParamSpec],
     dp_size: int,
     *,
-    packing: Packing = "balanced",
+    packing: Packing | Literal["given"] = "balanced",
     placement: Placement = "owner",
     bucket_mb: float | None = None,
 ) -> Layout:
-    """Cut `specs` (registration order) for `dp_size` ranks. Pure and deterministic.
+    """Cut `specs` (registration order) for `dp_size` ranks, or with "given" as FSDP2 has. Pure and deterministic.
 
     `bucket_mb`: size of a bucket in MiB of float32 gradients. None: between a sixteenth and two ninths of the model, by
     `_score`, but not below 32 MiB; smaller buckets win a tie, for they overlap better.
@@ -197,7 +207,11 @@ def make_layout(
 
 
 def _cut(
-    specs: Sequence[ParamSpec], dp_size: int, packing: Packing, placement: Placement, params_of: list[list[int]]
+    specs: Sequence[ParamSpec],
+    dp_size: int,
+    packing: Packing | Literal["given"],
+    placement: Placement,
+    params_of: list[list[int]],
 ) -> Layout:
     """The layout whose buckets hold these parameters."""
     loads = Loads([0] * dp_size, [0] * dp_size)
@@ -206,7 +220,8 @@ def _cut(
         shard_size, shards = _pack(specs, params, dp_size, packing, loads)
         segments = tuple(_split_at_units(specs, shards))
         buckets.append(BucketSpec(index, specs[params[0]].dtype, tuple(params), shard_size, segments))
-    return Layout(dp_size, tuple(specs), tuple(buckets), _place(specs, buckets, placement, dp_size))
+    matrices = _place(specs, buckets, placement, dp_size)
+    return Layout(dp_size, tuple(specs), tuple(buckets), matrices, given=packing == "given")
 
 
 def _score(layout: Layout) -> float:
@@ -258,9 +273,15 @@ def _bucket_params(specs: Sequence[ParamSpec], target: int, own_bucket: int) -> 
 
 
 def _pack(
-    specs: Sequence[ParamSpec], params: Sequence[int], dp_size: int, packing: Packing, loads: Loads
+    specs: Sequence[ParamSpec],
+    params: Sequence[int],
+    dp_size: int,
+    packing: Packing | Literal["given"],
+    loads: Loads,
 ) -> tuple[int, list[list[Piece]]]:
     """Pack one bucket. A parameter alone in it is cut evenly if that cuts no unit: so large stacks stay contiguous."""
+    if packing == "given":
+        return pack_given([(param, specs[param].shape) for param in params], dp_size)
     if packing == "contiguous" or len(params) == 1:
         shard_size, shards = pack_evenly([Item(p, 0, specs[p].numel) for p in params], dp_size)
         starts = {piece.offset for shard in shards for piece in shard}

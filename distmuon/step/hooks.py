@@ -57,14 +57,22 @@ class Hooks:
     """All hooks of one listener; gone when it is, or on `remove`."""
 
     def __init__(
-        self, listener: Listener, params: Sequence[nn.Parameter], model: nn.Module | None, wait_in_forward: bool
+        self,
+        listener: Listener,
+        params: Sequence[nn.Parameter],
+        model: nn.Module | None,
+        wait_in_forward: bool,
+        silent: bool = False,
     ) -> None:
+        """`silent`: take the parameters over and register nothing, where the hooks of FSDP2 do the work."""
         self._listener = weakref.ref(listener)
         self._handles: list[RemovableHandle] = []
+        self._active = True
         for index, param in enumerate(params):
             self._take_over(param)
-            self._on_gradient(index, param)
-        if model is not None:
+            if not silent:
+                self._on_gradient(index, param)
+        if model is not None and not silent:
             self._on_model(model)
             if wait_in_forward:
                 self._wait_in_forward(model, {id(param): index for index, param in enumerate(params)})
@@ -88,7 +96,7 @@ class Hooks:
     def check_active(self, caller: object) -> None:
         """Raise once a newer optimizer has taken the parameters over, and for a wrapper that is not the optimizer."""
         self.check_self(caller)
-        if not self._handles:
+        if not self._active:
             raise problem(
                 "DistMuon",
                 found="its parameters were taken over by a newer DistMuon",
@@ -97,6 +105,7 @@ class Hooks:
             )
 
     def remove(self) -> None:
+        self._active = False
         _remove(self._handles)
 
     def _take_over(self, param: nn.Parameter) -> None:

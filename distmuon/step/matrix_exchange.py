@@ -145,7 +145,9 @@ class MatrixExchange:
         return list(zip(segments, torch.split(pending.wait(), [segment.length for segment in segments])))
 
     def _piece(self, stacks: Stacks, segment: Segment) -> Tensor:
-        """The elements of `segment` inside its matrix in the stacks, as a 1-D view."""
+        """The elements of `segment` inside its matrix in the stacks, as a 1-D view; a rank may have none."""
+        if not segment.length:
+            return torch.empty(0, dtype=self.dtype, device=self._device)
         key, start = self._places[segment.param, segment.param_offset]
         return stacks[key].view(-1)[start : start + segment.length]
 

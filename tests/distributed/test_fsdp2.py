@@ -1,0 +1,721 @@
+"""FSDP2: `fully_shard(model)`, then `DistMuon(model, lr=...)`, against the oracle, and all that is refused there.
+
+The standing model is one unit of `fully_shard`, because its loss reads all parameters; `Layers` has a unit a layer, so
+that parameters come and go during forward and backward. Its only scalar has one dimension, which FSDP2 demands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import distmuon
+from distmuon.layout.given import rows_of
+from distmuon.layout.layout import Layout
+from tests.reference import Reference
+from tests.standing import SPLITS, STACKS, Batch, Standing, loss_fn, make_batch, make_batches, routes, rules
+from tests.training import REL_UPDATE, REL_WEIGHTS, errors, hand_gradients, mean_hand_gradients, policies
+
+LR = 0.02
+Weights = dict[str, Tensor]
+
+
+class Whole(nn.Module):
+    """The standing model with its loss as its output: what a root of FSDP2 computes in its own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Standing()
+        self.inner.temperature = nn.Parameter(self.inner.temperature.detach().view(1))
+
+    def forward(self, batch: Batch) -> Tensor:
+        return loss_fn(self.inner, batch)
+
+
+class Layer(nn.Module):
+    """Uneven matrices, a norm, a stack of experts; returns what the next layer gets, and a pull on its own weights."""
+
+    def __init__(self, width: int, hidden: int, experts: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fused = nn.Linear(width, 2 * hidden + 3, bias=False)
+        self.down = nn.Linear(hidden, width)
+        self.experts = nn.Parameter(torch.randn(experts, width, width) * width**-0.5)
+
+    def forward(self, x: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, c = self.fused(self.norm(x)).split([self.down.in_features, self.down.in_features, 3], dim=-1)
+        x = x + self.down(torch.tanh(a) * b) + c.sum(-1, keepdim=True)
+        x = x + torch.einsum("bd,edm->bm", torch.tanh(x), self.experts)
+        fused = self.fused.weight.split([self.down.in_features, self.down.in_features, 3])
+        for weight in (*fused, self.down.weight, *self.experts):
+            pull = pull + weight.diagonal().sum()
+        return x, pull + self.norm.weight.sum() + self.norm.bias.sum() + self.down.bias.sum()
+
+
+class Layers(nn.Module):
+    """A chain of layers, each a unit of `fully_shard`."""
+
+    def __init__(self, experts: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.layers = nn.ModuleList([Layer(17, 11, experts), Layer(17, 6, experts)])
+        self.head = nn.Linear(17, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pull = x.new_zeros(())
+        for layer in self.layers:
+            x, pull = layer(x, pull)
+        out: Tensor = self.head(x).square().mean() + pull + self.head.weight.sum() + self.head.bias.sum()
+        return out
+
+
+LAYER_ROUTES = (
+    distmuon.Route("layers.0.fused.weight", "muon", split=[11, 11, 3]),
+    distmuon.Route("layers.1.fused.weight", "muon", split=[6, 6, 3]),
+    distmuon.Route("*down.weight", "muon"),
+    distmuon.Route("*experts", "muon"),
+    distmuon.Route("head.weight", "adamw"),
+)
+
+
+def _rows(step: int, rank: int, micro: int = 0) -> Tensor:
+    return torch.randn(7, 17, generator=torch.Generator().manual_seed(10_000 * step + 100 * rank + micro))
+
+
+def _prefixed(prefix: str) -> tuple[distmuon.Route, ...]:
+    found = routes()
+    return tuple(distmuon.Route(prefix + r.pattern, r.rule, split=r.split, split_dim=r.split_dim) for r in found)
+
+
+def _mesh(group: dist.ProcessGroup) -> DeviceMesh:
+    return DeviceMesh.from_group(group, "cpu")
+
+
+def _optimizer(model: nn.Module, given: Any = None, **options: Any) -> distmuon.DistMuon:
+    if given is None:
+        given = _prefixed("inner.") if isinstance(model, Whole) else LAYER_ROUTES
+    settings = {"lr": LR, "ns_dtype": torch.float32, "bucket_mb": 0.026, "routes": given, **options}
+    return distmuon.DistMuon(model, **policies(**settings))
+
+
+def _whole(group: dist.ProcessGroup, fsdp: dict[str, Any] | None = None, **options: Any) -> tuple[Whole, Any]:
+    model = Whole()
+    fully_shard(model, mesh=_mesh(group), **(fsdp or {}))
+    return model, _optimizer(model, **options)
+
+
+def _layers(group: dist.ProcessGroup, experts: int = 4, **fsdp: Any) -> tuple[Layers, Any]:
+    model = Layers(experts)
+    for layer in model.layers:
+        fully_shard(layer, mesh=_mesh(group), **fsdp)
+    fully_shard(model, mesh=_mesh(group), **fsdp)
+    return model, _optimizer(model)
+
+
+def _full(model: nn.Module) -> Weights:
+    """The whole parameters, on every rank, without "inner."."""
+    found = {}
+    for fqn, param in model.named_parameters():
+        whole = param.full_tensor() if isinstance(param, DTensor) else param
+        found[fqn.removeprefix("inner.")] = whole.detach().clone()
+    return found
+
+
+def _train(model: nn.Module, optimizer: Any, group: dist.ProcessGroup, steps: Sequence[int], num_micro: int = 1) -> None:
+    rank = dist.get_rank(group)
+    for step in steps:
+        for micro in range(num_micro):
+            model.set_requires_gradient_sync(micro == num_micro - 1)  # type: ignore[operator]
+            inputs = make_batch(step, rank, micro) if isinstance(model, Whole) else _rows(step, rank, micro)
+            (model(inputs) / num_micro).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _oracle(model: nn.Module, **options: Any) -> Reference:
+    """The oracle of a whole model; of the standing model the inner one."""
+    if isinstance(model, Whole):
+        return Reference(model.inner, rules(model.inner), splits=SPLITS, stacks=STACKS, **{"lr": LR, **options})
+    of = {fqn: "muon" if p.ndim > 1 and "head" not in fqn else "adamw" for fqn, p in model.named_parameters()}
+    splits: dict[str, tuple[Sequence[int], int]] = {
+        f"layers.{i}.fused.weight": ([h, h, 3], 0) for i, h in enumerate((11, 6))
+    }
+    stacks = [fqn for fqn in of if "experts" in fqn]
+    return Reference(model, of, splits=splits, stacks=stacks, **{"lr": LR, **options})
+
+
+def _expected(model: nn.Module, dp_size: int, steps: Sequence[int], num_micro: int = 1, **options: Any) -> Weights:
+    oracle = _oracle(model, **options)
+    for step in steps:
+        if isinstance(model, Whole):
+            oracle.step(loss_fn, make_batches(step, dp_size, num_micro))
+        else:
+            inputs = [[_rows(step, rank, micro) for micro in range(num_micro)] for rank in range(dp_size)]
+            oracle.step(lambda m, x: m(x), inputs)
+    return oracle.weights
+
+
+def _check(got: Weights, wanted: Weights, model: nn.Module, scale: float = 1.0) -> None:
+    start = {fqn.removeprefix("inner."): p.detach() for fqn, p in model.named_parameters()}
+    of_weights, of_updates = errors(got, wanted, start)
+    assert of_weights[0] <= scale * REL_WEIGHTS, of_weights
+    assert of_updates[0] <= scale * REL_UPDATE, of_updates
+
+
+# ------------------------------------------------------------------------------------------------------- numbers
+
+
+def _standing_run(group: dist.ProcessGroup, reshard: bool, num_micro: int) -> tuple[Weights, int, Any, Any]:
+    model, optimizer = _whole(group, {"reshard_after_forward": reshard})
+    _train(model, optimizer, group, range(5), num_micro)
+    metrics = optimizer.metrics()
+    return _full(model), metrics["ns_matrices"], metrics["bytes"], optimizer.layout
+
+
+@pytest.mark.parametrize(
+    ("dp_size", "reshard", "num_micro"), [(1, True, 1), (2, True, 1), (2, False, 2), (3, False, 1), (4, True, 2)]
+)
+def test_the_standing_model_equals_the_oracle(spawn, dp_size: int, reshard: bool, num_micro: int) -> None:
+    """Uneven and empty shards, a stack, a fused weight, convolutions, tied and frozen parameters; each matrix is
+    orthogonalized once in the group, and the exchange sends what the segments say."""
+    from tests.standing import num_logical_matrices
+
+    found = spawn(_standing_run, dp_size, timeout=120, reshard=reshard, num_micro=num_micro)
+    wanted = _expected(Whole(), dp_size, range(5), num_micro)
+    for got, _, _, _ in found:
+        _check(got, wanted, Whole())
+    assert sum(count for _, count, _, _ in found) == num_logical_matrices(Standing())
+    for rank, (_, _, sent, layout) in enumerate(found):
+        there, back = _bytes(layout, rank)
+        assert (sent.get("dp_gather", 0), sent.get("scatter", 0)) == (there, back)
+        assert set(sent) <= {"dp_gather", "scatter", "guard"}, sent
+        assert dp_size == 1 or there + back > 0
+
+
+def _bytes(layout: Layout, rank: int) -> tuple[int, int]:
+    """What `rank` sends to owners and back in float32, by the rows that FSDP2 gives each rank, and the owners."""
+    there = back = 0
+    for placed in layout.matrices:
+        spec = layout.specs[placed.param]
+        row = spec.numel // spec.shape[0]
+        first, last = placed.unit.offset, placed.unit.offset + placed.unit.numel
+        (owner,) = placed.workers
+        for holder in range(layout.dp_size):
+            start, stop = (edge * row for edge in rows_of(spec.shape[0], layout.dp_size, holder))
+            held = max(0, min(stop, last) - max(start, first))
+            there += 4 * held * (holder == rank != owner)
+            back += 4 * held * (owner == rank != holder)
+    return there, back
+
+
+def _layers_run(group: dist.ProcessGroup, reshard: bool, num_micro: int) -> Weights:
+    model, optimizer = _layers(group, reshard_after_forward=reshard)
+    _train(model, optimizer, group, range(5), num_micro)
+    return _full(model)
+
+
+@pytest.mark.parametrize(("dp_size", "reshard", "num_micro"), [(2, True, 2), (3, True, 1), (4, False, 1)])
+def test_a_unit_a_layer_equals_the_oracle(spawn, dp_size: int, reshard: bool, num_micro: int) -> None:
+    wanted = _expected(Layers(), dp_size, range(5), num_micro)
+    for got in spawn(_layers_run, dp_size, reshard=reshard, num_micro=num_micro):
+        _check(got, wanted, Layers())
+
+
+def _stack_run(group: dist.ProcessGroup) -> tuple[list[bool], list[bool]]:
+    _, optimizer = _layers(group)
+    of_stacks = {i for i, spec in enumerate(optimizer.layout.specs) if "experts" in spec.fqn}
+    cut = [(placed.param in of_stacks, placed.straddling) for placed in optimizer.layout.matrices]
+    return [s for is_stack, s in cut if is_stack], [s for is_stack, s in cut if not is_stack]
+
+
+def test_a_stack_cut_on_whole_experts_needs_no_exchange(spawn) -> None:
+    for stacks, others in spawn(_stack_run, 2):
+        assert stacks == [False] * 8
+        assert any(others)
+
+
+def _mixed_run(group: dist.ProcessGroup) -> tuple[Weights, list[str]]:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model, optimizer = _layers(group, mp_policy=policy)
+    _train(model, optimizer, group, range(3))
+    grads = {}
+    model(_rows(9, dist.get_rank(group))).backward()
+    for fqn, param in model.named_parameters():
+        assert param.grad is not None
+        grads[fqn] = param.grad.full_tensor().clone()  # type: ignore[attr-defined]
+    before = _full(model)
+    state = {}
+    for fqn, param in model.named_parameters():
+        buffer = optimizer.state[param].get("momentum_buffer")
+        state[fqn] = buffer.full_tensor().clone() if buffer is not None else None
+    optimizer.step()
+    oracle = _oracle(Layers())
+    with torch.no_grad():
+        for fqn, weight in oracle.weights.items():
+            weight.copy_(before[fqn])
+            if state[fqn] is not None:
+                oracle.state[fqn]["momentum_buffer"] = state[fqn]
+            else:
+                found = {k: v for k, v in optimizer.state[dict(model.named_parameters())[fqn]].items()}
+                del found
+    muon = {fqn: grad for fqn, grad in grads.items() if oracle.rules[fqn] == "muon"}
+    oracle.apply(muon)
+    after = _full(model)
+    return {fqn: after[fqn] - oracle.weights[fqn] for fqn in muon}, [str(p.dtype) for p in model.parameters()]
+
+
+def test_a_mixed_precision_policy_keeps_float32_shards(spawn) -> None:
+    """Forward and backward in bfloat16; the update of what FSDP2 has reduced is that of the oracle."""
+    for difference, dtypes in spawn(_mixed_run, 2):
+        assert set(dtypes) == {"torch.float32"}
+        assert max(float(each.abs().max()) for each in difference.values()) < 1e-6
+
+
+# ----------------------------------------------------------------------------------- gradients given by hand
+
+
+def _give(model: nn.Module, grads: dict[str, Tensor], absent: Sequence[str] = ()) -> None:
+    """Averaged gradients as FSDP2 leaves them: this rank's rows."""
+    for fqn, param in model.named_parameters():
+        name = fqn.removeprefix("inner.")
+        if param.requires_grad:
+            assert isinstance(param, DTensor)
+            whole = grads[name].to(param.dtype)
+            param.grad = None if name in absent else distribute_tensor(whole, param.device_mesh, param.placements)
+
+
+def _mean(step: int, dp_size: int) -> dict[str, Tensor]:
+    return mean_hand_gradients(Whole().inner, step, dp_size)
+
+
+def _by_hand(dp_size: int, steps: int, **options: Any) -> Weights:
+    oracle = _oracle(Whole(), **options)
+    for step in range(steps):
+        oracle.apply(_mean(step, dp_size))
+    return oracle.weights
+
+
+def _clip_run(group: dist.ProcessGroup, how: str) -> tuple[Weights, list[float]]:
+    model, optimizer = _whole(group, **({"max_grad_norm": 3.0} if how == "option" else {}))
+    norms = []
+    for step in range(3):
+        _give(model, _mean(step, group.size()))
+        if how == "torch":
+            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 3.0).full_tensor()))  # type: ignore[attr-defined]
+        elif how == "torch after reduce_gradients":
+            optimizer.reduce_gradients()
+            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 3.0).full_tensor()))  # type: ignore[attr-defined]
+        elif how == "ours":
+            norms.append(float(optimizer.clip_grad_norm_(3.0)))
+        optimizer.step()
+        norms = norms if how != "option" else [*norms, optimizer.metrics()["grad_norm"]]
+        optimizer.zero_grad()
+    return _full(model), norms
+
+
+@pytest.mark.parametrize("how", ["torch", "torch after reduce_gradients", "ours", "option"])
+def test_clipping(spawn, how: str) -> None:
+    """Whoever clips, each element counts once in the norm."""
+    wanted = _by_hand(3, 3, max_norm=3.0)
+    squares = [[grad.double().square().sum() for grad in _mean(step, 3).values()] for step in range(3)]
+    for got, norms in spawn(_clip_run, 3, how=how):
+        _check(got, wanted, Whole())
+        assert norms == pytest.approx([float(torch.stack(each).sum().sqrt()) for each in squares], rel=1e-5)
+
+
+def _non_finite_run(group: dist.ProcessGroup) -> tuple[list[bool], int, bool]:
+    model, optimizer = _whole(group)
+    _give(model, _mean(0, group.size()))
+    optimizer.step()
+    before = _locals(model, optimizer)
+    _give(model, _mean(1, group.size()))
+    if dist.get_rank(group) == 1:
+        param: Any = model.inner.up.weight
+        param.grad.to_local()[0, 0] = float("nan")
+    optimizer.step()
+    same = [torch.equal(a, b) for a, b in zip(before, _locals(model, optimizer), strict=True)]
+    skipped = optimizer.metrics()["skipped_steps"]
+    _give(model, _mean(1, group.size()))
+    optimizer.step()
+    moved = any(not torch.equal(a, b) for a, b in zip(before, _locals(model, optimizer), strict=True))
+    return same, skipped, moved
+
+
+def _locals(model: nn.Module, optimizer: Any) -> list[Tensor]:
+    tensors: list[Any] = [p for p in model.parameters() if p.requires_grad]
+    tensors += [value for entry in optimizer.state.values() for value in entry.values()]
+    return [(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in tensors]
+
+
+def test_a_non_finite_gradient_on_one_rank_skips_all(spawn) -> None:
+    for same, skipped, moved in spawn(_non_finite_run, 3):
+        assert all(same) and skipped == 1 and moved
+
+
+def _none_run(group: dist.ProcessGroup) -> Weights:
+    model, optimizer = _whole(group)
+    for step in range(3):
+        absent = ["picture.weight", "norm_in.bias"] if step == 1 else []
+        if step == 1 and dist.get_rank(group) == 1:
+            absent += ["up.weight", "down.bias"]
+        _give(model, _mean(step, group.size()), absent)
+        optimizer.step()
+    return _full(model)
+
+
+def test_none_gradients(spawn) -> None:
+    """None on one rank counts as zeros in its rows; None everywhere leaves the parameter alone."""
+    dp_size = 3
+    oracle = _oracle(Whole())
+    for step in range(3):
+        grads = _mean(step, dp_size)
+        if step == 1:
+            for fqn in ("up.weight", "down.bias"):
+                start, stop = rows_of(grads[fqn].shape[0], dp_size, 1)
+                grads[fqn][start:stop] = 0
+            del grads["picture.weight"], grads["norm_in.bias"]
+        oracle.apply(grads)
+    for got in spawn(_none_run, dp_size):
+        _check(got, oracle.weights, Whole())
+
+
+def _bf16_run(group: dist.ProcessGroup, master: str, momentum: Any) -> tuple[Weights, Weights, Any]:
+    model = Whole().to(torch.bfloat16)
+    fully_shard(model, mesh=_mesh(group))
+    optimizer = _optimizer(model, master_format=master, momentum_dtype=momentum)
+    for step in range(4):
+        _give(model, _mean(step, group.size()))
+        optimizer.step()
+        optimizer.zero_grad()
+    full = optimizer.full_state_dict()
+    names = {n: f for g in full["param_groups"] for n, f in zip(g["params"], g["param_names"], strict=True)}
+    masters = {names[n].removeprefix("inner."): entry["master"] for n, entry in full["state"].items()}
+    return _full(model), masters, optimizer.metrics()["state_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("master", "momentum"), [("float32", None), ("remainder", None), ("float32", torch.bfloat16)]
+)
+def test_shards_of_16_bits_have_masters(spawn, master: str, momentum: Any) -> None:
+    """The masters follow the oracle in float32, and the parameters are the masters rounded."""
+    dp_size = 3
+    model = Whole().to(torch.bfloat16)
+    oracle = Reference(model.inner, rules(model.inner), splits=SPLITS, stacks=STACKS, lr=LR)
+    for step in range(4):
+        oracle.apply({fqn: grad.bfloat16().float() for fqn, grad in _mean(step, dp_size).items()})
+    start = {fqn: p.detach().float() for fqn, p in model.inner.named_parameters()}
+    for got, masters, _ in spawn(_bf16_run, dp_size, master=master, momentum=momentum):
+        for fqn, weight in masters.items():
+            half_even = torch.equal(got[fqn], weight.bfloat16())
+            assert half_even or master == "remainder" and (got[fqn].float() - weight).abs().max() < 0.01
+        of_weights, of_updates = errors(masters, oracle.weights, start)
+        bound = 1.0 if momentum is None else 2e3
+        assert of_weights[0] <= bound * REL_WEIGHTS and of_updates[0] <= bound * REL_UPDATE, (of_weights, of_updates)
+
+
+def _ns_on_shards(group: dist.ProcessGroup) -> Weights:
+    """The negative control: every rank takes its rows for whole matrices."""
+    from distmuon.layout import layout as layouts
+
+    model, optimizer = _whole(group)
+    _give(model, _mean(0, group.size()))
+    optimizer._built()
+    from distmuon.step.bucket import Bucket
+    from distmuon.math.newton_schulz import orthogonalize
+
+    def update(self: Bucket, step: Any) -> Any:
+        updates = [self._momentum(piece, step) for piece in self.storage.muon]
+        polar = []
+        for piece, each in zip(self.storage.muon, updates, strict=True):
+            columns = optimizer.layout.unit_of(piece.segment).columns
+            rows = each.view(1, -1, columns) if each.numel() else None
+            found = each if rows is None else orthogonalize(rows, dtype=torch.float32, steps=5, coefficients="jordan")
+            polar.append(found.reshape(-1))
+        yield "to_owners"
+        yield "to_holders"
+        with self.storage.masters() as masters:
+            self.transport.apply(masters, polar, lambda *piece: self._apply_muon(step, *piece))
+            self._adamw(masters, step)
+
+    assert layouts is not None
+    for bucket in optimizer._engine.buckets:
+        bucket.update = partial(update, bucket)
+    optimizer.step()
+    return _full(model)
+
+
+def test_the_comparison_sees_newton_schulz_on_shards(spawn) -> None:
+    wanted = _by_hand(2, 1)
+    (got, _) = spawn(_ns_on_shards, 2)
+    with pytest.raises(AssertionError):
+        _check(got, wanted, Whole(), scale=1000.0)
+
+
+# --------------------------------------------------------------------------------------------------------- state
+
+
+def _state_run(group: dist.ProcessGroup) -> None:
+    model, optimizer = _whole(group)
+    assert optimizer.state_dict()["state"] == {}
+    _give(model, _mean(0, group.size()))
+    optimizer.step()
+    for group_ in optimizer.param_groups:
+        for param in group_["params"]:
+            entry = optimizer.state[param]
+            keys = {"momentum_buffer"} if group_["rule"] == "muon" else {"exp_avg", "exp_avg_sq", "step"}
+            assert set(entry) == keys
+            for key in keys - {"step"}:
+                value = entry[key]
+                assert isinstance(value, DTensor)
+                assert value.shape == param.shape and value.placements == param.placements
+                assert value.device_mesh == param.device_mesh and value.to_local().shape == param.to_local().shape
+            assert "step" not in entry or (not isinstance(entry["step"], DTensor) and float(entry["step"]) == 1.0)
+
+
+def test_state_is_shown_as_dtensors(spawn) -> None:
+    """Also where a rank has no rows: its count of steps is that of the others."""
+    spawn(_state_run, 4)
+
+
+def _alone_run(group: dist.ProcessGroup) -> bool:
+    """Rank 0 asks and loads; the other ranks do neither."""
+    model, optimizer = _whole(group)
+    _give(model, _mean(0, group.size()))
+    optimizer.step()
+    if dist.get_rank(group) == 0:
+        state = optimizer.state_dict()
+        kept = [{k: v.clone() for k, v in entry.items()} for entry in state["state"].values()]
+        optimizer.load_state_dict({"state": dict(enumerate(kept)), "param_groups": state["param_groups"]})
+    _give(model, _mean(1, group.size()))
+    optimizer.step()
+    wanted = _by_hand(group.size(), 2)
+    _check(_full(model), wanted, Whole())
+    return True
+
+
+def test_one_rank_may_ask_and_load_alone(spawn) -> None:
+    assert spawn(_alone_run, 2) == [True, True]
+
+
+def _dcp_save(group: dist.ProcessGroup, folder: str, dtype: torch.dtype) -> None:
+    model = Whole().to(dtype)
+    fully_shard(model, mesh=_mesh(group))
+    optimizer = _optimizer(model)
+    for step in range(2):
+        _give(model, _mean(step, 2))
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(saved, checkpoint_id=folder, process_group=group)
+
+
+def _dcp_load(group: dist.ProcessGroup, folder: str, dtype: torch.dtype) -> Weights:
+    model = Whole().to(dtype)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(1.0)
+    fully_shard(model, mesh=_mesh(group))
+    optimizer = _optimizer(model)
+    saved = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    assert saved["optimizer"]["state"]
+    dcp.load(saved, checkpoint_id=folder, process_group=group)
+    set_model_state_dict(model, saved["model"])
+    set_optimizer_state_dict(model, optimizer, saved["optimizer"])
+    assert optimizer.metrics()["steps"] == 0
+    _give(model, _mean(2, 2))
+    optimizer.step()
+    return _full(model)
+
+
+def _uninterrupted(group: dist.ProcessGroup, dtype: torch.dtype) -> Weights:
+    model = Whole().to(dtype)
+    fully_shard(model, mesh=_mesh(group))
+    optimizer = _optimizer(model)
+    for step in range(3):
+        _give(model, _mean(step, 2))
+        optimizer.step()
+    return _full(model)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (4, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_checkpoints_need_no_adapter(
+    pool, tmp_path: Path, before: int, after: int, dtype: torch.dtype
+) -> None:
+    """Saved at one number of ranks, loaded at another: the next step has the bits of a run that never stopped."""
+    folder = str(tmp_path / "checkpoint")
+    pool.close()  # torch.distributed.checkpoint reads global ranks, so each number of ranks is a world
+    pool.spawn(_dcp_save, before, folder=folder, dtype=dtype)
+    got = pool.spawn(_dcp_load, after, folder=folder, dtype=dtype)
+    wanted = pool.spawn(_uninterrupted, after, dtype=dtype)
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert all(torch.equal(mine[fqn], theirs[fqn]) for fqn in theirs)
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+def _hsdp(group: dist.ProcessGroup) -> None:
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("replicate", "shard"))
+    model = Layers()
+    fully_shard(model, mesh=mesh)
+    _optimizer(model)
+
+
+def _tensor_parallel(group: dist.ProcessGroup) -> None:
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = Layers()
+    parallelize_module(model, _mesh(group), {"layers.0.fused": ColwiseParallel(), "layers.0.down": ColwiseParallel()})
+    _optimizer(model)
+
+
+def _only_tensor_parallel(group: dist.ProcessGroup) -> None:
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
+    mesh = _mesh(group)
+    from torch.distributed.tensor import Shard
+
+    for layer in model:
+        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
+    fully_shard(model[0], mesh=mesh) if False else None
+    model[1] = fully_shard(nn.Linear(16, 16, bias=False), mesh=mesh)
+    distmuon.DistMuon(model)
+
+
+def _by_columns(group: dist.ProcessGroup) -> None:
+    from torch.distributed.tensor import Shard
+
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    fully_shard(model, mesh=_mesh(group), shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 else None)
+    distmuon.DistMuon(model)
+
+
+def _replicated(group: dist.ProcessGroup) -> None:
+    from torch.distributed.tensor import Replicate
+
+    layer = nn.Linear(16, 16, bias=False)
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), _mesh(group), [Replicate()]))
+    distmuon.DistMuon(layer)
+
+
+def _two_meshes(group: dist.ProcessGroup) -> None:
+    model = Layers()
+    other = DeviceMesh.from_group(dist.new_group([0, 1], use_local_synchronization=True), "cpu")
+    alone = DeviceMesh("cpu", [dist.get_rank()])
+    fully_shard(model.layers[0], mesh=other)
+    fully_shard(model.layers[1], mesh=alone)
+    fully_shard(model, mesh=other)
+    _optimizer(model)
+
+
+def _ignored(group: dist.ProcessGroup) -> None:
+    model = Layers()
+    fully_shard(model, mesh=_mesh(group), ignored_params={model.head.bias})
+    _optimizer(model)
+
+
+def _unsharded(group: dist.ProcessGroup) -> None:
+    model = Layers()
+    fully_shard(model, mesh=_mesh(group), reshard_after_forward=False)
+    with torch.no_grad():
+        model(_rows(0, 0))
+    _optimizer(model)
+
+
+def _sharded_afterwards(group: dist.ProcessGroup) -> None:
+    model = Layers()
+    optimizer = distmuon.DistMuon(model, lr=LR, routes=LAYER_ROUTES, process_group=group)
+    fully_shard(model, mesh=_mesh(group))
+    model(_rows(0, dist.get_rank(group))).backward()
+    optimizer.step()
+
+
+def _other_group(group: dist.ProcessGroup) -> None:
+    model = Layers()
+    fully_shard(model, mesh=_mesh(group))
+    alone = [dist.new_group([rank], use_local_synchronization=True) for rank in [dist.get_rank()]]
+    _optimizer(model, process_group=alone[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "dp_size", "match"),
+    [
+        (_hsdp, 4, r"norm\.weight: .*sharded and replicated over a mesh of two dimensions \(HSDP\)"),
+        (_tensor_parallel, 2, r"norm\.weight: it is trained and is a plain tensor"),
+        (_only_tensor_parallel, 2, r"0\.weight: .*a DTensor that fully_shard has not made"),
+        (_by_columns, 2, r"0\.weight: .*placed \(Shard\(dim=1\),\)"),
+        (_replicated, 2, r"weight: .*placed \(Replicate\(\),\)"),
+        (_two_meshes, 2, r"layers\.1\.experts: .*on another mesh"),
+        (_ignored, 2, r"head\.bias: it is trained and is a plain tensor .*ignored_params"),
+        (_unsharded, 2, r"it is trained and is a plain tensor .*model\.reshard\(\)"),
+        (_sharded_afterwards, 2, r"fully_shard was called after DistMuon .*call fully_shard\(model\) first"),
+        (_other_group, 2, r"process_group: ranks \[[01]\]; .*leave process_group out"),
+    ],
+    ids=lambda value: value.__name__.strip("_") if callable(value) else None,
+)
+def test_what_is_not_plain_fsdp2_is_refused(spawn_raises, make: Callable[..., None], dp_size: int, match: str) -> None:
+    spawn_raises(make, dp_size, match=match)
+
+
+def _with_options(group: dist.ProcessGroup, **options: Any) -> None:
+    model = Layers()
+    fully_shard(model, mesh=_mesh(group))
+    _optimizer(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"packing": "contiguous"}, r"sharding\.packing: .*FSDP2 has cut"),
+        ({"param_gather": "updates"}, r"sharding\.param_gather: "),
+        ({"release_grads": True}, r"sharding\.release_grads: "),
+        ({"overlap": "forward"}, r"sharding\.overlap: "),
+        ({"reduce_dtype": torch.bfloat16}, r"precision\.reduce: .*MixedPrecisionPolicy"),
+        ({"verify_every": 3}, r"verify_every: "),
+        ({"momentum_dtype": torch.int8}, r"precision\.momentum: int8 .*bfloat16"),
+    ],
+)
+def test_options_that_mean_nothing_there_are_refused(spawn_raises, options: dict[str, Any], match: str) -> None:
+    spawn_raises(_with_options, 2, match=match, **options)
+
+
+def _different(group: dist.ProcessGroup) -> None:
+    model = Layers()
+    fully_shard(model, mesh=_mesh(group))
+    optimizer = _optimizer(model, lr=LR * (1 + dist.get_rank(group)))
+    optimizer.step()
+
+
+def test_ranks_that_differ_are_told_before_the_first_step(spawn_raises) -> None:
+    spawn_raises(_different, 2, match=r"rank 1: found param_groups\[0\]\.lr = 0\.04, on rank 0 .*0\.02")
+
+
+def _nan(group: dist.ProcessGroup) -> None:
+    model = Layers()
+    fully_shard(model, mesh=_mesh(group))
+    if dist.get_rank(group) == 1:
+        param: Any = model.head.weight
+        with torch.no_grad():
+            param.to_local().fill_(float("nan"))
+    _optimizer(model).step()
+
+
+def test_a_start_from_nan_on_one_rank_is_refused_on_all(spawn_raises) -> None:
+    spawn_raises(_nan, 2, match=r"head\.weight: 1 parameters hold NaN or inf on rank 1")
