@@ -183,12 +183,15 @@ def sharded(params: Any, named: Sequence[tuple[str, nn.Parameter]]) -> bool:
 
     `params`: a module, or what else the optimizer was given, `listed`.
     """
-    of_fsdp2 = [module for module in params.modules() if _is_fsdp2(module)] if isinstance(params, nn.Module) else []
+    is_module = isinstance(params, nn.Module)
+    of_fsdp2 = [module for module in params.modules() if _is_fsdp2(module)] if is_module else []
     if not of_fsdp2 and not any(is_dtensor(param) for _, param in named):
         return False
     reached = {id(param) for module in of_fsdp2 for param in module.parameters()}
     mesh: Any = None
     for fqn, param in named:
+        if not is_dtensor(param) and is_module and not of_fsdp2:
+            continue  # the first DTensor is refused
         if not is_dtensor(param):
             raise problem(
                 fqn,
@@ -200,7 +203,7 @@ def sharded(params: Any, named: Sequence[tuple[str, nn.Parameter]]) -> bool:
         placed: Any = param
         mesh = placed.device_mesh if mesh is None else mesh
         found = _not_by_rows(placed, mesh)
-        if not found and of_fsdp2 and id(param) not in reached:
+        if not found and is_module and id(param) not in reached:
             found = "a DTensor that fully_shard has not made (tensor parallel?)"
         if found:
             raise problem(

@@ -14,7 +14,7 @@ import struct
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from distmuon.checkpoint.archives import MAX_NESTING, check_small
 from distmuon.checks import unwrap
 from distmuon.comm.agreement import bit_sums
 from distmuon.errors import problem
+from distmuon.step.given_storage import cut_alike
 
 _EXTRA = "_extra_state"
 _LOG = logging.getLogger("distmuon")
@@ -69,7 +70,8 @@ class UntrainedTensors:
 
     `plain`: dense tensors, views of the model's own memory; those inside a tensor subclass as "fqn.name". `odd`: sparse
     and quantised ones. `extra`: the modules with `get_extra_state`, and what it returned. `unknown`: entries that no
-    parameter, buffer or extra state stands behind; a hook or an override of `state_dict` has put them there.
+    parameter, buffer or extra state stands behind; a hook or an override of `state_dict` has put them there. `rows`:
+    DTensors that are cut as the trained parameters are.
     """
 
     plain: dict[str, Tensor]
@@ -77,10 +79,11 @@ class UntrainedTensors:
     extra: dict[str, tuple[nn.Module, Any]]
     unknown: tuple[str, ...]
     left: tuple[str, ...] = ()
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """Of all that is saved."""
-        return [*self.plain, *self.odd, *self.extra]
+        return [*self.plain, *self.odd, *self.extra, *self.rows]
 
 
 def untrained_tensors(model: nn.Module, trained: Sequence[nn.Parameter]) -> UntrainedTensors:
@@ -95,8 +98,11 @@ def untrained_tensors(model: nn.Module, trained: Sequence[nn.Parameter]) -> Untr
     odd: dict[str, Tensor] = {}
     extra: dict[str, tuple[nn.Module, Any]] = {}
     left: list[str] = []
+    rows: dict[str, Tensor] = {}
     for fqn, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if id(tensor) not in trained_ids and (fqn in state or _place(tensor) in kept_at):
+        if id(tensor) not in trained_ids and fqn in state and cut_alike(tensor, trained[0]):
+            rows[fqn] = tensor
+        elif id(tensor) not in trained_ids and (fqn in state or _place(tensor) in kept_at):
             try:
                 parts = dict(plain_parts(fqn, tensor))
             except ValueError:  # it may be trained beside; only an extra state must be saved or refused
@@ -108,7 +114,7 @@ def untrained_tensors(model: nn.Module, trained: Sequence[nn.Parameter]) -> Untr
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             fqn = f"{prefix}.{_EXTRA}" if prefix else _EXTRA
             extra[fqn] = module, state[fqn] if fqn in state else module.get_extra_state()
-    return UntrainedTensors(plain, odd, extra, tuple(_unknown(model, state)), tuple(left))
+    return UntrainedTensors(plain, odd, extra, tuple(_unknown(model, state)), tuple(left), rows)
 
 
 def _unknown(model: nn.Module, state: Mapping[str, Any]) -> list[str]:

@@ -164,7 +164,7 @@ class _Load:
         changed = _changed_routes(manifest, reader.others(rank), storage.layout.specs, self._others, self._on_change)
         fresh = {spec.fqn for spec in storage.layout.specs if spec.fqn in changed}
         read.fresh.update(fresh)
-        missing = sharded.missing_from(reader, storage, fresh, self._others.plain, rank)
+        missing = sharded.missing_from(reader, storage, fresh, self._others.plain, self._others.rows, rank)
         if missing:
             raise problem(
                 names(missing),
@@ -194,6 +194,7 @@ class _Load:
             sharded.read_bucket(reader, storage, bucket, fresh)
         for fqn, tensor in self._others.plain.items():
             _check_fits(fqn, tensor, sharded.read_other(reader, fqn, tensor, rank))
+        sharded.read_rows(reader, storage, self._others.rows)
         return read
 
     def _check_states(self, read: _Read) -> None:
@@ -259,6 +260,8 @@ class _Load:
                 sharded.write_value(bucket, piece, key, value)
         for fqn, tensor in self._others.plain.items():
             write_other(tensor, sharded.read_other(read.reader, fqn, tensor, read.rank))
+        for rows, value in sharded.read_rows(read.reader, storage, self._others.rows):
+            rows.copy_(value)
         for fqn, tensor in self._others.odd.items():
             if fqn in read.states:
                 write_other(tensor, read.states[fqn])
@@ -363,7 +366,7 @@ def _changed_routes(
     saved = {fqn: str(entry["rule"]) for fqn, entry in manifest.parameters.items()}
     for fqn in sorted(held):
         saved.setdefault(fqn, "none")
-    ours = {**dict.fromkeys(others.plain, "none"), **{spec.fqn: spec.rule for spec in specs}}
+    ours = {**dict.fromkeys([*others.plain, *others.rows], "none"), **{spec.fqn: spec.rule for spec in specs}}
     surplus = [fqn for fqn in saved if fqn not in ours]
     if surplus:
         raise problem(

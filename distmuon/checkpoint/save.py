@@ -186,7 +186,8 @@ def save_checkpoint(
     saving.all_do(lambda: snapshot.begin(final, save_id) if rank == 0 else None)
     saving.all_do(lambda: snapshot.check_shared(final, save_id))
     aside = snapshot.aside_of(final, save_id)
-    parts: Iterable[sharded.Part] = sharded.parts_of(storage, others.plain, group.dp_size, shared, alike)
+    parts: Iterable[sharded.Part]
+    parts = sharded.parts_of(storage, others.plain, others.rows, group.dp_size, shared, alike)
     trained = {s.fqn: {"shape": s.shape, "dtype": str(s.dtype), "rule": s.rule} for s in storage.layout.specs}
     manifest = Manifest(FORMAT, group.dp_size, versions(), repr(optimizer.options), trained, {})
     if not asynchronous:

@@ -56,7 +56,9 @@ from distmuon.checkpoint.manifest import (
     table_file,
 )
 from distmuon.layout.boxes import MAX_DIMS, Box, boxes, ranges_of, tiles_exactly
+from distmuon.layout.given import rows_of
 from distmuon.layout.routing import ParamSpec
+from distmuon.step.given_storage import local_of
 from distmuon.step.storage import BucketStorage, ShardPiece, Storage
 
 UntrainedTensors = Mapping[str, Tensor]
@@ -118,10 +120,15 @@ class Part:
 
 
 def parts_of(
-    storage: Storage, others: UntrainedTensors, dp_size: int, shared: Sequence[str], alike: Collection[str]
+    storage: Storage,
+    others: UntrainedTensors,
+    rows: UntrainedTensors,
+    dp_size: int,
+    shared: Sequence[str],
+    alike: Collection[str],
 ) -> Iterator[Part]:
     """What this rank saves: its pieces of the trainable parameters and their state, its share of those of `others` that
-    are `alike` on all ranks, and all of those that are not.
+    are `alike` on all ranks, all of those that are not, and its rows of what is frozen and cut by `rows`.
 
     `shared`: what all ranks hold, alike or not, in the same order everywhere. Of what is not alike rank 0's goes by the
     plain name, which loads at any number of ranks.
@@ -136,12 +143,30 @@ def parts_of(
                     yield Part(name, spec.shape, start, _reader(bucket, piece, key))
                 elif start == 0:
                     yield Part(name, (), 0, _reader(bucket, piece, key))
+    for fqn, tensor in rows.items():
+        start, elements = _own_rows(storage, tensor)
+        yield Part(("model", fqn), tuple(tensor.shape), start, _resolver(elements))
     dealt = [fqn for fqn in shared if fqn in alike][storage.dp_rank :: dp_size]
     for fqn, tensor in others.items():
         if fqn in dealt or (storage.dp_rank == 0 and fqn in shared and fqn not in alike):
             yield Part(("model", fqn), tuple(tensor.shape), 0, _resolver(tensor))
         elif fqn not in alike:
             yield Part(("rank", str(storage.dp_rank), fqn), tuple(tensor.shape), 0, _resolver(tensor))
+
+
+def _own_rows(storage: Storage, tensor: Tensor) -> tuple[int, Tensor]:
+    """(the first element, this rank's) of a DTensor that is cut as the trained parameters are; a view."""
+    first, _ = rows_of(tensor.shape[0], storage.layout.dp_size, storage.dp_rank)
+    return first * prod(tensor.shape[1:]), local_of(tensor).detach().view(-1)
+
+
+def read_rows(reader: Reader, storage: Storage, rows: UntrainedTensors) -> list[tuple[Tensor, Tensor]]:
+    """(this rank's rows, what they shall be) of frozen tensors that are cut as the trained parameters are."""
+    found = []
+    for fqn, tensor in rows.items():
+        start, elements = _own_rows(storage, tensor)
+        found.append((elements, reader.read(f"model.{fqn}", start, elements.numel())))
+    return found
 
 
 def _resolver(tensor: Tensor) -> Callable[[], Tensor]:
@@ -350,9 +375,12 @@ def _table(path: Path, manifest: Manifest) -> dict[str, Any]:
         raise not_understood(path, error) from error
 
 
-def missing_from(reader: Reader, storage: Storage, fresh: set[str], others: UntrainedTensors, rank: int) -> list[str]:
+def missing_from(
+    reader: Reader, storage: Storage, fresh: set[str], others: UntrainedTensors, rows: UntrainedTensors, rank: int
+) -> list[str]:
     """What loading would need and not find: "name: what was found", one line a tensor. Reads no data."""
-    needed = {reader.other(fqn, rank): tuple(tensor.shape) for fqn, tensor in others.items()}
+    needed = {f"model.{fqn}": tuple(tensor.shape) for fqn, tensor in rows.items()}
+    needed |= {reader.other(fqn, rank): tuple(tensor.shape) for fqn, tensor in others.items()}
     for bucket in storage.buckets:
         for piece in bucket.muon + bucket.adamw:
             spec = storage.layout.specs[piece.segment.param]

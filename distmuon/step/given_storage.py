@@ -45,6 +45,15 @@ def local_of(tensor: Tensor) -> Tensor:
     return found
 
 
+def cut_alike(tensor: Tensor, like: Tensor) -> bool:
+    """Whether `tensor`, which is not trained, is cut over the ranks as the DTensor `like` is."""
+    if not is_dtensor(tensor) or not is_dtensor(like):
+        return False
+    one: Any = tensor
+    other: Any = like
+    return bool(one.device_mesh == other.device_mesh and one.placements == other.placements)
+
+
 class GivenStorage:
     """One bucket's tensors on this rank, in FSDP2's memory."""
 

@@ -205,4 +205,3 @@ def _write_piece(bucket: BucketStorage, piece: ShardPiece, key: str, value: Tens
         piece.state[key].zero_()
     else:
         piece.state[key].copy_(value)
-
