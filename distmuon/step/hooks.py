@@ -15,6 +15,9 @@ nothing, such as an addition, is not noticed: call `synchronize` before such a f
 storage for copies of each other and keep the first alone (accelerate's `save_state` and `save_model` do, with a mere
 warning). So `state_dict` hands out the same memory as tensors with storages of their own; tied ones still share theirs.
 
+[Note: swapped tensors] `model.to` moves a DTensor by `torch.utils.swap_tensors`, which refuses a tensor that something
+refers to weakly. The optimizer holds its parameters, so while it lives their ids are theirs, and serve as well.
+
 [Note: compiled models] A hook waits, builds, talks to other ranks: dynamo must not trace it. Hooks are disabled for
 it, so a compiled model breaks its graph at the modules that wait.
 """
@@ -24,6 +27,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +50,13 @@ class Listener(Protocol):
 
 
 _manager_of = WeakIdKeyDictionary()  # parameter -> weakref of the Listener that manages it
+_silent: WeakKeyDictionary[Listener, frozenset[int]] = WeakKeyDictionary()  # the ids of parameters that it holds
 
 
 def manager_of(param: Tensor) -> Listener | None:
     """The living optimizer that manages `param` now: the newest made for it; None if there is none."""
-    return _manager_of[param]() if param in _manager_of else None
+    silent = [listener for listener, ids in _silent.items() if id(param) in ids]
+    return silent[-1] if silent else _manager_of[param]() if param in _manager_of else None
 
 
 class Hooks:
@@ -68,11 +74,17 @@ class Hooks:
         self._listener = weakref.ref(listener)
         self._handles: list[RemovableHandle] = []
         self._active = True
+        for param in params:
+            previous = manager_of(param)
+            if previous is not None and previous is not listener:
+                previous.release()
+        if silent:  # see [Note: swapped tensors]
+            _silent[listener] = frozenset(map(id, params))
+            return
         for index, param in enumerate(params):
-            self._take_over(param)
-            if not silent:
-                self._on_gradient(index, param)
-        if model is not None and not silent:
+            _manager_of[param] = self._listener
+            self._on_gradient(index, param)
+        if model is not None:
             self._on_model(model)
             if wait_in_forward:
                 self._wait_in_forward(model, {id(param): index for index, param in enumerate(params)})
@@ -107,12 +119,9 @@ class Hooks:
     def remove(self) -> None:
         self._active = False
         _remove(self._handles)
-
-    def _take_over(self, param: nn.Parameter) -> None:
-        previous = manager_of(param)
-        if previous is not None and previous is not self._listener():
-            previous.release()
-        _manager_of[param] = self._listener
+        listener = self._listener()
+        if listener is not None:
+            _silent.pop(listener, None)
 
     def _on_gradient(self, index: int, param: nn.Parameter) -> None:
         listener_ref = self._listener
