@@ -92,7 +92,8 @@ class DistMuon(torch.optim.Optimizer):
         routes: decisions that go before the defaults, first match wins; ``"adamw"``: no Muon, on purpose.
         sharding: `distmuon.Sharding`, how parameters are cut over the ranks, what travels, and when.
         precision: `distmuon.Precision`, the dtypes of what is kept, computed and sent.
-        process_group: the data-parallel group. None: the default group, or one rank without torch.distributed.
+        process_group: the data-parallel group. None: the default group, or one rank without torch.distributed; under
+            FSDP2 the mesh's.
         exchange_group: a second group of the same ranks for the exchange of matrix pieces, so that on NCCL it does not
             queue behind all-gathers. None: process_group.
         grad_reduction: "reduce_scatter" (here, under backward) or "external" (gradients arrive averaged).
@@ -105,6 +106,8 @@ class DistMuon(torch.optim.Optimizer):
     parameters and module buffers are broadcast, then parameters live in flat storage and must not be moved. After
     backward the gradient is in the reduction, and what stands in ``param.grad`` raises when it is used; in one process,
     and with ``grad_reduction="external"``, gradients stay where autograd puts them, as with any torch optimizer.
+    Where `torch.distributed.fsdp.fully_shard` has cut the model first, nothing moves and nothing is broadcast: lines 2
+    to 6 run on its shards, and gradients and state are DTensors.
     Raises `ValueError` naming thing, number and cure for whatever would train wrongly.
     """
 

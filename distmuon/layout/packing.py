@@ -13,7 +13,7 @@ Two packings, one result: per rank its pieces. What the items are is `layout.py`
 [Note: order inside a shard] An item that continues from the shard before comes first, one that continues into the
 next shard comes last, whole stones between. So what crosses one boundary is contiguous in the flat buffer, and the
 parameter can be a plain view of it. Where two items cross one boundary, or an item passes over a shard, the
-parameter cannot be a view: `Layout.contiguous_start` is None and `storage.py` stages it.
+parameter cannot be a view: `Layout.contiguous_start` is None and `flat_storage.py` stages it.
 
       shard 0              shard 1                     shard 2
     | stone  stone  A.. | ..A  stone  sand  B.. | ..B  stone  sand |       A, B: straddlers

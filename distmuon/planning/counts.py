@@ -1,6 +1,6 @@
 """Counts a `Layout`, rank by rank and stage by stage: bytes moved, bytes held, Newton-Schulz work. Holds no tensor.
 
-The counts are those that `group.py`, `metrics.py` and `storage.py` make in training, to the byte; tests compare
+The counts are those that `group.py`, `metrics.py` and `flat_storage.py` make in training, to the byte; tests compare
 the two. Which layouts are worth counting and comparing is `plan.py`'s business.
 """
 

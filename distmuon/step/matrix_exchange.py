@@ -15,7 +15,7 @@ paper's literal form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,18 +67,31 @@ class MatrixExchange:
         self._segments = list(muon_segments)
         self._number = {(s.param, s.param_offset): i for i, s in enumerate(self._segments)}
         self._place_stacks(units, group_of, me)
-
-        def listed(wanted: Callable[[Segment, PlacedUnit, int], bool]) -> list[list[Segment]]:
-            """By peer, the segments that `wanted(piece, placed, peer)` picks, in an order all ranks share."""
-            return [[p for u in units for p in u.pieces if wanted(p, u, peer)] for peer in range(group.dp_size)]
-
-        self._gather_out = listed(lambda p, u, peer: p.rank == me and goes_to(p, u, peer))
-        self._gather_in = listed(lambda p, u, peer: p.rank == peer and goes_to(p, u, me))
-        self._scatter_out = listed(lambda p, u, peer: p.rank == peer and comes_home_from(p, u) == me)
-        self._scatter_in = listed(lambda p, u, peer: p.rank == me and comes_home_from(p, u) == peer)
+        self._list_pieces(units, me, group.dp_size)
         # The same on all ranks, so that all make the same collectives.
         self.has_exchange = any(goes_to(p, u, worker) for u in units for p in u.pieces for worker in u.workers)
         self._scatters = any(comes_home_from(p, u) is not None for u in units for p in u.pieces)
+
+    def _list_pieces(self, units: Sequence[PlacedUnit], me: int, dp_size: int) -> None:
+        """By peer, which segments go there and come from there, in an order all ranks share. In one pass: under FSDP2
+        every rank holds a piece of every matrix."""
+        self._gather_out: list[list[Segment]] = [[] for _ in range(dp_size)]
+        self._gather_in: list[list[Segment]] = [[] for _ in range(dp_size)]
+        self._scatter_out: list[list[Segment]] = [[] for _ in range(dp_size)]
+        self._scatter_in: list[list[Segment]] = [[] for _ in range(dp_size)]
+        for placed in units:
+            for piece in placed.pieces:
+                if goes_to(piece, placed, me):
+                    self._gather_in[piece.rank].append(piece)
+                home = comes_home_from(piece, placed)
+                if home == me:
+                    self._scatter_out[piece.rank].append(piece)
+                if piece.rank == me:
+                    for worker in placed.workers:
+                        if goes_to(piece, placed, worker):
+                            self._gather_out[worker].append(piece)
+                    if home is not None:
+                        self._scatter_in[home].append(piece)
 
     def _place_stacks(self, units: Sequence[PlacedUnit], group_of: Sequence[int], me: int) -> None:
         self._places: dict[tuple[int, int], tuple[StackKey, int]] = {}  # by segment: its stack, first element there

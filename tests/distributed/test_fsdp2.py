@@ -356,6 +356,25 @@ def _non_finite_run(group: dist.ProcessGroup) -> tuple[list[bool], int, bool]:
     return same, skipped, moved
 
 
+def _late_run(group: dist.ProcessGroup, of_dtensor: bool) -> tuple[int, int]:
+    """One rank writes its gradients after `reduce_gradients` has judged them."""
+    model, optimizer = _whole(group)
+    for step in range(2):
+        _give(model, _mean(step, group.size()))
+        optimizer.reduce_gradients()
+        grad: Any = model.inner.up.weight.grad
+        with torch.no_grad():
+            if step == 1:  # every rank must look again, as with torch's clip
+                (grad if of_dtensor else grad.to_local()).mul_(float("nan") if dist.get_rank(group) == 1 else 1.0)
+        optimizer.step()
+    return optimizer.metrics()["skipped_steps"], optimizer.metrics()["steps"]
+
+
+@pytest.mark.parametrize("of_dtensor", [True, False])
+def test_gradients_written_after_the_verdict_are_judged_again(spawn, of_dtensor: bool) -> None:
+    assert spawn(_late_run, 2, of_dtensor=of_dtensor) == [(1, 2), (1, 2)]
+
+
 def _locals(model: nn.Module, optimizer: Any) -> list[Tensor]:
     tensors: list[Any] = [p for p in model.parameters() if p.requires_grad]
     tensors += [value for entry in optimizer.state.values() for value in entry.values()]
