@@ -279,6 +279,13 @@ def check_options_when_sharded(options: Options) -> None:
             needed="float32 or bfloat16 is needed: scales of blocks have no placement of a DTensor",
             cure="pass Precision(momentum=torch.bfloat16)",
         )
+    if precision.master == "remainder":
+        raise problem(
+            "precision.master",
+            found='"remainder" for a model that fully_shard has cut',
+            needed="float32 is needed: torch's checkpoints would take the missing 16 bits for a master, and cast them",
+            cure='pass Precision(master="float32")',
+        )
 
 
 def check_shards(

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import distmuon
+from distmuon import checks
 from distmuon.layout.given import rows_of
 from distmuon.layout.layout import Layout
 from distmuon.math.newton_schulz import orthogonalize
@@ -242,6 +243,28 @@ def test_a_unit_a_layer_equals_the_oracle(spawn, dp_size: int, reshard: bool, nu
         _check(got, wanted, Layers())
 
 
+def test_a_mesh_need_not_begin_at_the_first_rank(spawn) -> None:
+    wanted = _expected(Layers(), 2, range(5))
+    for got in spawn(_layers_run, 2, first_rank=2, reshard=True, num_micro=1):
+        _check(got, wanted, Layers())
+
+
+def _pairs_run(group: dist.ProcessGroup) -> bool:
+    found = []
+    for by_name in (False, True):
+        model = Layers()
+        fully_shard(model, mesh=_mesh(group))
+        params: Any = list(model.named_parameters()) if by_name else model
+        optimizer = distmuon.DistMuon(params, lr=LR, routes=LAYER_ROUTES)
+        _train(model, optimizer, group, range(2))
+        found.append(_full(model))
+    return _same(*found)
+
+
+def test_parameters_by_name_serve_as_well(spawn) -> None:
+    assert spawn(_pairs_run, 2) == [True, True]
+
+
 def _stack_run(group: dist.ProcessGroup) -> tuple[list[bool], list[bool]]:
     _, optimizer = _layers(group)
     of_stacks = {i for i, spec in enumerate(optimizer.layout.specs) if "experts" in spec.fqn}
@@ -356,6 +379,34 @@ def _non_finite_run(group: dist.ProcessGroup) -> tuple[list[bool], int, bool]:
     return same, skipped, moved
 
 
+def _scaler_run(group: dist.ProcessGroup, ours: bool) -> tuple[Weights, list[float]]:
+    model, optimizer = _whole(group)
+    scaler: Any = distmuon.GradScaler("cpu", init_scale=2.0**10) if ours else torch.amp.GradScaler("cpu", 2.0**10)
+    scales = []
+    for step in range(4):
+        scale = float(scaler.scale(torch.ones(())))
+        _give(model, {fqn: grad * scale for fqn, grad in _mean(step, group.size()).items()})
+        if step == 2 and dist.get_rank(group) == 1:
+            up: Any = model.inner.up.weight
+            up.grad.to_local().fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    return _full(model), scales
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_loss_scaling(spawn, ours: bool) -> None:
+    """A step that overflows on one rank is skipped, and the scale halved, on all."""
+    oracle = _oracle(Whole())
+    for step in (0, 1, 3):
+        oracle.apply(_mean(step, 2))
+    for got, scales in spawn(_scaler_run, 2, ours=ours):
+        _check(got, oracle.weights, Whole())
+        assert scales == [1024.0, 1024.0, 512.0, 512.0]
+
+
 def _late_run(group: dist.ProcessGroup, of_dtensor: bool) -> tuple[int, int]:
     """One rank writes its gradients after `reduce_gradients` has judged them."""
     model, optimizer = _whole(group)
@@ -413,10 +464,10 @@ def test_none_gradients(spawn) -> None:
         _check(got, oracle.weights, Whole())
 
 
-def _bf16_run(group: dist.ProcessGroup, master: str, momentum: Any) -> tuple[Weights, Weights, Any]:
+def _bf16_run(group: dist.ProcessGroup, momentum: Any) -> tuple[Weights, Weights, Any]:
     model = Whole().to(torch.bfloat16)
     fully_shard(model, mesh=_mesh(group))
-    optimizer = _optimizer(model, master_format=master, momentum_dtype=momentum)
+    optimizer = _optimizer(model, momentum_dtype=momentum)
     for step in range(4):
         _give(model, _mean(step, group.size()))
         optimizer.step()
@@ -427,8 +478,8 @@ def _bf16_run(group: dist.ProcessGroup, master: str, momentum: Any) -> tuple[Wei
     return _full(model), masters, optimizer.metrics()["state_bytes"]
 
 
-@pytest.mark.parametrize(("master", "momentum"), [("float32", None), ("remainder", None), ("float32", torch.bfloat16)])
-def test_shards_of_16_bits_have_masters(spawn, master: str, momentum: Any) -> None:
+@pytest.mark.parametrize("momentum", [None, torch.bfloat16])
+def test_shards_of_16_bits_have_masters(spawn, momentum: Any) -> None:
     """The masters follow the oracle in float32, and the parameters are the masters rounded."""
     dp_size = 3
     model = Whole().to(torch.bfloat16)
@@ -436,12 +487,9 @@ def test_shards_of_16_bits_have_masters(spawn, master: str, momentum: Any) -> No
     for step in range(4):
         oracle.apply({fqn: grad.bfloat16().float() for fqn, grad in _mean(step, dp_size).items()})
     start = {fqn: p.detach().float() for fqn, p in model.inner.named_parameters()}
-    for got, masters, _ in spawn(_bf16_run, dp_size, master=master, momentum=momentum):
+    for got, masters, _ in spawn(_bf16_run, dp_size, momentum=momentum):
         for fqn, weight in masters.items():
-            if master == "float32":  # the other codec rounds halves away from zero
-                assert torch.equal(got[fqn], weight.bfloat16())
-            else:
-                assert bool(((got[fqn].float() - weight).abs() <= weight.abs() * 2.0**-8).all())
+            assert torch.equal(got[fqn], weight.bfloat16())
         of_weights, of_updates = errors(masters, oracle.weights, start)
         bound = 1.0 if momentum is None else 2e3
         assert of_weights[0] <= bound * REL_WEIGHTS and of_updates[0] <= bound * REL_UPDATE, (of_weights, of_updates)
@@ -925,11 +973,28 @@ def _with_options(group: dist.ProcessGroup, **options: Any) -> None:
         ({"overlap": "forward"}, r"sharding\.overlap: "),
         ({"reduce_dtype": torch.bfloat16}, r"precision\.reduce: .*MixedPrecisionPolicy"),
         ({"verify_every": 3}, r"verify_every: "),
+        ({"master_format": "remainder"}, r"precision\.master: .*torch's checkpoints"),
         ({"momentum_dtype": torch.int8}, r"precision\.momentum: int8 .*bfloat16"),
     ],
 )
 def test_options_that_mean_nothing_there_are_refused(spawn_raises, options: dict[str, Any], match: str) -> None:
     spawn_raises(_with_options, 2, match=match, **options)
+
+
+class _Offloaded:
+    """What a DTensor of CPUOffloadPolicy says of itself; the policy itself needs an accelerator."""
+
+    __module__ = "torch.distributed.tensor"
+    placements = (Shard(0),)
+    _local_tensor = torch.zeros(2, 3)
+
+    class device_mesh:
+        ndim, device_type = 1, "cuda"
+
+
+def test_offloaded_parameters_are_refused() -> None:
+    found = checks._not_by_rows(_Offloaded(), _Offloaded.device_mesh)
+    assert found == "offloaded to cpu from a mesh of cuda"
 
 
 def _different(group: dist.ProcessGroup) -> None:
