@@ -37,8 +37,8 @@ COLUMNS = {
     "from a backward that computes nothing, last layer first, through each system's own hooks",
     "blocked": "exposed communication: sync_step less the processor time of a rank's main thread in it, mean over "
     "ranks. It contains waiting for slower ranks and for a core; not measured on CUDA",
-    "processor": "processor time of sync_step, all threads of a process, mean over ranks: what it costs a machine "
-    "without idle cores, and nearly blind to what else runs there; not measured on CUDA",
+    "processor": "processor time of sync_step, all threads of a process, mean over ranks: the cost to a machine "
+    "without idle cores, nearly independent of other processes there; not measured on CUDA",
     "wire": "bytes that the loopback device carried in one sync_step, headers and barriers included, a rank",
     "state": "bytes of optimizer state on the fullest rank, masters included, gradients and communication buffers not",
     "ns": "matrices orthogonalized in one step, by rank, and calls of the orthogonalizing function",

@@ -9,7 +9,9 @@ ratio within the round.
 from __future__ import annotations
 
 import json
+import re
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 OURS, OURS_ADAMW = "distmuon", "distmuon AdamW"
 FASTER = {512: 1.1, 1024: 1.2}  # d_model: over the best peer of the same rule, at 2 ranks and 4 layers
 OVER_ADAMW, TOKENS, WIDE = 1.03, 16384, 384  # of our own AdamW's step, from so many tokens a rank and this d_model on
+WIDTH = 110  # of the page's prose
 OTHERS_ALLOWED = 0.05  # share of the machine that others may have taken for a figure to count
 
 
@@ -166,7 +169,8 @@ def _not_run(found: dict[str, Any]) -> list[str]:
 
 
 def _notes(found: dict[str, Any]) -> list[str]:
-    return ["Notes:", "", *[f"- {row['name']}: {row['note']}." for row in found["rows"] if row["note"]]]
+    notes = [f"- {row['name']}: {row['note']}." for row in found["rows"] if row["note"]]
+    return ["Notes:", "", *notes] if notes else []
 
 
 def _plain(text: str) -> str:
@@ -181,22 +185,38 @@ def page(results: Path = RESULTS) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Made by `python -m benchmarks.report` from `benchmarks/results/*.json`; do not edit. Every run has its "
-        "command and conditions beside it.",
+        "This page tells you how long a step of distmuon takes beside the optimizers that run on the same CPUs, how "
+        "many bytes it sends and holds, and how both change with the number of ranks. Every run has its command and "
+        "conditions beside it. `python -m benchmarks.report` makes the page from `benchmarks/results/*.json`; do not "
+        "edit it.",
         "",
-        "All rows train one GPT-3-style decoder in float32 on the same batches from the same weights by one rule "
-        "(`benchmarks/setting.py`); every round runs each row once, in random order, in the same processes. Shown: "
-        "**median** (quartiles) over rounds; a time is the slowest rank's; a ratio is the median of the ratios within "
-        "a round.",
+        "All rows train one GPT-3-style decoder in float32 on the same batches, from the same weights, by one rule "
+        "(`benchmarks/setting.py`). Every round runs each row once, in random order, in the same processes. Shown is "
+        "the **median** (quartiles) over rounds. A time is the slowest rank's; a ratio is the median of the ratios "
+        "within a round.",
         "",
         *[f"- **{name}**: {text}." for name, text in COLUMNS.items()],
+        "",
+        'The row "distmuon, overlap in backward" shows an option that has been removed since. [options.md]'
+        "(options.md#what-whole-parameters-after-step-cost) says what it costs that parameters are whole after `step`.",
     ]
     for run in runs:
         lines += ["", f"## {title(run)}", "", tables(run).rstrip()]
     scaling = results / "scaling.json"
     if scaling.exists():
         lines += ["", *scaling_text(json.loads(scaling.read_text()))]
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(wrapped(line) for text in lines for line in text.split("\n")).rstrip() + "\n"
+
+
+def wrapped(line: str) -> str:
+    """A paragraph or list item in lines of at most `WIDTH` characters; tables and code stay as they are."""
+    if line.startswith(("|", "`", "!")):
+        return line
+    indent = "  " if line.startswith("- ") else ""
+    # A line that began with "- " or "+ " would be a list item.
+    glued = re.sub(r" ([-+#>]|\d+\.) ", "\0\\1 ", line)
+    lines = textwrap.wrap(glued, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines).replace("\0", " ")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def scaling_text(found: dict[str, Any]) -> list[str]:
         f"`{found['command']}`",
         "",
         f"{found['machine']}; {found['date']}; load average {found['load']}. Counts and bytes are exact; the time "
-        "ratio is of several processes a core and says nothing about GPUs.",
+        "ratio is that of several processes on each core and says nothing about GPUs.",
         "",
         "![bytes and state by dp_size, measured and planned](scaling.png)",
         "",
@@ -149,8 +149,8 @@ def scaling_text(found: dict[str, Any]) -> list[str]:
         lines += [
             "",
             f"Planned: {model}, bfloat16 parameters, float32 gradients. Traffic is the busiest rank's, relative to "
-            f"ZeRO-1 AdamW of the same model. It has {entries[0]['matrices']:,} matrices of several sizes and each is "
-            "orthogonalized by one rank, so beyond some dp the busiest rank's Newton-Schulz shrinks no more.",
+            f"ZeRO-1 AdamW of the same model. The model has {entries[0]['matrices']:,} matrices of several sizes, and "
+            "one rank orthogonalizes each of them, so beyond some dp the busiest rank's Newton-Schulz shrinks no more.",
             "",
             "| dp | traffic | the paper's | whole matrices, padded | straddlers | Newton-Schulz balance "
             "| state, fullest rank, GB |",

@@ -1,4 +1,4 @@
-"""distmuon: the Muon optimizer under ZeRO-1 (arXiv 2502.16982)."""
+"""The Muon optimizer under ZeRO-1 (arXiv 2502.16982)."""
 
 from distmuon.checkpoint import torch_optim as interchange
 from distmuon.checkpoint.folder import latest_checkpoint

@@ -8,7 +8,7 @@ from distmuon.cli import doctor, plan
 
 
 def main(argv: list[str]) -> int:
-    """Run the command that the first argument names; returns the exit status."""
+    """Run the command that the first argument names; return the exit status."""
     if argv == ["doctor"]:
         return doctor.main()
     if argv[:1] == ["plan"]:

@@ -1,6 +1,7 @@
-"""What is refused because it would train wrongly: wrapped models, parameters cut up, moved, shared or replaced.
+"""Checks that refuse setups which would train wrongly: wrapped models, and cut, moved, shared or replaced parameters.
 
-Each function raises, or says what it found; none changes anything or talks to other ranks.
+This module decides what is refused. Its functions raise or return what they found; none changes anything or
+communicates with other ranks.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ GroupMembers = list[tuple[object, list[int]]]
 
 
 def unwrap(params: Any, grad_reduction: str) -> Any:
-    """The module to route, under its own names: not as `torch.compile` or DDP wraps it. Refuses wrappers that would
-    average a second time or that hold no whole parameters."""
+    """Return the module without the wrappers of `torch.compile` and DDP, so that its names are the model's.
+
+    Refuses wrappers that would average gradients a second time or that hold cut parameters.
+    """
     params = _uncompiled(params)
     if isinstance(params, nn.parallel.DistributedDataParallel):
         if grad_reduction == "reduce_scatter":
             raise problem(
                 "params",
                 found="a model wrapped in DistributedDataParallel, which averages the gradients itself",
-                needed="one reduction of the gradients is needed",
+                needed="gradients must be reduced once",
                 cure='pass grad_reduction="external", or pass the unwrapped model (and silence the wrapper: '
                 "distmuon.integrations.ddp.silence)",
             )
@@ -42,20 +45,20 @@ def unwrap(params: Any, grad_reduction: str) -> Any:
                 name or "params",
                 found="a model wrapped in FullyShardedDataParallel (FSDP1), whose flat parameters have no matrices",
                 needed="whole parameters (ZeRO-1), or those of FSDP2, are needed",
-                cure="pass the plain module, which distmuon shards by itself, or call "
+                cure="pass the plain module, which distmuon itself shards, or call "
                 "torch.distributed.fsdp.fully_shard(model)",
             )
     return params
 
 
 def _uncompiled(params: Any) -> Any:
-    """Told by its name: torch._dynamo takes seconds to import."""
+    # Compare by name: importing torch._dynamo takes seconds.
     is_compiled = (type(params).__module__, type(params).__name__) == ("torch._dynamo.eval_frame", "OptimizedModule")
     return params._orig_mod if is_compiled else params
 
 
 def listed(params: Any) -> Any:
-    """A module as it is; what else an optimizer may be given as lists, since it is read twice."""
+    """Return a module as it is, and other `params` with their iterables as lists, since they are read twice."""
     if isinstance(params, nn.Module):
         return params
     return [
@@ -69,7 +72,7 @@ def _as_list(given: Any) -> list[Any]:
 
 
 def frozen(params: Any) -> list[tuple[str, nn.Parameter]]:
-    """(fqn, parameter) of all in `params`, a module or `listed` and routed, that need no gradient now."""
+    """(fqn, parameter) of all frozen parameters in `params`, a module or the result of `listed`."""
     if isinstance(params, nn.Module):
         named = list(params.named_parameters())
     else:
@@ -77,10 +80,10 @@ def frozen(params: Any) -> list[tuple[str, nn.Parameter]]:
     return [(fqn, param) for fqn, param in named if not param.requires_grad]
 
 
-def _unfit(param: Tensor, shape: tuple[int, ...]) -> str:
-    """What keeps `param` from being trained here, whatever the other parameters are; "" where nothing does."""
+def _why_unfit(param: Tensor, shape: tuple[int, ...]) -> str:
+    """Why `param` cannot be trained, as a text that follows "the parameter is"; "" if it can."""
     if is_dtensor(param):
-        return "a DTensor, and was a plain one when the optimizer was made"
+        return "a DTensor, and was a plain tensor when the optimizer was made"
     if hasattr(param, "ds_id"):
         return "partitioned by DeepSpeed (zero.Init or stage 3)"
     if param.is_complex() or not param.is_floating_point():
@@ -97,41 +100,41 @@ def _unfit(param: Tensor, shape: tuple[int, ...]) -> str:
 def check_parameters(
     model: nn.Module | None, named: Sequence[tuple[str, nn.Parameter]], shapes: Sequence[tuple[int, ...]]
 ) -> None:
-    """Raise for parameters that some framework has cut up, reshaped or replaced, or that live on several devices."""
+    """Raise for parameters that a framework has cut, reshaped or replaced, or that are on several devices."""
     if model is not None:
         _check_not_sharded_since(model)
     held = None if model is None else {id(param) for param in model.parameters()}
     first_fqn, first = named[0]
     for (fqn, param), shape in zip(named, shapes):
         cure = "make DistMuon from the complete plain model (ZeRO stage 0)"
-        found = _unfit(param, shape)
+        found = _why_unfit(param, shape)
         if not found and param.device != first.device:
             found = f"on {param.device} while {first_fqn} is on {first.device}"
         if not found and held is not None and id(param) not in held:
             found = "no longer the one that the model holds there"
             cure += "; an ordinary forward must come before a functional_call with Parameters of another model"
         if found:
-            needed = "whole real ones on one device, unchanged since then, are needed"
+            needed = "whole real parameters on one device, unchanged since construction, are needed"
             raise problem(fqn, found=f"the parameter is {found}", needed=needed, cure=cure)
     known = {id(param) for _, param in named}
     for fqn, param in model.named_parameters() if model is not None else ():
         if param.requires_grad and param.numel() and id(param) not in known:
-            raise _trained_since(fqn)
+            raise _trainable_since(fqn)
 
 
-def _trained_since(fqn: str) -> ValueError:
+def _trainable_since(fqn: str) -> ValueError:
     return problem(
         fqn,
-        found="it is trainable now, and was not in the model or frozen when the optimizer was made",
+        found="it is trainable now, but was absent or frozen when the optimizer was made",
         needed="the layout holds no state for it",
         cure="make a new DistMuon once the model is complete",
     )
 
 
 def check_memory(named: Sequence[tuple[str, nn.Parameter]]) -> None:
-    """Raise for parameters whose values are not, each in a place of its own, in memory that kernels may write.
+    """Raise unless each element of a parameter has its own place in memory that kernels may write.
 
-    What an optimizer writes into the memory of a tensor subclass that keeps its values elsewhere reaches nobody.
+    A tensor subclass that keeps its values elsewhere would not see what the optimizer writes into its memory.
     """
     for fqn, param in named:
         if not memory.is_plain(param):
@@ -139,24 +142,24 @@ def check_memory(named: Sequence[tuple[str, nn.Parameter]]) -> None:
             raise problem(
                 fqn,
                 found=f"the parameter is a {kind}, whose values are not simply those in its memory",
-                needed="a plain nn.Parameter is needed for what is trained",
-                cure="put nn.Parameter(a plain copy of its values) there, or freeze it with requires_grad_(False)",
+                needed="trained parameters must be plain",
+                cure="replace it by nn.Parameter(a plain copy of its values), or freeze it with requires_grad_(False)",
             )
         if not memory.is_dense(param):
             raise problem(
                 fqn,
                 found=f"the parameter of shape {tuple(param.shape)} has strides {param.stride()}: it is expanded, or a "
                 "slice with gaps",
-                needed="a place for each element, without gaps, is needed",
-                cure="put nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format)) there",
+                needed="every element must have its own place, without gaps",
+                cure="replace it by nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))",
             )
     pair = memory.overlapping([param for _, param in named])
     if pair is not None:
         (other, _), (fqn, _) = named[pair[0]], named[pair[1]]
         raise problem(
             fqn,
-            found=f"it lies in the memory of {other}, as a Parameter of its own",
-            needed="one Parameter a memory is needed",
+            found=f"it lies in the memory of {other}, as a separate Parameter",
+            needed="different Parameters must not share memory",
             cure="tie weights as modules do, module.weight = other.weight (not .data), before DistMuon is made",
         )
 
@@ -299,7 +302,7 @@ def check_shards(
     for (fqn, param), shape in zip(named, shapes):
         local = local_of(param)
         start, stop = rows_of(shape[0], dp_size, dp_rank)
-        found = "no longer a DTensor" if not is_dtensor(param) else _unfit(local, (stop - start, *shape[1:]))
+        found = "no longer a DTensor" if not is_dtensor(param) else _why_unfit(local, (stop - start, *shape[1:]))
         if not found and tuple(param.shape) != shape:
             found = f"of shape {tuple(param.shape)} now, {shape} when the optimizer was made"
         if not found and not local.is_contiguous():
@@ -314,15 +317,15 @@ def check_shards(
     known = {fqn for fqn, _ in named}
     for fqn, param in model.named_parameters() if model is not None else ():
         if param.requires_grad and param.numel() and fqn not in known:
-            raise _trained_since(fqn)
+            raise _trainable_since(fqn)
 
 
 def is_ordinary(model: nn.Module, params: Sequence[nn.Parameter]) -> bool:
-    """Whether this forward of `model` is one to build buffers in.
+    """Whether buffers may be built in this forward of `model`.
 
-    Inside `torch.func.functional_call` the model holds other tensors than `params` for a moment; inside a transform of
-    torch.func, or under FakeTensorMode, a copy of a parameter is no memory that lasts. A Parameter in the place of
-    another is taken for one that stays: `check_parameters` refuses it.
+    During `torch.func.functional_call` the model holds other tensors than `params`; in a transform of torch.func, or
+    under FakeTensorMode, a copy of a parameter does not last. A Parameter that replaces another is treated as
+    permanent: `check_parameters` refuses it.
     """
     known = {id(param) for param in params}
     swapped = any(id(held) not in known and not isinstance(held, nn.Parameter) for held in model.parameters())
@@ -331,25 +334,24 @@ def is_ordinary(model: nn.Module, params: Sequence[nn.Parameter]) -> bool:
 
 
 def check_wrapper(params: Sequence[nn.Parameter]) -> None:
-    """Raise within the forward of a DistributedDataParallel that will average the gradients of `params` as well."""
+    """Raise in the forward of a DistributedDataParallel that will also average the gradients of `params`."""
     wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
     if wrapper is None or getattr(wrapper, SILENCED, False):
         return
-    ours = {id(param) for param in params}
-    if any(id(param) in ours for param in wrapper.parameters()):
+    trained = {id(param) for param in params}
+    if any(id(param) in trained for param in wrapper.parameters()):
         raise problem(
             "DistributedDataParallel",
             found="it runs the model, and averages the gradients that DistMuon reduces",
-            needed="one reduction of the gradients is needed",
-            cure="prepare the model with the trainer's own line: distmuon.integrations.accelerate.prepare in "
-            "the place of "
-            "accelerator.prepare, distmuon.integrations.fabric.setup; silence a wrapper of your own by "
-            'distmuon.integrations.ddp.silence; or let it average (Lightning\'s Trainer): grad_reduction="external"',
+            needed="gradients must be reduced once",
+            cure="prepare the model by distmuon.integrations.accelerate.prepare instead of accelerator.prepare, or by "
+            "distmuon.integrations.fabric.setup; silence your own wrapper by distmuon.integrations.ddp.silence; or let "
+            'it average (Lightning\'s Trainer): grad_reduction="external"',
         )
 
 
 def check_frozen(named: Sequence[tuple[str, nn.Parameter]]) -> None:
-    """Raise for a parameter that was frozen at construction and is trained now."""
+    """Raise for a parameter that was frozen at construction and is trainable now."""
     for fqn, param in named:
         if param.requires_grad:
             raise problem(
@@ -361,21 +363,23 @@ def check_frozen(named: Sequence[tuple[str, nn.Parameter]]) -> None:
 
 
 def group_members(param_groups: Sequence[dict[str, Any]]) -> GroupMembers:
-    """(rule, ids of its parameters) of each group."""
+    """(rule, ids of the parameters) of each group."""
     lists = [group.get("params") for group in param_groups]
     ids_per_group = [[id(param) for param in params] if isinstance(params, list) else [] for params in lists]
     return [(group.get("rule"), ids) for group, ids in zip(param_groups, ids_per_group)]
 
 
 def check_members(param_groups: Sequence[dict[str, Any]], made: GroupMembers) -> None:
-    """Raise if somebody exchanged the parameters, rules or order of the groups that were `made`: updates would miss
-    what they hold now."""
+    """Raise if parameters, rules or order of the groups differ from those `made` at construction.
+
+    Updates would not reach the parameters that the groups hold now.
+    """
     members = group_members(param_groups)
     if members != made:
         now, then = (sum(len(ids) for _, ids in groups) for groups in (members, made))
         raise problem(
             "param_groups",
             found=f"they hold {now} parameters that are not the {then} of construction, in their groups",
-            needed="distmuon keeps its own masters and needs the model's own parameters, under their rules, in order",
-            cure="keep other optimizers' wrappers away (DeepSpeed: ZeRO stage 0, cast the model itself)",
+            needed="distmuon keeps masters and needs the model's parameters, under their rules, in order",
+            cure="do not use other optimizers' wrappers (DeepSpeed: ZeRO stage 0, cast the model itself)",
         )

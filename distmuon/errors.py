@@ -1,7 +1,7 @@
-"""The one form of every error that a user sees: where, what was found, what is needed, what to do.
+"""The form of every error that a user sees: where, what was found, what is needed, what to do.
 
-This module decides only the wording. Whether all ranks raise together is the caller's decision: `comm/agreement.py`
-makes a finding on one rank the error of all.
+This module decides only the form. Whether all ranks raise together is the caller's decision: `comm/agreement.py` turns
+an error on any rank into the error of all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 def problem(where: str, *, found: str, needed: str, cure: str) -> ValueError:
     """Make (not raise) the `ValueError` ``"<where>: <found>; <needed>; <cure>"``.
 
-    `where` is a parameter's fqn, an argument or a rank; numbers belong into `found`.
+    `where` is a parameter's fqn, an argument or a rank; numbers belong in `found`.
     """
     return ValueError(f"{where}: {found}; {needed}; {cure}")
 

@@ -1,27 +1,28 @@
-"""`DistMuon`, the optimizer that torch.optim's users know: arguments, param groups, hooks, state, metrics.
+"""`DistMuon`, a torch.optim.Optimizer: arguments, param groups, hooks, state, metrics.
 
-Decides what may be asked for and when buffers are built. The order of a step is `step/engine.py`, the algorithm of one
-bucket `step/bucket.py`; the rule of a parameter is `layout/routing.py`, the place of its elements `layout/layout.py`.
+This module decides what a user may call and when buffers are built. It knows no collective and no formula:
+`step/engine.py` orders a step, `step/bucket.py` is the algorithm of a bucket, `layout/routing.py` gives parameters
+their rule, and `layout/layout.py` gives elements their place.
 
-[Note: who may ask for the state] `state_dict` gathers the shards, so all ranks must call it. A trainer that lets one
-rank save calls `consolidate_state_dict` on all ranks first; from then to the next step or load `state_dict` answers
-from what was gathered, on the ranks that keep it, without talking to others. A rank that asks alone without it is told
-so: before anything is gathered the ranks meet in the group's store, which no collective waits for (lost_ranks.py).
+[Note: state_dict on a single rank] `state_dict` gathers the shards, so all ranks must call it. A trainer that lets a
+single rank save calls `consolidate_state_dict` on all ranks first; until the next step or load, `state_dict` then
+returns the gathered state, on the ranks that keep it, without communication. A rank that calls it alone without this
+gets an error: before anything is gathered the ranks meet in the group's store, where no collective waits
+(lost_ranks.py).
 
-[Note: asked for its state to load into it] torch's `get_state_dict` and `set_state_dict` step an optimizer without
-state once, with gradients of zero and lr 0, for its state to be there. That step of an optimizer that has not been
-built builds it and counts as none: no momentum, no AdamW step, no metrics. A plain `state_dict` builds nothing, for
-engines that move and cast the model afterwards (accelerate) call it, too.
+[Note: the step of torch's state helpers] torch's `get_state_dict` and `set_state_dict` step an optimizer without state
+once, with zero gradients and lr 0, to create its state. If the optimizer has not been built, this step only builds it:
+no momentum, no AdamW step, no metrics. A plain `state_dict` builds nothing, since engines that move and cast the model
+afterwards (accelerate) also call it.
 
-[Note: FSDP2] Where `fully_shard` has cut the parameters, its hooks gather, reduce and scatter, and ours are not
-registered. Gradients arrive averaged in `param.grad`, on the shard. State is made at the first step, or on this rank
-alone where its state is asked for or loaded; all ranks compare their plans before the first step. No values are sent:
-each rank has its shard already.
+[Note: FSDP2] If `fully_shard` has cut the parameters, its hooks gather, reduce and scatter, and DistMuon registers
+none. Gradients arrive averaged in `param.grad`, as shards. State is made at the first step, or on this rank alone when
+state is loaded; all ranks compare their plans before the first step. No values are sent: each rank has its shard.
 
-[Note: wrappers that borrow the class] Fabric's and Lightning's wrappers are made as subclasses of the wrapped
-optimizer's class, without its `__init__`, and forward only the attributes that they do not find. Our methods would run
-on the wrapper and write into it. So in a class with bases other than optimizers each of our public methods is led to
-the optimizer whose hooks the wrapper holds.
+[Note: wrappers that subclass] Fabric and Lightning make their wrappers as subclasses of the wrapped optimizer's class,
+without its `__init__`; they forward only attributes that they do not find. DistMuon's methods would run on the wrapper
+and write into it. So in a class with bases other than optimizers, every public method of DistMuon is delegated to the
+optimizer whose hooks the wrapper holds.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ from distmuon.options import (
     Sharding,
     check_groups,
     hyperparameters,
+    with_fields,
 )
 from distmuon.step import initial_values
 from distmuon.step.engine import Engine
@@ -79,43 +81,44 @@ class DistMuon(torch.optim.Optimizer):
            U = (1-mu)*G + mu*M                          with Nesterov, M otherwise
         4  O = newton_schulz(U / ||U||)                 once per matrix, between a gather (3) and a scatter (5)
         6  W = W - lr*(0.2*sqrt(max(m, n))*O + wd*W)    on the shard of the float32 master
-        7  W whole on all ranks                         by all-gather
+        7  send W to all ranks                          by all-gather
 
     Args:
         params: the model (routed by `distmuon.route`), or an iterable of (fqn, parameter) pairs, or of dicts
             ``{"params": [(fqn, parameter), ...], "rule": "muon" | "adamw", **group entries}``.
-        lr: learning rate of both rules: the scale matches AdamW's update RMS, so one serves both.
-        weight_decay: decoupled, times lr, not times the scale.
-        momentum, nesterov, ns_steps, ns_coefficients, adjust_lr_fn: as in `torch.optim.Muon`; coefficients by
-            the name of a table in `coefficients.COEFFICIENTS` or as a triple.
-        adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: the AdamW part; None: the same as Muon's.
-        routes: decisions that go before the defaults, first match wins; ``"adamw"``: no Muon, on purpose.
-        sharding: `distmuon.Sharding`, how parameters are cut over the ranks, what travels, and when.
-        precision: `distmuon.Precision`, the dtypes of what is kept, computed and sent.
-        process_group: the data-parallel group. None: the default group, or one rank without torch.distributed; under
-            FSDP2 the mesh's.
+        lr: learning rate of both rules: Muon's scale matches AdamW's update RMS, so both can share it.
+        weight_decay: decoupled; multiplied by lr, not by the scale.
+        momentum, nesterov, ns_steps, ns_coefficients, adjust_lr_fn: as in `torch.optim.Muon`; the coefficients are
+            the name of a table in `coefficients.COEFFICIENTS` or a triple.
+        adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: hyperparameters of AdamW; None: the same as Muon's.
+        routes: decisions that override the defaults, first match wins; ``"adamw"``: no Muon, on purpose.
+        sharding: a `distmuon.Sharding`: how parameters are cut over the ranks, which tensors travel, and when.
+        precision: a `distmuon.Precision`: the dtypes in which tensors are kept, computed and sent.
+        process_group: the data-parallel group. None: the default group, or a single rank without torch.distributed;
+            under FSDP2 the mesh's group.
         exchange_group: a second group of the same ranks for the exchange of matrix pieces, so that on NCCL it does not
             queue behind all-gathers. None: process_group.
-        grad_reduction: "reduce_scatter" (here, under backward) or "external" (gradients arrive averaged).
+        grad_reduction: "reduce_scatter" (by DistMuon, under backward) or "external" (gradients arrive averaged).
         max_grad_norm: clip every step's averaged gradient to this global norm. None: only on `clip_grad_norm_`.
-        verify_every: compare the bits of all parameters across ranks before every such step writes; 0: never.
-        broadcast_buffers: give all ranks rank 0's module buffers when ours are built, once; later forwards send none,
-            unlike DDP's. False: each rank keeps its own, which are not compared either.
+        verify_every: compare the bits of all parameters across ranks in every n-th step, before it writes; 0: never.
+        broadcast_buffers: send rank 0's module buffers to all ranks once, when DistMuon's buffers are built; unlike
+            DDP, later forwards send none. False: each rank keeps its module buffers, and they are not compared.
+        sharding_fields: a field of `Sharding` by itself, such as ``overlap=False``.
 
     Buffers are built at the first forward in training, gradient, step or state call, on all ranks together: rank 0's
-    parameters and module buffers are broadcast, then parameters live in flat storage and must not be moved. After
-    backward the gradient is in the reduction, and what stands in ``param.grad`` raises when it is used; in one process,
-    and with ``grad_reduction="external"``, gradients stay where autograd puts them, as with any torch optimizer.
-    Where `torch.distributed.fsdp.fully_shard` has cut the model first, nothing moves and nothing is broadcast: lines 2
-    to 6 run on its shards, and gradients and state are DTensors.
-    Raises `ValueError` naming thing, number and cure for whatever would train wrongly.
+    parameters and module buffers are broadcast; then parameters live in flat storage and must not be moved. After
+    backward the gradient is in the reduction, and the placeholder in ``param.grad`` raises when it is used. In a single
+    process, and with ``grad_reduction="external"``, gradients stay in ``param.grad``, as with any torch optimizer.
+    If `torch.distributed.fsdp.fully_shard` has cut the model, nothing moves and nothing is broadcast: lines 2 to 6 run
+    on its shards, and gradients and state are DTensors.
+    Raises `ValueError` with the cure for any setup that would train wrongly.
     """
 
     loss_scaling = False  # set by `distmuon.GradScaler`
-    engine_is_led = False  # set by `distmuon.integrations.deepspeed`
-    _consolidated: dict[int, dict[str, Tensor]] | None = None  # {}: kept on another rank, `_consolidated_on`
+    managed_by_integration = False  # set by `distmuon.integrations.deepspeed`
+    _consolidated: dict[int, dict[str, Tensor]] | None = None  # {}: kept on rank `_consolidated_on`
     _consolidated_on = -1
-    _local_state: LocalState  # once built
+    _local_state: LocalState  # set when buffers are built
     _agreed = False  # all ranks have compared their plans
 
     def __init__(
@@ -142,9 +145,10 @@ class DistMuon(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         verify_every: int = 0,
         broadcast_buffers: bool = True,
+        **sharding_fields: Any,
     ) -> None:
         self.options = Options(
-            sharding=Sharding() if sharding is None else sharding,
+            sharding=with_fields(Sharding() if sharding is None else sharding, sharding_fields),
             precision=Precision() if precision is None else precision,
             grad_reduction=grad_reduction,
             max_grad_norm=max_grad_norm,
@@ -175,10 +179,10 @@ class DistMuon(torch.optim.Optimizer):
             checks.check_options_when_sharded(self.options)
             process_group = checks.group_of_mesh(self._params[0], process_group)
             self.options = replace(self.options, grad_reduction="external")
-        groups, self._group_of = make_groups(routed, start)
+        groups, self._group_by_param = make_groups(routed, start)
         for group in groups:  # schedulers write into tensors, group by group
             group.update((key, value.clone()) for key, value in group.items() if isinstance(value, Tensor))
-        # CyclicLR and OneCycleLR look here for what to cycle in all groups: beta1 goes before momentum.
+        # CyclicLR and OneCycleLR look in the defaults for the entry that they cycle in all groups, betas first.
         has_muon = any(group["rule"] == "muon" for group in groups)
         cycled = {"momentum": momentum} if has_muon else {"betas": adamw_betas}
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, **cycled})
@@ -192,7 +196,7 @@ class DistMuon(torch.optim.Optimizer):
             self._exchange_group = DataParallelGroup(exchange_group, self._metrics.count)
             self._exchange_group.check_same_ranks(self.group)
             self._exchange_group.roll = self.group.roll
-            self._exchange_group.leaves_word = False  # its collectives are counted apart from the other's
+            self._exchange_group.tells_place = False  # it counts its collectives separately
         self.layout = self._make_layout()
         self._engine: Engine | None = None
         self._sync = True
@@ -200,36 +204,36 @@ class DistMuon(torch.optim.Optimizer):
         if gathers_in_forward and self._model is None:
             raise problem(
                 "sharding.overlap",
-                found='found "forward" with parameters by name',
-                needed="the modules that use them must wait for them",
+                found='found "forward" with (name, parameter) pairs',
+                needed="the modules that use the parameters must wait for them",
                 cure="pass the model itself, or Sharding(overlap=True)",
             )
         self._gathers_in_forward = gathers_in_forward and self.group.dp_size > 1
         self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward, silent=self._sharded)
-        self.register_step_pre_hook(_wait_params)  # before the user's own, which may read parameters
+        self.register_step_pre_hook(_wait_params)  # before the user's hooks, which may read parameters
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if any(not issubclass(base, torch.optim.Optimizer) for base in cls.__mro__[:-1]):
-            _lead_to_the_wrapped(cls)
+            _delegate_to_wrapped(cls)
 
     # --------------------------------------------------------------------------------------------------- construction
 
     def release(self) -> None:
-        """A newer optimizer manages these parameters: finish what is in flight and let go of them."""
+        """Finish collectives in flight and release the parameters, since a newer optimizer manages them."""
         self.synchronize()
         self._hooks.remove()
 
     def _make_layout(self) -> Layout:
-        """The layout of the parameters as they are: until buffers are built, engines may still move and cast them."""
+        """Make the layout of the parameters as they are now; engines may move and cast them until buffers are built."""
         self.group.check_current()
         self.check_parameters()
         stays = [False] * len(self._params)
         if not self._sharded:
             checks.check_memory(self._named())
             stays = memory.stays(self._params, self._model)
-        now = zip(self._specs, self._params, stays)
-        self._specs = tuple(replace(spec, dtype=param.dtype, stays=kept) for spec, param, kept in now)
+        current = zip(self._specs, self._params, stays)
+        self._specs = tuple(replace(spec, dtype=param.dtype, stays=kept) for spec, param, kept in current)
         self.options.check_dtypes([(spec.fqn, spec.dtype) for spec in self._specs])
         sharding = self.options.sharding
         return make_layout(
@@ -241,10 +245,10 @@ class DistMuon(torch.optim.Optimizer):
         )
 
     def _build(self, *, values_used: bool, to_train: bool) -> None:
-        """Check that the ranks agree, take rank 0's values, make the buffers. Collective, once.
+        """Check that the ranks agree, send rank 0's values, make the buffers. Collective; called once.
 
-        `values_used`: a forward has run already, so the ranks must hold the same values. `to_train`: with these values,
-        and not with those of a checkpoint.
+        `values_used`: whether a forward has run, so that the ranks must hold the same values. `to_train`: whether
+        training starts with these values, not with those of a checkpoint.
         """
         self._agree()
         fqns = [spec.fqn for spec in self._specs]
@@ -273,13 +277,13 @@ class DistMuon(torch.optim.Optimizer):
             self.group,
             self._exchange_group,
             self.options,
-            self._group_of,
+            self._group_by_param,
             self._metrics,
             gathers_in_forward=self._gathers_in_forward,
         )
         self._local_state = LocalState(self._engine.storage)
         self._local_state.show(self.state)
-        # If the optimizer is dropped right after `step`, the model is still left with its final weights.
+        # If the optimizer is garbage-collected right after `step`, the model must be left with its final weights.
         weakref.finalize(self, self._engine.wait_quietly).atexit = False
 
     def _built(self, *, values_used: bool = False, to_train: bool = True) -> Engine:
@@ -324,14 +328,16 @@ class DistMuon(torch.optim.Optimizer):
         return self._engine
 
     def verify_options(self, also: str = "") -> None:
-        """Raise on all ranks, naming the first difference, unless all have the same options and hyperparameters now: a
-        scheduler fed with each rank's own loss sets another lr on each. Collective."""
+        """Raise on all ranks, naming the first difference, unless options and hyperparameters are equal. Collective.
+
+        A scheduler that gets each rank's local loss, for example, sets a different lr on each rank.
+        """
         raise_together(self.group, lambda: check_groups(self.param_groups), stage="comparison of the plans")
         items = self.options.items() + hyperparameters(self.param_groups)
         agree_on_plan(repr(items) + also, items, self.group)
 
     def check_parameters(self) -> None:
-        """Raise if parameters are not, or no longer, what the layout was made for."""
+        """Raise unless the parameters are those for which the layout was made."""
         shapes = [spec.shape for spec in self._specs]
         if self._sharded:
             checks.check_shards(self._model, self._named(), shapes, self.group.dp_rank, self.group.dp_size)
@@ -359,7 +365,7 @@ class DistMuon(torch.optim.Optimizer):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, backward only accumulates; wrap all micro-batches of a step but the last, as with DDP."""
+        """Let backward only accumulate in the block; wrap all micro-batches of a step but the last, as with DDP."""
         before, self._sync = self._sync, False
         try:
             yield
@@ -367,62 +373,63 @@ class DistMuon(torch.optim.Optimizer):
             self._sync = before
 
     def set_requires_gradient_sync(self, requires: bool) -> None:
-        """Whether the following backwards end an optimizer step; `no_sync` for callers that hold no context open.
+        """Say whether the next backward is the last of a step, for callers that cannot use the `no_sync` block.
 
-        With False for every backward the reduction starts in `reduce_gradients`, with no overlap.
+        With False for every backward the reduction starts in `reduce_gradients`, without overlap.
         """
         self._sync = requires
 
     @property
     def keeps_grads(self) -> bool:
-        """Whether `param.grad` stays where autograd put it, as with torch's own optimizers: somebody else averages, or
-        nobody has to."""
+        """Whether gradients stay in `param.grad`, as with torch's optimizers, since DistMuon does not average them."""
         return self.options.grads_stay(self.group.dp_size)
 
     @torch.no_grad()
     def reduce_gradients(self, **_ignored: object) -> None:
-        """Finish the reduction and agree on the verdict. Idempotent until `step`; `step` calls it."""
+        """Finish the reduction and agree on the verdict. Idempotent until `step`, which calls it."""
         if self._reduce() and self.options.max_grad_norm is not None:
             self._built().clip(self.options.max_grad_norm, 2.0)
 
     def _reduce(self) -> bool:
-        """Whether this call has reduced, and not one before it."""
+        """Finish the reduction; return whether this call did so, and not an earlier call."""
         engine = self._built(values_used=self._has_gradients())
         present = engine.reduce(self._fingerprint())
         if present is None:
             return False
-        if engine.ranks_went_apart():
+        if engine.ranks_disagree():
             self.verify_options()
             raise problem(
                 "step",
                 found="the ranks' hyperparameters differed, and are equal now",
                 needed="they must be equal in every step",
-                cure="let schedulers depend on the step alone",
+                cure="let schedulers depend only on the step",
             )
         if not all(present):
-            self.check_parameters()  # the model may hold others by now
+            self.check_parameters()  # the model may hold other parameters by now
         return True
 
     def _fingerprint(self) -> int:
-        """16 bits of what must be equal on all ranks in every step."""
+        """A hash, 16 bits, of the values that must be equal on all ranks in every step."""
         check_groups(self.param_groups)
         text = repr((self.group.number, hyperparameters(self.param_groups)))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:2], "big")
 
     def _has_gradients(self) -> bool:
-        """Before anything is built: gradients that no forward of ours has made, of values that are this rank's own."""
+        """Whether there are gradients before buffers are built; they come from values that may differ by rank."""
         return self._engine is None and any(param.grad is not None for param in self._params)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """`torch.nn.utils.clip_grad_norm_` of the averaged gradient of the whole model; returns the norm before this
-        call (`max_grad_norm`, if given, has clipped before it)."""
+        """Clip the averaged gradient of all parameters like `torch.nn.utils.clip_grad_norm_`.
+
+        Returns the norm before this call; `max_grad_norm`, if given, has been applied before.
+        """
         self.reduce_gradients()
         return self._built().clip(max_norm, norm_type)
 
     @torch.no_grad()
     def unscale_grads(self, inverse_scale: Tensor) -> Tensor:
-        """For `distmuon.GradScaler`: reduce, undo the loss scale, clip. 1.0 if any rank's gradient was not finite."""
+        """Reduce, undo the loss scale, clip; for `distmuon.GradScaler`. Returns 1.0 if a gradient was not finite."""
         self._reduce()
         found_inf = self._built().unscale(inverse_scale)
         if self.options.max_grad_norm is not None:
@@ -430,7 +437,7 @@ class DistMuon(torch.optim.Optimizer):
         return found_inf
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients, also those already accumulated or reduced but not yet used by a step."""
+        """Drop gradients, also those that were accumulated or reduced but not yet used by a step."""
         self._hooks.check_self(self)
         if self._engine is not None:
             self._engine.forget()
@@ -438,9 +445,9 @@ class DistMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update on all ranks. `closure` re-evaluates the model and returns the loss."""
+        """Update the parameters on all ranks. `closure` re-evaluates the model and returns the loss."""
         loss = torch.enable_grad()(closure)() if closure is not None else None
-        if self._engine is None and self._build_if_asked():
+        if self._engine is None and self._build_for_state_helper():
             return loss
         engine = self._built(values_used=self._has_gradients())
         hyperparameters_now = self._check_step()
@@ -454,7 +461,7 @@ class DistMuon(torch.optim.Optimizer):
         return loss
 
     def _check_step(self) -> list[dict[str, Any]]:
-        """The hyperparameters of this step, all numbers, once nothing speaks against it."""
+        """Make all checks before a step; return its hyperparameters, with lr as a number."""
         check_groups(self.param_groups)
         found = [{**group, "lr": rules.scalar(group["lr"])} for group in self.param_groups]
         self._local_state.take_back(self.state)
@@ -466,21 +473,23 @@ class DistMuon(torch.optim.Optimizer):
         return found
 
     def verify_bits(self) -> None:
-        """Compare parameters as this step's forwards used them: an update and its all-gather heal or spread a bit."""
+        """Compare the bits of parameters before the update, which would repair or spread a flipped bit. Collective."""
         named, _ = initial_values.plain([*self._named(), *self._frozen])
-        self._built().finish_reductions()  # on all ranks, also one that had no backward
+        self._built().finish_reductions()  # on all ranks, even without a backward
         agree_on_bits(list(named), list(named.values()), self.group, stage="verify")
 
     def synchronize(self) -> None:
-        """Wait for the parameter all-gathers that `step` left under way. Forwards do so by themselves."""
+        """Wait for the all-gathers of parameters that `step` left in flight. Forwards do so themselves."""
         if self._engine is not None:
             self._engine.wait_params()
 
     # ----------------------------------------------------------------------------------------- called by module hooks
 
     def on_forward(self) -> None:
-        """Called by the model's forward. In training the first ordinary one builds; evaluation waits for all
-        parameters."""
+        """Called before the model's forward: build buffers in the first ordinary training forward.
+
+        A forward without gradients waits for all parameters.
+        """
         if not torch.is_grad_enabled():
             self.synchronize()
             return
@@ -490,19 +499,19 @@ class DistMuon(torch.optim.Optimizer):
             self._built()
 
     def wait_for(self, params: Iterable[int]) -> None:
-        """Called by a module's forward."""
+        """Called before a module's forward: wait for the parameters that it uses."""
         if self._engine is not None and self._engine.params_in_flight:
             self._engine.wait_params({self.layout.bucket_of[index] for index in params})
 
     def on_load(self) -> None:
-        """Called before a module's state is loaded."""
+        """Called before a module's state is loaded: wait for all parameters."""
         self.synchronize()
         self._consolidated = None
 
     # ------------------------------------------------------------------------------------------------------- reports
 
     def metrics(self) -> dict[str, Any]:
-        """This rank's last step in numbers; ``grad_norm`` before clipping. Reads the device: not for the hot loop."""
+        """Counters and times of this rank's last step; ``grad_norm`` is before clipping. Waits for the device."""
         built = self._engine
         return {
             **self._metrics.last(),
@@ -513,26 +522,27 @@ class DistMuon(torch.optim.Optimizer):
         }
 
     def report(self, *, full: bool = False) -> str:
-        """What went where, in a few lines; `full`: and one line a parameter with the reason."""
+        """Summary of routing and layout in a few lines; `full` adds a line for each parameter, with the reason."""
         text = report.describe(self.layout, len(self._frozen))
         return f"{text}\n{report.routing_table(self.layout)}" if full else text
 
     # --------------------------------------------------------------------------------------------------------- state
 
     def full_state_dict(self) -> dict[str, Any]:
-        """`state_dict`, of what is built here if need be."""
+        """Like `state_dict`, but builds the buffers first if needed. Under FSDP2 too the full state. Collective."""
         if self._engine is None and not self._sharded:
             self._meet("full_state_dict")
         self._built(to_train=False)
         return self._whole_state(self._packed()) if self._sharded else self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """Whole state of every parameter, on the CPU of every rank, in torch.optim's format; empty before the first
-        step or forward. Collective, or on one rank alone after `consolidate_state_dict`. Under FSDP2 this rank's shards
-        instead, as DTensors, without asking another rank.
+        """Gather the full state of every parameter on the CPU of every rank, in torch.optim's format.
 
-        What users have put into `optimizer.state` is in it, this rank's own. Raises `ValueError` on a rank that asks
-        alone, within half a minute.
+        Under FSDP2: this rank's shards instead, as DTensors, without communication.
+
+        The state is empty before the first step or forward. Collective, except after `consolidate_state_dict`. Entries
+        that the user has added to `optimizer.state` on this rank are included. Raises `ValueError`, within half a
+        minute, on a rank that calls it alone.
         """
         state = self._packed_state()
         for hook in self._optimizer_state_dict_post_hooks.values():
@@ -556,8 +566,8 @@ class DistMuon(torch.optim.Optimizer):
             raise problem(
                 f"state_dict on rank {self.group.dp_rank}",
                 found=f"the state was consolidated on rank {self._consolidated_on} alone",
-                needed="a rank that asks alone needs the consolidated state",
-                cure="ask on that rank, or call optimizer.consolidate_state_dict() on all ranks, which keeps it on all",
+                needed="a rank that calls it alone needs the consolidated state",
+                cure="call it on that rank, or call optimizer.consolidate_state_dict() on all ranks to keep it on all",
             )
         return self._whole_state(packed)
 
@@ -567,31 +577,31 @@ class DistMuon(torch.optim.Optimizer):
         assert self._engine is not None
         storage, groups = self._engine.storage, self.param_groups
         extra = full_state.numbered(storage, groups, self._local_state.extra_of(self.state))
-        whole: dict[Any, Any] = {number: {**entry, **extra[number]} for number, entry in state.items()}
-        whole.update(full_state.entries_beside(packed))
-        return {"state": whole, "param_groups": packed["param_groups"]}
+        entries: dict[Any, Any] = {number: {**entry, **extra[number]} for number, entry in state.items()}
+        entries.update(full_state.entries_beside(packed))
+        return {"state": entries, "param_groups": packed["param_groups"]}
 
     def _gathered(self, what: str, keep: bool = True, limit_s: float | None = None) -> dict[int, dict[str, Tensor]]:
-        """The whole state by torch.optim's numbers where `keep`. Collective, in `what`."""
+        """Gather the full state by torch.optim's numbers, on ranks with `keep`. Collective; `what` names the call."""
         assert self._engine is not None
         self._meet(what, limit_s)
-        self.group.gather_objects(None, stage="state_dict")  # all came, and must ask for the same optimizer's
+        self.group.gather_objects(None, stage="state_dict")  # raises unless all ranks mean the same optimizer
         full = full_state.gather_full_state(self.quiesced().storage, self.group, keep)
         return full_state.numbered(self._engine.storage, self.param_groups, full)
 
     def _meet(self, what: str, limit_s: float | None = None) -> None:
-        """Return once all ranks ask for a state; raise where that does not happen, see [Note: who may ask for the
-        state]."""
-        limit, named = MEETING_S if limit_s is None else limit_s, self.group.roll.named
+        """Wait until all ranks call for the state; raise if they do not. See [Note: state_dict on a single rank]."""
+        limit = MEETING_S if limit_s is None else limit_s
+        named = self.group.roll.named
         where = f"{what} on {named([self.group.dp_rank])}"
         needed = "the state is spread over the ranks, so all must call it"
         cure = (
-            "call optimizer.consolidate_state_dict() on all ranks first, then one rank alone may ask; "
-            "or let all call distmuon.save_checkpoint"
+            "call optimizer.consolidate_state_dict() on all ranks first, then a single rank may call state_dict; "
+            "or call distmuon.save_checkpoint on all ranks"
         )
 
         def warning(absent: Sequence[int]) -> str:
-            found = f"waits for {named(absent)}, for {limit:g} s at the most"
+            found = f"waits for {named(absent)}, for at most {limit:g} s"
             return str(problem(where, found=found, needed=needed, cure=cure))
 
         missing = self.group.missing_ranks("state_dict", warning, limit)
@@ -603,10 +613,12 @@ class DistMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any], on_route_change: str = "raise", **_ignored: object) -> None:
-        """Load a full state saved at any dp_size. State keeps its own dtype; masters, if any, become the parameters.
-        A parameter under another rule than then raises, or with "reset" begins with no state. Collective; what raises,
-        raises on all ranks and before anything is changed. Under FSDP2 this rank loads alone: whole tensors, or
-        DTensors with the parameters' placement."""
+        """Load a full state saved at any dp_size. Collective.
+
+        State keeps this optimizer's dtypes; saved masters become the parameters. A parameter that was saved under
+        another rule raises, or with "reset" starts without state. Errors are raised on all ranks, before anything is
+        changed. Under FSDP2 a rank loads alone: full tensors, or DTensors with the parameters' placement.
+        """
 
         def check() -> tuple[dict[str, Any], bool]:
             state = state_dict
@@ -614,33 +626,33 @@ class DistMuon(torch.optim.Optimizer):
                 changed = hook(self, state)
                 state = state if changed is None else changed
             full_state.check_form(state)
-            taken = full_state.routed(state, self.param_groups, on_route_change)
-            full_state.load_groups(taken["param_groups"], [dict(group) for group in self.param_groups])
-            return taken, full_state.is_empty(taken)
+            rerouted = full_state.routed(state, self.param_groups, on_route_change)
+            full_state.load_groups(rerouted["param_groups"], [dict(group) for group in self.param_groups])
+            return rerouted, full_state.is_empty(rerouted)
 
         if self._sharded:
             self._load_shards(*check())
             return
         self.group.begin("load_state_dict")
-        taken, empty = raise_together(self.group, check, stage="load_state_dict")
+        checked, empty = raise_together(self.group, check, stage="load_state_dict")
         emptiness = self.group.gather_objects(empty, stage="load_state_dict")
         if len(set(emptiness)) > 1:
             raise problem(
                 "load_state_dict",
                 found=f"the state of ranks {[rank for rank, is_empty in enumerate(emptiness) if is_empty]} is empty, "
-                "that of the others is not",
-                needed="every rank needs the whole state",
+                "that of other ranks is not",
+                needed="every rank needs the full state",
                 cure="read the same file on every rank",
             )
-        if not empty or self._engine is not None:  # the state of before the first step is none
+        if not empty or self._engine is not None:  # an empty state was saved before the first step
             engine = self.quiesced(to_write=True)
             states, beside = raise_together(
-                self.group, lambda: full_state.states_of(engine.storage, self.param_groups, taken)
+                self.group, lambda: full_state.states_of(engine.storage, self.param_groups, checked)
             )
             full_state.load_full_state(engine.storage, states)
             engine.gather_all()
             self._local_state.load_extra(self.state, beside)
-        self._finish_load(taken)
+        self._finish_load(checked)
 
     def _load_shards(self, taken: dict[str, Any], empty: bool) -> None:
         """`load_state_dict` under FSDP2."""
@@ -659,12 +671,14 @@ class DistMuon(torch.optim.Optimizer):
             del self.state[key]
         self.state.update(full_state.entries_beside(taken))
         full_state.load_groups(taken["param_groups"], self.param_groups)
-        for done in self._optimizer_load_state_dict_post_hooks.values():
-            done(self)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def quiesced(self, *, to_write: bool = False) -> Engine:
-        """The engine, ready for all state to be read or written: nothing is in flight, external writes are absorbed.
-        Collective."""
+        """Quiesce and return the engine, so that all state can be read or written. Collective.
+
+        Waits for collectives in flight and absorbs external writes to parameters.
+        """
         engine = self._built(to_train=False)
         engine.finish_begun_reductions()
         self._local_state.take_back(self.state)
@@ -675,12 +689,12 @@ class DistMuon(torch.optim.Optimizer):
         return engine
 
     def consolidate_state_dict(self, to: int | None = None, *, timeout_s: float | None = None) -> None:
-        """Gather the whole state on the CPU of rank `to` of the group (None: of every rank), for later calls of
-        `state_dict` there, on that rank alone. Collective.
+        """Gather the full state on the CPU of rank `to` of the group (None: of every rank). Collective.
 
-        It is kept to the next step or load: as many bytes as all ranks' state together. The first rank waits
-        `timeout_s` for the last one (None: 25 s), and then all that came raise `ValueError`: give more where one rank
-        validates or writes files before it comes.
+        Later calls of `state_dict` on that rank then need no other rank. The state is kept until the next step or load
+        and takes as many bytes as all ranks' state together. The first rank waits `timeout_s` for the last rank (None:
+        25 s); then all ranks that came raise `ValueError`. Pass more if a rank validates or writes files before it
+        comes.
         """
         size = self.group.dp_size
         if to is not None and (isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < size):
@@ -688,7 +702,7 @@ class DistMuon(torch.optim.Optimizer):
                 "consolidate_state_dict",
                 found=f"found to={to!r}",
                 needed=f"a rank of the group, 0 to {size - 1}, or None is needed",
-                cure="None keeps the state on all ranks",
+                cure="pass None to keep the state on all ranks",
             )
         if self._sharded:
             raise problem(
@@ -706,110 +720,110 @@ class DistMuon(torch.optim.Optimizer):
         self._consolidated = state if keeps else {}
         self._consolidated_on = to if to is not None else -1
 
-    def _asked_for_state(self) -> bool:
-        """torch asks an optimizer that has not been built for its state, see [Note: asked for its state to load into
-        it]. Reads the device.
+    def _is_state_helper_step(self) -> bool:
+        """Whether this is the step that torch's state helpers take to create state. Waits for the device.
 
-        Never true once a backward has run, for that has built.
+        It is false after any backward, since a backward builds. See [Note: the step of torch's state helpers].
         """
         grads = [None if param.grad is None else local_of(param.grad) for param in self._params]
         if self._engine is not None or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
         return all(grad is not None and not bool(grad.any()) for grad in grads)
 
-    def _build_if_asked(self) -> bool:
-        """Build, if all ranks are asked for their state; whether they are."""
-        asked = self._asked_for_state()
-        if asked and not self._sharded:
+    def _build_for_state_helper(self) -> bool:
+        """Build; return whether this is, on all ranks, the step of torch's state helpers, which ends here."""
+        is_helper_step = self._is_state_helper_step()
+        if is_helper_step and not self._sharded:
             self._meet("the first step of torch's state_dict helpers")
-        self._built(values_used=not asked and self._has_gradients(), to_train=not asked)
-        if any(float(group["lr"]) != 0.0 for group in self.param_groups):  # the same on all ranks: building compares
+        self._built(values_used=not is_helper_step and self._has_gradients(), to_train=not is_helper_step)
+        if any(float(group["lr"]) != 0.0 for group in self.param_groups):  # building has compared lr between ranks
             return False
-        return all(self.group.gather_objects(asked, stage="state_dict"))
+        return all(self.group.gather_objects(is_helper_step, stage="state_dict"))
 
     def __getstate__(self) -> dict[str, Any]:
         raise problem(
             "DistMuon",
             found="copied or pickled as an object (or with a scheduler that holds it)",
-            needed="one optimizer manages a parameter, with hooks and buffers",
+            needed="a parameter has a single optimizer, with hooks and buffers",
             cure="use state_dict() or distmuon.save_checkpoint",
         )
 
-    # ----------------------------------------------------------------------- what torch's GradScaler and DeepSpeed ask
+    # ----------------------------------------------------------------- attributes for torch's GradScaler and DeepSpeed
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether `step` unscales by itself, which it does not. torch.amp.GradScaler asks this, and Lightning before it
-        clips. Where the gradients have left `param.grad`, both would look for them in vain and must not go on;
-        our own scaler has announced itself."""
+        """Whether `step` itself unscales gradients; it does not.
+
+        torch.amp.GradScaler reads this, and Lightning before it clips. If the gradients have left `param.grad`, both
+        would miss them, so this raises, except for `distmuon.GradScaler`, which sets `loss_scaling`.
+        """
         if not self.loss_scaling and self._engine is not None and self._engine.holds_grads:
             raise problem(
                 "GradScaler",
-                found="torch's own, or a trainer's clip, looks for gradients in param.grad, which distmuon has "
-                "taken by then",
-                needed="a scaler and a clip that ask the reduction are needed",
-                cure="use distmuon.GradScaler with float16 (bfloat16 needs none) and optimizer.clip_grad_norm_; "
-                "under a "
-                'trainer that averages by itself, as Lightning\'s does, pass grad_reduction="external"',
+                found="torch's scaler, or a trainer's clip, looks for gradients in param.grad, but distmuon has taken "
+                "them already",
+                needed="the scaler and the clip must use the reduced gradients",
+                cure="use distmuon.GradScaler with float16 (bfloat16 needs none) and optimizer.clip_grad_norm_; under "
+                'a trainer that itself averages, as Lightning\'s does, pass grad_reduction="external"',
             )
         return False
 
     def get_grads_for_reduction(self) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-        """DeepSpeed asks at the last micro-batch which gradients it must average: none, that is done here."""
-        if not self.engine_is_led:
+        """Reduce; tell DeepSpeed, which asks at the last micro-batch, that it has no gradients to average."""
+        if not self.managed_by_integration:
             raise problem(
                 "DeepSpeed",
-                found="an engine that the integration does not lead",
-                needed="its clip and accumulation must reach DistMuon",
+                found="an engine that the integration does not manage",
+                needed="its clipping and accumulation must reach DistMuon",
                 cure="call distmuon.integrations.deepspeed.register() before deepspeed.initialize",
             )
         self.reduce_gradients()
         return [], {}
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """DeepSpeed's name for `set_requires_gradient_sync`; its engine calls it when it is told the boundary."""
+        """DeepSpeed's name for `set_requires_gradient_sync`."""
         self.set_requires_gradient_sync(is_boundary)
 
     @property
     def _global_grad_norm(self) -> Tensor | None:
-        """DeepSpeed's name for the norm of the last averaged gradient before clipping; 0-dim, on the device."""
+        """DeepSpeed's name for the norm of the last averaged gradient before clipping, 0-dim, on the device."""
         return self._engine.grad_norm if self._engine is not None else None
 
     @property
     def overflow(self) -> bool:
-        """DeepSpeed's name for a last step that was skipped. Reads the device."""
+        """DeepSpeed's name for whether the last step was skipped. Waits for the device."""
         return self._engine is not None and self._engine.last_ok is not None and not bool(self._engine.last_ok)
 
 
-def _lead_to_the_wrapped(cls: type[DistMuon]) -> None:
-    """See [Note: wrappers that borrow the class]."""
+def _delegate_to_wrapped(cls: type[DistMuon]) -> None:
+    """Delegate the public methods of `cls` to the wrapped optimizer; see [Note: wrappers that subclass]."""
     for name in dir(cls):
-        owner = next(base for base in cls.__mro__ if name in vars(base))
-        found = vars(owner)[name]
-        if not issubclass(owner, torch.optim.Optimizer):
+        definer = next(base for base in cls.__mro__ if name in vars(base))
+        found = vars(definer)[name]
+        if not issubclass(definer, torch.optim.Optimizer):
             continue
         if isinstance(found, property) and found.fset is None:
-            setattr(cls, name, property(_led(name, found.fget)))
+            setattr(cls, name, property(_delegated(name, found.fget)))
         elif isinstance(found, FunctionType) and not name.startswith("_"):
-            setattr(cls, name, _led(name, found))
+            setattr(cls, name, _delegated(name, found))
 
 
-def _led(name: str, method: Callable[..., Any] | None) -> Callable[..., Any]:
-    """`method`, run on the optimizer that its caller wraps, if it wraps one."""
+def _delegated(name: str, method: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Make a method that runs `method` on the optimizer that its caller wraps, or on the caller itself."""
     assert method is not None
 
     @wraps(method)
-    def led(caller: Any, *args: Any, **kwargs: Any) -> Any:
+    def delegated(caller: Any, *args: Any, **kwargs: Any) -> Any:
         hooks = getattr(caller, "_hooks", None)  # none while a subclass is being made
         optimizer = caller if hooks is None else hooks.listener
         if optimizer is caller:
             return method(caller, *args, **kwargs)
-        found = getattr(optimizer, name)  # the instance's, which schedulers replace
+        found = getattr(optimizer, name)  # from the instance, since schedulers replace methods there
         return found(*args, **kwargs) if callable(found) else found
 
-    return led
+    return delegated
 
 
 def _wait_params(optimizer: DistMuon, *_: object) -> None:
-    """A step hook: parameters are there."""
+    """Wait for parameters, as a step hook."""
     optimizer.synchronize()

@@ -1,13 +1,13 @@
-"""What users decide: options for the life of an optimizer, the start of what lives in its param groups, routes.
+"""The user's options: those fixed for the life of an optimizer, the initial entries of its param groups, and routes.
 
-Decides what is a legal value and says so; allocates nothing. Everything a scheduler may change (lr, weight decay,
-momentum, betas, ...) is a param-group entry instead and is read anew at every step.
+This module decides which values are legal; it allocates no tensor. Every hyperparameter that a scheduler may change
+(lr, weight decay, momentum, betas, ...) is a param-group entry instead, and is read again at every step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -28,20 +28,23 @@ AdjustLrFn = Literal["match_rms_adamw", "original"]
 
 @dataclass(frozen=True, kw_only=True)  # without slots: jsonargparse reads `vars` of a default
 class Precision:
-    """The dtype in which each tensor is kept, computed or sent; by torch's dtype or its name ("bfloat16")."""
+    """The dtype in which each tensor is kept, computed or sent: a torch dtype or its name ("bfloat16")."""
 
     reduce: torch.dtype = torch.float32
-    """Of gradient buffers and of what their reduction sends: float32, bfloat16 or float16. Sums are float32."""
+    """Dtype of gradient buffers and of their reduction: float32, bfloat16 or float16. Sums are float32."""
     momentum: torch.dtype = torch.float32
-    """Of Muon's momentum buffer: float32, bfloat16 or int8 (blocks of 256 with a scale each)."""
+    """Dtype of Muon's momentum buffer: float32, bfloat16 or int8 (blocks of 256 elements with a scale)."""
     newton_schulz: torch.dtype = torch.bfloat16
-    """Of the Newton-Schulz iteration: bfloat16, float32 or float64."""
+    """Dtype of the Newton-Schulz iteration: bfloat16, float32 or float64."""
     exchange: torch.dtype | None = None
-    """Of the pieces of updates and polar factors that are sent: bfloat16, float32 or float64. None: `newton_schulz`.
-    Not float16, in which small updates would vanish."""
+    """Wire dtype: pieces of updates and polar factors are sent and rounded in it, also those that stay on their rank
+    (`Bucket._orthogonalize`). bfloat16, float32 or float64; None: `newton_schulz`. float16 is not allowed, since small
+    updates would vanish in it. A further dtype goes into `_DTYPES`, and all senders and the planner follow, for they
+    read `wire`. It must be a floating-point dtype that torch promotes and the backend sends: there is no codec with
+    scales for pieces."""
     master: MasterFormat = "float32"
-    """Of what is kept beside a bfloat16 parameter: "float32", or "remainder", the 16 bits that the parameter lacks.
-    Both give the same float32 master."""
+    """Format of a bfloat16 parameter's master: "float32", or "remainder", the 16 bits that the parameter lacks. Both
+    give the same float32 master."""
 
     def __post_init__(self) -> None:
         for name, allowed in _DTYPES.items():
@@ -51,7 +54,7 @@ class Precision:
 
     @property
     def wire(self) -> torch.dtype:
-        """`exchange`, or `newton_schulz` where that is None: the dtype in which pieces travel."""
+        """The dtype in which pieces travel: `exchange`, or `newton_schulz` if that is None."""
         return self.newton_schulz if self.exchange is None else self.exchange
 
 
@@ -64,30 +67,30 @@ _DTYPES: dict[str, tuple[torch.dtype | None, ...]] = {
 
 
 def as_dtype(given: object) -> object:
-    """The dtype that a name like "bfloat16" stands for; anything else as it is."""
+    """Return the dtype with a name like "bfloat16"; return anything else as it is."""
     found = getattr(torch, given, None) if isinstance(given, str) else None
     return found if isinstance(found, torch.dtype) else given
 
 
 @dataclass(frozen=True, kw_only=True)  # without slots: jsonargparse reads `vars` of a default
 class Sharding:
-    """How parameters are cut over the ranks, what travels, and when. None of it changes the rule of an update."""
+    """The cut of parameters over the ranks, and the tensors that travel and when. No field changes the update rule."""
 
     packing: Packing = "balanced"
-    """"balanced": matrices lie whole on a rank where they fit. "contiguous": even cuts, Megatron's way."""
+    """"balanced": matrices lie whole on a rank if they fit. "contiguous": even cuts, as in Megatron."""
     placement: Placement = "owner"
-    """"owner": each matrix is orthogonalized once in the group. "replicated": by all ranks that hold a piece of it."""
+    """"owner": a single rank orthogonalizes each matrix. "replicated": all ranks that hold a piece of it do."""
     bucket_mb: float | None = None
     """Size of a bucket in MiB of float32 gradients. None: chosen from the model's size (`distmuon.plan` compares)."""
     param_gather: ParamGather = "parameters"
-    """What the all-gather sends: "parameters", or "updates": polar factors in `Precision.exchange`, applied by every
-    rank (float32 parameters only; three quarters of AdamW's traffic in bfloat16)."""
+    """The tensors that the all-gather sends: "parameters", or "updates": polar factors in `Precision.exchange`, which
+    every rank applies (float32 parameters only; three quarters of AdamW's traffic in bfloat16)."""
     release_grads: bool = False
-    """Hold two buckets of gradients at the most during the last backward, and none between steps."""
+    """Hold at most two buckets of gradients during the last backward, and none between steps."""
     overlap: Overlap = True
     """True: reduce under backward, and pipeline the buckets in `step`, which ends when all parameters have arrived.
-    "forward": all-gathers run under the next forward, whose modules wait for them; all other readers and writers of
-    parameters must call `DistMuon.synchronize` first. False: one bucket after the other."""
+    "forward": all-gathers run under the next forward, whose modules wait for them; other code that reads or writes
+    parameters must call `DistMuon.synchronize` first. False: bucket after bucket."""
 
     def __post_init__(self) -> None:
         one_of("sharding.packing", self.packing, get_args(Packing))
@@ -98,9 +101,21 @@ class Sharding:
         positive("sharding.bucket_mb", self.bucket_mb, most=2.0**40)
 
 
+def with_fields(sharding: Sharding, given: Mapping[str, Any]) -> Sharding:
+    """`sharding` with the fields `given`. Raises TypeError for the name of anything else, as a call does."""
+    names = [field.name for field in fields(Sharding)]
+    for name in given:
+        if name not in names:
+            raise TypeError(
+                f"DistMuon got an unexpected argument {name!r}; its own arguments and the fields of Sharding "
+                f"({', '.join(names)}) are needed; dtypes are fields of precision=distmuon.Precision(...)"
+            )
+    return replace(sharding, **given) if given else sharding
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """All that is fixed for the life of an optimizer. See `DistMuon` for the fields that are not policies."""
+    """The options that are fixed for the life of an optimizer; `DistMuon` documents those that are not policies."""
 
     sharding: Sharding = field(default_factory=Sharding)
     precision: Precision = field(default_factory=Precision)
@@ -124,17 +139,19 @@ class Options:
         positive("max_grad_norm", self.max_grad_norm)
         if type(self.verify_every) is not int or self.verify_every < 0:
             found = f"found {self.verify_every!r}"
-            raise problem("verify_every", found=found, needed="a number of steps is needed", cure="0: never")
+            raise problem(
+                "verify_every", found=found, needed="a number of steps is needed", cure="pass 0 to never verify"
+            )
         if self.sharding.release_grads and self.grad_reduction == "external":
             raise problem(
                 "sharding.release_grads",
                 found='found True with grad_reduction="external"',
-                needed="gradient buffers of our own are needed",
+                needed="only distmuon's own gradient buffers can be released",
                 cure="let zero_grad(set_to_none=True) free the gradients",
             )
 
     def check_dtypes(self, params: Sequence[tuple[str, torch.dtype]]) -> None:
-        """Raise where an option of storage or traffic cannot mean what it says for `params`: (fqn, dtype)."""
+        """Raise for an option of storage or traffic that cannot work with `params`: (fqn, dtype)."""
         for fqn, dtype in params:
             if self.sharding.param_gather == "updates" and dtype != torch.float32:
                 raise problem(
@@ -147,16 +164,16 @@ class Options:
             raise problem(
                 "precision.master",
                 found=f'found "remainder" with parameters of {params[0][1]}',
-                needed="bfloat16 parameters are needed, whose missing 16 bits it keeps",
+                needed="bfloat16 parameters are needed, since it keeps the 16 bits that they lack",
                 cure='pass Precision(master="float32")',
             )
 
     def grads_stay(self, dp_size: int) -> bool:
-        """Gradients stay in `param.grad`, where autograd puts them: somebody else averages them, or nobody has to."""
+        """Whether gradients stay in `param.grad`, because they arrive averaged or because there is a single rank."""
         return self.grad_reduction == "external" or dp_size == 1
 
     def items(self) -> list[str]:
-        """One text an option: what all ranks must agree on."""
+        """A text for each option, on which all ranks must agree."""
         policies: dict[str, Sharding | Precision] = {"sharding": self.sharding, "precision": self.precision}
         found = [f"{f.name} = {getattr(self, f.name)}" for f in fields(self) if f.name not in policies]
         for name, policy in policies.items():
@@ -166,7 +183,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hyperparameters:
-    """Where the param groups start: what the constructor was given; `None` for AdamW means the same as Muon."""
+    """Initial values of the param groups, from the constructor; None for AdamW means Muon's value."""
 
     lr: float | torch.Tensor
     weight_decay: float
@@ -181,7 +198,7 @@ class Hyperparameters:
     adamw_weight_decay: float | None
 
     def group(self, rule: Rule) -> dict[str, object]:
-        """A fresh param group's entries. `momentum` is in both: schedulers that cycle it ask every group."""
+        """The entries of a new param group. Both rules have `momentum`: schedulers that cycle it read every group."""
         if rule == "muon":
             return {
                 "rule": rule,
@@ -210,7 +227,7 @@ _KEYS: dict[object, tuple[str, ...]] = {
 
 
 def hyperparameters(param_groups: Sequence[dict[str, Any]]) -> list[str]:
-    """One text a hyperparameter, what ranks must agree on; without what users and schedulers keep in the groups."""
+    """A text for each hyperparameter, on which ranks must agree; entries of users and schedulers are left out."""
     return [
         f"param_groups[{number}].{key} = {_plain(group[key])}"
         for number, group in enumerate(param_groups)
@@ -219,12 +236,12 @@ def hyperparameters(param_groups: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _plain(value: object) -> object:
-    """Tensors print rounded."""
+    # repr() of a tensor rounds; compare exact values.
     return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 def check_groups(param_groups: Sequence[dict[str, Any]]) -> None:
-    """Raise for the first hyperparameter that no rule can work with."""
+    """Raise for the first hyperparameter with an illegal value."""
     for number, group in enumerate(param_groups):
         _check_group(f"param_groups[{number}]", group)
 
@@ -232,13 +249,13 @@ def check_groups(param_groups: Sequence[dict[str, Any]]) -> None:
 def _check_group(name: str, group: dict[str, Any]) -> None:
 
     def bound(key: str, value: object, below: float = float("inf")) -> None:
-        if isinstance(value, torch.Tensor) and key == "lr":  # the one that torch.optim keeps in a tensor, too
+        if isinstance(value, torch.Tensor) and key == "lr":  # torch.optim also takes lr as a tensor
             if value.numel() != 1:
                 raise problem(
                     f"{name}.{key}",
                     found=f"a tensor of {value.numel()} elements",
-                    needed="one is needed",
-                    cure="pass one",
+                    needed="a single element is needed",
+                    cure="pass a number",
                 )
             if value.device.type != "cpu" or value.is_complex():
                 found = f"a tensor of {value.dtype} on {value.device}"
@@ -256,7 +273,7 @@ def _check_group(name: str, group: dict[str, Any]) -> None:
         raise problem(
             f"{name}.{missing[0]}",
             found="missing",
-            needed="each rule needs all of its own",
+            needed="a group needs all hyperparameters of its rule",
             cure=f"put {missing[0]} back",
         )
     bound("lr", group["lr"])
@@ -271,7 +288,7 @@ def _check_group(name: str, group: dict[str, Any]) -> None:
                 f"{name}.ns_steps",
                 found=f"found {steps!r}",
                 needed="1 to 99 steps are needed",
-                cure="5 is the usual number",
+                cure="pass 5, the usual number",
             )
         coefficient_schedule(group["ns_coefficients"], steps)
         return
@@ -286,14 +303,16 @@ def _check_group(name: str, group: dict[str, Any]) -> None:
 
 
 def positive(name: str, value: object, most: float = float("inf")) -> None:
-    """Raise unless `value` is None or a number above 0, `most` at the largest."""
+    """Raise unless `value` is None or a number above 0, and at most `most`."""
     if value is not None and not (is_number(value) and 0 < value <= most):
-        raise problem(name, found=f"found {value!r}", needed="a positive number is needed", cure="or leave it None")
+        raise problem(
+            name, found=f"found {value!r}", needed="a positive number is needed", cure="correct it, or pass None"
+        )
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is a real number that a float can hold, and not True or False."""
-    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's are of this kind
+    """Whether `value` is a real number that a float can hold, and not a bool."""
+    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's numbers are `Real`
         return False
     try:
         float(value)
@@ -303,8 +322,8 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raise unless `value` is one of `allowed`, of its type: 0 is not False."""
-    if not any(isinstance(value, type(one)) and value == one for one in allowed):
+    """Raise unless `value` is in `allowed` and has the same type: 0 is not False."""
+    if not any(isinstance(value, type(choice)) and value == choice for choice in allowed):
         raise problem(
             name,
             found=f"found {value!r}",
@@ -315,9 +334,9 @@ def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Route:
-    """A user's decision: parameters whose fqn matches `pattern` (shell-style) take `rule`.
+    """A user's decision that `rule` updates all parameters whose fqn matches `pattern` (shell-style).
 
-    `split`: sizes of the logical matrices fused along `split_dim` of the (out, in) weight; they must sum to it.
+    `split`: sizes of the logical matrices fused along `split_dim` of the (out, in) weight; their sum must be its size.
     `options`: param-group entries for these parameters, such as ``{"lr": 1e-4, "weight_decay": 0.0}``.
     """
 
@@ -328,25 +347,28 @@ class Route:
     options: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        split, options = () if self.split is None else self.split, self.options
-        right = isinstance(self.pattern, str) and isinstance(split, (list, tuple)) and isinstance(options, Mapping)
+        split = () if self.split is None else self.split
+        options = self.options
+        is_legal = isinstance(self.pattern, str) and isinstance(split, (list, tuple)) and isinstance(options, Mapping)
         if (
-            not right
+            not is_legal
             or not all(isinstance(part, Integral) for part in split)
             or not all(isinstance(k, str) for k in options)
         ):
-            needed = "a text as pattern, whole numbers as split and a dict as options are needed"
+            needed = "a string as pattern, whole numbers as split and a dict as options are needed"
             raise problem("Route", found=f"found {self}", needed=needed, cure="correct it")
         one_of(f"Route({self.pattern!r}).rule", self.rule, ("muon", "adamw"))
         one_of(f"Route({self.pattern!r}).split_dim", self.split_dim, (0, 1))
 
 
 def checked_routes(routes: Sequence[Route] | str | None) -> tuple[Route, ...]:
-    """`routes` as a tuple; "adamw" is the route that sends everything there."""
+    """Return `routes` as a tuple, after a check; "adamw" gives the route of all parameters to AdamW."""
     if isinstance(routes, str):
         one_of("routes", routes, ("adamw",))
         return (Route("*", "adamw"),)
-    given = tuple(routes) if isinstance(routes, Iterable) else (routes,) if routes is not None else ()
+    if routes is None:
+        return ()
+    given = tuple(routes) if isinstance(routes, Iterable) else (routes,)
     if not all(isinstance(entry, Route) for entry in given):
         raise problem(
             "routes",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import statistics
 import sysconfig
+import textwrap
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -183,12 +184,12 @@ def table() -> str:
     read = "; ".join(
         f"{name} {sizes[0]:,} bytes to train, {sizes[1]:,} to validate" for name, sizes in found["bytes"].items()
     )
-    lines += [
-        "",
+    conditions = (
         f"`OMP_NUM_THREADS=1 python -m experiments.finetune`: {found['parameters']:,} parameters; {read}; "
         f"{found['steps'][0]} steps of {tokens:,} tokens, then {found['steps'][1]}; seeds {SEEDS}; "
-        f"torch {found['torch']}, one thread, {found['cpu_seconds']} s of processor time on a busy machine.",
-    ]
+        f"torch {found['torch']}, one thread, {found['cpu_seconds']} s of processor time on a busy machine."
+    )
+    lines += ["", *textwrap.wrap(conditions, 110, break_on_hyphens=False)]
     return "\n".join(lines)
 
 

@@ -1,1 +1,1 @@
-"""Save, load and find checkpoints: DCP's files in full-parameter coordinates, for any number of ranks."""
+"""Saving, loading and finding checkpoints: DCP's files in full-parameter coordinates, for any number of ranks."""

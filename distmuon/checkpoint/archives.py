@@ -1,8 +1,8 @@
-"""What `torch.save` wrote, looked at before anything believes it: where its bytes lie, and what it would inflate.
+"""Inspection of `torch.save` archives before they are trusted: where their bytes lie, and how much memory they need.
 
-Decides which archives are opened at all. `torch.save` writes a zip file that compresses nothing, so a member that is
-compressed is somebody else's, and so is one that claims more bytes than the file has. Knows no checkpoint; whoever
-calls names the file in the error.
+This module decides which archives are opened at all. `torch.save` writes a zip file without compression, so an archive
+with a compressed member, or a member with more bytes than the file has, has another origin and is refused. The module
+knows no checkpoint; its callers name the file in the error.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ import sys
 import zipfile
 from typing import IO, Any
 
-MAX_NESTING = 100  # of containers in small state
-MAX_ITEMS = 1 << 26  # of small state, counted each time it is referred to
-_ENTRY, _END, _END_64, _LOCATOR = 30, 22, 56, 20  # bytes of zip's own records
+MAX_NESTING = 100  # depth of containers in small state
+MAX_ITEMS = 1 << 26  # items of small state, counted at each reference
+# Bytes of zip's records.
+_ENTRY = 30
+_END = 22
+_END_64 = 56
+_LOCATOR = 20
 
 
 class Slice(io.RawIOBase):
@@ -23,7 +27,10 @@ class Slice(io.RawIOBase):
 
     def __init__(self, file: IO[bytes], start: int, length: int) -> None:
         super().__init__()
-        self._file, self._start, self._length, self._at = file, start, length, 0
+        self._file = file
+        self._start = start
+        self._length = length
+        self._at = 0
 
     def readable(self) -> bool:
         return True
@@ -51,9 +58,9 @@ class Slice(io.RawIOBase):
 
 
 def stored_members(file: Any, size: int) -> dict[str, tuple[int, int]]:
-    """{name: (first byte, bytes)} of the zip archive `file` of `size` bytes. Raises `ValueError` for any other.
+    """{name: (first byte, bytes)} of the zip archive `file` of `size` bytes. Raises `ValueError` for a bad archive.
 
-    The end record is compared too: two readers that took different ones would see different members.
+    The end record is checked too: two readers that found different end records would see different members.
     """
     _check_end(file, size)
     members: dict[str, tuple[int, int]] = {}
@@ -63,7 +70,7 @@ def stored_members(file: Any, size: int) -> dict[str, tuple[int, int]]:
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise ValueError(f"{info.filename!r:.80} is compressed, {info.compress_size} to {info.file_size} bytes")
         if info.filename in members:
-            raise ValueError(f"{info.filename!r:.80} is in it twice")
+            raise ValueError(f"it holds {info.filename!r:.80} twice")
         file.seek(info.header_offset)
         head = file.read(_ENTRY)
         if len(head) < _ENTRY or head[:4] != b"PK\3\4":
@@ -71,10 +78,10 @@ def stored_members(file: Any, size: int) -> dict[str, tuple[int, int]]:
         first = info.header_offset + _ENTRY + int.from_bytes(head[26:28], "little")
         first += int.from_bytes(head[28:30], "little")
         if first + info.file_size > size:
-            raise ValueError(f"{info.filename!r:.80} has {info.file_size} bytes, which are not there")
+            raise ValueError(f"{info.filename!r:.80} claims {info.file_size} bytes, more than the file has")
         members[info.filename] = first, info.file_size
     if (total := sum(length for _, length in members.values())) > size:
-        raise ValueError(f"its members have {total} bytes together, it has {size}")
+        raise ValueError(f"its members have {total} bytes in all, the file has {size}")
     return members
 
 
@@ -85,7 +92,7 @@ def _check_end(file: Any, size: int) -> None:
     tail = file.read(size - tail_at)
     end = tail[-_END:]
     if len(end) < _END or end[:4] != b"PK\5\6" or end[20:] != b"\0\0":
-        raise ValueError("it is no zip archive, or something follows its end")
+        raise ValueError("it is no zip archive, or data follows its end")
     length, first = (int.from_bytes(end[at : at + 4], "little") for at in (12, 16))
     ends_at = size - _END
     locator = tail[-_END - _LOCATOR : -_END]
@@ -100,7 +107,7 @@ def _check_end(file: Any, size: int) -> None:
 
 
 def tensor_in(file: Any, size: int) -> tuple[int, int]:
-    """(first byte, bytes) of the elements of the one tensor that was saved, in row-major order."""
+    """(first byte, bytes) of the elements of an archive's only tensor, in row-major order."""
     members = stored_members(file, size)
     data = [place for name, place in members.items() if name.endswith("/data/0")]
     if len(data) != 1:
@@ -114,9 +121,9 @@ def tensor_in(file: Any, size: int) -> tuple[int, int]:
 
 
 def check_small(file: IO[bytes]) -> None:
-    """Raise unless `torch.load(file, weights_only=True)` will make little more than the file's own bytes.
+    """Raise unless `torch.load(file, weights_only=True)` needs little more memory than the file has bytes.
 
-    A rehearsal: the pickle is read into inert objects, so nothing in it is executed or allocated.
+    The pickle is read into inert objects first, so nothing in it is executed or allocated.
     """
     members = stored_members(file, file.seek(0, io.SEEK_END))
     pickles = [place for name, place in members.items() if name.endswith("/data.pkl")]
@@ -129,7 +136,7 @@ def check_small(file: IO[bytes]) -> None:
 
 
 class _Inert:
-    """Stands for whatever a pickle names, and does nothing."""
+    """Stand-in for any object that a pickle names; it does nothing."""
 
     __slots__ = ("arguments",)
     arguments: tuple[Any, ...]
@@ -151,14 +158,14 @@ class _Inert:
 
 
 class _Sized(_Inert):
-    """What makes memory of any length out of a number: `bytearray`, a bare tensor or storage."""
+    """Stand-in for types that allocate memory of a given length: `bytearray`, a bare tensor or storage."""
 
     __slots__ = ()
     sized_by_numbers = True
 
 
 class _Rehearsal(pickle.Unpickler):
-    """Names nothing real, so it can execute nothing."""
+    """Unpickler that replaces every name by a stand-in, so that it can execute nothing."""
 
     def find_class(self, module: str, name: str) -> type:
         if (module, name) == ("collections", "OrderedDict"):
@@ -171,7 +178,7 @@ class _Rehearsal(pickle.Unpickler):
 
 
 def _check_extent(value: Any) -> None:
-    """Raise for what is nested too deeply, or refers to its own parts so often that showing it would never end."""
+    """Raise if `value` is nested too deeply, or refers to its parts so often that printing it would never end."""
     known: dict[int, tuple[int, int]] = {}  # (height, items) by id
 
     def measure(value: Any, depth: int) -> tuple[int, int]:
@@ -186,9 +193,9 @@ def _check_extent(value: Any) -> None:
         if id(value) not in known:
             if depth > MAX_NESTING:
                 raise ValueError(f"its state is nested more than {MAX_NESTING} deep")
-            of_each = [measure(part, depth + 1) for part in inner]
-            height = 1 + max((height for height, _ in of_each), default=0)
-            known[id(value)] = height, 1 + sum(items for _, items in of_each)
+            measured = [measure(part, depth + 1) for part in inner]
+            height = 1 + max((height for height, _ in measured), default=0)
+            known[id(value)] = height, 1 + sum(items for _, items in measured)
         height, items = known[id(value)]
         if height > MAX_NESTING or items > MAX_ITEMS:
             raise ValueError(f"its state is nested more than {MAX_NESTING} deep, or has more than {MAX_ITEMS} items")

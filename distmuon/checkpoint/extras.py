@@ -1,6 +1,7 @@
-"""What belongs to a run beside sharded tensors: frozen parameters and module buffers, RNG states, small state.
+"""State of a run beside the trained parameters: frozen parameters and module buffers, RNG states, small state.
 
-Decides what of it a checkpoint keeps and in which form: only what `torch.load(weights_only=True)` reads back.
+This module decides which of it a checkpoint keeps, and in which form: only values that `torch.load(weights_only=True)`
+reads back. It knows no folder and no order of saving.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _LOG = logging.getLogger("distmuon")
 
 
 def check_given(model: object, optimizer: object) -> None:
-    """Raise for a model or an optimizer that is none of ours."""
+    """Raise unless `optimizer` is a DistMuon and `model` holds its parameters."""
     held = {id(param) for param in model.parameters()} if isinstance(model, nn.Module) else set()
     params = getattr(optimizer, "_params", None) if hasattr(optimizer, "quiesced") else None
     if params is None:
@@ -42,17 +43,19 @@ def check_given(model: object, optimizer: object) -> None:
             "optimizer",
             found=f"a {type(optimizer).__name__}",
             needed="a DistMuon is needed",
-            cure="pass the one that trains",
+            cure="pass the optimizer that trains",
         )
     if not held.issuperset(map(id, params)):
-        found = f"a {type(model).__name__} without some of the optimizer's parameters"
         raise problem(
-            "model", found=found, needed="the model that the optimizer was made from is needed", cure="pass that one"
+            "model",
+            found=f"a {type(model).__name__} without some of the optimizer's parameters",
+            needed="the model that the optimizer was made from is needed",
+            cure="pass that model",
         )
 
 
 def check_path(path: object, *, new: bool) -> None:
-    """Raise for what names no folder; a `new` one needs a name of its own."""
+    """Raise unless `path` can name a folder; the name of a `new` folder must not be empty."""
     if not isinstance(path, (str, os.PathLike)) or "\0" in str(path) or (new and not Path(path).name):
         raise problem(
             "path", found=f"found {path!r}", needed="a folder's name is needed", cure="write 'runs/a/step-100'"
@@ -64,68 +67,67 @@ def check_path(path: object, *, new: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class UntrainedTensors:
-    """What a model's state dict holds beside the trained parameters, by fqn; tied tensors once.
+    """Entries of a model's state dict beside the trained parameters, by fqn; tied tensors once.
 
-    `left`: tensors without values of their own on this rank (meta, DTensor, opaque subclasses), which are not saved.
-
-    `plain`: dense tensors, views of the model's own memory; those inside a tensor subclass as "fqn.name". `odd`: sparse
-    and quantised ones. `extra`: the modules with `get_extra_state`, and what it returned. `unknown`: entries that no
-    parameter, buffer or extra state stands behind; a hook or an override of `state_dict` has put them there. `rows`:
-    DTensors that are cut as the trained parameters are.
+    `plain`: dense tensors, views of the model's memory; those inside a tensor subclass are named "fqn.name".
+    `non_dense`: sparse and quantised tensors. `extra`: modules with `get_extra_state`, and its result.
+    `unknown`: entries without a parameter, buffer or extra state; a hook or an override of `state_dict` added them.
+    `skipped`: tensors that have no values of their own on this rank (meta, DTensor, opaque subclasses); they are not
+    saved. `rows`: DTensors that are cut as the trained parameters are.
     """
 
     plain: dict[str, Tensor]
-    odd: dict[str, Tensor]
+    non_dense: dict[str, Tensor]
     extra: dict[str, tuple[nn.Module, Any]]
     unknown: tuple[str, ...]
-    left: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     rows: Mapping[str, Tensor] = field(default_factory=dict)
 
     def names(self) -> list[str]:
-        """Of all that is saved."""
-        return [*self.plain, *self.odd, *self.extra, *self.rows]
+        """The names of all entries that are saved."""
+        return [*self.plain, *self.non_dense, *self.extra, *self.rows]
 
 
 def untrained_tensors(model: nn.Module, trained: Sequence[nn.Parameter]) -> UntrainedTensors:
-    """Raises `ValueError` naming a lazy tensor."""
+    """Collect the tensors and extra states of `model` beside `trained`. Raises `ValueError` naming a lazy tensor."""
     model = unwrap(model, "external")
     for fqn, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(tensor):  # before torch says so without a name
+        if is_lazy(tensor):  # torch's own error would not name it
             raise _not_kept(fqn, "not initialized yet")
     trained_ids, state = {id(param) for param in trained}, model.state_dict()
-    kept_at = {_place(value) for value in state.values() if isinstance(value, Tensor)} - {None}
+    kept_addresses = {_address(value) for value in state.values() if isinstance(value, Tensor)} - {None}
     plain: dict[str, Tensor] = {}
-    odd: dict[str, Tensor] = {}
+    non_dense: dict[str, Tensor] = {}
     extra: dict[str, tuple[nn.Module, Any]] = {}
-    left: list[str] = []
+    skipped: list[str] = []
     rows: dict[str, Tensor] = {}
     for fqn, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if id(tensor) not in trained_ids and fqn in state and cut_alike(tensor, trained[0]):
             rows[fqn] = tensor
-        elif id(tensor) not in trained_ids and (fqn in state or _place(tensor) in kept_at):
+        elif id(tensor) not in trained_ids and (fqn in state or _address(tensor) in kept_addresses):
             try:
                 parts = dict(plain_parts(fqn, tensor))
-            except ValueError:  # it may be trained beside; only an extra state must be saved or refused
-                left.append(fqn)
+            except ValueError:  # a tensor that cannot be saved does not stop the save; it is logged
+                skipped.append(fqn)
                 continue
             for name, part in parts.items():
-                (odd if is_odd(part) else plain)[name] = part
+                (non_dense if is_non_dense(part) else plain)[name] = part
     for prefix, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             fqn = f"{prefix}.{_EXTRA}" if prefix else _EXTRA
             extra[fqn] = module, state[fqn] if fqn in state else module.get_extra_state()
-    return UntrainedTensors(plain, odd, extra, tuple(_unknown(model, state)), tuple(left), rows)
+    return UntrainedTensors(plain, non_dense, extra, tuple(_unknown(model, state)), tuple(skipped), rows)
 
 
 def _unknown(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    names, places = {fqn for fqn, _ in held}, {_place(tensor) for _, tensor in held}
-    left = [fqn for fqn in state if fqn not in names and fqn.rpartition(".")[2] != _EXTRA]
-    return [fqn for fqn in left if not isinstance(state[fqn], Tensor) or _place(state[fqn]) not in places]
+    names, places = {fqn for fqn, _ in held}, {_address(tensor) for _, tensor in held}
+    skipped = [fqn for fqn in state if fqn not in names and fqn.rpartition(".")[2] != _EXTRA]
+    return [fqn for fqn in skipped if not isinstance(state[fqn], Tensor) or _address(state[fqn]) not in places]
 
 
-def _place(tensor: Tensor) -> tuple[int, torch.dtype, torch.Size] | None:
-    """Where a tensor lies: modules may hold it under another name than their state dict does. None for no place."""
+def _address(tensor: Tensor) -> tuple[int, torch.dtype, torch.Size] | None:
+    """Identity of a tensor's memory, since modules and their state dict may name it differently; None: no memory."""
     try:
         return (tensor.data_ptr(), tensor.dtype, tensor.shape) if tensor.numel() else None
     except (RuntimeError, NotImplementedError, ValueError):  # sparse, wrapped, not materialized
@@ -133,28 +135,28 @@ def _place(tensor: Tensor) -> tuple[int, torch.dtype, torch.Size] | None:
 
 
 def plain_parts(fqn: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a checkpoint holds for one of a model's: itself, or those inside a tensor subclass.
+    """The tensors that a checkpoint holds for a tensor of a model: itself, or the tensors inside a tensor subclass.
 
-    Of a subclass the tensors that `__tensor_flatten__` names; the rest of it belongs to the model. Dense ones come
-    without their class and share its memory, sparse and quantised ones are the model's own objects.
+    `__tensor_flatten__` names the tensors inside a subclass; its other attributes belong to the model. Dense tensors
+    come without their class and share memory; sparse and quantised tensors are the model's own objects.
     """
     kind = type(tensor)
     found = None
     if kind.__module__.startswith("torch.distributed"):
-        found = f"a {kind.__name__}, of which this rank holds a part"
+        found = f"a {kind.__name__}, of which this rank holds only a part"
     elif callable(getattr(kind, "__tensor_flatten__", None)):
         for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
             yield from plain_parts(f"{fqn}.{name}", getattr(tensor, name))
         return
     elif kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        found = f"a {kind.__name__} that keeps its values where no __tensor_flatten__ names them"
+        found = f"a {kind.__name__} whose values no __tensor_flatten__ names"
     elif tensor.is_meta:
         found = "on the meta device, without values"
     elif tensor.is_nested or tensor.is_mkldnn:
         found = "nested" if tensor.is_nested else "in mkldnn's layout"
     if found is not None:
         raise _not_kept(fqn, found)
-    if is_odd(tensor):
+    if is_non_dense(tensor):
         yield fqn, tensor
         return
     with torch._C.DisableTorchFunctionSubclass():
@@ -170,15 +172,15 @@ def _not_kept(fqn: str, found: str) -> ValueError:
     )
 
 
-def is_odd(tensor: Tensor) -> bool:
-    """Whether a tensor is more than elements of one dtype at strides: sparse or quantised."""
+def is_non_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is sparse or quantised, that is, more than strided elements of one dtype."""
     return tensor.layout != torch.strided or tensor.is_quantized
 
 
-def states_of(others: UntrainedTensors) -> dict[str, Any]:
-    """{fqn: value} of what is no dense tensor: copies, on the CPU. Raises `ValueError` naming what is not safe."""
-    states: dict[str, Any] = {fqn: _safe(fqn, tensor) for fqn, tensor in others.odd.items()}
-    for fqn, (module, state) in others.extra.items():
+def states_of(untrained: UntrainedTensors) -> dict[str, Any]:
+    """{fqn: copy on the CPU} of non-dense tensors and extra states. Raises `ValueError` naming unsafe values."""
+    states: dict[str, Any] = {fqn: _safe_copy(fqn, tensor) for fqn, tensor in untrained.non_dense.items()}
+    for fqn, (module, state) in untrained.extra.items():
         if type(module).set_extra_state is nn.Module.set_extra_state:
             raise problem(
                 fqn,
@@ -186,29 +188,29 @@ def states_of(others: UntrainedTensors) -> dict[str, Any]:
                 needed="both are needed",
                 cure="define set_extra_state",
             )
-        states[fqn] = _safe(fqn, state)
+        states[fqn] = _safe_copy(fqn, state)
     return states
 
 
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, torch.dtype)
-_DEPTH = MAX_NESTING - 5  # a checkpoint's own containers are around it
+_DEPTH = MAX_NESTING - 5  # the checkpoint adds containers around the state
 _CONTAINERS = (list, tuple, dict, OrderedDict, torch.Size)
 
 
-def _safe(name: str, value: Any, depth: int = 0) -> Any:
-    """A copy of `value` that holds only what is loaded without executing anything; raises, naming the place."""
+def _safe_copy(name: str, value: Any, depth: int = 0) -> Any:
+    """Copy `value`, which must be loadable without executing anything; raise, naming the place, if it is not."""
     kind = type(value)
     if kind in _SCALARS:
         return value
     if kind in _CONTAINERS and depth < _DEPTH:
         if isinstance(value, dict):
-            keys = [_safe(f"{name}: a key", key, depth + 1) for key in value]
-            return kind(zip(keys, [_safe(f"{name}[{key!r}]", item, depth + 1) for key, item in value.items()]))
-        return kind([_safe(f"{name}[{number}]", item, depth + 1) for number, item in enumerate(value)])
+            keys = [_safe_copy(f"{name}: a key", key, depth + 1) for key in value]
+            return kind(zip(keys, [_safe_copy(f"{name}[{key!r}]", item, depth + 1) for key, item in value.items()]))
+        return kind([_safe_copy(f"{name}[{number}]", item, depth + 1) for number, item in enumerate(value)])
     if isinstance(value, Tensor) and not callable(getattr(kind, "__tensor_flatten__", None)):
         ((_, tensor),) = plain_parts(name, value)
         tensor = tensor.detach().to("cpu", copy=True)
-        return tensor if is_odd(tensor) else tensor.resolve_conj().resolve_neg().contiguous()
+        return tensor if is_non_dense(tensor) else tensor.resolve_conj().resolve_neg().contiguous()
     raise problem(
         name,
         found=f"a {kind.__name__}" + (f" more than {_DEPTH} containers deep" if kind in _CONTAINERS else ""),
@@ -217,9 +219,9 @@ def _safe(name: str, value: Any, depth: int = 0) -> Any:
     )
 
 
-def write_other(tensor: Tensor, value: Tensor) -> None:
-    """Take over `value`, of the same shape; also into an expanded tensor, whose elements share memory."""
-    if is_odd(tensor):
+def write_untrained(tensor: Tensor, value: Tensor) -> None:
+    """Copy `value`, of the same shape, into `tensor`, which may be expanded (its elements share memory)."""
+    if is_non_dense(tensor):
         if tensor.layout not in (torch.strided, torch.sparse_coo):
             tensor.resize_as_sparse_(value)  # it may have another number of elements
         tensor.copy_(value)
@@ -231,22 +233,22 @@ def write_other(tensor: Tensor, value: Tensor) -> None:
 
 
 def why_not_taken(tensor: Tensor, value: object) -> str | None:
-    """Why `write_other` could not take `value` over, or would lose some of it; None if all is well."""
+    """Why `write_untrained` could not copy `value`, or would lose some of it; None if it can."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
-    ours, theirs = _form(tensor), _form(value)
-    castable = not is_odd(tensor) and torch.can_cast(value.dtype, tensor.dtype)
-    if ours[1:] != theirs[1:] or (ours != theirs and not castable):
-        return f"{' '.join(map(str, theirs))}, not {' '.join(map(str, ours))}"
-    if not is_odd(tensor):
+    needed, found = _form(tensor), _form(value)
+    castable = not is_non_dense(tensor) and torch.can_cast(value.dtype, tensor.dtype)
+    if needed[1:] != found[1:] or (needed != found and not castable):
+        return f"{' '.join(map(str, found))}, not {' '.join(map(str, needed))}"
+    if not is_non_dense(tensor):
         for dim, stride in enumerate(tensor.stride()):
             if stride == 0 and tensor.shape[dim] > 1 and not _is_repeated(value, dim):
-                return f"other values along dimension {dim}, which is expanded here"
+                return f"different values along dimension {dim}, which is expanded here"
     return None
 
 
 def _form(tensor: Tensor) -> list[Any]:
-    """What must be the same for elements to fit: the dtype first, which may differ where nothing is lost by it."""
+    """Properties that must match for a copy: first the dtype, which may differ if the cast loses nothing."""
     form = [tensor.dtype, tuple(tensor.shape), str(tensor.layout).removeprefix("torch.")]
     if tensor.is_quantized:
         form.append(tensor.qscheme())
@@ -261,38 +263,38 @@ def _is_repeated(value: Tensor, dim: int) -> bool:
 
 
 def compare(facts: Sequence[Mapping[str, object]]) -> tuple[list[str], set[str]]:
-    """Of {name: what tells values apart} of each rank: the names that all ranks hold, and those that all hold alike."""
+    """The names that all ranks hold, and those whose facts are the same on all ranks. `facts`: those of each rank."""
     shared = [name for name in facts[0] if all(name in other for other in facts)]
     return shared, {name for name in shared if all(other[name] == facts[0][name] for other in facts)}
 
 
-def facts_of(others: UntrainedTensors, states: Mapping[str, Any]) -> dict[str, object]:
-    """{fqn: dtype, shape and sums of bits, or a sum of what would be written}. Waits for the device once."""
+def facts_of(untrained: UntrainedTensors, states: Mapping[str, Any]) -> dict[str, object]:
+    """{fqn: dtype, shape and bit sums, or the sum of the bytes to write}. Waits for each device once."""
     facts: dict[str, object] = {}
     by_device: dict[torch.device, list[str]] = {}
-    for fqn, tensor in others.plain.items():
+    for fqn, tensor in untrained.plain.items():
         by_device.setdefault(tensor.device, []).append(fqn)
     for fqns in by_device.values():
-        sums = torch.stack([bit_sums(others.plain[fqn]) for fqn in fqns]).tolist()
-        for fqn, of_one in zip(fqns, sums):
-            facts[fqn] = (str(others.plain[fqn].dtype), tuple(others.plain[fqn].shape), *of_one)
-    ordered = {fqn: facts[fqn] for fqn in others.plain}
-    return ordered | {fqn: hashlib.sha256(_written(value)).hexdigest() for fqn, value in states.items()}
+        sums = torch.stack([bit_sums(untrained.plain[fqn]) for fqn in fqns]).tolist()
+        for fqn, pair in zip(fqns, sums):
+            facts[fqn] = (str(untrained.plain[fqn].dtype), tuple(untrained.plain[fqn].shape), *pair)
+    ordered = {fqn: facts[fqn] for fqn in untrained.plain}
+    return ordered | {fqn: hashlib.sha256(_saved_bytes(value)).hexdigest() for fqn, value in states.items()}
 
 
 # ------------------------------------------------------------------------------------------- small state
 
 
-def _written(value: Any) -> bytes:
+def _saved_bytes(value: Any) -> bytes:
     memory = io.BytesIO()
     torch.save(value, memory)
     return memory.getvalue()
 
 
 def packed(**state: Any) -> bytes:
-    """`state` as `torch.save` writes it. Raises, naming the entry, for what only a full unpickler could load."""
+    """`state` as `torch.save` writes it. Raises, naming the entry, if only a full unpickler could load it."""
     for name, value in state.items():
-        memory = io.BytesIO(_written(value))
+        memory = io.BytesIO(_saved_bytes(value))
         try:
             check_small(memory)
             torch.load(memory, map_location="cpu", weights_only=True)
@@ -300,17 +302,18 @@ def packed(**state: Any) -> bytes:
             found = str(error).partition("\n")[0]
             raise problem(
                 name,
-                found=f"it holds what cannot be loaded safely ({found})",
+                found=f"it holds a value that cannot be loaded safely ({found})",
                 needed="numbers, strings, tensors and lists, tuples and dicts of them are needed",
                 cure="convert it before saving",
             ) from error
-    return _written(state)
+    return _saved_bytes(state)
 
 
 def unpacked(path: Path, *names: str) -> dict[str, Any]:
-    """What `packed` made of `names`. Raises `ValueError` naming the file for anything else; executes nothing in it.
+    """Load a file that `packed` made with at least `names`, executing nothing in it.
 
-    What would take much more memory than the file has bytes is refused before it is made (`archives.check_small`).
+    Raises `ValueError` naming the file if it is anything else, or if it would need much more memory than it has bytes
+    (`archives.check_small`).
     """
     try:
         with path.open("rb") as file, torch.sparse.check_sparse_tensor_invariants():
@@ -322,7 +325,7 @@ def unpacked(path: Path, *names: str) -> dict[str, Any]:
         raise problem(
             str(path),
             found=f"it cannot be loaded safely ({str(error).partition(chr(10))[0]})",
-            needed="what save_checkpoint wrote is needed",
+            needed="a file that save_checkpoint wrote is needed",
             cure="load an earlier checkpoint",
         ) from error
     return state
@@ -332,7 +335,7 @@ def unpacked(path: Path, *names: str) -> dict[str, Any]:
 
 
 def rng_states(device: torch.device) -> dict[str, Any]:
-    """Of torch on the CPU and on `device`, of Python, and of NumPy where somebody has imported it."""
+    """The states of torch's generators on the CPU and on `device`, of Python's, and of NumPy's if it is imported."""
     states: dict[str, Any] = {"cpu": torch.get_rng_state(), "python": random.getstate()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -342,13 +345,15 @@ def rng_states(device: torch.device) -> dict[str, Any]:
             kind, keys, *rest = state
             states["numpy"] = (kind, keys.tolist(), *rest)
         else:
-            _LOG.warning("the state of numpy.random is not saved: its generator is no MT19937")
+            _LOG.warning("the state of numpy.random is not saved: its generator is not MT19937")
     return states
 
 
 def restore_rng(states: dict[str, Any], device: torch.device) -> None:
-    """As `rng_states` found them. Raises `ValueError` before anything is set for what no generator has ever been in:
-    the libraries believe positions, and would read beside their tables."""
+    """Set the generators to what `rng_states` returned. Raises `ValueError`, before any is set, for impossible states.
+
+    The libraries do not check positions, and a bad one would make them read outside their tables.
+    """
     check_rng(states, device)
     torch.set_rng_state(states["cpu"])
     random.setstate(states["python"])
@@ -358,53 +363,59 @@ def restore_rng(states: dict[str, Any], device: torch.device) -> None:
         numpy.random.set_state(states["numpy"])
 
 
-_WORDS = 624  # of a Mersenne Twister: all three generators on the CPU are one
+_STATE_WORDS = 624  # words of a Mersenne Twister, which all three generators on the CPU are
 _TORCH_HEAD, _TORCH_NORMAL = struct.Struct("=QiiQ"), struct.Struct("=3dif")  # in at::CPUGeneratorImpl's state
 
 
 def check_rng(states: Mapping[str, Any], device: torch.device) -> None:
-    """Raise `ValueError` naming the generator whose state is none."""
-    _need(isinstance(states, dict) and {"cpu", "python"} <= states.keys(), "generators", "no dict of states")
+    """Raise `ValueError`, naming the generator, for a state that it can never be in."""
+    _require(isinstance(states, dict) and {"cpu", "python"} <= states.keys(), "generators", "no dict of states")
     _check_torch(states["cpu"], torch.get_rng_state())
     version, words, gauss = _exactly(states["python"], 3, "Python's generator")
-    _need(version == 3, "Python's generator", f"version {version!r:.20}")
-    words = _exactly(words, _WORDS + 1, "Python's generator")
+    _require(version == 3, "Python's generator", f"version {version!r:.20}")
+    words = _exactly(words, _STATE_WORDS + 1, "Python's generator")
     _check_words(words[:-1], words[-1], "Python's generator")
-    _need(gauss is None or _is_finite(gauss), "Python's generator", f"{gauss!r:.40} as the next normal number")
+    _require(gauss is None or _is_finite(gauss), "Python's generator", f"{gauss!r:.40} as the next normal number")
     if "numpy" in states:
         kind, words, position, has_gauss, gauss = _exactly(states["numpy"], 5, "NumPy's generator")
-        _need(type(kind) is str and kind == "MT19937", "NumPy's generator", f"kind {kind!r:.20}")
-        _check_words(_exactly(words, _WORDS, "NumPy's generator"), position, "NumPy's generator")
-        _need(type(has_gauss) is int and has_gauss in (0, 1), "NumPy's generator", f"has_gauss {has_gauss!r:.20}")
-        _need(_is_finite(gauss), "NumPy's generator", f"{gauss!r:.40} as the next normal number")
+        _require(type(kind) is str and kind == "MT19937", "NumPy's generator", f"kind {kind!r:.20}")
+        _check_words(_exactly(words, _STATE_WORDS, "NumPy's generator"), position, "NumPy's generator")
+        _require(type(has_gauss) is int and has_gauss in (0, 1), "NumPy's generator", f"has_gauss {has_gauss!r:.20}")
+        _require(_is_finite(gauss), "NumPy's generator", f"{gauss!r:.40} as the next normal number")
     if device.type == "cuda" and "cuda" in states:
         _check_bytes(states["cuda"], torch.cuda.get_rng_state(device), "torch's generator of the GPU")
 
 
 def _check_torch(state: Any, current: Tensor) -> None:
-    """`left` counts down while `next` counts up: together they never lead beyond the table."""
+    """Check torch's CPU generator: `left` counts down while `position` counts up, so their sum stays in the table."""
     name = "torch's generator"
     _check_bytes(state, current, name)
     data = bytes(state.tolist())
     _, left, seeded, position = _TORCH_HEAD.unpack_from(data)
-    _need(seeded == 1 and 1 <= left <= _WORDS and position + left <= _WORDS + 1, name, f"position {position} of {left}")
-    normal = _TORCH_NORMAL.unpack_from(data, _TORCH_HEAD.size + 8 * _WORDS)[:3]
-    _need(all(map(isfinite, normal)), name, f"{normal} as normal numbers")
+    _require(
+        seeded == 1 and 1 <= left <= _STATE_WORDS and position + left <= _STATE_WORDS + 1,
+        name,
+        f"position {position} of {left}",
+    )
+    normal = _TORCH_NORMAL.unpack_from(data, _TORCH_HEAD.size + 8 * _STATE_WORDS)[:3]
+    _require(all(map(isfinite, normal)), name, f"{normal} as normal numbers")
 
 
 def _check_bytes(state: Any, current: Tensor, name: str) -> None:
     fits = isinstance(state, Tensor) and state.dtype == torch.uint8 and state.shape == current.shape
-    _need(fits and state.layout == torch.strided and not state.is_meta, name, f"no {tuple(current.shape)} bytes")
+    _require(fits and state.layout == torch.strided and not state.is_meta, name, f"no {tuple(current.shape)} bytes")
 
 
 def _check_words(words: Sequence[Any], position: Any, name: str) -> None:
     fits = all(type(word) is int and 0 <= word < 1 << 32 for word in words)
-    _need(fits and any(words), name, f"words that are not {_WORDS} of 32 bits, or all 0")
-    _need(type(position) is int and 0 <= position <= _WORDS, name, f"position {position!r:.20} of {_WORDS}")
+    _require(fits and any(words), name, f"words that are not {_STATE_WORDS} of 32 bits, or all 0")
+    _require(
+        type(position) is int and 0 <= position <= _STATE_WORDS, name, f"position {position!r:.20} of {_STATE_WORDS}"
+    )
 
 
 def _exactly(value: Any, length: int, name: str) -> Sequence[Any]:
-    _need(isinstance(value, (tuple, list)) and len(value) == length, name, f"no {length} entries")
+    _require(isinstance(value, (tuple, list)) and len(value) == length, name, f"no {length} entries")
     return list(value)
 
 
@@ -412,12 +423,12 @@ def _is_finite(value: object) -> bool:
     return type(value) is float and isfinite(value)
 
 
-def _need(fits: bool, name: str, found: str) -> None:
+def _require(fits: bool, name: str, found: str) -> None:
     if not fits:
         raise ValueError(f"{name} cannot be in this state: {found}")
 
 
 def versions() -> dict[str, str]:
-    """Of what wrote a checkpoint."""
+    """The versions of the software that writes a checkpoint."""
     here = sys.modules["distmuon"]
     return {"distmuon": here.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}

@@ -1,29 +1,31 @@
-"""A checkpoint as a folder: written aside, summed file by file, marked complete last, put in place by one rename.
+"""A checkpoint as a folder: written to a staging folder, summed file by file, marked complete, renamed last.
 
-Decides which files a checkpoint has, when a folder counts as one, and which is the newest. Knows no tensor.
+This module decides which files a checkpoint has, when a folder counts as a checkpoint, and which is the newest. It
+knows no tensor.
 
     step-00000100/                       the last digits of the name are the step, by which the newest is found
       __0_0.distcp, __1_0.distcp, ...    tensors, one file a rank, in torch.distributed.checkpoint's format
       .metadata                          for other readers of that format; distmuon never opens it, it is a pickle
       rank-00000.json, ...               which box of which tensor lies where in that rank's file
-      rank-00000.pt, ...                 what differs by rank (RNG, data position); shared.pt: what does not
-      manifest.json                      format, versions, what was trained; size and sha256 of every file above
+      rank-00000.pt, ...                 small state that differs by rank (RNG, data position)
+      shared.pt                          small state that does not
+      manifest.json                      format, versions, trained parameters; size and sha256 of every file above
       COMPLETE                           sha256 of manifest.json
-    .step-00000120.<id>.saving/          a save under way, or one that was killed; WRITER says whose it is
+    .step-00000120.<id>.saving/          staging folder of a save under way, or a killed save; WRITER names its process
 
-[Note: what a kill leaves] Every file is on the disk before `manifest.json` names it, that is before `COMPLETE` sums it,
-and only then the folder gets its name. So a folder with a name is whole, whatever moment the power failed; sums are
-for disks and people who change bytes afterwards.
+[Note: after a kill] Every file is synced to the disk before `manifest.json` lists it, `manifest.json` before `COMPLETE`
+holds its sum, and the folder gets its final name only after that. So a folder with a final name is complete, at
+whatever moment the power failed; the sums detect later changes.
 
-[Note: whose save is it] Several optimizers and several runs may save into one folder. A folder aside is therefore
-removed only if its own name says that it belongs to the series that is tidied, and if nobody writes it any more: the
-process that WRITER names has ended, or, where it ran on another machine, nothing in the folder has changed for
-`UNTOUCHED_S`, by the file system's own clock.
+[Note: stale saves] Several optimizers and several runs may save into one folder. A staging folder is therefore removed
+only if its name belongs to the series that is tidied up, and if no process writes it any more: the process that WRITER
+names has ended, or, if it ran on another machine, nothing in the folder has changed for `UNTOUCHED_S` by the file
+system's clock.
 
-[Note: looking again] A reader lists the folder first and opens what it found later. Meanwhile a run with `keep_last`
-may have put a newer checkpoint there and taken away all that was listed; and a listing that overlaps with both renames
-may show neither. So what has gone is no finding: the reader looks again, and answers "nothing" only once several looks
-in a row saw the same.
+[Note: looking again] A reader lists the folder first and opens the checkpoints later. Meanwhile a run with `keep_last`
+may have added a newer checkpoint and removed all those listed; and a listing that overlaps with both renames may show
+neither. So a checkpoint that has gone proves nothing: the reader looks again, and answers "nothing" only after several
+equal looks in a row.
 """
 
 from __future__ import annotations
@@ -57,47 +59,47 @@ from distmuon.errors import problem
 
 WRITER = "WRITER"
 UNTOUCHED_S = 3600.0  # twice as long as a save waits for its ranks
-LOOKS, LOOK_S = 3, 0.02  # so many equal looks, so far apart, are an answer
-MOST_LOOKS = 1000  # at a folder that changes all the time and never holds a complete checkpoint
+LOOKS = 3  # so many equal looks in a row are an answer
+LOOK_S = 0.02  # time between looks
+MOST_LOOKS = 1000  # limit for a folder that changes all the time and never holds a complete checkpoint
 
 _LOG = logging.getLogger("distmuon")
-_ASIDE = re.compile(r"\.(?P<final>.+)\.[0-9a-f]{8}\.saving(\.begun|\.deleted)?", re.DOTALL)
+_STAGING = re.compile(r"\.(?P<final>.+)\.[0-9a-f]{8}\.saving(\.begun|\.deleted)?", re.DOTALL)
 _DELETED = re.compile(r"\.(?P<final>.+)\.deleted", re.DOTALL)
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
 
 
 def fault_point(stage: str) -> None:
-    """Called between the stages of a save; does nothing. Tests stop a save here."""
+    """Do nothing; called between the stages of a save, so that tests can stop a save there."""
 
 
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def aside_of(final: Path, save_id: str) -> Path:
-    """The folder that a save of `final` is written into; `save_id`: 8 hexadecimal digits."""
+def staging_folder(final: Path, save_id: str) -> Path:
+    """The folder that a save of `final` is written to; `save_id` has 8 hexadecimal digits."""
     return final.with_name(f".{final.name}.{save_id}.saving")
 
 
 def begin(final: Path, save_id: str) -> None:
-    """Rank 0: make the folder aside. Raises where a complete checkpoint of that name exists already; anything else of
-    that name is renamed, never deleted."""
-    aside = aside_of(final, save_id)
+    """Make the staging folder, on rank 0. Raises if `final` is a complete checkpoint; any other `final` is renamed."""
+    staging = staging_folder(final, save_id)
     try:
         if os.path.lexists(final):
             _make_way(final, save_id)
-        begun = aside.with_name(f"{aside.name}.begun")  # no folder aside is ever seen without its writer
+        begun = staging.with_name(f"{staging.name}.begun")  # a staging folder never appears without WRITER
         begun.mkdir(parents=True)
         write_file(begun / WRITER, json.dumps(_this_process()).encode())
-        os.rename(begun, aside)
+        os.rename(begun, staging)
     except OSError as error:
         raise problem(
             str(final.parent),
             found=f"no folder can be made there ({reason_of(error)})",
-            needed="the right to write is needed",
+            needed="permission to write is needed",
             cure=INTACT,
         ) from error
-    with suppress(OSError, ValueError):  # a folder that may be written but not listed
-        for stale in _stale_in(final.parent, lambda name: name == final.name, (aside / WRITER).stat().st_mtime):
+    with suppress(OSError, ValueError):  # the folder may be writable but not readable
+        for stale in _stale_in(final.parent, lambda name: name == final.name, (staging / WRITER).stat().st_mtime):
             _remove(stale)
 
 
@@ -113,38 +115,38 @@ def _make_way(final: Path, save_id: str) -> None:
         raise problem(
             str(final),
             found="a complete checkpoint of this name exists",
-            needed="a name of its own is needed",
-            cure="name it by its step, or remove the old one",
+            needed="a new name is needed",
+            cure="name the checkpoint by its step, or remove the old one",
         )
 
 
 def check_shared(final: Path, save_id: str) -> None:
-    """Other ranks: raise unless the folder of rank 0 is there."""
-    if not aside_of(final, save_id).is_dir():
+    """Raise, on ranks other than 0, unless rank 0's folder is visible."""
+    if not staging_folder(final, save_id).is_dir():
         raise problem(
             str(final.parent),
             found="this rank does not see the folder that rank 0 made",
-            needed="one file system of all ranks is needed",
+            needed="all ranks must see the same file system",
             cure="save to a shared folder, given by the same path everywhere",
         )
 
 
 def commit(final: Path, save_id: str, manifest: Manifest, keep_last: int | None) -> None:
-    """Rank 0, once all files are on the disk: manifest, marker, rename; then `keep_last`.
+    """Complete a save, on rank 0, once all files are on the disk: manifest, marker, rename; then apply `keep_last`.
 
-    Up to the rename whatever fails is raised. After it the checkpoint is complete, and what fails is logged.
+    Errors up to the rename are raised. After it the checkpoint is complete, and errors are only logged.
     """
-    aside = aside_of(final, save_id)
+    staging = staging_folder(final, save_id)
     text = json.dumps(asdict(manifest), indent=1).encode()
     fault_point("before manifest")
-    summed = write_file(aside / MANIFEST, text)
+    summed = write_file(staging / MANIFEST, text)
     fault_point("before marker")
-    write_file(aside / MARKER, summed.sha256.encode())
-    (aside / WRITER).unlink(missing_ok=True)
-    _sync_folder(aside)
+    write_file(staging / MARKER, summed.sha256.encode())
+    (staging / WRITER).unlink(missing_ok=True)
+    _sync_folder(staging)
     fault_point("before rename")
     with naming(final, "put in place"):
-        os.rename(aside, final)
+        os.rename(staging, final)
     try:
         _sync_folder(final.parent)
     except ValueError as error:
@@ -154,37 +156,37 @@ def commit(final: Path, save_id: str, manifest: Manifest, keep_last: int | None)
         try:
             _retain(final, keep_last)
         except (OSError, ValueError) as error:
-            _LOG.warning("%s is complete, but older ones could not be looked through: %s", final, error)
+            _LOG.warning("%s is complete, but older checkpoints could not be examined: %s", final, error)
 
 
 def abandon(final: Path, save_id: str) -> None:
-    """Remove what a failed save left aside; quietly, for its own error is on the way."""
-    aside = aside_of(final, save_id)
-    for folder in (aside, aside.with_name(f"{aside.name}.begun")):
+    """Remove the staging folder of a failed save, without errors: the save's error is being raised."""
+    staging = staging_folder(final, save_id)
+    for folder in (staging, staging.with_name(f"{staging.name}.begun")):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def series_of(name: str) -> str:
-    """A series has names that differ in their last digits only: two optimizers may save into one folder."""
+    """The series of a checkpoint: its name without the last digits. Two optimizers may save into one folder."""
     return name.rstrip("0123456789")
 
 
 def _retain(just_saved: Path, keep_last: int) -> None:
-    """Keep `just_saved` and the newest complete others of its series, `keep_last` in all; tidy up after killed saves.
+    """Keep `just_saved` and the newest complete checkpoints of its series, `keep_last` in all; remove stale saves.
 
-    See [Note: whose save is it].
+    See [Note: stale saves].
     """
     series = [path for path in steps_in(just_saved.parent) if series_of(path.name) == series_of(just_saved.name)]
     complete = [path for path in series if path != just_saved and why_incomplete(path) is None]
     for old in complete[max(0, keep_last - 1) :]:
         _remove(old)
-    ours, now = series_of(just_saved.name), (just_saved / MARKER).stat().st_mtime
-    for stale in _stale_in(just_saved.parent, lambda name: series_of(name) == ours, now):
+    now = (just_saved / MARKER).stat().st_mtime
+    for stale in _stale_in(just_saved.parent, lambda name: series_of(name) == series_of(just_saved.name), now):
         _remove(stale)
 
 
 def _remove(folder: Path) -> None:
-    """Never leaves a half-deleted folder under a good name. What cannot be removed stays, and is logged."""
+    """Remove a folder, which is renamed first so that no half-deleted folder has a good name; log a failure."""
     doomed = folder
     if not folder.name.endswith(".deleted"):
         doomed = folder.with_name(f".{folder.name.removeprefix('.')}.deleted")
@@ -192,19 +194,19 @@ def _remove(folder: Path) -> None:
         try:
             os.rename(folder, doomed)
         except FileNotFoundError:
-            return  # another run was faster
+            return  # another run has removed it
         except OSError as error:
             _LOG.warning("%s could not be removed (%s) and stays", folder, reason_of(error))
             return
     fault_point("while deleting")
     shutil.rmtree(doomed, ignore_errors=True)
     if os.path.lexists(doomed):
-        _LOG.warning("%s could not be removed wholly; the next save tries again", doomed)
+        _LOG.warning("%s could not be removed completely; the next save tries again", doomed)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the names in `folder` to the disk, on file systems that can."""
-    with naming(folder, "brought to the disk"):
+    """Sync the names in `folder` to the disk, on file systems that can."""
+    with naming(folder, "synced to the disk"):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -219,11 +221,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _this_process() -> dict[str, object]:
-    return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+    return {"machine": _machine(), "pid": os.getpid(), "started": _start_time(os.getpid())}
 
 
 def _machine() -> list[str]:
-    """What tells machines, their boots, and containers with process numbers of their own apart."""
+    """Identity of the machine, its boot, and the namespace of process numbers (containers have their own)."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -231,13 +233,13 @@ def _machine() -> list[str]:
     return parts
 
 
-def _started(pid: int) -> str | None:
-    """When a process of this machine began, as its kernel counts; "" where that is not told, None if it has ended."""
+def _start_time(pid: int) -> str | None:
+    """Start time of a process of this machine, in its kernel's units; "" if unknown, None if it has ended."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except OSError:  # somebody else's
+    except OSError:  # the process exists, but belongs to another user
         pass
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -247,34 +249,37 @@ def _started(pid: int) -> str | None:
 
 
 def _final_of(path: Path) -> str | None:
-    """The name of the checkpoint that a folder aside was to become, or that a half-deleted one was."""
-    match = _ASIDE.fullmatch(path.name) or _DELETED.fullmatch(path.name)
+    """The checkpoint name that a staging folder would have got, or that a half-deleted folder had; None: neither."""
+    match = _STAGING.fullmatch(path.name) or _DELETED.fullmatch(path.name)
     return match["final"] if match else None
 
 
-def _stale_in(folder: Path, is_ours: Callable[[str], bool], now: float) -> list[Path]:
-    """What killed saves and removals of the names that are ours left; see [Note: whose save is it].
+def _stale_in(folder: Path, belongs: Callable[[str], bool], now: float) -> list[Path]:
+    """Folders left by killed saves and removals whose final name `belongs`; `now` is by the file system's clock.
 
-    `now`: by the clock of the file system.
+    See [Note: stale saves].
     """
-    found = [path for path in _listed(folder) if (final := _final_of(path)) is not None and is_ours(final)]
+    found = [path for path in _listed(folder) if (final := _final_of(path)) is not None and belongs(final)]
     return [path for path in found if path.name.endswith(".deleted") or not _is_written(path, now)]
 
 
-def _is_written(aside: Path, now: float) -> bool:
-    """Whether somebody still writes this folder, as far as can be told from here."""
+def _is_written(staging: Path, now: float) -> bool:
+    """Whether a process still writes this folder, as far as this process can tell."""
     try:
-        writer = json.loads((aside / WRITER).read_bytes())
-        machine, pid, started = writer["machine"], int(writer["pid"]), writer["started"]
-    except (OSError, ValueError, KeyError, TypeError):
-        machine, pid, started = None, 0, None  # about to be renamed, or of an older version
+        writer = json.loads((staging / WRITER).read_bytes())
+        machine = writer["machine"]
+        pid = int(writer["pid"])
+        started = writer["started"]
+    except (OSError, ValueError, KeyError, TypeError):  # about to be renamed, or of an older version
+        machine = started = None
+        pid = 0
     if machine == _machine() and pid > 0:
-        return bool(_started(pid) == started)
+        return bool(_start_time(pid) == started)
     try:
-        inside = list(aside.iterdir())
-        if not inside and aside.name.endswith(".saving"):
+        inside = list(staging.iterdir())
+        if not inside and staging.name.endswith(".saving"):
             return False
-        return now - max(path.stat().st_mtime for path in (aside, *inside)) < UNTOUCHED_S
+        return now - max(path.stat().st_mtime for path in (staging, *inside)) < UNTOUCHED_S
     except OSError:
         return True
 
@@ -283,7 +288,7 @@ def _is_written(aside: Path, now: float) -> bool:
 
 
 def _listed(folder: Path) -> list[Path]:
-    """What is in `folder`; nothing where there is none. Raises `ValueError` naming it where that cannot be known."""
+    """The entries of `folder`, none if it does not exist. Raises `ValueError` naming it if it cannot be listed."""
     try:
         return list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -293,12 +298,12 @@ def _listed(folder: Path) -> list[Path]:
             str(folder),
             found=f"it cannot be listed ({reason_of(error)})",
             needed="a folder of checkpoints is needed",
-            cure="see to its rights and its file system",
+            cure="check its permissions and its file system",
         ) from error
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """The folders in `folder` whose names end in a number, the highest first, complete or not."""
+    """The folders in `folder` whose names end in a number, highest first, complete or not."""
     numbered = [
         (int(match[1]), path.name, path)
         for path in _listed(folder)
@@ -308,19 +313,19 @@ def steps_in(folder: Path) -> list[Path]:
 
 
 def is_checkpoint(root: Path) -> bool:
-    """Whether `root` is itself what is to be loaded, and not a folder of checkpoints."""
+    """Whether `root` is a checkpoint (or a file), and not a folder of checkpoints."""
     return os.path.isfile(root) or any(os.path.lexists(root / name) for name in (MANIFEST, MARKER, ".metadata"))
 
 
 def unfinished_in(root: Path) -> list[Path]:
-    """What saves that are under way, or were killed, have left."""
+    """The staging folders of saves that are under way or were killed."""
     return sorted(path for path in _listed(root) if path.name.startswith(".") and path.name.endswith(".saving"))
 
 
-class Looking:
-    """Looks for the newest complete checkpoint in a folder that others change; see [Note: looking again].
+class NewestSearch:
+    """Search for the newest complete checkpoint in a folder that other runs change; see [Note: looking again].
 
-    Each turn lists `candidates`, tries one after another, and asks `again` after each that failed and at the end.
+    In each look the caller lists `candidates`, tries them in order, and asks `again` if one has gone or none is good.
     """
 
     def __init__(self, root: Path) -> None:
@@ -329,14 +334,14 @@ class Looking:
         self._equal = self._looks = 0
 
     def candidates(self) -> list[Path]:
-        """The newest first."""
+        """The folders to try, newest first."""
         listed = steps_in(self._root)
         self._equal = self._equal + 1 if listed == self._before else 1
         self._before = listed
         return listed
 
     def again(self, gone: bool = False) -> bool:
-        """Whether to start anew, because a candidate has `gone` or because the last looks were not all equal."""
+        """Whether to look again, because a candidate has `gone` or because the last looks were not all equal."""
         self._looks += 1
         if gone:
             self._equal = 0
@@ -348,12 +353,12 @@ class Looking:
 
 
 def log_skipped(reason: object) -> None:
-    """Where everybody can see it: resuming from an older step must not go unnoticed."""
+    """Warn about a skipped checkpoint: resuming from an older step must not go unnoticed."""
     _LOG.warning("checkpoint skipped: %s", reason)
 
 
 def why_incomplete(path: Path) -> str | None:
-    """None for a checkpoint whose marker, manifest and file sizes are right; else what is wrong. Reads no data."""
+    """The fault of a checkpoint's marker, manifest or file sizes; None if there is no fault. Reads no data."""
     try:
         manifest = read_manifest(path)
         for name in manifest.files:
@@ -364,17 +369,17 @@ def why_incomplete(path: Path) -> str | None:
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest complete checkpoint in `folder`, None if there is none; what is skipped is logged with the reason.
+    """The newest complete checkpoint in `folder`, or None; skipped checkpoints are logged with the reason.
 
-    Looks at marker, manifest and sizes; `load_checkpoint(folder)` also compares the sums and goes back further if need
-    be. The newest is the one whose name ends in the highest number. Others may save, and remove, meanwhile: None takes
-    a few looks (0.04 s) that all saw nothing. Raises `ValueError` for a folder that cannot be listed.
+    Only marker, manifest and sizes are checked; `load_checkpoint(folder)` also compares the sums, and goes back further
+    if needed. The newest is the checkpoint whose name ends in the highest number. Other runs may save and remove
+    checkpoints meanwhile, so None takes several looks (0.04 s). Raises `ValueError` if `folder` cannot be listed.
     """
-    looking = Looking(Path(folder))
+    search = NewestSearch(Path(folder))
     while True:
         skipped = list[str]()
         newest, gone = None, False
-        for path in looking.candidates():
+        for path in search.candidates():
             reason = why_incomplete(path)
             if reason is None:
                 newest = path
@@ -382,7 +387,7 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
             if gone := not path.exists():
                 break
             skipped.append(reason)
-        if newest is not None or not looking.again(gone):
+        if newest is not None or not search.again(gone):
             for reason in skipped:
                 log_skipped(reason)
             return newest

@@ -1,6 +1,7 @@
-"""The list of a checkpoint's files with their sizes and sums, and the files it sums.
+"""A checkpoint's manifest: the list of its files with sizes and sums, and reading and writing of summed files.
 
-Decides what makes a file or a list damaged, and says so by name. Knows no tensor, no rank, and no order of writing.
+This module decides when a file or a list counts as damaged, and the error names it. It knows no tensor, no
+communication and no order of writing.
 """
 
 from __future__ import annotations
@@ -23,23 +24,24 @@ from distmuon.errors import problem
 FORMAT = 1
 MANIFEST, MARKER = "manifest.json", "COMPLETE"
 INTACT = "free space or choose another folder; checkpoints saved before are intact"
-JSON_BYTES, JSON_DEPTH = 1 << 28, 16  # the lists here are 6 deep; a million boxes take 2**27 bytes
+JSON_BYTES = 1 << 28  # a million boxes take 2**27 bytes
+JSON_DEPTH = 16  # the lists here are 6 deep
 _JSON_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}"]', re.DOTALL)
 
 
-def own_file(rank: int) -> str:
-    """What differs by rank beside tensors."""
+def rank_file(rank: int) -> str:
+    """Name of the file with `rank`'s small state."""
     return f"rank-{rank:05d}.pt"
 
 
 def table_file(rank: int) -> str:
-    """Where in that rank's data which box lies."""
+    """Name of the file that says where in `rank`'s data each box lies."""
     return f"rank-{rank:05d}.json"
 
 
 @dataclass(frozen=True, slots=True)
 class FileSum:
-    """What a file must be."""
+    """The size and sum that a file must have."""
 
     size: int
     sha256: str
@@ -47,7 +49,7 @@ class FileSum:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`manifest.json`. `parameters`: {fqn: {"shape", "dtype", "rule"}} of the trainable ones."""
+    """Contents of `manifest.json`. `parameters`: {fqn: {"shape", "dtype", "rule"}} of the trainable parameters."""
 
     format: int
     dp_size: int
@@ -58,7 +60,7 @@ class Manifest:
 
 
 class SummedFile:
-    """A new file, summed while it is written, on the disk when it is left. Its errors name it."""
+    """A new file, summed while it is written and synced to the disk when it is closed. Its errors name it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,26 +79,26 @@ class SummedFile:
         try:
             self._file.write(data)
         except OSError as error:
-            self._error = error  # torch.save turns it into a message about its own format
+            self._error = error  # torch.save hides it behind a message about its format
             raise
         self._sha256.update(data)
         self.size += len(data)
         return len(data)
 
     def flush(self) -> None:
-        """torch.save asks for it; leaving the file does it."""
+        """Do nothing: torch.save calls this, but `__exit__` flushes."""
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         try:
             if kind is None:
                 self._file.flush()
                 os.fsync(self._file.fileno())
-        except OSError as full:
-            self._error = self._error or full
+        except OSError as error_at_flush:
+            self._error = self._error or error_at_flush
         try:
             self._file.close()
-        except OSError as full:  # it flushes again
-            self._error = self._error or full
+        except OSError as error_at_close:  # closing flushes again
+            self._error = self._error or error_at_close
         if self._error is not None:
             raise self._problem(self._error) from self._error
 
@@ -109,19 +111,19 @@ class SummedFile:
 
 
 def unwritten(path: Path, error: OSError, what: str = "written") -> ValueError:
-    """The error for what the file system did not let happen to `path`."""
+    """Make the error for an operation on `path` that the file system refused."""
     found = f"it could not be {what} ({reason_of(error)})"
-    return problem(str(path), found=found, needed="space and the right to write are needed", cure=INTACT)
+    return problem(str(path), found=found, needed="space and permission to write are needed", cure=INTACT)
 
 
 def reason_of(error: OSError) -> str:
-    """In words; some file systems give none."""
+    """Text of `error`, also where the file system gives no message."""
     return error.strerror or str(error) or type(error).__name__
 
 
 @contextmanager
 def naming(path: Path, what: str = "written") -> Iterator[None]:
-    """An `OSError` inside is raised as a `ValueError` that names `path`."""
+    """Raise an `OSError` from the block as a `ValueError` that names `path`."""
     try:
         yield
     except OSError as error:
@@ -129,14 +131,14 @@ def naming(path: Path, what: str = "written") -> Iterator[None]:
 
 
 def write_file(path: Path, data: bytes) -> FileSum:
-    """A whole small file, on the disk when this returns."""
+    """Write a small file; it is synced to the disk when this returns."""
     with SummedFile(path) as file:
         file.write(data)
     return file.sum
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Raises `ValueError` naming the file, unless `path` is a checkpoint that was completed, of a format known here."""
+    """Read the manifest of a complete checkpoint of a known format. Raises `ValueError` naming the file otherwise."""
     text, marker = read_small(path / MANIFEST), read_small(path / MARKER, most=1024)
     found = hashlib.sha256(text).hexdigest()
     if marker.decode("ascii", "replace") != found:
@@ -145,7 +147,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def parse_manifest(where: Path, text: bytes) -> Manifest:
-    """The manifest in `text`. Whatever is wrong with it, a `ValueError` that names `where`."""
+    """Parse the manifest in `text`. Raises a `ValueError` that names `where` for any fault."""
     try:
         raw = parse_json(text)
         version = raw["format"]
@@ -156,7 +158,7 @@ def parse_manifest(where: Path, text: bytes) -> Manifest:
             str(where),
             found=f"the checkpoint has format {version!r}",
             needed=f"format {FORMAT} is read here",
-            cure="load it with the version of distmuon that wrote it, or a later one",
+            cure="load it with the version of distmuon that wrote it, or a later version",
         )
     try:
         files = {
@@ -168,7 +170,7 @@ def parse_manifest(where: Path, text: bytes) -> Manifest:
         }
         versions = {str(name): str(value) for name, value in raw["versions"].items()}
         dp_size = count(raw["dp_size"])
-        needed = (name for rank in range(dp_size) for name in (own_file(rank), table_file(rank)))
+        needed = (name for rank in range(dp_size) for name in (rank_file(rank), table_file(rank)))
         unsummed = next((name for name in chain(["shared.pt"], needed) if name not in files), None)
         if unsummed is not None:
             raise TypeError(f"no sum of {unsummed}")
@@ -186,11 +188,11 @@ def check_files(path: Path, manifest: Manifest, part: int = 0, parts: int = 1) -
         except OSError as error:
             raise damaged(path / name, f"it cannot be read ({reason_of(error)})") from error
         if found != manifest.files[name]:
-            raise damaged(path / name, "its sha256 is not the one of the manifest")
+            raise damaged(path / name, "its sha256 differs from the manifest's")
 
 
 def parse_json(text: bytes) -> Any:
-    """What `text` says. Raises `ValueError` for what is nested more deeply than anything here, before it is parsed."""
+    """Parse JSON. Raises `ValueError` before parsing if `text` is nested more deeply than any list of a checkpoint."""
     depth = 0
     for token in _JSON_TOKEN.finditer(text):
         first = token[0][:1]
@@ -199,14 +201,14 @@ def parse_json(text: bytes) -> Any:
         elif first in b"]}":
             depth -= 1
         elif len(token[0]) == 1:
-            raise ValueError("a text in it never ends")
+            raise ValueError("a string in it never ends")
         if depth > JSON_DEPTH:
             raise ValueError(f"it is nested more than {JSON_DEPTH} deep")
-    return json.loads(text.decode())  # as UTF-8 only: in another encoding its brackets would look different
+    return json.loads(text.decode())  # only UTF-8: in another encoding the scan above would not see the brackets
 
 
 def sum_of(path: Path) -> FileSum:
-    """Reads the whole file."""
+    """Sum a file by reading it whole."""
     sha256, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -216,17 +218,17 @@ def sum_of(path: Path) -> FileSum:
 
 
 def check_size(path: Path, manifest: Manifest, name: str) -> None:
-    """Raise `ValueError` unless file `name` is there with its size."""
+    """Raise `ValueError` unless file `name` exists with its size."""
     try:
         size = _regular(path / name).stat().st_size
     except OSError as error:
         raise damaged(path / name, f"it cannot be read ({reason_of(error)})") from error
     if size != manifest.files[name].size:
-        raise damaged(path / name, f"it has {size} bytes of {manifest.files[name].size}")
+        raise damaged(path / name, f"it has {size} of {manifest.files[name].size} bytes")
 
 
 def read_small(path: Path, most: int = JSON_BYTES) -> bytes:
-    """A whole list. Raises `ValueError` naming the file, also for one that is longer than any list here."""
+    """Read a small file. Raises `ValueError` naming it, also if it is longer than `most` bytes."""
     try:
         if _regular(path).stat().st_size <= most:
             return path.read_bytes()
@@ -236,36 +238,36 @@ def read_small(path: Path, most: int = JSON_BYTES) -> bytes:
 
 
 def _regular(path: Path) -> Path:
-    """Reading a pipe or a device might never end."""
+    """Raise `OSError` unless `path` is a regular file: reading a pipe or a device might never end."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(None, "it is not a regular file")
     return path
 
 
 def _plain(name: str) -> str:
-    """A file of the folder itself: a manifest must not lead anywhere else."""
+    """Return `name` if it names a file directly in the folder: a manifest must not refer to files elsewhere."""
     if name != Path(name).name or name in ("", ".", "..") or not name.isprintable():
         raise TypeError(f"file name {name!r}")
     return name
 
 
 def count(value: object) -> int:
-    """`value`, or a `TypeError`."""
+    """Return `value` if it is a count; raise a `TypeError` otherwise."""
     if type(value) is not int or not 0 <= value < 1 << 63:
         raise TypeError(f"{str(value)[:80]} where a count is needed")
     return value
 
 
 def not_understood(path: Path, error: Exception) -> ValueError:
-    """The error for a file whose content is not what is written here."""
+    """Make the error for a file whose content distmuon does not write."""
     return damaged(path, f"it cannot be understood ({type(error).__name__}: {error})")
 
 
 def damaged(path: Path, found: str) -> ValueError:
-    """The error for a file that is not what the manifest says, or a manifest that says nothing."""
+    """Make the error for a file that does not match its manifest, or for a bad manifest."""
     return problem(str(path), found=found, needed="a complete checkpoint is needed", cure="load an earlier checkpoint")
 
 
 def merge_sums(tables: Sequence[Mapping[str, Any]]) -> dict[str, FileSum]:
-    """The sums that the ranks' tables hold of their own files."""
+    """Merge the sums of files from the ranks' tables."""
     return {name: FileSum(**entry) for table in tables for name, entry in table["files"].items()}

@@ -1,22 +1,22 @@
 """Shard state <-> boxes of whole tensors, in the files of torch.distributed.checkpoint (DCP).
 
-Decides what is saved under which key, and how a flat segment is cut into boxes. A segment is a contiguous range of its
-flattened parameter; as part of the n-dimensional tensor it is a few boxes (`boxes`), and boxes are what DCP calls
-chunks. So a file says nothing of dp_size, packing or buckets, and whoever wants any other part of the tensor can have
-it: another cut of ours, or another reader of DCP.
+This module decides which values are saved under which key, and how a flat segment is cut into boxes. It knows no folder
+and no order of saving. A segment is a contiguous range of its flattened parameter; as part of the n-dimensional tensor
+it is a few boxes (`layout.boxes`), which DCP calls chunks. So a file does not depend on dp_size, packing or buckets,
+and any reader can ask for any part of a tensor: distmuon with another layout, or another reader of DCP.
 
     model.<fqn>                      every parameter and module buffer, in its own dtype; rank 0's where ranks differ
-    rank.<r>.<fqn>                   what rank r holds instead, for a load at the same number of ranks
+    rank.<r>.<fqn>                   the value of rank r instead, for a load at the same number of ranks
     optimizer.state.<fqn>.<key>      master (float32, where the parameter is not), momentum_buffer (and step, where
                                      that has fewer than 32 bits); exp_avg, exp_avg_sq, step
 
-[Note: which part of DCP] Its file format, in which every box is what `torch.save` wrote of it, and for `.metadata` the
-metadata classes and `FileSystemWriter.finish`, all public. Not `dcp.save` and `dcp.load`: they call collectives of
-their own, unpickle `.metadata`, and hold every tensor of a file in memory until it is written. One private name is
-needed, `_StorageInfo`, which stands in every `.metadata` that DCP ever wrote.
+[Note: which part of DCP] distmuon uses DCP's file format, in which every box is an archive of `torch.save`, and for
+`.metadata` the metadata classes and `FileSystemWriter.finish`, all public. It does not use `dcp.save` and `dcp.load`:
+they call collectives, unpickle `.metadata`, and hold every tensor of a file in memory until it is written. One private
+name is needed, `_StorageInfo`, which is in every `.metadata` that DCP ever wrote.
 
-[Note: reading a box] The tables say which dtype and shape a box has, and its elements are one stored member of its
-archive. So they are read as bytes, only those that are wanted, and no pickle is opened.
+[Note: reading a box] The tables give the dtype and shape of a box, and its elements are one stored member of its
+archive. So only the needed elements are read, as bytes, and no pickle is opened.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from distmuon.checkpoint import folder as snapshot
+from distmuon.checkpoint import folder
 from distmuon.checkpoint.archives import Slice, tensor_in
 from distmuon.checkpoint.manifest import (
     FileSum,
@@ -64,11 +64,11 @@ from distmuon.step.storage import BucketStorage, ShardPiece, Storage
 UntrainedTensors = Mapping[str, Tensor]
 
 
-# ------------------------------------------------------------------------- the two doors to a piece's state
+# ------------------------------------------------------------------------------ access to a piece's state
 
 
 def keys_of(bucket: BucketStorage, piece: ShardPiece) -> tuple[str, ...]:
-    """What is saved of a piece beside the parameter itself."""
+    """The keys under which a piece's state is saved, beside the parameter itself."""
     kept = [key for key in piece.state if key != "momentum_scale"]
     return ("master", *kept) if bucket.has_master else tuple(kept)
 
@@ -83,9 +83,9 @@ def read_value(bucket: BucketStorage, piece: ShardPiece, key: str) -> Tensor:
 
 
 def write_value(bucket: BucketStorage, piece: ShardPiece, key: str, value: Tensor) -> None:
-    """Take over the logical value of `key`, of the shape that `read_value` gives, any dtype and device.
+    """Write the logical value of `key`, with the shape that `read_value` gives, of any dtype and device.
 
-    "master" is always given; the parameter follows, on other ranks when the bucket is gathered.
+    The caller always writes "master"; the parameter follows from it, on other ranks when the bucket is gathered.
     """
     if key == "master":
         bucket.write_master(piece, value)
@@ -111,7 +111,7 @@ def _views(flat: Tensor, shape: Sequence[int], start: int) -> Iterator[tuple[Box
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A flat range of a tensor that this rank saves. `read` is asked when it is written, not before."""
+    """A flat range of a tensor that this rank saves. `read` is called only when it is written."""
 
     name: tuple[str, ...]  # ("model", fqn), ("rank", number, fqn) or ("optimizer", "state", fqn, key)
     shape: tuple[int, ...]
@@ -121,17 +121,19 @@ class Part:
 
 def parts_of(
     storage: Storage,
-    others: UntrainedTensors,
+    untrained: UntrainedTensors,
     rows: UntrainedTensors,
     dp_size: int,
     shared: Sequence[str],
     alike: Collection[str],
 ) -> Iterator[Part]:
-    """What this rank saves: its pieces of the trainable parameters and their state, its share of those of `others` that
-    are `alike` on all ranks, all of those that are not, and its rows of what is frozen and cut by `rows`.
+    """The parts that this rank saves: its pieces of the trained parameters and their state, and `untrained` tensors.
 
-    `shared`: what all ranks hold, alike or not, in the same order everywhere. Of what is not alike rank 0's goes by the
-    plain name, which loads at any number of ranks.
+    Of `rows`, tensors that are not trained and cut as those that are, it saves its rows.
+
+    Of the untrained tensors that are `alike` on all ranks it saves its share, and all of those that are not. `shared`:
+    the names that all ranks hold, alike or not, in the same order everywhere. If a shared tensor differs by rank, rank
+    0's value has the plain name, which loads at any number of ranks.
     """
     for bucket in storage.buckets:
         for piece in bucket.muon + bucket.adamw:
@@ -147,7 +149,7 @@ def parts_of(
         start, elements = _own_rows(storage, tensor)
         yield Part(("model", fqn), tuple(tensor.shape), start, _resolver(elements))
     dealt = [fqn for fqn in shared if fqn in alike][storage.dp_rank :: dp_size]
-    for fqn, tensor in others.items():
+    for fqn, tensor in untrained.items():
         if fqn in dealt or (storage.dp_rank == 0 and fqn in shared and fqn not in alike):
             yield Part(("model", fqn), tuple(tensor.shape), 0, _resolver(tensor))
         elif fqn not in alike:
@@ -170,7 +172,7 @@ def read_rows(reader: Reader, storage: Storage, rows: UntrainedTensors) -> list[
 
 
 def _resolver(tensor: Tensor) -> Callable[[], Tensor]:
-    """The elements as they are, not as a view says that they shall be read (conjugated, negated)."""
+    """Make a function that returns the tensor without lazy conjugation and negation, which a file cannot express."""
     return lambda: tensor.detach().resolve_conj().resolve_neg()
 
 
@@ -179,41 +181,40 @@ def _reader(bucket: BucketStorage, piece: ShardPiece, key: str) -> Callable[[], 
 
 
 def copied(parts: Iterable[Part]) -> list[Part]:
-    """The same parts, read now, on the CPU: what is trained afterwards cannot alter them."""
+    """Read the parts now, to the CPU, so that later training cannot alter them."""
     copies = [(part, part.read().reshape(-1).to("cpu", copy=True)) for part in parts]
     return [Part(part.name, part.shape, part.start, copy.detach) for part, copy in copies]
 
 
 def write_parts(path: Path, parts: Iterable[Part]) -> tuple[FileSum, dict[str, Any]]:
-    """One rank's file, a box at a time: its sum, and the table that says where in it which box lies."""
+    """Write a rank's file, a box at a time; return its sum, and the table of where in the file each box lies."""
     tensors: dict[str, Any] = {}
     with SummedFile(path) as file:
         for part in parts:
-            snapshot.fault_point("in data")
+            folder.fault_point("in data")
             value = part.read().reshape(-1)
             entry = {"name": part.name, "shape": part.shape, "dtype": str(value.dtype), "boxes": []}
             entry = tensors.setdefault(".".join(part.name), entry)
             for (offsets, sizes), elements in _views(value, part.shape, part.start):
                 at = file.size
-                torch.save(
-                    elements.to("cpu", copy=True), cast(IO[bytes], file)
-                )  # of a view, the whole storage is written
+                # Without the copy torch.save would write the whole storage of a view.
+                torch.save(elements.to("cpu", copy=True), cast(IO[bytes], file))
                 entry["boxes"].append([offsets, sizes, at, file.size - at])
             del value
     return file.sum, {"file": path.name, "tensors": tensors}
 
 
-def write_metadata(folder: Path, tables: Sequence[Mapping[str, Any]]) -> FileSum:
-    """`.metadata`, for other readers of DCP. Raises unless the boxes of all ranks make up every tensor exactly once."""
+def write_metadata(path: Path, tables: Sequence[Mapping[str, Any]]) -> FileSum:
+    """Write `.metadata`, for other readers of DCP. Asserts that all ranks' boxes cover every tensor exactly once."""
     metadata, results = metadata_of(tables)
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
         assert _is_whole(entry), f"{name}: {entry.chunks}"
-    with naming(folder / ".metadata"):
-        writer = FileSystemWriter(folder)
+    with naming(path / ".metadata"):
+        writer = FileSystemWriter(path)
         writer.set_up_storage_writer(True)
         writer.finish(metadata, results)
-        return sum_of(folder / ".metadata")
+        return sum_of(path / ".metadata")
 
 
 def _is_whole(entry: TensorStorageMetadata) -> bool:
@@ -221,7 +222,7 @@ def _is_whole(entry: TensorStorageMetadata) -> bool:
 
 
 def metadata_of(tables: Sequence[Mapping[str, Any]]) -> tuple[Metadata, list[list[WriteResult]]]:
-    """The ranks' tables in DCP's own classes."""
+    """Convert the ranks' tables to DCP's classes."""
     found: dict[str, TensorStorageMetadata] = {}
     names: dict[str, tuple[str, ...]] = {}
     results: list[WriteResult] = []
@@ -242,7 +243,7 @@ def metadata_of(tables: Sequence[Mapping[str, Any]]) -> tuple[Metadata, list[lis
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A contiguous range of a flattened tensor, and where the archive of it lies."""
+    """A contiguous range of a flattened tensor, and the place of its archive."""
 
     start: int
     end: int
@@ -261,7 +262,7 @@ class Saved:
 
 
 class Reader:
-    """The tensors of a complete checkpoint, by name; any flat range of each. Executes nothing that stands in it."""
+    """Access to any flat range of the tensors of a complete checkpoint. Executes nothing in its files."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -274,16 +275,16 @@ class Reader:
                 places = [(offsets, sizes) for offsets, sizes, _, _ in entry["boxes"]]
                 ranges = ranges_of(shape, places) if (saved.shape, saved.dtype) == (shape, dtype) else None
                 if ranges is None:
-                    raise self._unlike(name)
+                    raise self._not_tiled(name)
                 for (start, end), (_, _, at, length) in zip(ranges, entry["boxes"]):
                     saved.ranges.append(_Stored(start, end, table["file"], at, length))
         for name, saved in self.tensors.items():
             saved.ranges.sort(key=lambda stored: stored.start)
             if [*(s.start for s in saved.ranges), prod(saved.shape)] != [0, *(s.end for s in saved.ranges)]:
-                raise self._unlike(name)
+                raise self._not_tiled(name)
 
-    def _unlike(self, name: str) -> ValueError:
-        return damaged(self.path, f"{name}: the boxes in its tables do not make it up exactly once")
+    def _not_tiled(self, name: str) -> ValueError:
+        return damaged(self.path, f"{name}: the boxes in its tables do not cover it exactly once")
 
     def read(self, name: str, start: int, length: int) -> Tensor:
         """Elements [start, start + length) of the flattened tensor, (length,) in the dtype of the save, on the CPU."""
@@ -298,17 +299,17 @@ class Reader:
             into = memoryview(memory)[(low - start) * size : (high - start) * size]
             try:
                 self._read_into(into, stored, (low - stored.start) * size, (stored.end - stored.start) * size)
-            except Exception as error:  # whatever a zip archive may be instead of one
+            except Exception as error:  # a bad archive may raise anything
                 found = f"its tensors cannot be read ({type(error).__name__}: {error})"
                 raise damaged(self.path / stored.file, found) from error
         elements = torch.frombuffer(memory, dtype=torch.uint8) if memory else torch.empty(0, dtype=torch.uint8)
         try:
             return elements.view(saved.dtype)
-        except RuntimeError as error:  # a dtype that is more than its bits
+        except RuntimeError as error:  # a quantised dtype, for example
             raise damaged(self.path, f"{name}: {saved.dtype} is not read here") from error
 
     def _read_into(self, into: memoryview, stored: _Stored, skipped: int, length: int) -> None:
-        """The bytes of `into`, which lie `skipped` bytes after the first of the `length` in a box."""
+        """Fill `into` with bytes of a box of `length` bytes, `skipped` bytes after its first."""
         with (self.path / stored.file).open("rb") as file:
             archive = Slice(file, stored.at, stored.length)
             first, found = tensor_in(archive, stored.length)
@@ -319,31 +320,31 @@ class Reader:
                 raise ValueError("the file ends before them")
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """None for what is not in the checkpoint."""
+        """The shape of a tensor; None if the checkpoint does not hold it."""
         return self.tensors[name].shape if name in self.tensors else None
 
-    def master(self, fqn: str) -> str:
-        """Where the most precise value of a parameter stands: its master, or itself if it has none."""
+    def master_key(self, fqn: str) -> str:
+        """The name of a parameter's most precise value: its master, or itself if it has none."""
         name = f"optimizer.state.{fqn}.master"
         return name if name in self.tensors else f"model.{fqn}"
 
-    def other(self, fqn: str, rank: int) -> str:
-        """Where `rank`'s value of a frozen parameter or module buffer stands: its own, or that of all."""
+    def untrained_key(self, fqn: str, rank: int) -> str:
+        """The name of `rank`'s value of a frozen parameter or module buffer: by rank, or shared by all ranks."""
         name = f"rank.{rank}.{fqn}"
         return name if name in self.tensors else f"model.{fqn}"
 
-    def others(self, rank: int) -> set[str]:
-        """The fqns of all that `rank` held: parameters and module storage."""
-        own = (name.removeprefix(f"rank.{rank}.") for name in self.tensors if name.startswith(f"rank.{rank}."))
-        return {*own, *(name.removeprefix("model.") for name in self.tensors if name.startswith("model."))}
+    def fqns_of(self, rank: int) -> set[str]:
+        """The fqns of the parameters and module buffers that `rank` held."""
+        by_rank = (name.removeprefix(f"rank.{rank}.") for name in self.tensors if name.startswith(f"rank.{rank}."))
+        return {*by_rank, *(name.removeprefix("model.") for name in self.tensors if name.startswith("model."))}
 
-    def unlike(self) -> set[str]:
-        """The fqns of what was not the same on all ranks."""
+    def differing_fqns(self) -> set[str]:
+        """The fqns of tensors that were not the same on all ranks."""
         return {name.split(".", 2)[2] for name in self.tensors if name.startswith("rank.")}
 
 
 def _dtype(name: str) -> torch.dtype:
-    """Raises a `TypeError` for anything but a dtype's name."""
+    """The dtype called `name`. Raises a `TypeError` for any other name."""
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{name!r:.40} is no dtype")
@@ -351,7 +352,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _table(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """One rank's table. Whatever is wrong with it, a `ValueError` that names the file."""
+    """Read a rank's table. Raises a `ValueError` that names the file for any fault."""
     text = read_small(path)
     try:
         raw = parse_json(text)
@@ -376,24 +377,24 @@ def _table(path: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def missing_from(
-    reader: Reader, storage: Storage, fresh: set[str], others: UntrainedTensors, rows: UntrainedTensors, rank: int
+    reader: Reader, storage: Storage, fresh: set[str], untrained: UntrainedTensors, rows: UntrainedTensors, rank: int
 ) -> list[str]:
-    """What loading would need and not find: "name: what was found", one line a tensor. Reads no data."""
+    """Describe the tensors that a load needs but that are absent or of another shape. Reads no data."""
     needed = {f"model.{fqn}": tuple(tensor.shape) for fqn, tensor in rows.items()}
-    needed |= {reader.other(fqn, rank): tuple(tensor.shape) for fqn, tensor in others.items()}
+    needed |= {reader.untrained_key(fqn, rank): tuple(tensor.shape) for fqn, tensor in untrained.items()}
     for bucket in storage.buckets:
         for piece in bucket.muon + bucket.adamw:
             spec = storage.layout.specs[piece.segment.param]
-            needed[reader.master(spec.fqn)] = spec.shape
+            needed[reader.master_key(spec.fqn)] = spec.shape
             for key in keys_of(bucket, piece):
                 if key != "master" and not _starts_anew(reader, spec, key, fresh):
                     needed[f"optimizer.state.{spec.fqn}.{key}"] = () if key == "step" else spec.shape
-    found = [(name, reader.shape(name), shape) for name, shape in needed.items()]
-    return [f"{name} has shape {theirs}, not {ours}" for name, theirs, ours in found if theirs != ours]
+    shapes = [(name, reader.shape(name), shape) for name, shape in needed.items()]
+    return [f"{name} has shape {found}, not {shape}" for name, found, shape in shapes if found != shape]
 
 
 def _starts_anew(reader: Reader, spec: ParamSpec, key: str, fresh: set[str]) -> bool:
-    """Zeros: what is not read of a `fresh` parameter, and the step of a momentum that was saved without one."""
+    """Whether `key` starts from zero: for a `fresh` parameter, and for the step of momentum saved without a step."""
     absent = spec.rule == "muon" and key == "step" and reader.shape(f"optimizer.state.{spec.fqn}.step") is None
     return absent or spec.fqn in fresh
 
@@ -401,7 +402,7 @@ def _starts_anew(reader: Reader, spec: ParamSpec, key: str, fresh: set[str]) -> 
 def read_bucket(
     reader: Reader, storage: Storage, bucket: BucketStorage, fresh: set[str]
 ) -> list[tuple[ShardPiece, str, Tensor]]:
-    """What `write_value` shall write: masters and state of this rank's pieces, zeros for state of the `fresh`."""
+    """Values for `write_value`: masters and state of this rank's pieces, zeros for the state of `fresh` parameters."""
     values: list[tuple[ShardPiece, str, Tensor]] = []
     for piece in bucket.muon + bucket.adamw:
         spec, start = storage.layout.specs[piece.segment.param], piece.segment.param_offset
@@ -411,11 +412,11 @@ def read_bucket(
             elif key == "step":
                 values.append((piece, key, reader.read(f"optimizer.state.{spec.fqn}.step", 0, 1).view(())))
             else:
-                name = reader.master(spec.fqn) if key == "master" else f"optimizer.state.{spec.fqn}.{key}"
+                name = reader.master_key(spec.fqn) if key == "master" else f"optimizer.state.{spec.fqn}.{key}"
                 values.append((piece, key, reader.read(name, start, piece.segment.length)))
     return values
 
 
-def read_other(reader: Reader, fqn: str, tensor: Tensor, rank: int) -> Tensor:
-    """A frozen parameter or module buffer: what `tensor` shall be on `rank`, on the CPU."""
-    return reader.read(reader.other(fqn, rank), 0, tensor.numel()).view(tensor.shape)
+def read_untrained(reader: Reader, fqn: str, tensor: Tensor, rank: int) -> Tensor:
+    """Read `rank`'s value of the frozen parameter or module buffer `tensor`, to the CPU."""
+    return reader.read(reader.untrained_key(fqn, rank), 0, tensor.numel()).view(tensor.shape)

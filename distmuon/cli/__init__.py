@@ -1,1 +1,1 @@
-"""The command line, one module a command: `python -m distmuon plan`, `python -m distmuon doctor`."""
+"""The command line, a module for each command: `python -m distmuon plan`, `python -m distmuon doctor`."""

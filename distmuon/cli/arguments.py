@@ -1,7 +1,7 @@
-"""What makes arguments of signatures and dataclasses: jsonargparse, which the extra `recipes` brings.
+"""Command-line arguments from signatures and dataclasses, by jsonargparse, which the extra `recipes` installs.
 
-The command line of the planner and the config of the recipe read the library's own classes by it, so no option is
-declared a second time. Decides how a dtype is written: by its name in torch, such as "bfloat16".
+The command line of the planner and the config of the recipe are made from the library's classes, so no option is
+declared twice. This module decides how a dtype is written, by its name in torch ("bfloat16"); it knows no option.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from distmuon.options import as_dtype
 
 
 def import_jsonargparse() -> Any:
-    """The package, which takes and prints dtypes by name and shows the text below each field in --help."""
+    """Import jsonargparse, set up to read and print dtypes by name and to show each field's text in --help."""
     jsonargparse: Any = need("jsonargparse", "recipes")
     jsonargparse.typing.register_type(torch.dtype, dtype_name, _dtype, fail_already_registered=False)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)

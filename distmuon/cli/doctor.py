@@ -1,7 +1,7 @@
-"""`python -m distmuon doctor`: what this machine lacks for which trainer, before a run finds out.
+"""`python -m distmuon doctor`: check this machine for each trainer, before a run fails.
 
-Reads versions and PATH only; imports no trainer (DeepSpeed's import alone takes seconds). A package that is not
-installed is no fault; one that is installed and cannot work is.
+This module decides what counts as a fault: a package that is installed and cannot work does, an absent package does
+not. It reads only versions and PATH, and imports no trainer (DeepSpeed's import takes seconds).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from distmuon.integrations import TESTED
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line; `cure` is empty where nothing is wrong."""
+    """A line of the report; `cure` is empty if there is no fault."""
 
     text: str
     cure: str = ""
 
 
 def findings() -> list[Finding]:
-    """What was looked at, in the order in which it is printed."""
+    """Make all checks; return the findings in the order in which they are printed."""
     found = [_torch()]
     backends = [name for name in ("gloo", "nccl") if getattr(dist, f"is_{name}_available", lambda: False)()]
     found.append(Finding(f"backends {', '.join(backends) or 'none'}; {torch.cuda.device_count()} GPUs"))
@@ -39,11 +39,11 @@ def findings() -> list[Finding]:
 
 
 def main() -> int:
-    """Print the findings; 1 if something needs a cure."""
+    """Print the findings; return 1 if any needs a cure, else 0."""
     found = findings()
-    for one in found:
-        print(f"{'FIX ' if one.cure else 'ok  '}{one.text}" + (f"\n    {one.cure}" if one.cure else ""))
-    return int(any(one.cure for one in found))
+    for finding in found:
+        print(f"{'FIX ' if finding.cure else 'ok  '}{finding.text}" + (f"\n    {finding.cure}" if finding.cure else ""))
+    return int(any(finding.cure for finding in found))
 
 
 def _torch() -> Finding:
@@ -63,7 +63,7 @@ def _package(package: str) -> Finding:
 
 
 def _deepspeed_tools() -> list[Finding]:
-    """DeepSpeed builds an operator when it first starts on a CPU, and has no way around it."""
+    """Look for the tools with which DeepSpeed builds an operator when it first starts on a CPU."""
     compiler = os.environ.get("CXX") or "g++"
     cures = {
         compiler: "install a C++ compiler (apt-get install g++): DeepSpeed builds deepspeed_shm_comm when it starts",

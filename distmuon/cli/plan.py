@@ -1,8 +1,8 @@
-"""`python -m distmuon plan MODEL --dp 8,64,512` prints what training would move, hold and take.
+"""`python -m distmuon plan MODEL --dp 8,64,512` prints the traffic, memory and time that training would need.
 
-Decides only how numbers look and how a model is named. The numbers are those of `distmuon.plan`, and so are the flags:
-they come from its signature and from the fields of `Sharding` and `Precision`. Bad input is one line on stderr and exit
-status 2. transformers and matplotlib are imported only where a config or a drawing is asked for.
+This module decides only how numbers are printed and how a model is named. The numbers are those of `distmuon.plan`, and
+the flags come from its signature and from the fields of `Sharding` and `Precision`. Bad input gives a line on stderr
+and exit status 2. transformers and matplotlib are imported only if a config or a plot is requested.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ORDERS: dict[Order, str] = {  # labels
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the plans that the arguments ask for; returns the exit status."""
+    """Print the plans for the arguments; return the exit status."""
     try:
         parser = _parser()
         given = vars(parser.instantiate(parser.parse_args(argv)))
@@ -54,9 +54,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Any:
-    """The parser of all that `plan` takes, and of what only a command line needs."""
+    """Make the parser: the arguments of `distmuon.plan`, and those that only the command line has."""
     parser = import_jsonargparse().ArgumentParser(
-        prog="python -m distmuon plan", description="What a step moves, holds and takes.", exit_on_error=False
+        prog="python -m distmuon plan", description="The traffic, memory and time of a step.", exit_on_error=False
     )
     tables = f"one of {', '.join(TABLES)} (or the beginning of one)"
     parser.add_argument(
@@ -82,7 +82,7 @@ def _dp_sizes(text: str) -> list[int]:
 
 
 def _model(name: str) -> nn.Module | tuple[ParamSpec, ...]:
-    """A shipped table, or a causal language model on the meta device. Never reaches for the network."""
+    """A shape table, or a causal language model on the meta device. Never uses the network."""
     try:
         return shape_table(name)
     except KeyError:
@@ -122,10 +122,10 @@ def _model(name: str) -> nn.Module | tuple[ParamSpec, ...]:
     try:
         with torch.device("meta"):
             model: nn.Module = build(AutoConfig.for_model(**entries))
-    except Exception as error:  # of whatever kind a model's code raises for values that it cannot use
+    except Exception as error:  # a model's code may raise anything for bad values
         found = f"transformers makes no causal language model of it ({type(error).__name__}: {error})"
         raise problem(
-            name, found=found.partition("\n")[0][:300], needed="a model's own config is needed", cure="correct it"
+            name, found=found.partition("\n")[0][:300], needed="a model's config is needed", cure="correct it"
         ) from error
     return model
 
@@ -177,7 +177,7 @@ def _text(found: Plan, model: str, ranks: bool) -> str:
 
 
 def _bytes(n: int) -> str:
-    """In decimal units, as network and memory vendors count."""
+    """Text for `n` bytes in decimal units, as vendors of networks and memory count."""
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if n >= size:
             return f"{n / size:.3f} {unit}"
@@ -185,7 +185,7 @@ def _bytes(n: int) -> str:
 
 
 def _draw(plans: Sequence[Plan], model: str, path: Path) -> None:
-    """Three panels over dp_size: traffic, balance, time."""
+    """Plot traffic, balance and time over dp_size, in three panels."""
     try:
         import matplotlib
 
@@ -199,11 +199,12 @@ def _draw(plans: Sequence[Plan], model: str, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     sizes = [found.dp_size for found in plans]
     for number, way in enumerate(["distmuon", *(other.way for other in plans[0].others)]):
-        of_way = [(found, *found.others)[number] for found in plans]
-        axes[0].plot(sizes, [one.sent / 1e9 for one in of_way], "o-", label=way)
-        axes[1].plot(sizes, [one.ns_balance for one in of_way], "o-", label=way)
-        if all(one.time for one in of_way):
-            axes[2].plot(sizes, [1e3 * one.time.step_s for one in of_way if one.time], "o-", label=way)
+        series = [(found, *found.others)[number] for found in plans]
+        axes[0].plot(sizes, [planned.sent / 1e9 for planned in series], "o-", label=way)
+        axes[1].plot(sizes, [planned.ns_balance for planned in series], "o-", label=way)
+        times = [planned.time for planned in series if planned.time]
+        if len(times) == len(series):
+            axes[2].plot(sizes, [1e3 * time.step_s for time in times], "o-", label=way)
     titles = ("sent by the busiest rank, GB", "Newton-Schulz, max/mean", "estimated step, ms")
     for axis, title in zip(axes, titles):
         axis.set_xscale("log", base=2)

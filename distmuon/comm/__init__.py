@@ -1,1 +1,1 @@
-"""The only callers of torch.distributed: the group, what its ranks agree on, and what is said when one is lost."""
+"""The only callers of torch.distributed: the group, agreement between its ranks, and the report of a lost rank."""

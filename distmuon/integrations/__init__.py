@@ -1,12 +1,12 @@
-"""DistMuon under other people's trainers: one module a trainer, docs/integrations.md the page.
+"""DistMuon under third-party trainers: one module for each trainer. docs/integrations.md is the user's page.
 
     import distmuon.integrations.accelerate as distmuon_accelerate       # pip install distmuon[accelerate]
 
-Decides how a trainer's own averaging, clipping and saving are led to the optimizer, and refuses, with the cure, what
-would train wrongly. Knows no rule and no layout: all it does is call the optimizer's public methods.
+These modules decide how a trainer's averaging, clipping and saving are passed to the optimizer, and refuse setups that
+would train wrongly. They know no rule and no layout: they call the optimizer's public methods.
 
-[Note: whose parameters] A trainer may hold several models, some trained by a DistMuon and others by optimizers of
-torch's own. Which of them a call means is told by the parameters it is given, never by what was prepared last.
+[Note: call targets] A trainer may hold several models, some trained by a DistMuon and others by torch's optimizers. The
+parameters that a call gets decide which optimizer it means, never the order of preparation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from distmuon.errors import problem
 from distmuon.optimizer import DistMuon
 from distmuon.step.hooks import manager_of
 
-# package: (extra, from, below), the versions the integrations were run with; setup.cfg installs them
+# package: (extra, lowest version, first version above) that the integrations were tested with; setup.cfg installs them
 TESTED = {
     "accelerate": ("accelerate", (1, 15), (2,)),
     "transformers": ("transformers", (5, 0), (6,)),
@@ -32,18 +32,18 @@ TESTED = {
 
 
 def need(package: str, extra: str) -> ModuleType:
-    """The imported `package`; `ImportError` with the line that installs it otherwise."""
+    """Import `package`; raise an `ImportError` with the line that installs it if it is absent."""
     try:
         return import_module(package)
     except ModuleNotFoundError as error:
         if error.name != package.partition(".")[0]:
             raise
-        text = problem(package, found="not installed", needed="it is used here", cure=f"pip install distmuon[{extra}]")
+        text = problem(package, found="not installed", needed="it is needed", cure=f"pip install distmuon[{extra}]")
         raise ImportError(str(text)) from None
 
 
 def managers_of(params: Iterable[Tensor]) -> list[DistMuon | None]:
-    """The optimizers of ours that manage the trainable ones of `params`, each once; None among them for the others."""
+    """The DistMuons that manage `params`, without duplicates; None among them if other parameters are trainable."""
     found: dict[int, DistMuon | None] = {}
     for param in params:
         manager = manager_of(param)
@@ -55,21 +55,21 @@ def managers_of(params: Iterable[Tensor]) -> list[DistMuon | None]:
 
 
 def averaging_managers_of(params: Iterable[Tensor]) -> list[DistMuon]:
-    """Those of `managers_of` that average the gradients, so that nobody else must; in one process as well."""
-    managers = (each for each in managers_of(params) if each is not None)
+    """The managers of `params` that average their gradients, so that the trainer must not; in one process as well."""
+    managers = (manager for manager in managers_of(params) if manager is not None)
     return [manager for manager in managers if manager.options.grad_reduction != "external"]
 
 
 def reducing_managers_of(params: Iterable[Tensor]) -> list[DistMuon]:
-    """Those of `managers_of` whose gradients leave `param.grad` during backward."""
+    """The managers of `params` whose gradients leave `param.grad` during backward."""
     return [manager for manager in managers_of(params) if manager is not None and not manager.keeps_grads]
 
 
 def reduced_by(what: str, params: Iterable[Tensor]) -> DistMuon | None:
-    """The DistMuon that reduces the gradients of `params`; None where they stay in `param.grad`.
+    """The DistMuon that reduces the gradients of `params`; None if they stay in `param.grad`.
 
-    Raises `ValueError` where one call would mean several optimizers, or a part of one: the norm of a reduced gradient
-    is known of the whole alone. `what`: the call, for the message.
+    Raises `ValueError` if `params` belong to several optimizers, or are a part of an optimizer's parameters: the norm
+    of a reduced gradient is known only for all of them. `what` names the call in the message.
     """
     params = list(params)
     managers = managers_of(params)
@@ -77,18 +77,19 @@ def reduced_by(what: str, params: Iterable[Tensor]) -> DistMuon | None:
     if not reducing:
         return None
     if len(managers) > 1:
-        others = "parameters of no DistMuon" if None in managers else f"those of {len(managers)} DistMuons"
+        kinds = "a DistMuon and of none" if None in managers else f"{len(managers)} DistMuons"
         raise problem(
             what,
-            found=f"one call for the parameters of a DistMuon together with {others}",
-            needed="each optimizer's gradient has a norm of its own",
-            cure="call it once for each optimizer's parameters, and freeze (requires_grad_(False)) what nobody trains",
+            found=f"one call for parameters of {kinds}",
+            needed="the gradients of different optimizers have separate norms",
+            cure="call it once for each optimizer's parameters, and freeze (requires_grad_(False)) untrained ones",
         )
-    given, all_of_it = {id(param) for param in params}, list(params_of(reducing[0]))
-    if absent := [param for param in all_of_it if id(param) not in given]:
+    given = {id(param) for param in params}
+    managed = list(params_of(reducing[0]))
+    if absent := [param for param in managed if id(param) not in given]:
         raise problem(
             what,
-            found=f"{len(all_of_it) - len(absent)} of the {len(all_of_it)} parameters of a DistMuon",
+            found=f"{len(managed) - len(absent)} of the {len(managed)} parameters of a DistMuon",
             needed="the reduced gradient's norm is that of all of them",
             cure="pass all parameters of the model",
         )
@@ -96,19 +97,19 @@ def reduced_by(what: str, params: Iterable[Tensor]) -> DistMuon | None:
 
 
 def averaged_model(model: nn.Module) -> bool:
-    """Whether DistMuon averages the gradients of `model`; `ValueError` where that is so of a part of them only."""
+    """Whether DistMuon averages the gradients of `model`. Raises `ValueError` if it averages only some of them."""
     params = [param for param in model.parameters() if param.requires_grad]
-    ours = {id(param) for optimizer in averaging_managers_of(params) for param in params_of(optimizer)}
-    num_others = sum(id(param) not in ours for param in params)
-    if ours and num_others:
+    averaged = {id(param) for optimizer in averaging_managers_of(params) for param in params_of(optimizer)}
+    num_foreign = sum(id(param) not in averaged for param in params)
+    if averaged and num_foreign:
         raise problem(
             type(model).__name__,
-            found=f"{num_others} of {len(params)} trainable parameters are not DistMuon's",
-            needed="DDP would average all of them, and DistMuon some a second time",
+            found=f"{num_foreign} of {len(params)} trainable parameters are not DistMuon's",
+            needed="DDP would average all of them, and DistMuon some of them again",
             cure="give DistMuon the whole model (routes decide on AdamW), freeze the rest, or prepare the parts "
-            "as models",
+            "as separate models",
         )
-    return bool(ours)
+    return bool(averaged)
 
 
 def params_of(optimizer: DistMuon) -> Iterable[Tensor]:

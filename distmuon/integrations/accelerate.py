@@ -1,13 +1,15 @@
-"""Hugging Face accelerate: `prepare` in the place of `accelerator.prepare`.
+"""Hugging Face accelerate: `prepare` replaces `accelerator.prepare`.
 
     accelerator = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=4)
     model, optimizer, loader = distmuon.integrations.accelerate.prepare(accelerator, model, optimizer, loader)
 
-What a DistMuon trains is not wrapped in DDP: nothing else averages, no second set of gradient buckets is held. Models
-of other optimizers are wrapped as ever, and so are those of a DistMuon with grad_reduction="external".
-`accumulate`, `no_sync`, `clip_grad_norm_`, `save_state`, `load_state`, `optimizer_step_was_skipped` stay the
-accelerator's own words and go to the optimizer whose parameters are meant, whatever was prepared when.
-With "fp16" a `distmuon.GradScaler` of the same settings stands in the place of the accelerator's.
+A model that a DistMuon trains is not wrapped in DDP, so its gradients are averaged once, and no second set of gradient
+buckets is held. Models of other optimizers, and of a DistMuon with grad_reduction="external", are wrapped as usual.
+The accelerator's `accumulate`, `no_sync`, `clip_grad_norm_`, `save_state`, `load_state` and
+`optimizer_step_was_skipped` keep working; each call goes to the optimizer that manages the parameters. With "fp16" a
+`distmuon.GradScaler` with the same settings replaces the accelerator's scaler.
+
+This module decides which accelerator methods are replaced; it knows no step and no layout.
 """
 
 from __future__ import annotations
@@ -34,15 +36,15 @@ from distmuon.optimizer import DistMuon
 
 accelerate: Any = need("accelerate", "accelerate")
 
-OURS = "distmuon.integrations.accelerate.prepare"
+PREPARE = "distmuon.integrations.accelerate.prepare"
 
 
 def prepare(accelerator: Any, *objects: Any, device_placement: list[bool] | None = None) -> Any:
-    """What `accelerator.prepare(*objects)` returns: models, optimizers, loaders and schedulers in their order, any
-    number of each. What is prepared later may go through `accelerator.prepare` as well.
+    """Call `accelerator.prepare(*objects)` for any number of models, optimizers, loaders and schedulers.
 
-    Raises `ValueError` for FSDP, Megatron, tensor parallelism, fp8, and `sync_each_batch`; and where the model of a
-    DistMuon is neither among `objects` nor prepared yet, or is wrapped in DDP already.
+    Returns them in order. Later objects may go through `accelerator.prepare` as well. Raises `ValueError` for FSDP,
+    Megatron, tensor parallelism, fp8 and `sync_each_batch`; and if the model of a DistMuon is neither among `objects`
+    nor prepared, or is wrapped in DDP already.
     """
     if accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED:
         return _prepare_deepspeed(accelerator, *objects)
@@ -53,33 +55,33 @@ def prepare(accelerator: Any, *objects: Any, device_placement: list[bool] | None
 
 
 def _check_objects(accelerator: Any, objects: tuple[Any, ...]) -> None:
-    """Refuse what `accelerator.prepare` would accept and train wrongly."""
-    kinds = ", ".join(type(each).__name__ for each in objects) or "nothing"
-    ours = [each for each in objects if isinstance(each, DistMuon)]
-    if not ours:
+    """Refuse objects that `accelerator.prepare` would accept and train wrongly."""
+    kinds = ", ".join(type(item).__name__ for item in objects) or "nothing"
+    optimizers = [item for item in objects if isinstance(item, DistMuon)]
+    if not optimizers:
         raise problem(
-            OURS,
+            PREPARE,
             found=f"no DistMuon in ({kinds})",
             needed="the optimizer and its model are needed",
-            cure="pass model and optimizer in one call; what has no DistMuon goes through accelerator.prepare",
+            cure="pass model and optimizer in one call; objects without a DistMuon go through accelerator.prepare",
         )
-    models = [each for each in (*objects, *accelerator._models) if isinstance(each, nn.Module)]
+    models = [item for item in (*objects, *accelerator._models) if isinstance(item, nn.Module)]
     held = {id(param) for model in models for param in model.parameters()}
-    for optimizer in ours:
+    for optimizer in optimizers:
         if any(id(param) not in held for param in params_of(optimizer)):
             raise problem(
-                OURS,
+                PREPARE,
                 found=f"a DistMuon without its model in ({kinds})",
-                needed="the model that it trains is needed beside it",
+                needed="the model that it trains is needed, too",
                 cure="pass the model, as an nn.Module, in the same call",
             )
     for model in models:
         if isinstance(model, nn.parallel.DistributedDataParallel) and averaging_managers_of(model.parameters()):
             raise problem(
-                OURS,
+                PREPARE,
                 found=f"the model of a DistMuon in DistributedDataParallel, in ({kinds}) or from accelerator.prepare",
-                needed="one reduction of the gradients is needed",
-                cure='pass the unwrapped model to this function alone, or let DDP average: grad_reduction="external"',
+                needed="gradients must be reduced once",
+                cure='pass the unwrapped model to this function only, or let DDP average: grad_reduction="external"',
             )
 
 
@@ -96,26 +98,28 @@ def check(accelerator: Any) -> None:
     if accelerator.mixed_precision not in ("no", "bf16", "fp16"):
         raise problem(
             "accelerator",
-            found=f"mixed_precision={accelerator.mixed_precision!r}, which exchanges layers of the model",
-            needed="parameters that stay as they are, are needed",
+            found=f"mixed_precision={accelerator.mixed_precision!r}, which replaces layers of the model",
+            needed="the parameters must stay the same objects",
             cure='use mixed_precision="bf16" or "fp16"',
         )
     if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         raise problem(
             "accelerator",
             found="sync_each_batch=True, a reduction for every micro-batch",
-            needed="one reduction a step is needed",
+            needed="gradients must be reduced once a step",
             cure="leave it out: distmuon's buckets take no more memory with accumulation",
         )
 
 
 def route(accelerator: Any) -> None:
-    """Lead what this accelerator does with models and gradients to the DistMuon that manages the parameters, if one
-    does. See [Note: whose parameters]. May be called again."""
+    """Replace methods of this accelerator by methods that call the DistMuon that manages the parameters. Idempotent.
+
+    See [Note: call targets].
+    """
     check(accelerator)
     if accelerator.scaler is not None and not isinstance(accelerator.scaler, _Scaler):
         replaced, accelerator.scaler = accelerator.scaler, _Scaler.in_place_of(accelerator.scaler, accelerator.device)
-        for prepared in accelerator._optimizers:  # of another model, before ours: one loss scale for all
+        for prepared in accelerator._optimizers:  # optimizers that were prepared earlier share the loss scale
             if getattr(prepared, "scaler", None) is replaced:
                 prepared.scaler = accelerator.scaler
     if isinstance(getattr(accelerator.clip_grad_norm_, "__self__", None), _Routed):
@@ -129,18 +133,18 @@ def route(accelerator: Any) -> None:
 
 
 class _Routed:
-    """The methods that stand in the place of one accelerator's own."""
+    """Replacements for methods of an accelerator."""
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = weakref.proxy(accelerator)
-        self._own = type(accelerator)
+        self._class = type(accelerator)
 
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> Any:
-        """Without DDP where DistMuon reduces."""
+        """Prepare `model`, without DDP if DistMuon averages its gradients."""
         is_averaged = averaged_model(model)
-        prepared = self._own.prepare_model(
+        prepared = self._class.prepare_model(
             self._accelerator, model, device_placement=device_placement, evaluation_mode=evaluation_mode or is_averaged
         )
         if is_averaged:
@@ -148,13 +152,12 @@ class _Routed:
         return prepared
 
     def no_sync(self, model: nn.Module | None = None) -> AbstractContextManager[Any]:
-        """`model` None: all that the accelerator has prepared."""
+        """Skip the reduction for `model`; None: for all models that the accelerator has prepared."""
         models = self._accelerator._models if model is None else [model]
         stack = ExitStack()
-        for each in models:
-            ours = averaging_managers_of(each.parameters())
-            contexts = [optimizer.no_sync() for optimizer in ours] or [self._own.no_sync(self._accelerator, each)]
-            for context in contexts:
+        for item in models:
+            contexts = [optimizer.no_sync() for optimizer in averaging_managers_of(item.parameters())]
+            for context in contexts or [self._class.no_sync(self._accelerator, item)]:
                 stack.enter_context(context)
         return stack
 
@@ -172,26 +175,26 @@ class _Routed:
         if reducing_managers_of(params):
             raise problem(
                 "clip_grad_value_",
-                found="asked for",
-                needed="gradients are in the reduction, where only the norm is known",
+                found=f"clip_value={clip_value}",
+                needed="gradients are reduced in shards, and only their norm is known",
                 cure="use accelerator.clip_grad_norm_",
             )
         self._unscale(params)
         torch.nn.utils.clip_grad_value_(params, clip_value)
 
     def join_uneven_inputs(self, joinables: list[Any], even_batches: bool | None = None) -> Any:
-        for each in joinables:
-            if isinstance(each, DistMuon) or (isinstance(each, nn.Module) and averaged_model(each)):
+        for item in joinables:
+            if isinstance(item, DistMuon) or (isinstance(item, nn.Module) and averaged_model(item)):
                 raise problem(
                     "join_uneven_inputs",
                     found="a model that DistMuon reduces",
                     needed="every rank must run every backward of a step",
                     cure="leave it out: Accelerator(even_batches=True), the default, evens the batches",
                 )
-        return self._own.join_uneven_inputs(self._accelerator, joinables, even_batches)
+        return self._class.join_uneven_inputs(self._accelerator, joinables, even_batches)
 
     def _unscale(self, params: list[Tensor]) -> None:
-        """Undo the loss scale of those optimizers alone that hold `params`: others may be in the middle of a step."""
+        """Undo the loss scale only for optimizers that hold `params`: the others may be in the middle of a step."""
         wanted = {id(param) for param in params}
         for prepared in self._accelerator._optimizers:
             if any(id(param) in wanted for group in prepared.param_groups for param in group["params"]):
@@ -204,7 +207,7 @@ def _listed(parameters: Any) -> list[Tensor]:
 
 
 def _give_no_sync(model: Any) -> None:
-    """`model.no_sync`, which models have where DDP wraps them."""
+    """Give `model` the method `no_sync`, which models have if DDP wraps them."""
     model_ref = weakref.ref(model)
 
     def no_sync() -> AbstractContextManager[None]:
@@ -216,7 +219,7 @@ def _give_no_sync(model: Any) -> None:
 
 @contextmanager
 def _no_sync(optimizers: list[DistMuon]) -> Iterator[None]:
-    """Accumulate, and take no step meanwhile: with DDP each rank would step by itself (accelerate's LocalSGD)."""
+    """Accumulate gradients, and refuse steps: with DDP every rank would step alone (accelerate's LocalSGD)."""
     with ExitStack() as stack:
         for optimizer in optimizers:
             stack.enter_context(optimizer.no_sync())
@@ -227,30 +230,30 @@ def _no_sync(optimizers: list[DistMuon]) -> Iterator[None]:
 def _no_local_step(*_: object) -> None:
     raise problem(
         "step",
-        found="called within model.no_sync(), as accelerate's LocalSGD does, where each rank would go its own way",
-        needed="ranks that step together are needed: each holds a shard of the optimizer's state",
-        cure="leave LocalSGD out, and accumulate by accelerator.accumulate(model) for fewer reductions",
+        found="called within model.no_sync(), as accelerate's LocalSGD does, where every rank would step alone",
+        needed="all ranks must step together, since each rank holds a shard of the optimizer's state",
+        cure="leave LocalSGD out, and use accelerator.accumulate(model) for fewer reductions",
     )
 
 
 class _Scaler(GradScaler):
-    """Tells accelerate of a skip, so that schedulers wait: its wrapper looks whether its patched `step` was called."""
+    """Scaler that shows skipped steps to accelerate, which checks whether its patched `step` was called."""
 
     def _maybe_opt_step(
         self, optimizer: torch.optim.Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any
     ) -> float | None:
         if not isinstance(optimizer, DistMuon) or not self._overflowed(optimizer_state):
             return super()._maybe_opt_step(optimizer, optimizer_state, *args, **kwargs)
-        DistMuon.step(optimizer)  # which all ranks skip and count
+        DistMuon.step(optimizer)  # all ranks skip this step and count it
         return None
 
     def _overflowed(self, optimizer_state: dict[str, Any]) -> bool:
-        """Reads the device, as torch's own scaler does."""
+        """Whether gradients overflowed; waits for the device, as torch's scaler does."""
         return any(bool(flag) for flag in optimizer_state["found_inf_per_device"].values())
 
 
 def _prepare_deepspeed(accelerator: Any, *objects: Any) -> Any:
-    """Under accelerate's DeepSpeed plugin the engine is accelerate's, and led by the DeepSpeed integration."""
+    """Prepare under accelerate's DeepSpeed plugin: accelerate makes the engine, and our DeepSpeed module manages it."""
     from distmuon.integrations import deepspeed
 
     deepspeed.register()

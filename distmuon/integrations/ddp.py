@@ -1,12 +1,13 @@
-"""Plain `DistributedDataParallel`, kept for what it does in forward, relieved of the gradients.
+"""Plain `DistributedDataParallel`: the wrapper stays for its work in forward, and distmuon reduces the gradients.
 
-Two ways. `DistMuon(ddp_model, grad_reduction="external")` lets DDP average (twice the traffic, no overlap with ours).
-`silence` keeps the wrapper (buffer broadcasts, inputs to the device, `no_sync`) and lets distmuon reduce.
+With `DistMuon(ddp_model, grad_reduction="external")` DDP averages (twice the traffic, and no overlap with distmuon's
+collectives). `silence` keeps the wrapper (buffer broadcasts, inputs to the device, `no_sync`) and lets distmuon reduce.
+This module decides when a backward reduces; it knows no bucket.
 
 [Note: the flag] DDP averages in the backward of a forward that found `require_backward_grad_sync` True. `no_sync`
-clears it for its block; many loops write it themselves, a micro-batch at a time, and never call `no_sync`. So the flag
-is read in each forward, where DDP reads it. `no_sync` around the backward alone counts too: DDP would average once more
-than needed there, to the same end, while a second reduction of ours is refused.
+clears the flag for its block; many loops write it themselves for every micro-batch, and never call `no_sync`. So the
+flag is read in each forward, as DDP does. `no_sync` around only the backward counts, too: there DDP would average once
+more than needed, with the same result, but distmuon refuses a second reduction.
 """
 
 from collections.abc import Iterator
@@ -22,12 +23,11 @@ from distmuon.optimizer import DistMuon
 
 
 def silence(model: DistributedDataParallel, optimizer: DistMuon) -> DistributedDataParallel:
-    """`model`, whose buckets are no longer reduced, and whose `no_sync` and `require_backward_grad_sync` are the
-    optimizer's as well; see [Note: the flag].
+    """Stop DDP's reduction of `model`, and let its `no_sync` and `require_backward_grad_sync` control the optimizer.
 
-    `optimizer` holds `model.module`. DDP keeps its buckets in memory (as many bytes as the gradients): without DDP
-    there are none. Raises `ValueError` for grad_reduction="external", for parameters that are not all the optimizer's,
-    and for arguments in another order.
+    `optimizer` trains `model.module`; see [Note: the flag]. Returns `model`. DDP keeps its buckets in memory (as many
+    bytes as the gradients). Raises `ValueError` for grad_reduction="external", for trainable parameters that are not
+    the optimizer's, and for arguments in another order.
     """
     if not isinstance(model, DistributedDataParallel) or not isinstance(optimizer, DistMuon):
         raise problem(
@@ -40,23 +40,24 @@ def silence(model: DistributedDataParallel, optimizer: DistMuon) -> DistributedD
         raise problem(
             "DistributedDataParallel",
             found='silenced with grad_reduction="external"',
-            needed="somebody has to average",
-            cure="drop one of the two",
+            needed="DDP or distmuon must average the gradients",
+            cure='leave out silence or grad_reduction="external"',
         )
-    reduced, trained = {id(p) for p in params_of(optimizer)}, [p for p in model.parameters() if p.requires_grad]
-    if num_others := sum(id(param) not in reduced for param in trained):
+    reduced = {id(p) for p in params_of(optimizer)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if num_foreign := sum(id(param) not in reduced for param in trained):
         raise problem(
             "silence",
-            found=f"{num_others} of the wrapper's {len(trained)} trainable parameters are not the optimizer's",
-            needed="somebody has to average them",
-            cure="silence the wrapper of what this optimizer trains, and that alone",
+            found=f"{num_foreign} of the wrapper's {len(trained)} trainable parameters are not the optimizer's",
+            needed="the gradients of all trainable parameters must be averaged",
+            cure="silence only a wrapper whose trainable parameters are all this optimizer's",
         )
     if model.static_graph:
         raise problem(
             "DistributedDataParallel",
             found="silenced with static_graph=True",
-            needed="a reduction that may be left out is needed",
-            cure="leave static_graph out: it tunes DDP's own reduction",
+            needed="DDP's reduction must be optional",
+            cure="leave static_graph out: it only tunes DDP's reduction",
         )
     setattr(model, SILENCED, True)
     flag = _Flag(optimizer)
@@ -77,9 +78,9 @@ def silence(model: DistributedDataParallel, optimizer: DistMuon) -> DistributedD
 
 
 class _Flag:
-    """`require_backward_grad_sync`, told to the optimizer and cleared while DDP's own forward runs.
+    """Passes `require_backward_grad_sync` on to the optimizer, and clears it while DDP's forward runs.
 
-    So DDP prepares no reduction for the backward that follows, and reads and writes no `param.grad` in it.
+    So DDP prepares no reduction for the next backward, and neither reads nor writes `param.grad` in it.
     """
 
     def __init__(self, optimizer: DistMuon) -> None:
@@ -87,7 +88,7 @@ class _Flag:
         self._last = self._found = True
 
     def before(self, model: DistributedDataParallel, _args: object) -> None:
-        """Told when it changes, so that `optimizer.no_sync` around forwards that leave it alone counts as well."""
+        """Pass the flag on only if it has changed, so that `optimizer.no_sync` works for loops that never write it."""
         self._found = bool(model.require_backward_grad_sync)
         if torch.is_grad_enabled() and self._found != self._last:
             self._last = self._found
@@ -95,12 +96,12 @@ class _Flag:
         model.require_backward_grad_sync = False
 
     def after(self, model: DistributedDataParallel, _args: object, _output: object) -> None:
-        """DDP sends its module buffers in the forward that follows one whose gradients are reduced."""
+        """Restore the flags. DDP sends module buffers in the forward after a forward whose gradients are reduced."""
         model.require_backward_grad_sync = self._found
         if torch.is_grad_enabled():
             model.require_forward_param_sync = self._found
 
     def repeat(self) -> None:
-        """The block of `no_sync` has ended and the forward before this has not: its backward is still to come."""
+        """Pass the flag on again after a block of `no_sync`, if the backward of a forward without sync is to come."""
         if not self._last:
             self._optimizer.set_requires_gradient_sync(False)

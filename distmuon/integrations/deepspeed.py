@@ -1,22 +1,24 @@
-"""DeepSpeed: the engine trains, distmuon reduces, clips and shards. ZeRO stage 0, because distmuon is the ZeRO-1.
+"""DeepSpeed: the engine trains; distmuon reduces, clips and shards. It runs at ZeRO stage 0, since distmuon is ZeRO-1.
 
     distmuon.integrations.deepspeed.register()         # then in any launch: {"optimizer": {"type": "DistMuon", ...}}
     engine, optimizer, _, scheduler = distmuon.integrations.deepspeed.initialize(model=model, config=config)
 
-`initialize` is `register` and `deepspeed.initialize`. Stage >= 1, fp16 and pipelines are refused.
+`initialize` is `register` followed by `deepspeed.initialize`. Stage >= 1, fp16 and pipelines are refused.
 
-[Note: the seams] Of DeepSpeed's own code these are used: the private method `_configure_optimizer`, replaced by
-`register` so that the optimizer is made from the engine's module, which has been cast and moved by then, and is not
-wrapped; `optimizer.get_grads_for_reduction`, which the engine asks at the last micro-batch and which tells it to
-average nothing; `optimizer.set_gradient_accumulation_boundary`, by which accelerate says before a backward whether it
-is the last; `_global_grad_norm` and `overflow`, read after the step. Written for 0.19.8; `register` raises under other
-versions, or where a seam is missing, and each engine is looked at once more after it has configured its optimizer.
+[Note: the seams] This module depends on these parts of DeepSpeed. `register` replaces the private method
+`_configure_optimizer`, so that the optimizer is made from the engine's module after it has been cast and moved, and is
+not wrapped. The engine calls `optimizer.get_grads_for_reduction` at the last micro-batch; the answer tells it to
+average nothing. accelerate calls `optimizer.set_gradient_accumulation_boundary` before a backward to say whether it is
+the last. The engine reads `_global_grad_norm` and `overflow` after the step. The module is written for 0.19.8:
+`register` raises under other versions and if a seam is missing, and every engine is checked again after it has
+configured its optimizer.
 
-[Note: bf16] The engine's bf16 block does two things at stage 0: it casts the parameters (buffers stay float32) and it
-wraps the optimizer in masters of its own, with another order of clipping and reduction. The cast is over when the
-optimizer is configured. While it is, the flag is off, so that nothing is wrapped: masters are distmuon's. Afterwards it
-is on again, because scripts cast their inputs by `engine.bfloat16_enabled()`. What the engine decides by it later makes
-no difference here: it clears gradients by `optimizer.zero_grad`, and passes `load_optimizer_states` when it loads.
+[Note: bf16] At stage 0 the engine's bf16 setting does two things: it casts the parameters (buffers stay float32), and
+it wraps the optimizer in an optimizer with its own masters and another order of clipping and reduction. The cast is
+done before the optimizer is configured. The flag is off while it is configured, so that it is not wrapped and distmuon
+keeps the masters. Then the flag is on again, because scripts cast their inputs by `engine.bfloat16_enabled()`. Its
+later uses in the engine have no effect here: it clears gradients by `optimizer.zero_grad`, and passes
+`load_optimizer_states` when it loads.
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ from distmuon.options import Precision, Route, Sharding
 deepspeed: Any = need("deepspeed", "deepspeed")
 
 NAME = "DistMuon"
-_SEAM = "_configure_optimizer"
+_METHOD = "_configure_optimizer"
 _RENAMED = {"betas": "adamw_betas", "eps": "adamw_eps"}  # as transformers fills them in
-_KEEPS_RATIO = {  # DeepSpeed's other schedulers write the same lr into every group
+_KEEPS_RATIO = {  # schedulers that scale each group's lr; DeepSpeed's other schedulers set one lr for all groups
     None,
     "WarmupCosineLR",
     "ConstantLR",
@@ -56,14 +58,14 @@ _KEEPS_RATIO = {  # DeepSpeed's other schedulers write the same lr into every gr
 
 
 def register() -> None:
-    """Make ``{"optimizer": {"type": "DistMuon", "params": {...}}}`` known to DeepSpeed. May be called again.
+    """Make ``{"optimizer": {"type": "DistMuon", "params": {...}}}`` known to DeepSpeed. Idempotent.
 
-    `params`: the arguments of `DistMuon`; sharding, precision and each of the routes as an object with the fields of
-    `Sharding`, `Precision` and `Route`, dtypes by name: ``{"precision": {"momentum": "bfloat16"}}``.
-    A `DistMuon` given to `deepspeed.initialize` as optimizer= is then led, and refused, in the same way.
+    `params` holds the arguments of `DistMuon`; sharding, precision and the routes are objects with the fields of
+    `Sharding`, `Precision` and `Route`, and dtypes are names: ``{"precision": {"momentum": "bfloat16"}}``.
+    A `DistMuon` passed to `deepspeed.initialize` as optimizer= is then checked and managed in the same way.
     """
     engine_class = deepspeed.DeepSpeedEngine
-    original: Any = getattr(engine_class, _SEAM, None)
+    original: Any = getattr(engine_class, _METHOD, None)
     if getattr(original, "knows_distmuon", False):
         return
     version = (deepspeed.__version_major__, deepspeed.__version_minor__, deepspeed.__version_patch__)
@@ -72,7 +74,7 @@ def register() -> None:
     if not lowest <= version < below or takes != ["self", "client_optimizer", "model_parameters"]:
         raise problem(
             "deepspeed",
-            found=f"version {deepspeed.__version__}, {_SEAM}({', '.join(takes)})",
+            found=f"version {deepspeed.__version__}, {_METHOD}({', '.join(takes)})",
             needed="the engine's seams of 0.19.8 are needed",
             cure='pip install "deepspeed>=0.19.8,<0.20"',
         )
@@ -95,62 +97,64 @@ def register() -> None:
             raise problem(
                 "DeepSpeed config",
                 found=f"{type(engine.optimizer).__name__} around DistMuon",
-                needed="the optimizer itself is needed: its masters and its reduction are the only ones",
-                cure="take what asks for the wrapper out of the config",
+                needed="DistMuon must not be wrapped: it alone keeps masters and reduces gradients",
+                cure="remove the setting that asks for the wrapper from the config",
             )
 
-    torch.optim.DistMuon = DistMuon  # type: ignore[attr-defined]  # DeepSpeed looks there whether it knows a name
+    torch.optim.DistMuon = DistMuon  # type: ignore[attr-defined]  # DeepSpeed looks names up there
     configure.knows_distmuon = True  # type: ignore[attr-defined]
-    setattr(engine_class, _SEAM, configure)
+    setattr(engine_class, _METHOD, configure)
 
 
 def initialize(
     *, model: nn.Module, config: Mapping[str, Any] | str | Path, optimizer: DistMuon | None = None, **kwargs: Any
 ) -> tuple[Any, Any, Any, Any]:
-    """`deepspeed.initialize(...)`: (engine, optimizer, dataloader, scheduler).
+    """Call `deepspeed.initialize`; return (engine, optimizer, dataloader, scheduler).
 
-    `config` names DistMuon, or `optimizer` is one. Other optimizers and stages are refused before an engine is made.
+    `config` names DistMuon, or `optimizer` is a DistMuon. Other optimizers and stages are refused before an engine is
+    made.
     """
-    settled = _read(config)
+    settings = _loaded_json(config)
     register()
-    if optimizer is None and settled.get("optimizer", {}).get("type") != NAME:
+    if optimizer is None and settings.get("optimizer", {}).get("type") != NAME:
         raise problem(
             "initialize",
-            found=f"optimizer {settled.get('optimizer', {}).get('type')!r} in the config",
-            needed="DistMuon is needed, there or as optimizer=",
+            found=f"optimizer {settings.get('optimizer', {}).get('type')!r} in the config",
+            needed="DistMuon is needed, in the config or as optimizer=",
             cure=f'write "optimizer": {{"type": "{NAME}", "params": {{...}}}}',
         )
-    check_stage(int(settled.get("zero_optimization", {}).get("stage", 0)))
-    engine, *rest = deepspeed.initialize(model=model, config=settled, optimizer=optimizer, **kwargs)
+    check_stage(int(settings.get("zero_optimization", {}).get("stage", 0)))
+    engine, *rest = deepspeed.initialize(model=model, config=settings, optimizer=optimizer, **kwargs)
     return engine, rest[0], rest[1], rest[2]
 
 
 def take_over(engine: Any, optimizer: DistMuon) -> None:
-    """Lead the engine's clipping and its accumulation to `optimizer`; refuse an engine that would train wrongly.
+    """Pass the engine's clipping and accumulation on to `optimizer`; refuse an engine that would train wrongly.
 
-    `register` calls it for each engine, when the model has been cast and before the optimizer could be wrapped.
+    `register` calls this for each engine, after the model has been cast and before the optimizer could be wrapped.
     """
     _check(engine, optimizer)
     if (max_norm := float(engine.gradient_clipping() or 0.0)) > 0.0:  # DeepSpeed's default is 1.0
         optimizer.options = replace(optimizer.options, max_grad_norm=max_norm)
     engine._config.gradient_clipping = 0.0
     for param in engine.module.parameters():
-        if hasattr(param, "use_muon"):  # DeepSpeed's own Muon looks for the tag, and for "muon" in class names
+        if hasattr(param, "use_muon"):  # DeepSpeed's Muon looks for this attribute, and for "muon" in class names
             del param.use_muon
-    optimizer.engine_is_led = True
+    optimizer.managed_by_integration = True
     engine_ref, optimizer_ref = weakref.ref(engine), weakref.ref(optimizer)
 
     def before_forward(_module: nn.Module, _args: object) -> None:
-        its, ours = engine_ref(), optimizer_ref()
-        if its is not None and ours is not None:  # unmanaged, the boundary is the engine's step, and never known here
-            ours.set_requires_gradient_sync(its.is_gradient_accumulation_boundary() and not its.inside_no_sync_ctxt)
+        engine, optimizer = engine_ref(), optimizer_ref()
+        if engine is not None and optimizer is not None:
+            is_last = engine.is_gradient_accumulation_boundary() and not engine.inside_no_sync_ctxt
+            optimizer.set_requires_gradient_sync(is_last)
 
     untraced = torch.compiler.disable(before_forward)
     engine.module.register_forward_pre_hook(untraced, prepend=True)
 
 
 def check_stage(stage: int) -> None:
-    """Refuse DeepSpeed's ZeRO: it would flatten and cut the parameters under our shards."""
+    """Refuse DeepSpeed's ZeRO, which would flatten and cut the parameters."""
     if stage >= 1:
         raise problem(
             f"zero_optimization.stage {stage}",
@@ -166,46 +170,47 @@ def _check(engine: Any, optimizer: DistMuon) -> None:
     given = engine.scheduler_params() or {}
     has_lists = any(isinstance(value, list) for value in given.values())
     one_lr_for_all = engine.scheduler_name() not in _KEEPS_RATIO and not has_lists
-    clip, own_clip = float(engine.gradient_clipping() or 0.0), optimizer.options.max_grad_norm
+    clip = float(engine.gradient_clipping() or 0.0)
+    max_grad_norm = optimizer.options.max_grad_norm
     ranks = engine.dp_world_size if engine.sequence_parallel_size == 1 else 0
     if engine.pipeline_parallelism:
-        found, cure = "a PipelineModule, whose engine reduces by itself", "use the plain engine"
+        found, cure = "a PipelineModule, whose engine reduces gradients itself", "use the plain engine"
     elif engine.fp16_enabled() or engine.torch_autocast_z0_gradscaler is not None:
         found = "fp16, which scales the loss"
-        cure = 'use bfloat16 ("bf16": {"enabled": true}), or distmuon.GradScaler in a loop of your own'
+        cure = 'use bfloat16 ("bf16": {"enabled": true}), or distmuon.GradScaler in your own loop'
     elif engine.has_moe_layers:
-        found, cure = "deepspeed.moe layers, reduced over groups of their own", "use expert stacks of the plain model"
+        found, cure = "deepspeed.moe layers, reduced over separate groups", "use expert stacks in a plain model"
     elif ranks != optimizer.group.dp_size:
         found = f"an engine that averages over other ranks than the {optimizer.group.dp_size} of the optimizer's group"
-        cure = "take tensor and sequence parallelism (mpu) out, or give DistMuon the engine's group as process_group="
+        cure = "remove tensor and sequence parallelism (mpu), or pass the engine's group to DistMuon as process_group="
     elif not engine.gradient_average:
         found, cure = 'gradient_allreduce_op "sum"', 'use "mean", and a larger loss if you need one'
     elif engine._config.grad_accum_dtype not in (None, "fp32"):
         found = f"grad_accum_dtype {engine._config.grad_accum_dtype!r}, for buffers that the engine does not have here"
-        cure = 'take it out, or write "precision": {"reduce": ...} in the optimizer\'s params'
-    elif own_clip is not None and 0.0 < clip != own_clip:
-        found = f"gradient_clipping {clip} (1.0 if not given) beside the optimizer's max_grad_norm {own_clip}"
-        cure = 'write "gradient_clipping" alone'
+        cure = 'remove it, or write "precision": {"reduce": ...} in the optimizer\'s params'
+    elif max_grad_norm is not None and clip > 0.0 and clip != max_grad_norm:
+        found = f"gradient_clipping {clip} (1.0 if not given) and the optimizer's max_grad_norm {max_grad_norm}"
+        cure = 'set only "gradient_clipping"'
     elif one_lr_for_all and len(lrs) > 1:
-        found = f"scheduler {engine.scheduler_name()}, which gives groups of lr {sorted(lrs)} one and the same"
-        cure = "write its lrs as lists, one a group, or pass a torch scheduler as lr_scheduler="
+        found = f"scheduler {engine.scheduler_name()}, which sets one lr for groups of lr {sorted(lrs)}"
+        cure = "write its lrs as lists with an entry for each group, or pass a torch scheduler as lr_scheduler="
     else:
         return
     raise problem(
         "DeepSpeed config",
         found=found,
-        needed="one reduction, one set of masters and two learning rates are kept",
+        needed="one reduction, one set of masters and the learning rate of each group are kept",
         cure=cure,
     )
 
 
 def _from_json(engine: Any, model_parameters: Any) -> DistMuon:
-    """The optimizer that the config describes, for all that the engine's module trains."""
+    """Make the optimizer that the config describes, for all trainable parameters of the engine's module."""
     entries = [entry if isinstance(entry, dict) else {"params": [entry]} for entry in model_parameters]
-    if own := sorted({key for entry in entries for key in entry if key != "params"}):
+    if keys := sorted({key for entry in entries for key in entry if key != "params"}):
         raise problem(
             "model_parameters",
-            found=f"groups with {', '.join(own)} of their own",
+            found=f"groups with their own {', '.join(keys)}",
             needed="distmuon makes the groups by its routes",
             cure='write them as routes: {"pattern": "*norm*", "rule": "adamw", "options": {"weight_decay": 0.0}}',
         )
@@ -216,13 +221,13 @@ def _from_json(engine: Any, model_parameters: Any) -> DistMuon:
             "model_parameters",
             found=f"{len(given)} of the model's {len(trained)} trainable parameters",
             needed="distmuon routes the whole model",
-            cure="leave model_parameters out and freeze what shall not be trained",
+            cure="leave model_parameters out and freeze the parameters that must not be trained",
         )
     return DistMuon(engine.module, **_options(engine.optimizer_params() or {}))
 
 
 def _options(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `DistMuon` from JSON."""
+    """Convert JSON to arguments of `DistMuon`."""
     options = {_RENAMED.get(key, key): value for key, value in params.items()}
     for key, kind in (("sharding", Sharding), ("precision", Precision)):
         if isinstance(options.get(key), Mapping):
@@ -236,7 +241,7 @@ def _options(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _policy(name: str, kind: type[Sharding] | type[Precision], entries: Mapping[str, Any]) -> Sharding | Precision:
-    """The policy with the fields that the JSON gives; the class itself refuses values."""
+    """Make the policy with the fields of the JSON; the class itself checks the values."""
     known = [field.name for field in fields(kind)]
     if unknown := [key for key in entries if key not in known]:
         found = f"{kind.__name__} has no such field"
@@ -246,7 +251,7 @@ def _policy(name: str, kind: type[Sharding] | type[Precision], entries: Mapping[
     return kind(**entries)
 
 
-def _read(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
+def _loaded_json(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     if isinstance(config, Mapping):
         return deepcopy(dict(config))
     loaded: dict[str, Any] = json.loads(Path(config).read_text())

@@ -1,14 +1,16 @@
-"""Lightning Fabric: a strategy that leaves to DistMuon what it trains, and `setup` in the place of `fabric.setup`.
+"""Lightning Fabric: a strategy that lets DistMuon reduce gradients, and `setup`, which replaces `fabric.setup`.
 
     fabric = Fabric(devices=8, strategy=distmuon.integrations.fabric.DistMuonStrategy(), precision="bf16-mixed")
     model, optimizer = distmuon.integrations.fabric.setup(fabric, model, optimizer)
 
-Models of other optimizers are wrapped in DDP as ever, and so are those of a DistMuon with grad_reduction="external".
-`fabric.backward`, `no_backward_sync`, `clip_gradients(max_norm=...)`, `save` and `load` stay Fabric's own words. With
-"16-mixed" a `distmuon.GradScaler` of the same settings stands in the place of the precision plugin's.
+Models of other optimizers, and of a DistMuon with grad_reduction="external", are wrapped in DDP as usual.
+`fabric.backward`, `no_backward_sync`, `clip_gradients(max_norm=...)`, `save` and `load` keep working. With "16-mixed" a
+`distmuon.GradScaler` with the same settings replaces the precision plugin's scaler.
+
+This module decides which models Fabric wraps and which optimizer a call means; it knows no step and no layout.
 
 [Note: rounded inputs] Fabric's mixed precisions round the float inputs of a model to 16 bits before its forward, and
-give its float outputs back in float32; torch.autocast alone does neither. Token numbers are not touched.
+return its float outputs in float32; torch.autocast does neither. Token ids are integers and stay as they are.
 """
 
 from __future__ import annotations
@@ -30,15 +32,15 @@ strategies: Any = need("lightning_fabric.strategies", "fabric")
 
 
 class _NoSync(strategies.strategy._BackwardSyncControl):  # type: ignore[misc]
-    """`own`: the strategy's, for modules in DDP."""
+    """Control of the reduction in backward; `ddp_control` is the strategy's, for modules in DDP."""
 
-    def __init__(self, own: Any) -> None:
-        self._own = own
+    def __init__(self, ddp_control: Any) -> None:
+        self._ddp_control = ddp_control
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
         optimizers = averaging_managers_of(module.parameters())
         if not enabled or not optimizers:
-            context: AbstractContextManager[Any] = self._own.no_backward_sync(module, enabled)
+            context: AbstractContextManager[Any] = self._ddp_control.no_backward_sync(module, enabled)
             return nullcontext() if not enabled else context
         stack = ExitStack()
         for optimizer in optimizers:
@@ -47,7 +49,7 @@ class _NoSync(strategies.strategy._BackwardSyncControl):  # type: ignore[misc]
 
 
 class DistMuonStrategy(strategies.DDPStrategy):  # type: ignore[misc]
-    """Fabric's DDP launcher and process group. A model that a DistMuon reduces stays unwrapped."""
+    """Fabric's DDP strategy, except that a model whose gradients DistMuon reduces is not wrapped."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -69,7 +71,7 @@ class DistMuonStrategy(strategies.DDPStrategy):  # type: ignore[misc]
             raise problem(
                 "DistMuonStrategy",
                 found="the model was set up before its DistMuon was made, and is wrapped in DDP",
-                needed="one reduction of the gradients is needed",
+                needed="gradients must be reduced once",
                 cure="make the optimizer first, then distmuon.integrations.fabric.setup(fabric, model, optimizer)",
             )
         return optimizer
@@ -77,7 +79,7 @@ class DistMuonStrategy(strategies.DDPStrategy):  # type: ignore[misc]
     def clip_gradients_norm(
         self, module: nn.Module, optimizer: Any, max_norm: float, norm_type: float = 2.0, **kwargs: Any
     ) -> Any:
-        """The averaged gradient's; a non-finite one is skipped by all ranks in `step`, so none raises here."""
+        """Clip the averaged gradient. All ranks skip a non-finite gradient in `step`, so this does not raise."""
         if not isinstance(optimizer, DistMuon) or optimizer.options.grad_reduction == "external":
             return super().clip_gradients_norm(module, optimizer, max_norm, norm_type, **kwargs)
         self.precision.unscale_gradients(optimizer)
@@ -90,7 +92,7 @@ class DistMuonStrategy(strategies.DDPStrategy):  # type: ignore[misc]
         raise problem(
             "clip_gradients",
             found=f"clip_val={clip_val}",
-            needed="gradients are in the reduction, where only the norm is known",
+            needed="gradients are reduced in shards, and only their norm is known",
             cure="use max_norm",
         )
 
@@ -100,7 +102,7 @@ class DistMuonStrategy(strategies.DDPStrategy):  # type: ignore[misc]
 
 
 def setup(fabric: Any, model: nn.Module, *optimizers: Any, **kwargs: Any) -> Any:
-    """What `fabric.setup` returns: (model, *optimizers). One model a call, and a DistMuon among its optimizers.
+    """Call `fabric.setup` for one model and its optimizers, a DistMuon among them; return (model, *optimizers).
 
     Raises `ValueError` for another strategy, and for arguments in another order.
     """
@@ -108,23 +110,24 @@ def setup(fabric: Any, model: nn.Module, *optimizers: Any, **kwargs: Any) -> Any
         raise problem(
             "Fabric",
             found=f"strategy {type(fabric.strategy).__name__}",
-            needed="gradients must be left to distmuon",
+            needed="distmuon must reduce the gradients",
             cure="pass strategy=distmuon.integrations.fabric.DistMuonStrategy()",
         )
-    ours = [each for each in optimizers if isinstance(each, DistMuon)]
+    distmuons = [optimizer for optimizer in optimizers if isinstance(optimizer, DistMuon)]
     held = {id(param) for param in model.parameters()} if isinstance(model, nn.Module) else set()
-    is_one_model = all(isinstance(each, Optimizer) for each in optimizers)
-    if not (ours and is_one_model and all(id(param) in held for each in ours for param in params_of(each))):
+    is_one_model = all(isinstance(optimizer, Optimizer) for optimizer in optimizers)
+    trained = [param for optimizer in distmuons for param in params_of(optimizer)]
+    if not (distmuons and is_one_model and all(id(param) in held for param in trained)):
         raise problem(
             "distmuon.integrations.fabric.setup",
-            found=f"({', '.join(type(each).__name__ for each in (model, *optimizers))})",
-            needed="one model and the DistMuon made of it are needed, in this order",
+            found=f"({', '.join(type(item).__name__ for item in (model, *optimizers))})",
+            needed="one model and the DistMuon made from it are needed, in this order",
             cure="call it once for each model; a model that has no DistMuon goes through fabric.setup",
         )
     precision = fabric.strategy.precision
     if getattr(precision, "scaler", None) is not None:
         if not isinstance(precision.scaler, GradScaler):
             precision.scaler = GradScaler.in_place_of(precision.scaler, precision.device)
-        for optimizer in ours:
-            optimizer.loss_scaling = True  # Fabric's clipping asks before the first step
+        for optimizer in distmuons:
+            optimizer.loss_scaling = True  # Fabric's clipping reads it before the first step
     return fabric.setup(model, *optimizers, **kwargs)

@@ -1,8 +1,9 @@
-"""Loss scaling for float16: `torch.amp.GradScaler` whose unscaling and overflow check see the reduced gradients.
+"""Loss scaling for float16: a `torch.amp.GradScaler` whose unscaling and overflow check see the reduced gradients.
 
-torch's own looks into `param.grad`, which is empty by then, and each rank would look by itself: one that overflows
-alone would skip a step that the others take. Here all ranks hold the guard's verdict. Where somebody else averages
-(`DistMuon.keeps_grads`), `param.grad` is averaged and stays, and torch's own scaler serves as well as this one.
+torch's scaler reads `param.grad`, which is empty by then, and on each rank separately: a rank that overflows alone
+would skip a step that the others take. Here all ranks use the verdict of the step. If gradients arrive averaged
+(`DistMuon.keeps_grads`), they stay in `param.grad`, and torch's scaler works as well as this class. This module decides
+only where the check happens; the optimizer does the unscaling.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ class GradScaler(torch.amp.GradScaler):
     """Drop-in for `torch.amp.GradScaler` (same arguments and state) around `DistMuon` and other optimizers.
 
     ``scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update()``, with ``scaler.unscale_(optimizer)`` and
-    ``optimizer.clip_grad_norm_`` in between if wanted. `DistMuon.step` is called in any case and skips by itself.
+    ``optimizer.clip_grad_norm_`` in between if wanted. `DistMuon.step` is always called, and itself decides to skip.
     """
 
     @classmethod
     def in_place_of(cls, scaler: torch.amp.GradScaler, device: torch.device | str) -> GradScaler:
-        """A scaler for `device` with the settings and the state of `scaler`: for trainers that made torch's own."""
-        ours = cls(torch.device(device).type, enabled=scaler.is_enabled())
-        ours.load_state_dict(scaler.state_dict())
-        return ours
+        """Make a scaler for `device` with the settings and state of `scaler`, for trainers that made torch's scaler."""
+        made = cls(torch.device(device).type, enabled=scaler.is_enabled())
+        made.load_state_dict(scaler.state_dict())
+        return made
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        """`optimizer.step`, unless some rank's gradients overflowed; then no rank steps."""
+        """Call `optimizer.step`, unless gradients overflowed on any rank; then no rank steps."""
         if hasattr(optimizer, "loss_scaling"):
             optimizer.loss_scaling = True
         return super().step(optimizer, *args, **kwargs)
@@ -36,7 +37,7 @@ class GradScaler(torch.amp.GradScaler):
     def _maybe_opt_step(
         self, optimizer: torch.optim.Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any
     ) -> float | None:
-        """DistMuon skips by the verdict of all ranks, counts it, and lets go of the gradients: it must be called."""
+        """Call `DistMuon.step` in any case: it skips by the verdict of all ranks, counts the skip, frees gradients."""
         if hasattr(optimizer, "unscale_grads"):
             loss: float | None = optimizer.step(*args, **kwargs)
             return loss

@@ -1,11 +1,12 @@
-"""transformers.Trainer: `attach` after the Trainer was made, and nothing else changes.
+"""transformers.Trainer: call `attach` after the Trainer is made; nothing else changes.
 
     trainer = Trainer(model=model, args=args, train_dataset=data)
     distmuon.integrations.transformers.attach(trainer, momentum=0.95)
     trainer.train()
 
-Learning rate, weight decay and betas come from `TrainingArguments`, the rest from `attach`. The optimizer is made when
-the Trainer would make its own. `max_grad_norm` clips the averaged gradient; `grad_norm` in the logs is its norm.
+Learning rate, weight decay and betas come from `TrainingArguments`, other options from `attach`. The optimizer is made
+when the Trainer would make its optimizer. `max_grad_norm` clips the averaged gradient; `grad_norm` in the logs is its
+norm. This module decides when the optimizer is made and when all ranks gather its state; `accelerate.py` does the rest.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ transformers: Any = need("transformers", "transformers")
 
 
 def attach(trainer: Any, **options: Any) -> None:
-    """Let `trainer` train with DistMuon. `options`: arguments of `DistMuon`, before those of the Trainer.
+    """Let `trainer` train with DistMuon. `options`: arguments of `DistMuon`, which override those of the Trainer.
 
     Raises `ValueError` for `optim_args`, several GPUs in one process, FSDP, DeepSpeed, `save_strategy="best"`, and if
     the Trainer has an optimizer already.
@@ -33,21 +34,21 @@ def attach(trainer: Any, **options: Any) -> None:
         raise problem(
             "Trainer",
             found="it was given an optimizer",
-            needed="attach makes it",
+            needed="attach makes the optimizer",
             cure="leave optimizers and optimizer_cls_and_kwargs out",
         )
     if args.optim_args:
         raise problem(
             "Trainer",
             found=f"optim_args={args.optim_args!r}",
-            needed="attach makes the optimizer, nobody would read them",
-            cure="pass them to attach, as keywords",
+            needed="attach makes the optimizer, and would ignore them",
+            cure="pass them to attach as keywords",
         )
     if trainer.is_deepspeed_enabled:
         raise problem(
             "Trainer",
             found="args.deepspeed is set",
-            needed="the engine makes the optimizer there",
+            needed="DeepSpeed's engine makes the optimizer",
             cure="call distmuon.integrations.deepspeed.register() instead of attach and name DistMuon in the JSON",
         )
     if args.n_gpu > 1:
@@ -73,13 +74,13 @@ def attach(trainer: Any, **options: Any) -> None:
     }
 
     class Factory:
-        """The form of optimizer class that the Trainer calls with the model, so that names and modules are seen."""
+        """Stand-in for an optimizer class, of the form that the Trainer calls with the model itself."""
 
         def __call__(self, model: nn.Module, **kwargs: Any) -> DistMuon:
             optimizer = DistMuon(model, **kwargs)
             route(trainer.accelerator)
             trainer.remove_callback(moments)
-            trainer.add_callback(moments)  # after all others, which may decide on a save
+            trainer.add_callback(moments)  # after all other callbacks, which may decide on a save
             return optimizer
 
     moments = _collective_moments()
@@ -89,18 +90,18 @@ def attach(trainer: Any, **options: Any) -> None:
 
 
 def _collective_moments() -> Any:
-    """A TrainerCallback for what all ranks must do together."""
+    """A TrainerCallback for actions that all ranks must take together."""
 
     class CollectiveMoments(transformers.TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-            """Only the saving rank asks for the state, so all gather it when a save was decided on."""
+            """Gather the state on all ranks if a save is due, since only the saving rank asks for it."""
             if control.should_save and not args.save_only_model:
                 getattr(optimizer, "optimizer", optimizer).consolidate_state_dict()
 
         on_epoch_end = on_step_end
 
         def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-            """Weights may be read now, and no collective is under way past the end of the process group."""
+            """Finish all collectives, so that weights can be read and the process group can be destroyed."""
             getattr(optimizer, "optimizer", optimizer).synchronize()
 
     return CollectiveMoments()

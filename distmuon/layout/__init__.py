@@ -1,1 +1,1 @@
-"""Which rule updates a parameter, and where each of its elements lies. Integers only: no tensor, no process group."""
+"""The rule that updates each parameter, and the place of each element. Integers only: no tensor, no process group."""

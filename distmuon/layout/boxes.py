@@ -1,4 +1,7 @@
-"""A flat range of a tensor as boxes of it: the seam between segments and n-dimensional chunks. Integers only."""
+"""Conversion between flat ranges and n-dimensional boxes of a tensor.
+
+This module decides how a segment is cut into boxes. It works on integers only, and knows no tensor, rank or file.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ from math import prod
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
 
-MAX_DIMS = 64  # torch makes no tensor of more
+MAX_DIMS = 64  # torch's limit
 
 
 def boxes(shape: Sequence[int], start: int, length: int) -> list[Box]:
-    """Elements [start, start + length) of a tensor of `shape`, flattened, as boxes in that order; 2*ndim - 1 at most.
+    """Cut elements [start, start + length) of a flattened tensor of `shape` into at most 2*ndim - 1 boxes, in order.
 
-    Each box is a contiguous range by itself::
+    Each box is itself a contiguous range::
 
         . . . s s      partial first row    (recursively, in the shape of a row)
         s s s s s      whole rows           one box
@@ -40,7 +43,7 @@ def boxes(shape: Sequence[int], start: int, length: int) -> list[Box]:
 
 
 def ranges_of(shape: Sequence[int], found: Sequence[Box]) -> list[tuple[int, int]] | None:
-    """Of each box its flat range [start, end), or None where one is not a contiguous range of `shape`."""
+    """The flat range [start, end) of each box, or None if a box is not a contiguous range of `shape`."""
     strides = [1] * len(shape)
     for dim in range(len(shape) - 2, -1, -1):
         strides[dim] = strides[dim + 1] * shape[dim + 1]
@@ -54,7 +57,7 @@ def ranges_of(shape: Sequence[int], found: Sequence[Box]) -> list[tuple[int, int
 
 
 def tiles_exactly(shape: Sequence[int], found: Sequence[Box]) -> bool:
-    """Whether boxes like those of `boxes` hold every element of a tensor of `shape` exactly once."""
+    """Whether contiguous boxes hold every element of a tensor of `shape` exactly once."""
     ranges = ranges_of(shape, found)
     if ranges is None:
         return False

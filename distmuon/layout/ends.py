@@ -1,15 +1,16 @@
-"""Where a model begins and ends: its input convolutions and its output heads, which Muon leaves to AdamW.
+"""The ends of a model: its input convolutions and its output heads, which AdamW updates instead of Muon.
 
-Decides by structure first: what comes after the last repeated block and outside all blocks is output; a convolution
-before the first block that no embedding feeds is input. Names decide only where structure says nothing: a head that was
-registered first, a second tower's. Knows names, shapes and classes of modules; no rank, no tensor.
+This module decides by structure first: a matrix after the last repeated block and outside all blocks is output; a
+convolution before the first block that no embedding feeds is input. Names decide only where structure does not: a head
+that was registered first, the head of a second tower. The module knows names, shapes and classes of modules; it knows
+no rank and no tensor.
 
 [Note: repeated blocks] A module is a block if it holds more than one plain layer and
   - is an element of a ModuleList, or the only element of a numbered container,
-  - or has a sibling of its own class, or of its own name but for a number (layer1, layer2), or with its very weights.
-A Sequential is no block for its class alone (any two would be), and is looked into instead. Siblings that are chains of
-layers from one width to other widths each are no blocks, for no block feeds the next: they are heads, or networks of
-their own (an actor and a critic). Modules called like a head are none either.
+  - or has a sibling of its class, or of its name but for a number (layer1, layer2), or with weights of the same shapes.
+A Sequential is not a block because of its class (any two would be); its children are examined instead. Siblings that
+are chains of layers from one width to different widths are not blocks, since none feeds the next: they are heads, or
+separate networks (an actor and a critic). Modules named like a head are not blocks either.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from itertools import pairwise, takewhile
 
 from torch import nn
 
-from distmuon.layout.layers import Path, Read, Use
+from distmuon.layout.layers import Path, Structure, Use
 from distmuon.layout.names import is_bridge, is_head, words
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -29,7 +30,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """An input or an output of the model. `is_certain`: the model or a name says so, or blocks stand between."""
+    """An input or an output of the model. `is_certain`: the model, a name or the place of blocks proves it."""
 
     side: str
     reason: str
@@ -42,7 +43,7 @@ class _Node:
 
     path: Path
     children: dict[str, _Node] = field(default_factory=dict)
-    own: list[int] = field(default_factory=list)
+    direct: list[int] = field(default_factory=list)
     uses: list[int] = field(default_factory=list)
 
     @property
@@ -51,19 +52,19 @@ class _Node:
 
     @property
     def is_compound(self) -> bool:
-        """Whether it is more than one plain layer."""
-        return len(self.uses) > len(self.own) or len(self.own) > 1
+        """Whether it holds more than one plain layer."""
+        return len(self.uses) > len(self.direct) or len(self.direct) > 1
 
 
-def ends(read: Read) -> dict[str, End]:
+def ends(structure: Structure) -> dict[str, End]:
     """The inputs and outputs among the model's matrices, by the parameter's first name."""
-    return _Ends(read).found
+    return _Ends(structure).found
 
 
 class _Ends:
-    def __init__(self, read: Read) -> None:
-        self.read = read
-        self.uses = [use for use in read.uses if use.is_matrix or _is_table(use)]
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+        self.uses = [use for use in structure.uses if use.is_matrix or _is_table(use)]
         self.root = self._tree()
         self.blocks: list[_Node] = []
         self.networks: list[list[_Node]] = []
@@ -82,7 +83,7 @@ class _Ends:
             for part in use.path:
                 node = node.children.setdefault(part, _Node((*node.path, part)))
                 node.uses.append(index)
-            node.own.append(index)
+            node.direct.append(index)
         return root
 
     # ------------------------------------------------------------------------------------------------------- blocks
@@ -91,20 +92,20 @@ class _Ends:
         """See [Note: repeated blocks]."""
         candidates = [child for child in node.children.values() if child.is_compound and not is_head(child.name)]
         repeated: set[str] = set()
-        for alike in self._alike(node, candidates):
-            if self._is_parallel(alike):
-                self.networks.append(alike)
+        for group in self._repeated_groups(node, candidates):
+            if self._is_parallel(group):
+                self.networks.append(group)
             else:
-                repeated |= {child.name for child in alike}
+                repeated |= {child.name for child in group}
         for child in candidates:
             if child.name in repeated:
                 self.blocks.append(child)
             elif not any(child in group for group in self.networks):
                 self._find_blocks(child)
 
-    def _alike(self, node: _Node, candidates: list[_Node]) -> Iterator[list[_Node]]:
-        """Groups of `candidates`, children of `node`, that repeat each other."""
-        classes = self.read.classes
+    def _repeated_groups(self, node: _Node, candidates: list[_Node]) -> Iterator[list[_Node]]:
+        """Yield groups of `candidates`, children of `node`, that repeat each other."""
+        classes = self.structure.classes
         containers = [child for child in candidates if classes.get(child.path) in _CONTAINERS]
         others = [child for child in candidates if child not in containers]
         kind = classes.get(node.path)
@@ -121,7 +122,7 @@ class _Ends:
         yield from (group for group in groups.values() if len(group) > 1)
 
     def _holds_list(self, node: _Node) -> bool:
-        """Whether it is a tower: blocks of its own stand in a list inside."""
+        """Whether it is a tower, that is, holds blocks in a list."""
         return any(
             any(name.isdigit() and child.is_compound for name, child in inner.children.items())
             for inner in _subtree(node)
@@ -131,9 +132,9 @@ class _Ends:
         depth = len(node.path)
         return tuple((self.uses[i].path[depth:], self.uses[i].name, self.uses[i].shape) for i in node.uses)
 
-    def _is_parallel(self, alike: Sequence[_Node]) -> bool:
-        """Whether they are short chains of layers that begin or end alike, none of which feeds the next."""
-        chains = [[self.uses[i] for i in child.uses] for child in alike]
+    def _is_parallel(self, group: Sequence[_Node]) -> bool:
+        """Whether they are short chains of layers that begin or end with one width, none of which feeds the next."""
+        chains = [[self.uses[i] for i in child.uses] for child in group]
         if len(chains) < 2 or not all(len(chain) < 5 and _is_chain(chain) for chain in chains):
             return False
         feeds = any(before[-1].outputs == after[0].inputs for before, after in pairwise(chains))
@@ -154,7 +155,7 @@ class _Ends:
                     self._input(index, "patch embedding")
 
     def _takes_pictures(self, index: int) -> bool:
-        """Whether it is a convolution of no more channels than an image, a mask, a waveform or a latent has."""
+        """Whether it is a convolution with few input channels, as for an image, a mask, a waveform or a latent."""
         return self.uses[index].kind == "convolution" and self.uses[index].inputs <= 4
 
     def _input(self, index: int, reason: str) -> None:
@@ -162,7 +163,7 @@ class _Ends:
             self.found.setdefault(self.uses[index].fqn, End("input", reason, is_certain=bool(self.blocks)))
 
     def _is_first_convolution(self, index: int, convolutions: list[int]) -> bool:
-        """Of the model, or of a tower in it that takes pictures: nothing feeds it, no block precedes it."""
+        """Whether no layer feeds it and no block precedes it, in the model or in a tower that takes pictures."""
         use = self.uses[index]
         if index == 0:
             return True
@@ -186,7 +187,7 @@ class _Ends:
     # ------------------------------------------------------------------------------------------------------ outputs
 
     def _outputs(self) -> None:
-        for fqn in self.read.heads:
+        for fqn in self.structure.heads:
             self.found[fqn] = End("output", "named by the model as its output")
         named = self._named_heads()
         for index, name in named.items():
@@ -206,7 +207,7 @@ class _Ends:
             self.found.setdefault(self.uses[index].fqn, End("output", reason, is_certain))
 
     def _named_heads(self) -> dict[int, str]:
-        """Layers called like a head, and the last layers of small modules called so, outside blocks; with the name."""
+        """{position: name} of layers named like a head, and last layers of small modules named so, outside blocks."""
         found: dict[int, str] = {}
         for node in _subtree(self.root):
             if not is_head(node.name) or not node.uses or node.uses[-1] in self.in_blocks:
@@ -219,7 +220,7 @@ class _Ends:
         return found
 
     def _vocabulary(self) -> None:
-        """Layers that map to the vocabulary of the largest embedding: outside blocks, or called like a head."""
+        """Record layers that map to the vocabulary of the largest embedding, outside blocks or named like a head."""
         sizes = [use.shape[0] for use in self.uses if _is_table(use)]
         for index, use in enumerate(self.uses):
             if not sizes or not use.is_layer or use.outputs != max(sizes) or not self._is_dead_end(index):
@@ -228,14 +229,14 @@ class _Ends:
                 self._output(index, "maps to the vocabulary")
 
     def _is_dead_end(self, index: int) -> bool:
-        """Whether no layer of the model takes as many inputs as this one has outputs."""
+        """Whether no layer of the model takes as many inputs as this layer has outputs."""
         return self.uses[index].outputs not in self.widths
 
     def _after_blocks(self) -> None:
         last = max(self.in_blocks)
         reason = "after the last repeated block"
         after = [i for i in range(last + 1, len(self.uses)) if self.uses[i].is_matrix]
-        if len(after) > len(self.in_blocks):  # more than the blocks hold: so they are not the trunk
+        if len(after) > len(self.in_blocks):  # more than the blocks hold, so the blocks are not the trunk
             after = [i for i in after if (self.uses[i].is_layer and self._is_dead_end(i)) or i == after[-1]]
         classes, trunks = self._block_classes(), self._trunks(last)
         late = [i for i in after if not any(self.uses[i].path[: len(path)] == path for path in trunks)]
@@ -247,26 +248,26 @@ class _Ends:
         self._beside(late, reason, is_certain=True)
 
     def _trunks(self, last: int) -> list[Path]:
-        """What the model's own head is put upon: what was registered late in there (a projector) is hidden."""
+        """Modules that the model's declared head follows; late matrices in them (a projector) are hidden matrices."""
         found = []
         block = self.uses[last].path
         for use in self.uses[last + 1 :]:
-            if use.fqn in self.read.heads and use.is_layer:
+            if use.fqn in self.structure.heads and use.is_layer:
                 common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(use.path, block)))
                 found.append(block[: common + 1])
         return found
 
     def _block_classes(self) -> set[type]:
-        """Classes of blocks: a middle of a U-Net that was registered after both of its sides is one of them."""
-        classes = {self.read.classes.get(block.path) for block in self.blocks}
+        """Classes of blocks: the middle of a U-Net, registered after both of its sides, is a block by its class."""
+        classes = {self.structure.classes.get(block.path) for block in self.blocks}
         return {kind for kind in classes if kind is not None and kind not in _CONTAINERS}
 
     def _is_of_class(self, index: int, classes: set[type]) -> bool:
         path = self.uses[index].path
-        return any(self.read.classes.get(path[:depth]) in classes for depth in range(1, len(path) + 1))
+        return any(self.structure.classes.get(path[:depth]) in classes for depth in range(1, len(path) + 1))
 
     def _last_layers(self, scope: _Node, named: list[int]) -> None:
-        """The last layer in `scope`, and those before it that map from the same width beside it."""
+        """Record the last layer in `scope`, and the parallel layers before it that map from the same width."""
         layers = [i for i in scope.uses if self.uses[i].is_matrix or self.uses[i].kind == "embedding"]
         if not layers or not self.uses[layers[-1]].is_matrix:
             return
@@ -279,7 +280,7 @@ class _Ends:
         self._beside(layers, reason, is_certain=False)
 
     def _beside(self, layers: list[int], reason: str, *, is_certain: bool) -> None:
-        """Those before the last of `layers` that map from the same width as it does, and feed no other."""
+        """Record the layers before the last of `layers` that map from the same width, and that feed no other layer."""
         for index, after in zip(layers[-2::-1], layers[:0:-1]):
             use, following = self.uses[index], self.uses[after]
             if not use.is_layer or use.inputs != following.inputs or use.outputs == following.inputs:
@@ -287,9 +288,9 @@ class _Ends:
             self._output(index, reason if is_certain else f"beside the {reason}", is_certain=is_certain)
 
     def _repeats(self, index: int, layers: list[int]) -> bool:
-        """Whether it is an element of a ModuleList of layers of one shape, n -> n: blocks themselves."""
+        """Whether it is an element of a ModuleList of layers of one shape, n -> n, which are themselves blocks."""
         use = self.uses[index]
-        kind = self.read.classes.get(use.path[:-1])
+        kind = self.structure.classes.get(use.path[:-1])
         if kind is None or not issubclass(kind, nn.ModuleList) or use.inputs != use.outputs:
             return False
         beside = [self.uses[i] for i in layers if self.uses[i].path[:-1] == use.path[:-1]]
@@ -303,18 +304,18 @@ def _subtree(node: _Node) -> Iterator[_Node]:
 
 
 def _is_table(use: Use) -> bool:
-    """Whether it is an embedding's table, not a raw parameter that is called so."""
+    """Whether it is the table of an embedding module, not a raw parameter with such a name."""
     return use.kind == "embedding" and use.name == "weight" and len(use.shape) == 2
 
 
 def _is_chain(layers: Sequence[Use]) -> bool:
-    """Whether all are single layers and each takes what the one before it puts out."""
+    """Whether all are single layers, and each takes the outputs of the layer before it."""
     fits = all(before.outputs == after.inputs for before, after in pairwise(layers))
     return bool(layers) and fits and all(use.is_layer for use in layers)
 
 
 def _is_patch(part: str) -> bool:
-    """Whether a module is called a patch embedding, or like a table of tokens without being one."""
+    """Whether a module's name is that of a patch embedding, or ends in "embed_tokens"."""
     found = words(part)
     is_patch = any(word.startswith("patch") for word in found) and found[-1].startswith(("embed", "patchify"))
     return is_patch or found[-2:] == ["embed", "tokens"]

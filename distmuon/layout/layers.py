@@ -1,8 +1,8 @@
-"""What each parameter is to the modules that hold it: a linear weight, a filter, a table, a part of a known layer.
+"""The kind of each parameter in the modules that hold it: a linear weight, a filter, a table, a part of a known layer.
 
-Reads a model, or (name, parameter) pairs, into `Use`s; decides nothing about update rules. In a module of a known type
-only its `weight` is a matrix: what else a subclass or a wrapper keeps beside it (adapters of loralib, magnitudes of a
-weight norm) is not. Knows module types, names and shapes; makes no tensor.
+It reads a model, or (name, parameter) pairs, into `Use`s; it decides nothing about update rules. In a module of a known
+type only its `weight` is a matrix; other parameters of a subclass or wrapper (adapters of loralib, magnitudes of a
+weight norm) are not. It knows module types, names and shapes, and makes no tensor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from distmuon.layout.names import Kind, by_name, is_adapter
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 _WEIGHTS = ("weight", "weight_orig", "weight_v")  # the latter two under torch's pruning, spectral and weight norm
-_PARAMETRIZED = {  # torch's parametrizations: which of their tensors has the weight's shape and place
+_PARAMETRIZED = {  # torch's parametrizations: the tensor that has the weight's shape and role
     "_WeightNorm": "original1",
     "_SpectralNorm": "original",
 }
@@ -27,10 +27,10 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """One place of a parameter; a tied one has several.
+    """A use of a parameter by a module; a tied parameter has several.
 
-    `fqn` is the parameter's first name, `path` the modules around this place without wrappers (torch.compile, DDP,
-    peft's copies), `inputs` and `outputs` the widths of the layer, 0 where they are not known.
+    `fqn` is the parameter's first name, `path` the names of the modules around it without wrappers (torch.compile, DDP,
+    peft's copies), `inputs` and `outputs` the widths of the layer (0: unknown).
     """
 
     fqn: str
@@ -45,12 +45,12 @@ class Use:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it counts in the model's structure; a weight of a layer of unknown type does too."""
+        """Whether it counts in the model's structure, as does the weight of a layer of unknown type."""
         return self.is_layer or self.kind in ("depthwise", "attention", "recurrent", "experts", "fused experts")
 
     @property
     def is_layer(self) -> bool:
-        """A single linear layer or convolution."""
+        """Whether it is the weight of a single linear layer or convolution."""
         known = self.kind in ("linear", "stored (in, out)", "convolution")
         return known or (self.kind == "unknown" and self.name == "weight" and len(self.shape) == 2)
 
@@ -60,10 +60,10 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
-    """A model as routing sees it: its parameters' places in registration order, and the class at each path.
+class Structure:
+    """A model as routing sees it: uses of its parameters in registration order, and the class of module at each path.
 
-    `heads`: first names of what the model itself calls its output embeddings.
+    `heads`: the fqns of the parameters that the model itself declares as its output embeddings.
     """
 
     uses: tuple[Use, ...]
@@ -71,20 +71,22 @@ class Read:
     heads: frozenset[str]
 
 
-def read_pairs(pairs: Iterable[tuple[str, nn.Parameter]]) -> Read:
-    """Names and shapes alone."""
+def read_pairs(pairs: Iterable[tuple[str, nn.Parameter]]) -> Structure:
+    """Read (name, parameter) pairs, of which only names and shapes are known."""
     uses = []
     for fqn, param in pairs:
         *path, name = fqn.split(".")
         uses.append(_use(fqn, unwrapped(path), name, param, None))
-    return Read(tuple(uses), {}, frozenset())
+    return Structure(tuple(uses), {}, frozenset())
 
 
-def read_module(model: nn.Module) -> Read:
-    """Every place of every parameter, frozen ones too, and so those of tied ones."""
+def read_module(model: nn.Module) -> Structure:
+    """Read every use of every parameter of `model`, including frozen and tied parameters."""
     first = {id(param): fqn for fqn, param in model.named_parameters()}
     modules = dict(model.named_modules())
-    uses, classes, heads = [], {}, set()
+    uses = []
+    classes = {}
+    heads = set()
     for module_name, module in modules.items():
         parts = module_name.split(".") if module_name else []
         owner: nn.Module | None = module
@@ -97,12 +99,12 @@ def read_module(model: nn.Module) -> Read:
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             name = _parametrized(module, name, stands_for)
             uses.append(_use(first[id(param)], unwrapped(parts), name, param, owner))
-        heads |= {first[id(param)] for param in _own_head(module) if param.ndim > 1 and id(param) in first}
-    return Read(tuple(uses), classes, frozenset(heads))
+        heads |= {first[id(param)] for param in _declared_head(module) if param.ndim > 1 and id(param) in first}
+    return Structure(tuple(uses), classes, frozenset(heads))
 
 
 def unwrapped(parts: Iterable[str]) -> Path:
-    """The parts of a module's name without those that only wrap: peft's copies are called "modules_to_save.<name>"."""
+    """The parts of a module's name without wrappers. peft's copies are called "modules_to_save.<name>"."""
     kept: list[str] = []
     copied = False
     for part in parts:
@@ -113,31 +115,31 @@ def unwrapped(parts: Iterable[str]) -> Path:
 
 
 def _class_of(module: nn.Module) -> type:
-    """The class that the model's author wrote: `fully_shard` puts a subclass of it in its place."""
+    """The class that the model's author wrote: `fully_shard` replaces it by a subclass."""
     kind = type(module)
     first, *others = kind.__bases__
     return others[0] if first.__module__.startswith("torch.distributed.fsdp") and others else kind
 
 
-def _own_head(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of what a model of transformers calls its output embeddings."""
-    asked = getattr(module, "get_output_embeddings", None)
+def _declared_head(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of the output embeddings that a transformers model declares."""
+    get_head = getattr(module, "get_output_embeddings", None)
     try:
-        head = asked() if callable(asked) else None
-    except (AttributeError, NotImplementedError):  # a base model without any
+        head = get_head() if callable(get_head) else None
+    except (AttributeError, NotImplementedError):  # a base model without a head
         return
     if isinstance(head, nn.Module):
         yield from head.parameters()
 
 
 def _parametrized(module: nn.Module, name: str, stands_for: str) -> str:
-    """`name`, or the name of the weight that a parametrization's tensor stands for, or a name that is no weight's."""
+    """`name`, or for a parametrization's tensor the name of the weight that it represents, or a name of no weight."""
     if not stands_for:
         return name
     assert isinstance(module, nn.utils.parametrize.ParametrizationList)
     kinds = [type(step) for step in module]
-    torchs = len(kinds) == 1 and kinds[0].__module__ == "torch.nn.utils.parametrizations"
-    known = _PARAMETRIZED.get(kinds[0].__name__) if torchs else None
+    is_torch = len(kinds) == 1 and kinds[0].__module__ == "torch.nn.utils.parametrizations"
+    known = _PARAMETRIZED.get(kinds[0].__name__) if is_torch else None
     if known is None:
         return f"parametrized {stands_for}"
     return stands_for if name == known else f"{stands_for}'s {name}"
@@ -165,13 +167,21 @@ def _by_type(module: nn.Module, name: str, param: nn.Parameter) -> tuple[Kind, s
         kind = "depthwise" if param.ndim > 1 and param.shape[1] == 1 and module.groups > 1 else "convolution"
         reason = f"{kind} convolution" if kind == "depthwise" else kind
     elif isinstance(module, nn.Linear):
-        kind, reason, is_weight = "linear", "linear", name in _WEIGHTS and param.ndim == 2
+        kind = "linear"
+        reason = "linear"
+        is_weight = name in _WEIGHTS and param.ndim == 2
     elif isinstance(module, nn.MultiheadAttention):
-        kind, reason, is_weight = "attention", "attention projection", name.endswith("proj_weight")
+        kind = "attention"
+        reason = "attention projection"
+        is_weight = name.endswith("proj_weight")
     elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        kind, reason, is_weight = "recurrent", "recurrent weight", name.startswith("weight_")
+        kind = "recurrent"
+        reason = "recurrent weight"
+        is_weight = name.startswith("weight_")
     elif (_class_of(module).__module__, _class_of(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        kind, reason, is_weight = "stored (in, out)", "linear stored (in, out)", name == "weight"
+        kind = "stored (in, out)"
+        reason = "linear stored (in, out)"
+        is_weight = name == "weight"
     else:
         return "unknown", ""
     if not is_weight and name.startswith("parametrized "):

@@ -1,8 +1,8 @@
-"""Where every element lives: buckets, shards, segments, owners. Integers only, made before any tensor exists.
+"""The place of every element: buckets, shards, segments, owners. Integers only, made before any tensor exists.
 
-Decides the cut of the parameters into buckets and of each bucket into `dp_size` equal shards. Every rank computes the
-same `Layout` from the same `ParamSpec`s. How one bucket is packed is `packing.py`; `plan.py` counts bytes.
-No tensor, no process group.
+This module decides how the parameters are cut into buckets, and each bucket into `dp_size` equal shards. Every rank
+computes the same `Layout` from the same `ParamSpec`s. `packing.py` packs a bucket; `planning/counts.py` counts bytes.
+The module knows no tensor and no process group.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from distmuon.options import Packing, Placement
 
 _MIN_BUCKET_ELEMENTS = 8 << 20
 _offset = attrgetter("offset")
-_PARTS = (16, 14, 12, 11, 10, 9, 8.5, 8, 7.5, 7, 6.5, 6, 5.5, 5, 4.5)  # bucket sizes tried, as parts of the model
+# Bucket sizes that are tried: the model's size over each of these.
+_SIZE_DIVISORS = (16, 14, 12, 11, 10, 9, 8.5, 8, 7.5, 7, 6.5, 6, 5.5, 5, 4.5)
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`length` elements of parameter `param` from `param_offset` on lie on `rank`, at `shard_offset` of its shard.
+    """`length` elements of parameter `param` from `param_offset` on, at `shard_offset` of the shard of `rank`.
 
-    A segment of a Muon parameter lies inside one unit (`Unit`).
+    A segment of a Muon parameter lies inside a single unit (`Unit`).
     """
 
     param: int
@@ -43,9 +44,9 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class BucketSpec:
-    """What one reduce-scatter and one all-gather move: `dp_size` shards of `shard_size` elements of one dtype.
+    """The unit of communication: `dp_size` shards of `shard_size` elements, which a single collective moves.
 
-    Where shards are given: parameters that exchange pieces together; `shard_size` is what the fullest rank holds.
+    If shards are given: the parameters that exchange pieces together; `shard_size` is the fullest rank's.
     """
 
     index: int
@@ -57,7 +58,7 @@ class BucketSpec:
 
 @dataclass(frozen=True, slots=True)
 class PlacedUnit:
-    """A unit, its pieces, and the ranks that orthogonalize it: the owner alone, or every holder (`replicated`)."""
+    """A unit, its pieces, and the ranks that orthogonalize it: its owner, or every holder (`"replicated"`)."""
 
     index: int
     param: int
@@ -73,7 +74,7 @@ class PlacedUnit:
 
 @dataclass(frozen=True)
 class Layout:
-    """The whole cut. `buckets` in the order in which backward fills them."""
+    """The cut of all parameters. `buckets` are in the order in which backward fills them."""
 
     dp_size: int
     specs: tuple[ParamSpec, ...]
@@ -83,7 +84,7 @@ class Layout:
 
     @cached_property
     def segments_of(self) -> tuple[tuple[Segment, ...], ...]:
-        """Per parameter, its segments by `param_offset`."""
+        """The segments of each parameter, in order of `param_offset`."""
         found: list[list[Segment]] = [[] for _ in self.specs]
         for bucket in self.buckets:
             for segment in bucket.segments:
@@ -92,7 +93,7 @@ class Layout:
 
     @cached_property
     def bucket_of(self) -> tuple[int, ...]:
-        """Per parameter, the index of its bucket."""
+        """The index of each parameter's bucket."""
         where = {param: bucket.index for bucket in self.buckets for param in bucket.params}
         return tuple(where[i] for i in range(len(self.specs)))
 
@@ -102,7 +103,7 @@ class Layout:
         return spec.matrices[_unit_at(spec, segment)]
 
     def contiguous_start(self, param: int) -> int | None:
-        """Where `param` starts in its bucket's flat buffer, if it lies there in one piece."""
+        """The start of `param` in its bucket's flat buffer; None if it is not contiguous there."""
         shard_size = self.buckets[self.bucket_of[param]].shard_size
         segments = self.segments_of[param]
         start = segments[0].rank * shard_size + segments[0].shard_offset
@@ -112,13 +113,14 @@ class Layout:
         return start
 
     def is_staged(self, param: int) -> bool:
-        """Whether `param` is no view of its flat buffer: it must stay where it is, or lies in several pieces."""
+        """Whether `param` is not a view of its flat buffer: it keeps its memory, or is not contiguous in the buffer."""
         return self.specs[param].stays or self.contiguous_start(param) is None
 
     def message_bytes(self, bucket: BucketSpec, itemsize: int) -> int:
-        """What each rank sends of `bucket` where updates travel: `itemsize` bytes a Muon element, 4 an AdamW element.
+        """The bytes that each rank sends of `bucket` if updates travel: `itemsize` a Muon element, 4 an AdamW element.
 
-        AdamW's come first, up to a multiple of 8; all ranks send as much as the fullest, a multiple of 16.
+        AdamW's elements come first, padded to a multiple of 8 bytes. All ranks send as many bytes as the fullest rank,
+        rounded up to a multiple of 16.
         """
         adamw, muon = [0] * self.dp_size, [0] * self.dp_size
         for segment in bucket.segments:
@@ -132,23 +134,23 @@ class Layout:
 
     @property
     def num_straddlers(self) -> int:
-        """Units whose pieces lie on several ranks."""
+        """The number of units whose pieces lie on several ranks."""
         return sum(placed.straddling for placed in self.matrices)
 
     @property
     def padding(self) -> float:
-        """Elements of padding, as a share of the model's."""
-        whole = self.dp_size * sum(bucket.shard_size for bucket in self.buckets)
-        return (whole - self.num_elements) / self.num_elements
+        """The elements of padding, as a share of the model's elements."""
+        padded = self.dp_size * sum(bucket.shard_size for bucket in self.buckets)
+        return (padded - self.num_elements) / self.num_elements
 
     @property
     def staged(self) -> float:
-        """Elements that are copied out of flat buffers, as a share of the model's; see `is_staged`."""
+        """The elements of staged parameters, as a share of the model's elements; see `is_staged`."""
         return sum(spec.numel for i, spec in enumerate(self.specs) if self.is_staged(i)) / self.num_elements
 
     @property
     def ns_balance(self) -> float:
-        """FLOPs of Newton-Schulz on the busiest rank over the mean of all ranks."""
+        """The FLOPs of Newton-Schulz on the busiest rank, over the mean of all ranks."""
         loads = [0] * self.dp_size
         for placed in self.matrices:
             for worker in placed.workers:
@@ -156,7 +158,7 @@ class Layout:
         return imbalance(loads)
 
     def fingerprint(self) -> str:
-        """Text that is equal on two ranks exactly if they cut alike."""
+        """A text that two ranks share exactly if their layouts are equal."""
         return repr(
             (
                 (self.dp_size, self.given),
@@ -167,12 +169,12 @@ class Layout:
 
 
 def imbalance(loads: Sequence[int]) -> float:
-    """Largest over mean; 1 where there is no load."""
+    """The largest load over the mean load; 1 without load."""
     return max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0
 
 
 def ns_cost(unit: Unit) -> int:
-    """FLOPs of one Newton-Schulz step, 4*k*k*l + 2*k**3 with short side k, summed over the logical matrices."""
+    """The FLOPs of a Newton-Schulz iteration, 4*k*k*l + 2*k**3 with short side k, summed over the logical matrices."""
     cost = 0
     for m, n in unit.logical_shapes:
         k, long = min(m, n), max(m, n)
@@ -190,16 +192,16 @@ def make_layout(
 ) -> Layout:
     """Cut `specs` (registration order) for `dp_size` ranks, or with "given" as FSDP2 has. Pure and deterministic.
 
-    `bucket_mb`: size of a bucket in MiB of float32 gradients. None: between a sixteenth and two ninths of the model, by
-    `_score`, but not below 32 MiB; smaller buckets win a tie, for they overlap better. Of what FSDP2 has cut an eighth,
-    for there the size changes neither traffic nor owners.
+    `bucket_mb`: size of a bucket in MiB of float32 gradients. None: the size between a sixteenth and two ninths of the
+    model with the best `_score`, but at least 32 MiB; the smaller size wins a tie, since small buckets overlap better.
+    If shards are given: an eighth of the model, since the size then changes neither traffic nor owners.
     """
     if bucket_mb is not None:
         size = max(1, int(min(bucket_mb * (1 << 20) / 4, 1 << 62)))  # inf: one bucket a dtype
         return _cut(specs, dp_size, packing, placement, _bucket_params(specs, size, size))
     total = sum(spec.numel for spec in specs)
-    cuts: list[list[list[int]]] = []  # many sizes may cut alike: where experts have buckets of their own, all do
-    for parts in _PARTS if packing != "given" else (8,):
+    cuts: list[list[list[int]]] = []  # without duplicates: if most experts have their own bucket, sizes hardly matter
+    for parts in _SIZE_DIVISORS if packing != "given" else (8,):
         cut = _bucket_params(specs, max(_MIN_BUCKET_ELEMENTS, int(total / parts)), _MIN_BUCKET_ELEMENTS)
         if cut not in cuts:
             cuts.append(cut)
@@ -214,7 +216,7 @@ def _cut(
     placement: Placement,
     params_of: list[list[int]],
 ) -> Layout:
-    """The layout whose buckets hold these parameters."""
+    """Make the layout whose buckets hold these parameters."""
     loads = Loads([0] * dp_size, [0] * dp_size)
     buckets = []
     for index, params in enumerate(params_of):
@@ -226,41 +228,50 @@ def _cut(
 
 
 def _score(layout: Layout) -> float:
-    """How far a layout is from the ideal. The worse of two: the elements that the busiest rank sends beyond AdamW's
-    bytes, in units of 0.5 %, and its Newton-Schulz work above the mean, in units of 3 %. To that, in units of 5 %, what
-    the exchanges take: all ranks wait for the busiest of each bucket, which favours few straddlers in few buckets."""
-    cost, sent = [0] * layout.dp_size, [0] * layout.dp_size
-    busy: list[dict[int, int]] = [{} for _ in layout.buckets]  # by bucket and rank, elements sent and received
+    """Distance of a layout from the ideal; smaller is better.
+
+    It is the larger of two excesses of the busiest rank, traffic beyond AdamW's in units of 0.5 % and Newton-Schulz
+    work above the mean in units of 3 %, plus the time of the exchanges in units of 5 %. In an exchange all ranks wait
+    for the busiest rank of the bucket, so this favours few straddlers in few buckets.
+    """
+    cost = [0] * layout.dp_size
+    sent = [0] * layout.dp_size
+    exchanged: list[dict[int, int]] = [{} for _ in layout.buckets]  # by bucket and rank: elements sent and received
     for placed in layout.matrices:
         for worker in placed.workers:
             cost[worker] += ns_cost(placed.unit)
-        owner, of_bucket = placed.workers[0], busy[placed.bucket]
+        owner = placed.workers[0]
+        by_rank = exchanged[placed.bucket]
         for piece in placed.pieces:
-            if piece.rank != owner:  # there and back
+            if piece.rank != owner:  # the piece goes to the owner and back
                 for rank in (piece.rank, owner):
                     sent[rank] += piece.length
-                    of_bucket[rank] = of_bucket.get(rank, 0) + 2 * piece.length
+                    by_rank[rank] = by_rank.get(rank, 0) + 2 * piece.length
     moved = max(1, (layout.dp_size - 1) * sum(bucket.shard_size for bucket in layout.buckets))
-    traffic = max(sent) * 2 / (moved * 6)  # bf16; fp32 gradients and bf16 parameters
-    stalled = sum(max(of_bucket.values(), default=0) for of_bucket in busy) * 2 / (moved * 6)
-    imbalance = max(cost) * layout.dp_size / max(1, sum(cost)) - 1
-    return max(traffic / 0.005, imbalance / 0.03) + stalled / 0.05
+    bytes_moved = moved * 6  # fp32 gradients and bf16 parameters; the exchange moves bf16
+    traffic = max(sent) * 2 / bytes_moved
+    stalled = sum(max(by_rank.values(), default=0) for by_rank in exchanged) * 2 / bytes_moved
+    excess_work = max(cost) * layout.dp_size / max(1, sum(cost)) - 1
+    return max(traffic / 0.005, excess_work / 0.03) + stalled / 0.05
 
 
-def _bucket_params(specs: Sequence[ParamSpec], target: int, own_bucket: int) -> list[list[int]]:
-    """Runs of parameters of one dtype, last registered first, as backward finishes them; a bucket is ready with its
-    first registered parameter. A large embedding, head or stack has a bucket of its own: cut evenly, it stays
-    contiguous. The run around it goes on, so that what lies between stacks shares few buckets and few exchanges."""
+def _bucket_params(specs: Sequence[ParamSpec], target: int, alone_from: int) -> list[list[int]]:
+    """Cut the parameters into buckets of one dtype, in the order in which backward finishes them.
 
-    def alone(spec: ParamSpec) -> bool:
-        return spec.numel >= own_bucket and len(spec.matrices) != 1
+    That order is last registered first; a bucket is ready when its first registered parameter is. An embedding, head or
+    stack of at least `alone_from` elements gets its own bucket, since it stays contiguous if it is cut evenly. The
+    current bucket goes on after it, so that the parameters between stacks share few buckets and few exchanges.
+    """
+
+    def has_own_bucket(spec: ParamSpec) -> bool:
+        return spec.numel >= alone_from and len(spec.matrices) != 1
 
     buckets = []
     for dtype in dict.fromkeys(spec.dtype for spec in specs):
         bucket: list[int] = []
         filled = 0
         for param in (p for p in reversed(range(len(specs))) if specs[p].dtype == dtype):
-            if alone(specs[param]):
+            if has_own_bucket(specs[param]):
                 buckets.append([param])
                 continue
             if filled >= target:
@@ -280,7 +291,7 @@ def _pack(
     packing: Packing | Literal["given"],
     loads: Loads,
 ) -> tuple[int, list[list[Piece]]]:
-    """Pack one bucket. A parameter alone in it is cut evenly if that cuts no unit: so large stacks stay contiguous."""
+    """Pack a bucket. A single parameter is cut evenly if that cuts no unit, so that large stacks stay contiguous."""
     if packing == "given":
         return pack_given([(param, specs[param].shape) for param in params], dp_size)
     if packing == "contiguous" or len(params) == 1:
@@ -294,7 +305,7 @@ def _pack(
 
 
 def _split_at_units(specs: Sequence[ParamSpec], shards: list[list[Piece]]) -> Iterator[Segment]:
-    """Segments in (rank, shard_offset) order; a piece that covers several units of a parameter becomes several."""
+    """Yield segments in (rank, shard_offset) order; a piece that covers several units is cut into one segment each."""
     for rank, shard in enumerate(shards):
         for param, offset, length, at in shard:
             units = specs[param].matrices
@@ -312,7 +323,10 @@ def _split_at_units(specs: Sequence[ParamSpec], shards: list[list[Piece]]) -> It
 def _place(
     specs: Sequence[ParamSpec], buckets: Sequence[BucketSpec], placement: Placement, dp_size: int
 ) -> tuple[PlacedUnit, ...]:
-    """Give every unit its workers. A straddler goes, dearest first, to its least loaded holder."""
+    """Give every unit its workers. Straddlers, most costly first, go to their least loaded holder.
+
+    If every holder would exceed the mean load, the least loaded rank of all gets the straddler.
+    """
     pieces_of: dict[tuple[int, int], list[Segment]] = {}
     for bucket in buckets:
         for segment in bucket.segments:
@@ -325,11 +339,12 @@ def _place(
     workers = [tuple(sorted({piece.rank for piece in pieces_of[unit]})) for unit in units]
     costs = [ns_cost(specs[param].matrices[unit]) for param, unit in units]
     if placement == "owner":
-        load, ideal = [0] * dp_size, sum(costs) / dp_size
+        load = [0] * dp_size
+        ideal = sum(costs) / dp_size
         for holders, cost in zip(workers, costs):
             if len(holders) == 1:
                 load[holders[0]] += cost
-        queue = [(done, rank) for rank, done in enumerate(load)]  # an entry that is out of date has too small a load
+        queue = [(done, rank) for rank, done in enumerate(load)]  # outdated entries have too small a load
         heapify(queue)
         for index in sorted(range(len(units)), key=lambda i: (-costs[i], i)):
             if len(workers[index]) > 1:

@@ -1,21 +1,21 @@
-"""Whose memory a tensor lies in, and in which order its elements lie there.
+"""The memory of tensors: which storage a tensor lies in, and in which order its elements lie there.
 
-Decides which parameters may move into flat buffers, which stay where they are, and which tensors are plain memory at
-all. Knows no rank and no bucket.
+This module decides which parameters may move into flat buffers, which keep their memory, and which tensors are plain
+memory at all. It knows no rank and no bucket.
 
 [Note: parameters that stay] A parameter moves into its bucket's flat buffer, so that the all-gather writes it. Its
-place then changes once, and nobody must depend on the old one. Somebody does, or may, where
+address then changes once, so no other code may depend on the old address. Other code does, or may, depend on it if
 
     its strides are not row-major        channels_last and transposed weights: kernels are chosen by the strides
     its memory is shared (CPU)           `model.share_memory()`: other processes have mapped it
-    its storage is larger than it        a view of a tensor that somebody else holds (cuDNN's flat RNN weights)
-    a buffer, a frozen parameter or a    the module itself holds a second name for the memory
+    its storage is larger than it        it is a view of another tensor (cuDNN's flat RNN weights)
+    a buffer, a frozen parameter or a    the module itself holds a second reference to the memory
     tensor attribute lies in it
 
 Such a parameter keeps its memory and its strides, and is copied out of the flat buffer after each all-gather
-(*staged*). In the flat buffer, in gradients, state and checkpoints its elements are in row-major order like all others.
-What no fact on a tensor tells is a second name of the same size outside of the model (`p.data` in a list, a NumPy
-array): files are loaded into such memory, too, and must not be held twice for it.
+(it is *staged*). In the flat buffer, in gradients, state and checkpoints its elements are in row-major order like all
+others. A second reference of the same size outside the model (`p.data` in a list, a NumPy array) cannot be detected:
+parameters that were loaded from a file look the same, and they must not be held twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _flat: dict[int, StorageWeakRef] = {}  # the storages of flat parameter buffers;
 
 
 def note_flat(buffer: Tensor) -> None:
-    """`buffer` is a flat parameter buffer: what lies in it is no foreign memory."""
+    """Register `buffer` as a flat parameter buffer, whose memory belongs to no other code."""
     for key, known in list(_flat.items()):
         if known.expired():
             del _flat[key]
@@ -42,13 +42,16 @@ def note_flat(buffer: Tensor) -> None:
 
 
 def is_in_flat(tensor: Tensor) -> bool:
-    """Whether `tensor` (plain memory) lies in a flat parameter buffer, of whichever optimizer."""
+    """Whether `tensor` (plain memory) lies in a flat parameter buffer of any optimizer."""
     return tensor.untyped_storage()._cdata in _flat
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is strided memory that any kernel may read and write: its elements lie in its own storage, and
-    no `__torch_dispatch__` stands between. A subclass in Python alone (`nn.Parameter`'s) is plain."""
+    """Whether `tensor` is strided memory that any kernel may read and write.
+
+    Its elements must lie in its own storage, and its class must not override `__torch_dispatch__`; a subclass that only
+    adds Python methods, like `nn.Parameter`, is plain.
+    """
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return False
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
@@ -60,7 +63,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether each element has a place of its own and no gaps lie between, in whatever order of the dimensions."""
+    """Whether the elements fill a range of memory without overlap or gap, in any order of the dimensions."""
     expected = 1
     for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1):
         if stride != expected:
@@ -70,9 +73,9 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def written_once(tensor: Tensor) -> Tensor | None:
-    """The part of `tensor` (a view) that holds each element in memory once: one row of what was expanded.
+    """The view of `tensor` that holds each element in memory once: expanded dimensions are cut to one entry.
 
-    None for memory that overlaps in another way (sliding windows), which cannot be written as a whole.
+    None if the memory overlaps in another way (sliding windows), since it cannot be written as a whole.
     """
     for dim, (stride, size) in enumerate(zip(tensor.stride(), tensor.shape)):
         if stride == 0 and size > 1:
@@ -85,16 +88,16 @@ def written_once(tensor: Tensor) -> Tensor | None:
     return tensor
 
 
-def of(tensor: Tensor) -> Interval:
-    """The addresses between which a plain tensor lies."""
+def addresses_of(tensor: Tensor) -> Interval:
+    """The start and end addresses of a plain tensor."""
     start = tensor.data_ptr()
     return start, start + _span(tensor) * tensor.element_size()
 
 
 def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
-    """The numbers of two dense tensors that share memory, in order; None if there are none."""
+    """The indices of two dense tensors that share memory, in order; None if none do."""
     reached, holder = 0, 0
-    for start, end, number in sorted((*of(tensor), number) for number, tensor in enumerate(tensors)):
+    for start, end, number in sorted((*addresses_of(tensor), number) for number, tensor in enumerate(tensors)):
         if start < reached:
             return min(holder, number), max(holder, number)
         reached, holder = end, number
@@ -104,24 +107,24 @@ def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
 def stays(params: Sequence[nn.Parameter], model: nn.Module | None) -> list[bool]:
     """By parameter (dense), whether it must keep its memory; see [Note: parameters that stay]."""
     known = {id(param) for param in params}
-    others = _merged(of(tensor) for tensor in _held_by(model) if id(tensor) not in known)
-    return [_stays(param, others) for param in params]
+    held = _merged(addresses_of(tensor) for tensor in _held_by(model) if id(tensor) not in known)
+    return [_stays(param, held) for param in params]
 
 
-def _stays(param: nn.Parameter, others: Sequence[Interval]) -> bool:
+def _stays(param: nn.Parameter, held: Sequence[Interval]) -> bool:
     if not is_plain(param):
-        return False  # refused where it is trained
+        return False  # checks.py refuses to train it
     if not param.is_contiguous():
         return True
     if param.is_meta:
         return param.untyped_storage().nbytes() > param.nbytes
-    if param.device.type == "cpu" and param.untyped_storage().is_shared():  # on CUDA it always says so
+    if param.device.type == "cpu" and param.untyped_storage().is_shared():  # always true on CUDA
         return True
     if not is_in_flat(param) and param.untyped_storage().nbytes() > param.nbytes:
         return True
-    start, end = of(param)
-    last = bisect_right(others, start, key=lambda interval: interval[1])  # the first that ends behind `start`
-    return last < len(others) and others[last][0] < end
+    start, end = addresses_of(param)
+    last = bisect_right(held, start, key=lambda interval: interval[1])  # the first interval that ends after `start`
+    return last < len(held) and held[last][0] < end
 
 
 def _held_by(model: nn.Module | None) -> Iterator[Tensor]:
@@ -133,7 +136,7 @@ def _held_by(model: nn.Module | None) -> Iterator[Tensor]:
 
 
 def _merged(intervals: Iterable[Interval]) -> list[Interval]:
-    """Sorted and apart."""
+    """The union of `intervals`, as sorted intervals that do not overlap."""
     found: list[Interval] = []
     for start, end in sorted(intervals):
         if found and start < found[-1][1]:
@@ -144,5 +147,5 @@ def _merged(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def _span(tensor: Tensor) -> int:
-    """Elements from the first in memory to the last, both counted; no stride is negative."""
+    """The number of elements of storage from the first element to the last; no stride is negative."""
     return 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape)) if tensor.numel() else 0

@@ -1,8 +1,8 @@
-"""What the name and shape of a parameter say where no module type does.
+"""The kind of a parameter by its name and shape, where no module type decides.
 
-Two kinds of parameters have nothing but a name: raw ones (a class token, a table of positions, a stack of experts), and
-all of them where the user handed in (name, parameter) pairs. Decides only what is unmistakable; the rest is "unknown",
-and routing refuses it. Knows texts and shapes only.
+Two sorts of parameters have only a name: raw parameters (a class token, a table of positions, a stack of experts), and
+all parameters if the user passed (name, parameter) pairs. This module decides only unmistakable cases; any other is
+"unknown", and routing refuses it. It knows texts and shapes only.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 Kind = Literal[
-    "embedding",  # an embedding's or anything tied to one
+    "embedding",  # an embedding's table, or a weight tied to it
     "normalization",
     "linear",  # (out, in)
     "stored (in, out)",
     "convolution",  # (out, in, *kernel)
-    "depthwise",  # the same, one input channel a group and several groups
+    "depthwise",  # a convolution of several groups with one input channel each
     "attention",  # nn.MultiheadAttention's projections
     "recurrent",  # (gates * hidden, in)
     "experts",  # a stack (E, m, n) of matrices
     "fused experts",  # a stack with gate and up fused
-    "vector",  # something else than a matrix, as its name or its module says
+    "vector",  # not a matrix, by its name or its module
     "unknown",
 ]
 
@@ -40,19 +40,19 @@ _HEADS = {"head", "heads", "classifier", "classifiers", "logits"}
 
 
 def words(name: str) -> list[str]:
-    """The lower-case words of one part of a name: "mlp_head2" has "mlp" and "head"."""
+    """The lower-case words of a component of a name: "mlp_head2" has "mlp" and "head"."""
     return [word for word in re.split(r"[_\W\d]+", name.lower()) if word]
 
 
 def is_adapter(fqn: str) -> bool:
-    """Whether peft names its adapters so. They fine-tune, where Muon's case is weak."""
+    """Whether peft gives such a name to adapters. They serve fine-tuning, where the case for Muon is weak."""
     return any(fnmatchcase(f".{fqn}", pattern) for pattern in _ADAPTERS)
 
 
 def is_head(name: str) -> bool:
-    """Whether a module of this name is an output, a list of outputs or an auxiliary classifier, wherever it stands.
+    """Whether a module of this name is an output, a list of outputs or an auxiliary classifier, at any place.
 
-    Not a "pre_classifier" or "conv_head", which stand before the head, nor the heads of an attention.
+    A "pre_classifier" or "conv_head" comes before the head, and attention heads are no outputs; both give False.
     """
     found = words(name)
     if {"pre", "conv", "attn", "attention", "multi"}.intersection(found):
@@ -63,26 +63,26 @@ def is_head(name: str) -> bool:
 
 
 def is_bridge(name: str) -> bool:
-    """Whether a module of this name leads from one tower of a multi-modal model into another."""
+    """Whether a module of this name connects two towers of a multi-modal model."""
     return bool(_BRIDGES.intersection(words(name)))
 
 
 def by_name(path: tuple[str, ...], name: str, shape: tuple[int, ...], typed: bool) -> tuple[Kind, str]:
-    """(kind, reason) of a parameter `name` of the module at `path`; "unknown" where nothing is unmistakable.
+    """(kind, reason) of a parameter `name` of the module at `path`; "unknown" if the case is not unmistakable.
 
-    `typed`: its module is at hand and of no known type, so that what names say of layers (a convolution, an embedding)
-    counts for less.
+    `typed`: the module is known, but its type is not a known layer's; then names of layers (a convolution, an
+    embedding) count for less.
     """
     layer = path[-1] if path else ""
-    own = words(name)
-    described = words(layer) if name == "weight" else own
+    name_words = words(name)
+    described = words(layer) if name == "weight" else name_words
     if any(_POSITIONS.intersection(words(part)) for part in (*path[-2 if typed else -1 :], name)):
         return "vector", "table of positions by name"
     if {"bias", "biases"}.intersection(described):
         return "vector", "bias by name"
     if name.lower() in _STATE_SPACE:
         return "vector", "state-space parameter by name"
-    if {"token", "tokens"}.intersection(own) or own == ["latents"]:
+    if {"token", "tokens"}.intersection(name_words) or name_words == ["latents"]:
         return "vector", "learned token by name"
     if any(word.endswith("norm") or word == "ln" for word in words(layer)):
         return "normalization", "normalization by name"
@@ -108,7 +108,7 @@ def _matrix_by_name(
         return "linear", f"router by name {layer}"
     if name == "weight" and is_head(layer):
         return "linear", f"by name {layer}"
-    if own_weight(name) and described[:-1][-1:] in (["proj"], ["projection"]):
+    if is_named_weight(name) and described[:-1][-1:] in (["proj"], ["projection"]):
         return "linear", f"by name {name}"
     in_block = any(part.isdigit() for part in path[:-1])
     if name == "weight" and (_LINEAR.intersection(last) or (in_block and _LINEAR_IN_BLOCKS.intersection(last))):
@@ -116,6 +116,6 @@ def _matrix_by_name(
     return "unknown", ""
 
 
-def own_weight(name: str) -> bool:
-    """Whether a raw parameter calls itself some layer's weight: "in_proj_weight"."""
+def is_named_weight(name: str) -> bool:
+    """Whether a raw parameter is named as a layer's weight, like "in_proj_weight"."""
     return name.endswith("_weight")

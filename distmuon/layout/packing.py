@@ -1,19 +1,20 @@
-"""Stones and sand: how the items of one bucket are packed into equal shards. Integers; knows no rule and no tensor.
+"""Packing of a bucket's items into equal shards ("stones and sand").
 
-Decides, for a list of items in blocks of `ALIGNMENT` elements, which elements lie on which rank and where.
-Two packings, one result: per rank its pieces. What the items are is `layout.py`'s business.
+This module decides, for a list of items in blocks of `ALIGNMENT` elements, which elements lie on which rank, and where.
+Both packings return the same type, the pieces of each rank. The module works on integers only; it knows no rule and no
+tensor, and `layout.py` decides what the items are.
 
-[Note: stones and sand] A bucket is one flat buffer cut into equal shards; where a parameter lies inside is free.
-  1. Muon matrices are stones: largest first, each goes whole into a shard with room, to the rank with the fewest
-     Newton-Schulz FLOPs so far.
-  2. A stone that fits nowhere whole is a straddler: it is cut over the room that is left, filling up the ranks that
-     hold the fewest Muon elements so far, so that state stays even.
-  3. AdamW parameters are sand: cut anywhere, they fill what remains.
+[Note: stones and sand] A bucket is a flat buffer cut into equal shards; a parameter may lie anywhere in it.
+  1. Muon matrices are stones. Stones larger than a shard are laid over whole shards first. Then, largest first, each
+     stone goes whole into a shard with room, on the rank with the fewest Newton-Schulz FLOPs so far.
+  2. A stone that fits into no shard whole is a straddler: it is cut over the remaining room, filling up the ranks with
+     the fewest Muon elements so far, so that state stays even.
+  3. AdamW parameters are sand: cut anywhere, they fill the remaining room.
 
-[Note: order inside a shard] An item that continues from the shard before comes first, one that continues into the
-next shard comes last, whole stones between. So what crosses one boundary is contiguous in the flat buffer, and the
-parameter can be a plain view of it. Where two items cross one boundary, or an item passes over a shard, the
-parameter cannot be a view: `Layout.contiguous_start` is None and `flat_storage.py` stages it.
+[Note: order inside a shard] An item that continues from the previous shard comes first, an item that continues into the
+next shard comes last, and whole stones lie between. So an item that crosses one boundary is contiguous in the flat
+buffer, and its parameter can be a plain view of it. If two items cross the same boundary, or an item spans a whole
+shard, a parameter cannot be a view: `Layout.contiguous_start` is None and `flat_storage.py` stages it.
 
       shard 0              shard 1                     shard 2
     | stone  stone  A.. | ..A  stone  sand  B.. | ..B  stone  sand |       A, B: straddlers
@@ -28,11 +29,11 @@ from itertools import accumulate, groupby
 from math import ceil
 from typing import NamedTuple
 
-ALIGNMENT = 64  # elements: every item starts at a multiple, so that 16-bit weights are 128-byte aligned for GEMMs
+ALIGNMENT = 64  # every item starts at a multiple of 64 elements: 16-bit weights are 128-byte aligned for GEMMs
 
 
 class Item(NamedTuple):
-    """`length` elements of parameter `param` from `offset` on. A stone has a `cost`, its Newton-Schulz FLOPs a step."""
+    """`length` elements of parameter `param` from `offset` on. A stone's `cost` is its Newton-Schulz FLOPs a step."""
 
     param: int
     offset: int
@@ -45,7 +46,7 @@ class Item(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A run of one parameter's elements and its place in a shard."""
+    """A range of a parameter's elements and its place in a shard."""
 
     param: int
     offset: int
@@ -55,7 +56,7 @@ class Piece(NamedTuple):
 
 @dataclass(slots=True)
 class Loads:
-    """Per rank, over all buckets packed so far: cost of the whole stones, and Muon elements in blocks."""
+    """Load of each rank over all buckets packed so far: the cost of whole stones, and the blocks of Muon elements."""
 
     cost: list[int]
     muon_blocks: list[int]
@@ -65,11 +66,13 @@ Shards = list[list[Item]]  # per rank
 
 
 def pack_evenly(items: Sequence[Item], dp_size: int) -> tuple[int, list[list[Piece]]]:
-    """Items back to back, cut wherever the even cut falls (Megatron's and the paper's way). Returns (shard size in
-    elements, pieces per rank)."""
+    """Lay items back to back and cut them evenly, as Megatron and the paper do.
+
+    Returns (shard size in elements, pieces per rank).
+    """
     shard_blocks = ceil(sum(item.blocks for item in items) / dp_size)
-    nothing: Shards = [[] for _ in range(dp_size)]
-    return shard_blocks * ALIGNMENT, _lay_out(nothing, _stream(items, [shard_blocks] * dp_size), nothing)
+    empty: Shards = [[] for _ in range(dp_size)]
+    return shard_blocks * ALIGNMENT, _lay_out(empty, _stream(items, [shard_blocks] * dp_size), empty)
 
 
 def pack_balanced(
@@ -78,17 +81,17 @@ def pack_balanced(
     """See [Note: stones and sand]. Returns (shard size in elements, pieces per rank); adds to `loads`."""
     shard_blocks = ceil(sum(item.blocks for item in (*stones, *sand)) / dp_size)
     stones = sorted(stones, key=lambda s: -s.blocks)
-    boulders = _pour_boulders([s for s in stones if s.blocks > shard_blocks], shard_blocks, loads)
-    room = [shard_blocks - sum(piece.blocks for piece in pieces) for pieces in boulders]
+    large_stones = _lay_large_stones([s for s in stones if s.blocks > shard_blocks], shard_blocks, loads)
+    room = [shard_blocks - sum(piece.blocks for piece in pieces) for pieces in large_stones]
     for rank, blocks in enumerate(room):
         loads.muon_blocks[rank] += shard_blocks - blocks
     whole: Shards = [[] for _ in room]
     straddlers = []
     for _, same in groupby((s for s in stones if s.blocks <= shard_blocks), key=lambda s: s.blocks):
-        queue: list[tuple[int, int, int, int]] = []  # ranks with room for stones of this size, the next one first
+        queue: list[tuple[int, int, int, int]] = []  # a heap of the ranks with room for stones of this size
         for number, stone in enumerate(same):
             if number == 0:
-                queue = [_key(loads, room, r) for r in range(dp_size) if room[r] >= stone.blocks]
+                queue = [_priority(loads, room, r) for r in range(dp_size) if room[r] >= stone.blocks]
                 heapify(queue)
             if not queue:
                 straddlers.append(stone)
@@ -99,35 +102,35 @@ def pack_balanced(
             loads.cost[rank] += stone.cost
             loads.muon_blocks[rank] += stone.blocks
             if room[rank] >= stone.blocks:
-                heapreplace(queue, _key(loads, room, rank))
+                heapreplace(queue, _priority(loads, room, rank))
             else:
                 heappop(queue)
     quota = _fill_level(loads.muon_blocks, room, sum(stone.blocks for stone in straddlers))
     for rank, blocks in enumerate(quota):
         room[rank] -= blocks
         loads.muon_blocks[rank] += blocks
-    cut = _both(boulders, _stream(straddlers, quota))
+    cut = _merge(large_stones, _stream(straddlers, quota))
     return shard_blocks * ALIGNMENT, _lay_out(whole, cut, _stream(sand, room))
 
 
-def _key(loads: Loads, room: Sequence[int], rank: int) -> tuple[int, int, int, int]:
-    """The smallest gets the next stone: fewest FLOPs, then fewest Muon elements, then most room."""
+def _priority(loads: Loads, room: Sequence[int], rank: int) -> tuple[int, int, int, int]:
+    """Sort key of ranks for the next stone: fewest FLOPs, then fewest Muon elements, then most room."""
     return loads.cost[rank], loads.muon_blocks[rank], -room[rank], rank
 
 
-def _pour_boulders(boulders: Sequence[Item], shard_blocks: int, loads: Loads) -> Shards:
-    """Lay stones larger than a shard over whole shards, one after another, where the fewest Muon elements lie."""
-    if not boulders:
+def _lay_large_stones(large_stones: Sequence[Item], shard_blocks: int, loads: Loads) -> Shards:
+    """Lay stones larger than a shard over consecutive whole shards, on the ranks with the fewest Muon elements."""
+    if not large_stones:
         return [[] for _ in loads.cost]
     dp_size = len(loads.cost)
-    width = ceil(sum(item.blocks for item in boulders) / shard_blocks)
-    before = [0, *accumulate(loads.muon_blocks)]  # Muon elements on the ranks before each
+    width = ceil(sum(item.blocks for item in large_stones) / shard_blocks)
+    before = [0, *accumulate(loads.muon_blocks)]  # for each rank, the Muon blocks on all ranks before it
     start = min(range(dp_size - width + 1), key=lambda first: before[first + width] - before[first])
-    return _stream(boulders, [shard_blocks if start <= rank else 0 for rank in range(dp_size)])
+    return _stream(large_stones, [shard_blocks if start <= rank else 0 for rank in range(dp_size)])
 
 
 def _fill_level(heights: Sequence[int], room: Sequence[int], amount: int) -> list[int]:
-    """Pour `amount` blocks onto ranks of these `heights`, at most `room` each, so that the lowest rise first."""
+    """Share `amount` blocks among ranks that hold `heights` blocks and have `room`, so that the lowest rise first."""
     if not amount:
         return [0] * len(heights)
     low, high = min(heights), max(heights) + max(room) + 1
@@ -145,7 +148,7 @@ def _fill_level(heights: Sequence[int], room: Sequence[int], amount: int) -> lis
 
 
 def _stream(items: Sequence[Item], rooms: Sequence[int]) -> Shards:
-    """Cut the items, one after another, into the rooms of the ranks, in rank order."""
+    """Cut the items, one after another, to fill `rooms`, the free blocks of each rank, in rank order."""
     filled: Shards = [[] for _ in rooms]
     rank, left = 0, rooms[0]
     for item in items:
@@ -162,8 +165,8 @@ def _stream(items: Sequence[Item], rooms: Sequence[int]) -> Shards:
 
 
 def _lay_out(whole: Shards, straddlers: Shards, sand: Shards) -> list[list[Piece]]:
-    """Order each shard, see [Note: order inside a shard], and give every piece its place."""
-    cut = _both(straddlers, sand)
+    """Order each shard and give every piece its place; see [Note: order inside a shard]."""
+    cut = _merge(straddlers, sand)
     starts = [[(item.param, item.offset) for item in items] for items in cut]
     ends = [[(item.param, item.offset + item.length) for item in items] for items in cut]
     shards = []
@@ -186,5 +189,5 @@ def _lay_out(whole: Shards, straddlers: Shards, sand: Shards) -> list[list[Piece
     return shards
 
 
-def _both(left: Shards, right: Shards) -> Shards:
+def _merge(left: Shards, right: Shards) -> Shards:
     return [a + b for a, b in zip(left, right)]

@@ -1,4 +1,7 @@
-"""What went where, as short texts: `DistMuon.report`. Reads a layout; counts nothing that a layout does not know."""
+"""A layout as text, for `DistMuon.report`.
+
+This module decides the wording only; it reads a `Layout` and knows no tensor.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ from distmuon.layout.layout import Layout
 
 
 def describe(layout: Layout, num_frozen: int = 0) -> str:
-    """What went where, in a few lines: rules, logical matrices, buckets, straddlers, padding."""
+    """Summary of a layout in a few lines: rules, logical matrices, buckets, straddlers, padding."""
     lines = []
     for rule, label in (("muon", "Muon"), ("adamw", "AdamW")):
         specs = [spec for spec in layout.specs if spec.rule == rule]
         matrices = sum(len(m.logical_shapes) for spec in specs for m in spec.matrices)
-        of_matrices = f" ({matrices} matrices)" if rule == "muon" else ""
-        lines.append(f"{label}: {len(specs)} tensors{of_matrices}, {sum(s.numel for s in specs):,} elements")
+        num_matrices = f" ({matrices} matrices)" if rule == "muon" else ""
+        lines.append(f"{label}: {len(specs)} tensors{num_matrices}, {sum(s.numel for s in specs):,} elements")
     lines.append(f"frozen: {num_frozen} tensors")
     if layout.given:
         lines.append(
@@ -30,6 +33,6 @@ def describe(layout: Layout, num_frozen: int = 0) -> str:
 
 
 def routing_table(layout: Layout) -> str:
-    """One line a parameter: fqn, shape, rule, reason."""
+    """A line for each parameter: fqn, shape, rule, reason."""
     width = max(len(spec.fqn) for spec in layout.specs)
     return "\n".join(f"{s.fqn:<{width}}  {s.shape!s:<20} {s.rule:<6} {s.reason}" for s in layout.specs)

@@ -1,8 +1,8 @@
-"""Which rule updates which parameter, and which logical matrices a parameter holds.
+"""The rule that updates each parameter, and the logical matrices that a parameter holds.
 
-Decides by the user's routes first (first match wins), then by identity (what an embedding or the output head holds),
-by module type, by number of dimensions, and last by a few well-known names of raw parameters. A weight that none of
-these decides raises: Muon is never guessed. Knows shapes and names only; no rank, no bucket.
+This module decides by the user's routes first (first match wins), then by identity (parameters of an embedding or the
+output head), by module type, by number of dimensions, and last by a few well-known names of raw parameters. A weight
+that none of these decides raises: Muon is never guessed. The module knows shapes and names only; no rank, no bucket.
 
 [Note: logical matrices] Newton-Schulz and the update's scale see logical matrices, not storage:
   (m, n) linear weight            one m x n matrix
@@ -10,8 +10,8 @@ these decides raises: Muon is never guessed. Knows shapes and names only; no ran
   (out, in, *kernel) convolution  one out x (in * prod(kernel)) matrix
   split=[q, k, v]                 a fused weight cut along its rows (`split_dim=0`), one matrix a part; in a stack each
                                   slice is cut. `split_dim=1` cuts columns, for weights stored (in, out).
-A matrix of rows is a contiguous range of its parameter, and that range is the unit the layout places. Column blocks
-are not contiguous: they stay one unit and are told apart only when it is orthogonalized (`Matrix.column_split`).
+A matrix of rows is a contiguous range of its parameter, and that range is the unit that the layout places. Column
+blocks are not contiguous: they form one unit, which is cut only when it is orthogonalized (`Unit.column_split`).
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from torch.nn.parameter import is_lazy
 
 from distmuon.errors import problem
 from distmuon.layout.ends import ends
-from distmuon.layout.layers import Read, Use, read_module, read_pairs
+from distmuon.layout.layers import Structure, Use, read_module, read_pairs
 from distmuon.options import Hyperparameters, Rule, checked_routes
 from distmuon.options import Route as Route
 
-_SMALL = 256  # elements; Newton-Schulz has nothing to balance in a smaller matrix, and costs a launch
+_SMALL = 256  # elements; in a smaller matrix Newton-Schulz has nothing to balance, and each launch costs time
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A unit that travels whole: `rows` x `columns` elements from `offset` on in its parameter."""
+    """A range of a parameter that is orthogonalized together: `rows` x `columns` elements from `offset` on."""
 
     offset: int
     rows: int
@@ -57,7 +57,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
-    """One trainable parameter as the layout sees it. AdamW parameters have no matrices."""
+    """A trainable parameter as the layout sees it. AdamW parameters have no units in `matrices`."""
 
     fqn: str
     shape: tuple[int, ...]
@@ -66,7 +66,7 @@ class ParamSpec:
     matrices: tuple[Unit, ...]
     reason: str
     options: tuple[tuple[str, object], ...] = ()
-    stays: bool = False  # in its own memory, see [Note: parameters that stay] in memory.py
+    stays: bool = False  # whether it keeps its memory, see [Note: parameters that stay] in memory.py
 
     @property
     def numel(self) -> int:
@@ -77,43 +77,43 @@ Routed = list[tuple[ParamSpec, nn.Parameter]]
 
 
 def route(model: nn.Module | Iterable[tuple[str, nn.Parameter]], routes: Sequence[Route] | str | None = None) -> Routed:
-    """Route every trainable parameter of `model`, tied ones once, in registration order.
+    """Route every trainable parameter of `model` in registration order; a tied parameter counts once.
 
-    `routes="adamw"` gives every parameter to AdamW on purpose. Of (name, parameter) pairs only names and shapes are
-    known. Raises `ValueError` for a route that matches nothing, a split that does not fit, and for weights that nothing
-    decides (all of them named, with the routes to add).
+    `routes="adamw"` gives every parameter to AdamW on purpose. (name, parameter) pairs are routed by name and shape
+    alone. Raises `ValueError` for a route that matches no parameter, for a split that does not fit, and for weights
+    that cannot be decided (it names all of them, and the routes to add).
     """
     named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
     for fqn, param in named:
         if is_lazy(param):
             raise problem(
-                fqn, found="a lazy parameter without a shape", needed="shapes are needed", cure="run one forward first"
+                fqn, found="a lazy parameter without a shape", needed="shapes are needed", cure="run a forward first"
             )
     is_module = isinstance(model, nn.Module)
-    plan = _Plan(read_module(model) if isinstance(model, nn.Module) else read_pairs(named), is_module)
-    return _route(named, checked_routes(routes), plan)
+    defaults = _Defaults(read_module(model) if isinstance(model, nn.Module) else read_pairs(named), is_module)
+    return _route(named, checked_routes(routes), defaults)
 
 
-def _route(named: Sequence[tuple[str, nn.Parameter]], routes: Sequence[Route], plan: _Plan) -> Routed:
+def _route(named: Sequence[tuple[str, nn.Parameter]], routes: Sequence[Route], defaults: _Defaults) -> Routed:
     chosen = {fqn: next((r for r in routes if fnmatchcase(fqn, r.pattern)), None) for fqn, _ in named}
     trained = [(fqn, param) for fqn, param in named if param.requires_grad and param.numel()]
-    decided = plan.decide([fqn for fqn, _ in trained], chosen)
+    decided = defaults.decide([fqn for fqn, _ in trained], chosen)
     undecided = [(fqn, tuple(param.shape)) for fqn, param in trained if chosen[fqn] is None and decided[fqn] is None]
     if undecided:
-        raise _undecided(undecided, named, routes, plan)
+        raise _undecided(undecided, named, routes, defaults)
     routed = []
     for fqn, param in trained:
         stated = chosen[fqn]
         by = stated or decided[fqn]
         assert by is not None
         shape = tuple(param.shape)
-        matrices = _matrices(fqn, shape, by, plan.is_convolution(fqn)) if by.rule == "muon" else ()
+        matrices = _matrices(fqn, shape, by, defaults.is_convolution(fqn)) if by.rule == "muon" else ()
         reason = f"route {stated.pattern!r}" if stated else by.pattern
         spec = ParamSpec(fqn, shape, param.dtype, by.rule, matrices, reason, tuple(sorted(by.options.items())))
         routed.append((spec, param))
     used = set(chosen.values())
     for unused in (r for r in routes if routed and r not in used):
-        needed = "every route must decide one"
+        needed = "every route must match a parameter"
         raise problem(
             f"Route({unused.pattern!r})", found="matched no parameter", needed=needed, cure="correct the pattern"
         )
@@ -121,10 +121,10 @@ def _route(named: Sequence[tuple[str, nn.Parameter]], routes: Sequence[Route], p
 
 
 def route_params(params: nn.Module | Iterable[Any], routes: Sequence[Route] | str | None) -> Routed:
-    """`route` for everything an optimizer may be given: a module, (fqn, parameter) pairs, or group dicts of pairs.
+    """Route the `params` of an optimizer: a module, (fqn, parameter) pairs, or group dicts of pairs.
 
-    A dict says its rule itself: ``{"params": [(fqn, parameter), ...], "rule": "muon" | "adamw", **group entries}``;
-    with `routes="adamw"` it need not. Its entries hold beside a route for the same parameters, whose own go first.
+    A dict states its rule: ``{"params": [(fqn, parameter), ...], "rule": "muon" | "adamw", **group entries}``; with
+    `routes="adamw"` the rule may be absent. If a route matches the same parameters, its options override the entries.
     """
     if isinstance(params, nn.Module):
         return _with_muon(route(params, routes), routes)
@@ -153,51 +153,56 @@ def route_params(params: nn.Module | Iterable[Any], routes: Sequence[Route] | st
             raise problem(
                 fqn,
                 found="its name or parameter was given before",
-                needed="each is needed once",
+                needed="each name and each parameter may appear once",
                 cure="leave the second out",
             )
         seen |= {fqn, id(param)}
     given = checked_routes(routes)
-    both = [_both(fqn, own, given) for fqn, own in stated.items()]
-    # The routes themselves stay behind what they were merged with, so that one that matches nothing is still an error.
-    return _with_muon(route(pairs, [*both, *_used_by_dicts(given, stated, pairs)]), routes)
+    merged = [_merged_route(fqn, dict_route, given) for fqn, dict_route in stated.items()]
+    # The given routes follow the merged routes, so that a route that matches no parameter is still an error.
+    return _with_muon(route(pairs, [*merged, *_without_merged(given, stated, pairs)]), routes)
 
 
-def _both(fqn: str, own: Route, routes: Sequence[Route]) -> Route:
-    """What a dict and the first route that matches say together of the parameter `fqn`."""
+def _merged_route(fqn: str, dict_route: Route, routes: Sequence[Route]) -> Route:
+    """Merge the route that a dict states for the parameter `fqn` with the first of `routes` that matches."""
     found = next((r for r in routes if fnmatchcase(fqn, r.pattern)), None)
     if found is None:
-        return own
-    if found.rule != own.rule:
+        return dict_route
+    if found.rule != dict_route.rule:
         raise problem(
             fqn,
-            found=f"its dict says rule {own.rule!r} and Route({found.pattern!r}) says {found.rule!r}",
-            needed="one rule is needed",
+            found=f"its dict says rule {dict_route.rule!r} and Route({found.pattern!r}) says {found.rule!r}",
+            needed="a single rule is needed",
             cure="correct the dict's rule or the routes",
         )
-    return replace(found, pattern=own.pattern, options={**own.options, **found.options})
+    return replace(found, pattern=dict_route.pattern, options={**dict_route.options, **found.options})
 
 
-def _used_by_dicts(
+def _without_merged(
     routes: Sequence[Route], stated: Mapping[str, Route], pairs: Sequence[tuple[str, nn.Parameter]]
 ) -> list[Route]:
-    """`routes` without those that were merged into dicts and decide nothing else."""
+    """`routes` without those that were merged into dicts and match no other parameter."""
     first = {fqn: next((r for r in routes if fnmatchcase(fqn, r.pattern)), None) for fqn, _ in pairs}
     merged = {first[fqn] for fqn in stated}
     return [r for r in routes if r not in merged or any(first[fqn] is r for fqn in first if fqn not in stated)]
 
 
 def _with_muon(routed: Routed, routes: Sequence[Route] | str | None) -> Routed:
-    """`routed`, if some parameter is Muon's or none was meant to be: every one of them was given to AdamW by name.
+    """Return `routed` if Muon updates some parameter, or if every parameter was given to AdamW by name.
 
-    Raises otherwise, with the reason of each.
+    Raises otherwise, with the reason for each parameter.
     """
     if not routed:
-        raise problem("params", found="no trainable parameter", needed="one at least is needed", cure="unfreeze some")
+        raise problem(
+            "params",
+            found="no trainable parameter",
+            needed="at least one is needed",
+            cure="unfreeze some parameters",
+        )
     on_purpose = routes == "adamw" or all(spec.reason.startswith("route ") for spec, _ in routed)
     if not on_purpose and not any(spec.rule == "muon" for spec, _ in routed):
         reasons = ", ".join(f"{spec.fqn} ({spec.reason})" for spec, _ in routed[:20])
-        cure = 'say routes="adamw" to use AdamW on purpose'
+        cure = 'pass routes="adamw" to use AdamW on purpose'
         heads = [spec.fqn for spec, _ in routed if spec.reason.startswith(("output head", "input"))]
         if heads:
             cure += f', or give Muon a matrix: routes=[distmuon.Route({escape(heads[-1])!r}, "muon")]'
@@ -213,7 +218,7 @@ def _with_muon(routed: Routed, routes: Sequence[Route] | str | None) -> Routed:
 def make_groups(
     routed: Sequence[tuple[ParamSpec, nn.Parameter]], start: Hyperparameters
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """(param groups with named parameters, one a rule and set of route options; per parameter its group's number)."""
+    """(param groups of named parameters, one for each rule and set of route options; group index of each parameter)."""
     groups: dict[str, dict[str, Any]] = {}
     for spec, param in routed:
         key = _group_key(spec)
@@ -233,9 +238,10 @@ def make_groups(
 
 
 def _group_key(spec: ParamSpec) -> str:
-    """Parameters with the same one share a group. Tensors print rounded."""
-    numbers = [(name, value.tolist() if isinstance(value, torch.Tensor) else value) for name, value in spec.options]
-    return repr((spec.rule, numbers))
+    """Key of the group that `spec` belongs to."""
+    # repr() of a tensor rounds; compare exact values.
+    values = [(name, value.tolist() if isinstance(value, torch.Tensor) else value) for name, value in spec.options]
+    return repr((spec.rule, values))
 
 
 def _is_pair(entry: object) -> bool:
@@ -243,28 +249,28 @@ def _is_pair(entry: object) -> bool:
     return pair and entry[1].is_leaf  # type: ignore[index]
 
 
-class _Plan:
-    """What is decided without the user, from what the model's parameters are and where it begins and ends."""
+class _Defaults:
+    """Default rules, from the kinds of the model's parameters and from the ends of the model."""
 
-    def __init__(self, read: Read, is_module: bool) -> None:
+    def __init__(self, structure: Structure, is_module: bool) -> None:
         self.is_module = is_module
-        self.ends = ends(read)
+        self.ends = ends(structure)
         self.uses: dict[str, list[Use]] = {}
-        for use in read.uses:
+        for use in structure.uses:
             self.uses.setdefault(use.fqn, []).append(use)
 
     def is_convolution(self, fqn: str) -> bool:
-        """Whether `fqn` is stored (out, in, *kernel); of a pair with more than 3 dimensions nothing else is known."""
+        """Whether `fqn` is stored (out, in, *kernel), as is assumed of a pair with more than 3 dimensions."""
         uses = self.uses[fqn]
         is_filter = any(use.kind in ("convolution", "depthwise") for use in uses)
         return is_filter or (not self.is_module and len(uses[0].shape) > 3)
 
     def decide(self, trained: Sequence[str], chosen: Mapping[str, Route | None]) -> dict[str, Route | None]:
-        """The rule of each of `trained` that the user has not `chosen`, as a `Route` whose pattern is the reason; None
-        where nothing decides.
+        """Decide the rule of each `trained` parameter that the user has not `chosen`; None if it cannot be decided.
 
-        A model whose only matrices are small, or a first convolution, or a last layer keeps these for Muon: a rule that
-        is to spare a few of many matrices must not take them all. The last layer of a frozen model stays AdamW's.
+        A decision is a `Route` whose pattern is the reason. If a model's only matrices are small, a first convolution
+        or a last layer, Muon updates them: a default that excludes a few of many matrices must not exclude them all.
+        The last layer of a frozen model is always AdamW's.
         """
         left = [fqn for fqn in trained if chosen[fqn] is None]
         by_user = any(route is not None and route.rule == "muon" for route in chosen.values())
@@ -286,9 +292,9 @@ class _Plan:
             return Route("fewer than 2 dimensions", "adamw")
         if use.is_vector:
             return Route("vector: one dimension only is larger than 1", "adamw")
-        for place in uses:  # what is tied to an embedding follows it
-            if place.kind in ("embedding", "vector", "normalization"):
-                return Route(place.reason, "adamw")
+        for other in uses:  # a weight that is tied to an embedding follows the embedding
+            if other.kind in ("embedding", "vector", "normalization"):
+                return Route(other.reason, "adamw")
         kept = []
         end = self.ends.get(fqn)
         if end is not None and (end.is_certain or end.side not in spared):
@@ -308,7 +314,7 @@ class _Plan:
 
 
 def _matrix_route(use: Use) -> Route | None:
-    """Muon for what is a matrix or several, with the parts it fuses."""
+    """The Muon route of a weight that holds matrices, with the parts that it fuses; None if they are not known."""
     rows, columns = use.shape[-2:]
     if use.kind == "unknown":
         return None
@@ -328,10 +334,10 @@ def _matrix_route(use: Use) -> Route | None:
 
 
 def _fused_experts(use: Use) -> Route | None:
-    """Gate and up as halves of the rows, (E, 2I, H), or of the columns, (E, H, 2I), if it is known which.
+    """Split gate and up as halves of the rows, (E, 2I, H), or of the columns, (E, H, 2I), if it is known which.
 
-    The sibling `down_proj` shows the rows, whose shape (E, H, I) it has then. Columns may hold halves or alternate; in
-    transformers the module says which by `is_transposed` and `is_concatenated`.
+    Rows are split if the sibling `down_proj` has shape (E, H, I). Columns may hold halves or alternate; in transformers
+    the module's `is_transposed` and `is_concatenated` tell which.
     """
     down = getattr(use.owner, "down_proj", None)
     if not isinstance(down, nn.Parameter) or down.ndim != 3 or not getattr(use.owner, "is_concatenated", True):
@@ -350,9 +356,9 @@ def _undecided(
     undecided: Sequence[tuple[str, tuple[int, ...]]],
     named: Sequence[tuple[str, nn.Parameter]],
     routes: Sequence[Route],
-    plan: _Plan,
+    defaults: _Defaults,
 ) -> ValueError:
-    """The error for weights that nothing decides, with routes that are accepted when they are pasted."""
+    """Make the error for undecided weights, with routes that can be pasted into the call."""
     groups = _patterns(undecided, [fqn for fqn, _ in named])
     texts = []
     for pattern, members in groups.items():
@@ -362,35 +368,35 @@ def _undecided(
     for pattern, members in groups.items():
         rule: Rule = "muon" if len(members[0][1]) == 2 else "adamw"
         added.append(Route(pattern, rule))
-    if not _has_muon(named, [*routes, *added], plan):
+    if not _has_muon(named, [*routes, *added], defaults):
         added = [replace(r, rule="muon") if len(m[0][1]) == 3 else r for r, m in zip(added, groups.values())]
     given = ["..."] if routes else []
     lines = ", ".join(given + [f"distmuon.Route({r.pattern!r}, {r.rule!r})" for r in added])
     cure = f"check and add routes=[{lines}]"
-    if not _has_muon(named, [*routes, *added], plan):
-        cure = 'reshape them to matrices, or say routes="adamw" to use AdamW on purpose'
+    if not _has_muon(named, [*routes, *added], defaults):
+        cure = 'reshape them to matrices, or pass routes="adamw" to use AdamW on purpose'
     return problem(
         ", ".join(texts),
         found=f"{len(undecided)} weights that neither module type nor name decides",
-        needed="each needs a rule",
-        cure=cure if plan.is_module else f"pass the model itself, whose modules say more, or {cure}",
+        needed="each weight needs a rule",
+        cure=cure if defaults.is_module else f"pass the model itself, whose modules tell more, or {cure}",
     )
 
 
-def _has_muon(named: Sequence[tuple[str, nn.Parameter]], routes: Sequence[Route], plan: _Plan) -> bool:
-    return any(spec.rule == "muon" for spec, _ in _route(named, routes, plan))
+def _has_muon(named: Sequence[tuple[str, nn.Parameter]], routes: Sequence[Route], defaults: _Defaults) -> bool:
+    return any(spec.rule == "muon" for spec, _ in _route(named, routes, defaults))
 
 
 def _patterns(
     undecided: Sequence[tuple[str, tuple[int, ...]]], names: Sequence[str]
 ) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """`undecided` by patterns that match them and no other parameter; numbers are left open where several are alike."""
-    alike: dict[tuple[str, int], list[tuple[str, tuple[int, ...]]]] = {}
+    """Group `undecided` by patterns that match no other parameter; "*" replaces numbers where several names match."""
+    by_pattern: dict[tuple[str, int], list[tuple[str, tuple[int, ...]]]] = {}
     for fqn, shape in undecided:
         open_ = ".".join("*" if part.isdigit() else escape(part) for part in fqn.split("."))
-        alike.setdefault((open_, len(shape)), []).append((fqn, shape))
+        by_pattern.setdefault((open_, len(shape)), []).append((fqn, shape))
     found: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for (pattern, _), members in alike.items():
+    for (pattern, _), members in by_pattern.items():
         matched = {name for name in names if fnmatchcase(name, pattern)}
         if len(members) > 1 and matched == {fqn for fqn, _ in members}:
             found[pattern] = members

@@ -1,1 +1,1 @@
-"""The formulas, on plain tensors: update rules, Newton-Schulz, its coefficients, and the bits that state is kept in."""
+"""Formulas on plain tensors: update rules, Newton-Schulz and its coefficients, and the formats of state."""

@@ -1,21 +1,22 @@
-"""How momentum is kept (float32, bfloat16, int8), and how a 16-bit parameter is rounded from its float32 master (kept
-whole, or as the 16 bits that the parameter lacks).
+"""Formats of state: momentum in float32, bfloat16 or int8, and the float32 master of a 16-bit parameter.
 
-Functions on plain tensors, no rank, no bucket; nothing here waits for a device or draws from a global generator.
+This module decides how values are rounded and stored: momentum by dither, parameters and masters to the nearest. It has
+functions on plain tensors and knows no rank and no bucket; nothing in it waits for a device or draws from a global
+generator.
 
-[Note: dither] A moving average takes steps of 1 - mu = 0.05 of what it lacks. Rounded to the nearest number such steps
-are lost once they are below half the distance of two neighbours: the average stalls, 10 distances from where it should
-be. So what a step keeps is rounded up with the probability that makes it right on average. The dice are a function of
-the element's position in its parameter and of the number of times that it has been rounded before (`dither`), so the
-bits are the same whatever the cut, the number of ranks, and the process that resumes. In time the dice of an element
-go round the circle by the golden section: each value comes up as often as it should within a few steps, and errors of
-one step are taken back by the next ones. Independent dice would leave errors 1.4 times as large (docs/options.md).
-What can be kept exactly, zeros above all, is never altered. What is loaded is rounded to the nearest.
+[Note: dither] A moving average moves by 1 - mu = 0.05 of its distance to the target. Rounded to the nearest number,
+such steps are lost once they are below half the distance of two neighbours: the average stalls 10 distances away from
+the target. So the result of a step is rounded up with the probability that makes it right on average. The dice are a
+function of the element's position in its parameter and of the number of its earlier roundings (`dither`), so the bits
+do not depend on the cut, the number of ranks, or a restart. Over time an element's dice go round the circle by the
+golden section: every value comes up with its frequency within a few steps, and later steps undo the error of a step.
+Independent dice would leave errors 1.4 times as large (docs/options.md). A value that the format holds exactly, such as
+zero, is never changed. Loaded values are rounded to the nearest.
 
-[Note: remainder] A float32 number is 32 bits, of which a bfloat16 is the upper 16. The parameter is the master rounded
-to the nearest bfloat16, halves away from zero; the remainder is what is missing, as a difference of bit patterns in
-[-2^15, 2^15). So `join` gives the master back bit for bit. Rounding halves to even, as `Tensor.to` does, would leave
-one remainder too many for 16 bits; the two roundings differ for one master in 2^17, by one bfloat16 step.
+[Note: remainder] A bfloat16 number is the upper 16 bits of a float32 number. The parameter is the master rounded to the
+nearest bfloat16, halves away from zero; the remainder is the difference of the bit patterns, in [-2^15, 2^15). So
+`join` returns the master bit for bit. Rounding halves to even, as `Tensor.to` does, would need one remainder too many
+for 16 bits; the two roundings differ for one master in 2^17, by one bfloat16 step.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from torch.nn.functional import pad
 
 BLOCK = 256  # elements that share one scale
 _GOLDEN = 0x9E3779B9  # 2^32 times the golden section, to the nearest odd number
-_SPREAD = (0x9E3779B1 - 2**32, 0x85EBCA77 - 2**32)  # large odd numbers, as int32: xxHash's first two
+_SPREAD = (0x9E3779B1 - 2**32, 0x85EBCA77 - 2**32)  # the first two primes of xxHash, as int32
 
 
 def num_blocks(length: int) -> int:
-    """Scales that `quantize` makes for `length` elements."""
+    """The number of scales that `quantize` makes for `length` elements."""
     return -(-length // BLOCK)
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) float32 -> (n,) int8 codes, (num_blocks(n),) float32 scales: the largest magnitude of each block.
+    """Quantize (n,) float32 to (n,) int8 codes and (num_blocks(n),) float32 scales, the blocks' largest magnitudes.
 
     value = scale * sign(code) * (code / 127)^2: the step is finest near zero, so that an outlier in a block does not
-    erase the rest of it. `dequantize` then `quantize` gives the same codes.
+    erase the other values. `dequantize` followed by `quantize` gives the same codes.
     """
     blocks = _blocks(values)
     scales = blocks.abs().amax(dim=1)
@@ -57,29 +58,32 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def _blocks(values: Tensor) -> Tensor:
-    """(n,) -> (num_blocks(n), BLOCK), zeros at the end; a view where n is a multiple of BLOCK."""
+    """View (n,) as (num_blocks(n), BLOCK), with zeros at the end; a copy unless n is a multiple of BLOCK."""
     missing = -values.numel() % BLOCK
     return (pad(values, (0, missing)) if missing else values).view(-1, BLOCK)
 
 
 def dither(start: int, length: int, step: Tensor) -> Tensor:
-    """(length,) int32, spread evenly over all int32: one for each element from `start` of its parameter on.
+    """Dice for `length` elements of a parameter from `start` on: (length,) int32, spread evenly over all int32.
 
-    `step`: 0-dim, a whole number below 2^24, how often these elements were rounded before; it is read on its device.
+    `step`: 0-dim, the number of earlier roundings of these elements, below 2^24; it is read on its device.
     """
     first, second = _SPREAD
     offset = (start * first + 2**31) % 2**32 - 2**31
     places = torch.arange(length, dtype=torch.int32, device=step.device)
-    spread = torch.add(torch.tensor(offset, dtype=torch.int32), places, alpha=first)  # wraps, as all of this does
+    spread = torch.add(
+        torch.tensor(offset, dtype=torch.int32), places, alpha=first
+    )  # wraps on overflow, as do the lines below
     spread.bitwise_xor_(spread >> 15).mul_(second)
     return spread.add_((step.to(torch.int64) * _GOLDEN).to(torch.int32))
 
 
 def quantize_dithered(values: Tensor, start: int, step: Tensor) -> tuple[Tensor, Tensor]:
-    """As `quantize`, but right on average; see [Note: dither] and `dither`.
+    """Quantize like `quantize`, but so that values are right on average; see [Note: dither] and `dither`.
 
-    With r = 127 sqrt(|value| / scale) between the codes c and c+1 and y evenly in (-1/2, 1/2), the code is
-    round(sqrt(r^2 - 1/4 + y^2) - y): c+1 with probability (r^2 - c^2) / (2c + 1), which is right in value, not in root.
+    With r = 127 sqrt(|value| / scale) between the codes c and c+1, and y uniform in (-1/2, 1/2), the code is
+    round(sqrt(r^2 - 1/4 + y^2) - y). It is c+1 with probability (r^2 - c^2) / (2c + 1), so the value, not its root, is
+    right on average.
     """
     codes = torch.empty_like(values, dtype=torch.int8)
     scales = values.new_empty(num_blocks(values.numel()))
@@ -87,7 +91,7 @@ def quantize_dithered(values: Tensor, start: int, step: Tensor) -> tuple[Tensor,
         blocks = _blocks(part)
         squares = blocks.abs()
         part_scales = squares.amax(dim=1)
-        # A little within (-1/2, 1/2), so that the largest of a block has code 127 and loading finds its scale again.
+        # y stays a little inside (-1/2, 1/2), so that a block's largest value has code 127 and a load finds its scale.
         y = dither(start + low, part.numel(), step).float().mul_(2.0**-32 * (1 - 2.0**-14))
         squares.div_(part_scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)).mul_(127.0**2)
         y = _blocks(y)
@@ -98,64 +102,63 @@ def quantize_dithered(values: Tensor, start: int, step: Tensor) -> tuple[Tensor,
 
 
 def bfloat16_dithered(values: Tensor, start: int, step: Tensor) -> Tensor:
-    """(n,) float32 -> (n,) bfloat16, one of the two neighbours, right on average; see [Note: dither] and `dither`."""
+    """Round (n,) float32 to one of the two bfloat16 neighbours, right on average; see [Note: dither] and `dither`."""
     rounded = torch.empty_like(values, dtype=torch.bfloat16)
     for low, part in _parts(values):
         bits = (dither(start + low, part.numel(), step) >> 16).bitwise_and_(0xFFFF)
         bits.add_(part.view(torch.int32))
-        rounded[low : low + part.numel()] = bits.bitwise_and_(-0x10000).view(torch.float32)  # which is a bfloat16 now
+        rounded[low : low + part.numel()] = bits.bitwise_and_(-0x10000).view(torch.float32)  # exact as bfloat16
     return rounded
 
 
 def _parts(values: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(offset, view) of parts of `values`: on a CPU small enough to stay in cache, elsewhere to be counted in int32."""
+    """Yield (offset, view) of parts of `values`: on a CPU they fit into cache, elsewhere int32 can count them."""
     size = BLOCK * 2 ** (8 if values.device.type == "cpu" else 20)
     for low in range(0, values.numel(), size):
         yield low, values[low : low + size]
 
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 -> (bfloat16 parameter, int16 remainder), any shape; see [Note: remainder]."""
+    """Split a float32 master of any shape into (bfloat16 parameter, int16 remainder); see [Note: remainder]."""
     bits = torch.where(master.isnan(), 0x7FC00000, master.view(torch.int32))  # some NaNs would round to -0.0
     upper = (bits + 0x8000) >> 16
     return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
 
 
 def join(parameter: Tensor, remainder: Tensor) -> Tensor:
-    """The inverse of `split`, bit for bit. With a parameter written by somebody else: a master that rounds to it."""
-    remainder = torch.where(
-        parameter == 0, remainder.clamp(min=0), remainder
-    )  # below the bits of 0 there are only NaNs
+    """The inverse of `split`, bit for bit. A parameter that was written externally gives a master that rounds to it."""
+    # The bit patterns below those of 0 are NaNs.
+    remainder = torch.where(parameter == 0, remainder.clamp(min=0), remainder)
     return ((parameter.view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)
 
 
 class MomentumCodec(Protocol):
-    """The format in which Muon's momentum is kept, in the entries of one piece's state."""
+    """The format of Muon's momentum in the entries of a piece's state."""
 
     keys: tuple[str, ...]
-    """What state dicts hold; scales of blocks are not among them."""
+    """The keys in state dicts; they do not include the scales of blocks."""
     decoded: torch.dtype
-    """Of what `decode` returns."""
+    """The dtype of the result of `decode`."""
     in_place: bool
-    """The buffer is float32 itself, so that a step may compute the new momentum in it."""
+    """Whether the buffer itself is float32, so that a step may compute the new momentum in it."""
 
     def entries(self, length: int) -> dict[str, tuple[int, torch.dtype]]:
-        """By key, (elements, dtype) of what `length` elements of momentum take; ``step`` is beside them."""
+        """(elements, dtype) by key for `length` elements of momentum, without ``step``."""
 
     def decode(self, state: Mapping[str, Tensor]) -> Tensor:
-        """(n,) in a floating-point dtype, as it is kept where it has one."""
+        """Decode momentum, (n,) in a floating-point dtype; the buffer itself if that is floating-point."""
 
     def encode(self, momentum: Tensor) -> dict[str, Tensor]:
-        """(n,) float32, loaded or written by a user, as entries of a state: the nearest numbers."""
+        """Encode momentum that was loaded or written by a user, (n,) float32, by rounding to the nearest."""
 
     def encode_step(self, momentum: Tensor, start: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """(n,) float32, computed by a step, as entries of a state: right on average, see [Note: dither].
+        """Encode momentum that a step has computed, (n,) float32, right on average; see [Note: dither].
 
         `start`: the position of the first element in its parameter.
         """
 
     def bytes(self, length: int) -> int:
-        """Bytes that `length` elements take, ``step`` left out."""
+        """The bytes of `length` elements, without ``step``."""
 
 
 class Float32Momentum:
@@ -226,7 +229,7 @@ class Int8Momentum:
 
 
 def momentum_codec(dtype: torch.dtype) -> MomentumCodec:
-    """The codec of `Precision.momentum`."""
+    """The codec for a dtype of `Precision.momentum`."""
     codecs: dict[torch.dtype, MomentumCodec] = {
         torch.float32: Float32Momentum(),
         torch.bfloat16: Bfloat16Momentum(),
@@ -236,25 +239,29 @@ def momentum_codec(dtype: torch.dtype) -> MomentumCodec:
 
 
 class MasterCodec(Protocol):
-    """What is kept beside a parameter to make its float32 master. All tensors of a call have one shape."""
+    """The format of a float32 master: a tensor `kept` beside the parameter. All tensors of a call have one shape.
+
+    `FlatStorage.masters` decodes the masters of a rank's shard for line 6 of a step (`Bucket.update`), and at its end
+    encodes them, which gives the parameters their bits. Other ranks receive these bits by the all-gather.
+    """
 
     bytes_per_element: int
 
     def make(self, param: Tensor) -> Tensor | None:
-        """What to keep for a fresh parameter; None: nothing."""
+        """Make `kept` for a new parameter; None if nothing is kept."""
 
     def decode(self, param: Tensor, kept: Tensor | None) -> Tensor:
-        """The master, float32: the memory where it is kept as such, else new memory."""
+        """The float32 master; new memory unless it is stored as float32."""
 
     def encode(self, master: Tensor, param: Tensor, kept: Tensor | None) -> None:
-        """Write `master` (any dtype and device): the parameter rounded from it, and what is kept."""
+        """Write `master` (of any dtype and device) to `kept`, and to the parameter, rounded."""
 
     def absorb(self, param: Tensor, kept: Tensor | None) -> None:
-        """Take over into the master the elements of `param` that somebody else has written."""
+        """Write elements of `param` that have been written externally into the master."""
 
 
 class OwnMaster:
-    """A float32 parameter is its own master."""
+    """Codec of a float32 parameter, which is itself the master."""
 
     bytes_per_element = 0
 
@@ -269,11 +276,11 @@ class OwnMaster:
             param.copy_(master)
 
     def absorb(self, param: Tensor, kept: Tensor | None) -> None:
-        """The parameter is the master."""
+        """Do nothing, since the parameter is the master."""
 
 
 class Float32Master:
-    """A float32 master beside a 16-bit parameter."""
+    """Codec of a float32 master beside a 16-bit parameter."""
 
     bytes_per_element = 4
 
@@ -291,13 +298,13 @@ class Float32Master:
         param.copy_(kept)
 
     def absorb(self, param: Tensor, kept: Tensor | None) -> None:
-        """An element that differs from what the master rounds to was written; any other keeps its full precision."""
+        """Overwrite masters that do not round to their parameter; the others keep their full precision."""
         assert kept is not None
         torch.where(param == kept.to(param.dtype), kept, param.to(kept.dtype), out=kept)
 
 
 class RemainderMaster:
-    """The 16 bits that a bfloat16 parameter lacks; see [Note: remainder]."""
+    """Codec of the 16 bits that a bfloat16 parameter lacks; see [Note: remainder]."""
 
     bytes_per_element = 2
 
@@ -315,11 +322,11 @@ class RemainderMaster:
         param.copy_(parameters)
 
     def absorb(self, param: Tensor, kept: Tensor | None) -> None:
-        """What was written and the remainder make a master that rounds to it."""
+        """Do nothing: a written parameter and its remainder give a master that rounds to the parameter."""
 
 
 def master_codec(param_dtype: torch.dtype, master: str) -> MasterCodec:
-    """The codec of `Precision.master` for a parameter of `param_dtype`."""
+    """The codec for the format `master` (`Precision.master`) of a parameter of `param_dtype`."""
     if param_dtype == torch.float32:
         return OwnMaster()
     return RemainderMaster() if master == "remainder" and param_dtype == torch.bfloat16 else Float32Master()

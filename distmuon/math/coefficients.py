@@ -1,7 +1,8 @@
-"""Which polynomial: the coefficients of each Newton-Schulz step, by table or one's own, and how far they can reach.
+"""The coefficients of each Newton-Schulz step, from a table or the user, and bounds on the singular values.
 
-Decides what may be asked for, so that no singular value can turn its sign or leave [0, 1.5]. Numbers only: it knows no
-tensor, and not how a polynomial is evaluated. Bands, and how the digits were derived again: docs/newton_schulz.md.
+This module decides which coefficients are allowed: no singular value may change its sign or leave [0, 1.5]. It works on
+numbers only; it knows no tensor, and not how a polynomial is evaluated. Bands, and how the digits were derived again:
+docs/newton_schulz.md.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Coefficients: TypeAlias = str | Sequence[float] | Sequence[Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The (a, b, c) of each step, for `fewest` steps or more. Past its end the last one `repeats`, or nothing does."""
+    """The (a, b, c) of each step, for at least `fewest` steps. The last triple may repeat only if `repeats`."""
 
     triples: tuple[Triple, ...]
     fewest: int
@@ -29,7 +30,7 @@ class Table:
 
 
 def _guarded(*triples: Triple) -> tuple[Triple, ...]:
-    """p(s / 1.01): an input that rounding made 1 % too large still lies where p was designed to work."""
+    """Triples of p(s / 1.01), so that an input that is 1 % too large by rounding is in the range of p's design."""
     return tuple((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in triples)
 
 
@@ -90,7 +91,7 @@ COEFFICIENTS: Mapping[str, Table] = MappingProxyType(
             fewest=5,
             repeats=False,
             source=(
-                "CANS, arXiv 2506.10935: Remez from 1e-3, digits as in NVIDIA-NeMo/Emerging-Optimizers; guarded by us:"
+                "CANS, arXiv 2506.10935: Remez from 1e-3, digits as in NVIDIA-NeMo/Emerging-Optimizers; guarded here:"
                 " an input 0.2 % above 1, which bfloat16 makes, diverges otherwise"
             ),
         ),
@@ -112,7 +113,7 @@ COEFFICIENTS: Mapping[str, Table] = MappingProxyType(
             repeats=False,
             source=(
                 "cubic5, arXiv 2606.00371: relaxed band from 7e-3, two products a step instead of three, digits as in"
-                " NVIDIA-NeMo/Emerging-Optimizers; guarded by us: it is negative from 1.0035 otherwise"
+                " NVIDIA-NeMo/Emerging-Optimizers; guarded here: it is negative from 1.0035 otherwise"
             ),
         ),
     }
@@ -120,10 +121,10 @@ COEFFICIENTS: Mapping[str, Table] = MappingProxyType(
 
 
 def coefficient_schedule(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
-    """The (a, b, c) of each step: from a table's name, from one triple for all steps, or from one triple a step.
+    """The (a, b, c) of each step, from a table's name, a triple for all steps, or a triple for each step.
 
-    Raises ValueError where the table does not serve that many steps, or where the polynomial could send a singular
-    value of [0, 1], or one that rounding made a little larger, below 0 or above 1.5.
+    Raises ValueError if the table does not support that many steps, or if the polynomial could send a singular value in
+    [0, 1], or slightly above 1 by rounding, below 0 or above 1.5.
     """
     if isinstance(coefficients, str):
         return _cached_schedule(coefficients, steps)
@@ -132,39 +133,43 @@ def coefficient_schedule(coefficients: Coefficients, steps: int) -> tuple[Triple
         rows = [[row[0] for row in rows]] if all(len(row) == 1 for row in rows) else rows
         triples = tuple(tuple(float(number) for number in row) for row in rows)
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        needed = "a table's name, one (a, b, c) for all steps or one for each is needed"
+        needed = "a table's name, one (a, b, c) for all steps or one for each step is needed"
         raise problem(
-            "ns_coefficients", found=f"{coefficients!r} found", needed=needed, cure="'jordan' is usual"
+            "ns_coefficients", found=f"{coefficients!r} found", needed=needed, cure="pass 'jordan', the usual table"
         ) from None
     return _cached_schedule(triples, steps)
 
 
-@lru_cache(maxsize=256, typed=True)  # True and 2.0 are no numbers of steps, though they equal some
+@lru_cache(maxsize=256, typed=True)  # so that True and 2.0 do not hit the entries of 1 and 2
 def _cached_schedule(coefficients: str | tuple[tuple[float, ...], ...], steps: int) -> tuple[Triple, ...]:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise problem(
-            "ns_steps", found=f"{steps!r} found", needed="a whole number of at least 1 is needed", cure="5 is usual"
+            "ns_steps",
+            found=f"{steps!r} found",
+            needed="a whole number of at least 1 is needed",
+            cure="pass 5, the usual number",
         )
     if not isinstance(coefficients, str):
         if {len(row) for row in coefficients} != {3} or len(coefficients) not in (1, steps):
             found = f"rows of {[len(row) for row in coefficients]} numbers found for {steps} steps"
             cure = f"give 1 or {steps} triples"
             raise problem(
-                "ns_coefficients", found=found, needed="one (a, b, c) for all or one for each is needed", cure=cure
+                "ns_coefficients", found=found, needed="one (a, b, c) for all or one for each step is needed", cure=cure
             )
         triples = tuple((a, b, c) for a, b, c in coefficients) * (steps // len(coefficients))
     elif coefficients not in COEFFICIENTS:
         cure = f"take one of {[*COEFFICIENTS]}"
         raise problem("ns_coefficients", found=f"{coefficients!r} found", needed="a table is needed", cure=cure)
     else:
-        table, last = COEFFICIENTS[coefficients], len(COEFFICIENTS[coefficients].triples) - 1
+        table = COEFFICIENTS[coefficients]
+        last = len(table.triples) - 1
         if steps < table.fewest or (steps > last + 1 and not table.repeats):
             served = f"{table.fewest} steps{' or more' if table.repeats else ' and no other number'}"
             raise problem(
                 "ns_steps",
                 found=f"{steps} found for ns_coefficients {coefficients!r}",
                 needed=f"its source tuned {served}",
-                cure="set ns_steps so, take 'jordan' (any number), or give your own (a, b, c) for each step",
+                cure="set ns_steps to that, take 'jordan' (any number), or pass an (a, b, c) for each step",
             )
         triples = tuple(table.triples[min(step, last)] for step in range(steps))
     checked_bounds(triples)
@@ -173,24 +178,31 @@ def _cached_schedule(coefficients: str | tuple[tuple[float, ...], ...], steps: i
 
 @lru_cache(maxsize=256)
 def checked_bounds(triples: tuple[Triple, ...]) -> tuple[float, ...]:
-    """The largest singular value there can be before each step, and after the last. Raises ValueError above 1.5.
+    """The largest possible singular value before each step, and after the last. Raises ValueError above 1.5.
 
-    Exact, with no grid: p is continuous and p(0) = 0, so where it is not negative it maps [0, u] onto [0, max p], and
-    the extrema of a quintic are known. Each step's input counts as 2^-8 too large, which is two bfloat16 roundings.
+    The bounds are exact, without a grid: p is continuous and p(0) = 0, so if it is not negative it maps [0, u] onto
+    [0, max p], and the extrema of a quintic are known. Each step's input is taken as 2^-8 too large, which is two
+    bfloat16 roundings.
     """
     tops = [1.0]
     for a, b, c in triples:
         end = tops[-1] * (1 + 2.0**-8)
-        turn = min(max(-b / (2 * c), 0.0), end**2) if c else 0.0  # of p(s)/s = a + b*y + c*y^2, where y = s^2
+        # With y = s^2, p(s)/s = a + b*y + c*y^2 has its extremum on [0, end^2] at `turn` or at an end.
+        turn = min(max(-b / (2 * c), 0.0), end**2) if c else 0.0
         lowest = min(a, *(a + b * y + c * y * y for y in (turn, end**2)))
         if not lowest > 0:
             found = f"step {len(tops)}, {(a, b, c)}, multiplies some singular value of (0, {end:.4g}] by {lowest:.3g}"
-            needed = "a positive factor is needed, or its sign turns"
+            needed = "a positive factor is needed, or the sign changes"
             raise problem("ns_coefficients", found=found, needed=needed, cure="take a table's name instead")
-        root = max(9 * b * b - 20 * a * c, 0.0) ** 0.5
-        flat = ((-3 * b - root) / (10 * c), (-3 * b + root) / (10 * c)) if c else (-a / (3 * b),) if b else ()  # p' = 0
-        candidates = (end, *(y**0.5 for y in flat if 0 < y < end**2))
-        tops.append(min(max(a * s + b * s**3 + c * s**5 for s in candidates), 1e6))
+        # p'(s) = a + 3*b*y + 5*c*y^2 is zero at `flat`.
+        flat: tuple[float, ...] = ()
+        if c:
+            root = max(9 * b * b - 20 * a * c, 0.0) ** 0.5
+            flat = ((-3 * b - root) / (10 * c), (-3 * b + root) / (10 * c))
+        elif b:
+            flat = (-a / (3 * b),)
+        extrema = (end, *(y**0.5 for y in flat if 0 < y < end**2))
+        tops.append(min(max(a * s + b * s**3 + c * s**5 for s in extrema), 1e6))
     if not tops[-1] <= 1.5:
         raise problem(
             "ns_coefficients",

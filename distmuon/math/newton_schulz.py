@@ -1,19 +1,21 @@
-"""Newton-Schulz: a stack of matrices goes in, their (nearly) polar factors come out.
+"""Newton-Schulz: the (nearly) polar factors of a stack of matrices.
 
 This module decides how each step's odd polynomial is evaluated: in which form, dtype and blocks. It decides from
 shapes, dtype and coefficients, never from values, so nothing in it waits for a device. It knows no rank, no parameter.
-Error bands, measurements, and what was tried and left: docs/newton_schulz.md.
+Error bands, measurements, and rejected variants: docs/newton_schulz.md.
 
-Shapes: B matrices, m rows, n columns; inside, k is the short side and l the long one. A step sends each singular value
-s of X (k, l), all in [0, 1] at first, to a*s + b*s^3 + c*s^5:
+Shapes: B matrices, m rows, n columns; inside, k is the short side and l the long side. A step maps each singular value
+s of X (k, l), initially in [0, 1], to a*s + b*s^3 + c*s^5:
     G = X X^T       P = b*G + c*G^2       X <- a*X + P X
 
-[Note: segments]  A segment of several steps touches X twice only. In between, all is k x k and symmetric:
+[Note: segments]  A segment of several steps reads or writes X only twice. In between, all matrices are k x k and
+symmetric:
     Q <- (a*I + P) Q       G <- (a*I + P) G (a*I + P)       and, after its last step,    X <- Q X
-Segments of one step are the standard form; longer ones are the Gram form, restarted (G made anew from X) between
-segments: what rounding did to G at a small singular value grows up to (a*u)^2 times in a step whose input reaches u.
-`_GROWTH` bounds the product of these factors. The first segment, where P is small beside a*I, keeps Q's multiple of I
-apart and so unrounded; in bfloat16 that makes two first steps in one as exact as two, or more so. No later two are.
+Segments of a single step are the standard form; longer segments are the Gram form, restarted (G is computed again from
+X) between segments: a rounding error of G at a small singular value grows up to (a*u)^2 times in a step whose input
+reaches u. `_GROWTH` bounds the product of these factors. In the first segment P is small compared with a*I, so Q's
+multiple of I is stored separately and not rounded; in bfloat16 the first two steps in one segment are then at least as
+exact as two segments. This does not hold for later steps.
 """
 
 from __future__ import annotations
@@ -31,58 +33,65 @@ from distmuon.math.coefficients import Coefficients, Triple, checked_bounds, coe
 
 
 def flops(m: int, n: int, steps: int) -> int:
-    """FLOPs of the standard form for one (m, n) matrix, steps * (4*k*k*l + 2*k^3): the model that balances owners."""
+    """The FLOPs of the standard form for an (m, n) matrix, steps * (4*k*k*l + 2*k^3); owners are balanced by them."""
     return steps * (4 * min(m, n) * m * n + 2 * min(m, n) ** 3)
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How to evaluate; `choose_form` chooses one."""
+    """A way to evaluate the polynomials; see `choose_form`."""
 
     segments: tuple[int, ...]  # steps from one G = X X^T to the next: see [Note: segments]
-    dtype: torch.dtype  # of the products
-    stacked: bool = True  # the stack by batched products, or matrix by matrix
-    gram_panels: int = 1  # G = X X^T as so many column panels of its upper triangle, mirrored
+    dtype: torch.dtype  # dtype of the products
+    stacked: bool = True  # batched products of the stack, not matrix by matrix
+    gram_panels: int = 1  # column panels in which the upper triangle of G = X X^T is computed, then mirrored
     square_panels: int = 1  # the same for symmetric products of k x k matrices
 
 
-# Bounds of [Note: segments], of the first segment and of later ones. A dtype that is not here keeps the standard form.
+# Bounds of [Note: segments] for the first segment and for later segments. Other dtypes keep the standard form.
 _GROWTH = {torch.float32: (250.0, 250.0), torch.float16: (70.0, 70.0), torch.bfloat16: (17.0, 0.0)}
-_SAVED = {torch.bfloat16: 2e7}  # the least multiply-adds that two steps in one must save, against the calls they add
-_TINY = 2**19  # CPU: products of no more multiply-adds run in float32: calling the bfloat16 kernel takes longer
-_LEAST = 128  # the least k of the Gram form, and width of a panel. p panels save (p-1)/2p of a product and cost p calls
-_PAIR = 384  # bfloat16 on a CPU: two panels at least from this k on: batched products take 1.2 of a loop's time there
-_PANEL_WORK = {torch.bfloat16: 5e7, torch.float32: 1.1e7}  # and copies: p = sqrt(the product's multiply-adds / these)
-_ALONE = 32  # a stack of one matrix from this k on is multiplied as a matrix: the bits of a batch, 2 us sooner a call
-_SMALL = 2**16  # elements of a matrix whose norm is taken in float64
-_COLUMNS = 1024  # X is updated in place, in panels of about so many columns, whose old values stay in cache
+# Multiply-adds that a segment of two steps must save at least, since it adds calls.
+_SAVED = {torch.bfloat16: 2e7}
+# On a CPU, products of at most so many multiply-adds run in float32: calling the bfloat16 kernel takes longer.
+_TINY = 2**19
+# The smallest k of the Gram form, and the smallest width of a panel. p panels save (p-1)/2p of a product, at p calls.
+_LEAST = 128
+# bfloat16 on a CPU: from this k on there are at least two panels: batched products take 1.2 times a loop's time there.
+_PAIR = 384
+# Panels also cost copies: p = sqrt(the product's multiply-adds / these).
+_PANEL_WORK = {torch.bfloat16: 5e7, torch.float32: 1.1e7}
+# From this k on a stack of a single matrix is multiplied as a matrix: the same bits, and 2 us less for each call.
+_ALONE = 32
+# Matrices of at most so many elements have their norm computed in float64.
+_SMALL = 2**16
+# X is updated in place in panels of about so many columns, whose old values stay in cache.
+_COLUMNS = 1024
 
 
 def processor_of(device: torch.device) -> str:
-    """The kind of processor that `choose_form` asks for: the device's type, or "amx" for a CPU whose bfloat16 products
-    run on matrix tiles."""
+    """The processor argument of `choose_form`: the device's type, or "amx" for a CPU with bfloat16 matrix tiles."""
     return "amx" if device.type == "cpu" and _multiplies_tiles() else device.type
 
 
 @cache
 def _multiplies_tiles() -> bool:
-    """oneDNN multiplies bfloat16 matrices by AMX, unless its environment variable forbids it."""
+    """Whether oneDNN multiplies bfloat16 matrices by AMX, which its environment variable may forbid."""
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
     return torch.cpu._is_amx_tile_supported() and (allowed in ("ALL", "DEFAULT") or "AMX" in allowed)
 
 
 @lru_cache(maxsize=4096)
 def choose_form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, processor: str) -> Form:
-    """The cheapest safe way to evaluate `triples` on (m, n) matrices, by the thresholds above (measured: see docs).
+    """Choose the cheapest safe form to evaluate `triples` on (m, n) matrices, by the thresholds above (see the docs).
 
     `processor`: see `processor_of`.
 
-    dtype     as asked; on a CPU float32 for float16, whose products are 70 times slower there, and for tiny ones
-    segments  longer than 1 for l >= 1.5 k, where products of k x k matrices are the cheap ones, as `_GROWTH` allows;
-              not in bfloat16 on other devices, where nobody has measured it
-    panels    on a CPU only, for products large enough to gain from computing one triangle; bfloat16 products on matrix
+    dtype     the given dtype; on a CPU float32 for float16, whose products are 70 times slower, and for tiny products
+    segments  longer than 1 for l >= 1.5 k, where products of k x k matrices are cheap, if `_GROWTH` allows it;
+              not in bfloat16 on other devices than CPUs, where it has not been measured
+    panels    only on a CPU, for products large enough to gain from computing one triangle; bfloat16 products on matrix
               tiles are so fast that copying a triangle takes longer than computing it
-    stacked   unless there are panels: one such matrix fills the cores, and panels of a stack would be copied
+    stacked   unless there are panels: a single such matrix uses all cores, and panels of a stack would be copied
     """
     short, long = min(m, n), max(m, n)
     on_cpu = processor in ("cpu", "amx")
@@ -90,7 +99,9 @@ def choose_form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype,
         dtype = torch.promote_types(dtype, torch.float32)
     gram = 2 * long >= 3 * short >= 3 * _LEAST and short * short * (2 * long - 3 * short) >= _SAVED.get(dtype, 0.0)
     gram = gram and (dtype != torch.bfloat16 or on_cpu)
-    segments, growth, bounds = [1], 1.0, _GROWTH.get(dtype, (0.0, 0.0))
+    segments = [1]
+    growth = 1.0
+    bounds = _GROWTH.get(dtype, (0.0, 0.0))
     for (a, _, _), top in zip(triples[:-1], checked_bounds(triples)):
         growth *= (a * top) ** 2
         if gram and growth <= bounds[len(segments) > 1]:
@@ -107,12 +118,12 @@ def choose_form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype,
 def orthogonalize(
     matrices: Tensor, *, steps: int, coefficients: Coefficients, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """(B, m, n), floating-point -> (B, m, n) in `dtype` (None: bfloat16): each U S V^T becomes U p(S / |S|) V^T.
+    """Orthogonalize (B, m, n) matrices: each U S V^T becomes U p(S / |S|) V^T, in `dtype` (None: bfloat16).
 
     The input is never written; the result is new memory, for m > n a transposed view of it. The input's scale, 1e-20 to
-    1e20, does not matter; a matrix of zeros gives zeros; each matrix gives the bits that it gives alone (k >= 16 in
-    float32 and bfloat16; below, a library may batch with another kernel, and the last bit may differ). Raises
-    ValueError as `coefficient_schedule` does, and for anything but a stack of floating-point matrices.
+    1e20, does not matter; a matrix of zeros gives zeros. A matrix gives the same bits in a stack as alone (k >= 16 in
+    float32 and bfloat16; for smaller k a library may use another kernel for batches, and the last bit may differ).
+    Raises ValueError like `coefficient_schedule`, and for input that is not a floating-point stack.
     """
     if matrices.dim() != 3 or not matrices.is_floating_point():
         found = f"{tuple(matrices.shape)} of {matrices.dtype} found"
@@ -125,11 +136,11 @@ def orthogonalize(
 
 
 def evaluate(matrices: Tensor, triples: tuple[Triple, ...], form: Form) -> Tensor:
-    """(B, m, n) -> (B, m, n) in form.dtype, by the form asked."""
+    """Evaluate `triples` on (B, m, n) matrices by `form`; the result is in form.dtype."""
     if matrices.numel() == 0:
         return matrices.new_empty(matrices.shape, dtype=form.dtype)
     unit = _normalized(matrices, torch.promote_types(form.dtype, torch.float32))
-    tall = unit.size(1) > unit.size(2)  # then all that follows works on the transpose, contiguous too
+    tall = unit.size(1) > unit.size(2)  # then the contiguous transpose is used below
     x = (unit.mT if tall else unit).to(form.dtype, memory_format=torch.contiguous_format).contiguous()  # (B, k, l)
     if form.stacked:
         alone = x.size(0) == 1 and x.size(1) >= _ALONE
@@ -144,9 +155,12 @@ def evaluate(matrices: Tensor, triples: tuple[Triple, ...], form: Form) -> Tenso
 
 
 def _normalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """X / |X|, Frobenius, contiguous, in new memory. Small matrices, where calls count: the norm in float64, which the
-    squares of float32 cannot leave. Large ones, where passes count: by way of X / max|X|, whose squares cannot overflow
-    either, and of the rows' norms, as a float32 sum over a large matrix stagnates (1e-4 off at 1024 x 4096)."""
+    """X over its Frobenius norm, contiguous, in new memory.
+
+    For small matrices the number of calls counts: their norm is computed in float64, where squares of float32 cannot
+    overflow. For large matrices the number of passes counts: X is divided by max|X|, so that squares cannot overflow,
+    and the norm is computed by rows, since a float32 sum over a large matrix stagnates (1e-4 off at 1024 x 4096).
+    """
     vector_norm = torch.linalg.vector_norm
     if matrices.size(1) * matrices.size(2) <= _SMALL:
         norm = vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float64).clamp_(min=2.0**-126)
@@ -155,11 +169,11 @@ def _normalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     peak = torch.maximum(wide.amax((1, 2), True), wide.amin((1, 2), True).neg_()).clamp_(min=2.0**-126)
     unit = torch.div(wide, peak, out=None if wide is matrices else wide)
     norm = vector_norm(vector_norm(unit, dim=2, keepdim=True), dim=1, keepdim=True)
-    return unit.div_(norm.clamp_(min=1.0)).contiguous()  # below 1 is only the norm of zeros
+    return unit.div_(norm.clamp_(min=1.0)).contiguous()  # only zeros have a norm below 1
 
 
 def _standard(x: Tensor, triples: tuple[Triple, ...]) -> Tensor:
-    """The formula as it stands, three products a step. x is (k, l) or (B, k, l)."""
+    """The formula in its standard form, with three products a step. x is (k, l) or (B, k, l)."""
     multiply, accumulate = (torch.mm, torch.addmm) if x.dim() == 2 else (torch.bmm, torch.baddbmm)
     for a, b, c in triples:
         gram = multiply(x, x.mT)
@@ -171,10 +185,13 @@ def _standard(x: Tensor, triples: tuple[Triple, ...]) -> Tensor:
 
 
 def _segmented(x: Tensor, spare: Tensor, triples: tuple[Triple, ...], form: Form) -> Tensor:
-    """[Note: segments]. x, (k, l) or (B, k, l), like spare, is overwritten; not stacked: (k, l) in place, by panels."""
+    """Evaluate by segments, see [Note: segments]; x and spare, (k, l) or (B, k, l), are overwritten.
+
+    If the form is not stacked, x is (k, l) and is updated in place, by panels.
+    """
     gram, square, factor, half, other = x.new_empty(5, *x.shape[:-1], x.size(-2))
     panels, remaining = form.square_panels, iter(triples)
-    apart = 0.0  # the multiple of I that factor, which is Q, lacks
+    apart = 0.0  # Q = factor + apart * I
     for index, length in enumerate(form.segments):
         _symmetric(x, x.mT, gram, form.gram_panels, gram, 0.0, 1.0)
         for number in range(1, length + 1):
@@ -191,7 +208,8 @@ def _segmented(x: Tensor, spare: Tensor, triples: tuple[Triple, ...], form: Form
                 whole = half.copy_(factor) if apart else factor
                 whole.diagonal(dim1=-2, dim2=-1).add_(apart)
                 _symmetric(p, whole, other, panels, factor, a, scale)
-                factor, other, apart = other, factor, apart * a
+                factor, other = other, factor
+                apart = apart * a
             if number < length:
                 _symmetric(p, gram, half, panels, gram, a, scale)
                 _symmetric(p, half, other, panels, half, a, scale)
@@ -202,7 +220,10 @@ def _segmented(x: Tensor, spare: Tensor, triples: tuple[Triple, ...], form: Form
 
 
 def _advance(x: Tensor, spare: Tensor, p: Tensor, beta: float, alpha: float, whole: bool) -> tuple[Tensor, Tensor]:
-    """X <- beta*X + alpha * p X; returns the new X and the new spare. Not whole: in place, in panels wide as spare."""
+    """Compute X <- beta*X + alpha * p X; return the new X and the new spare.
+
+    If not `whole`, X is updated in place, in panels as wide as spare.
+    """
     if whole:
         _product(p, x, spare, x, beta, alpha)
         return spare, x
@@ -213,19 +234,22 @@ def _advance(x: Tensor, spare: Tensor, p: Tensor, beta: float, alpha: float, who
 
 
 def _symmetric(left: Tensor, right: Tensor, out: Tensor, panels: int, base: Tensor, beta: float, alpha: float) -> None:
-    """out = beta*base + alpha * left right, which is symmetric; left (k, j), right (j, k), or stacks if panels is 1."""
+    """Compute out = beta*base + alpha * left right, which is symmetric; left is (k, j), right is (j, k).
+
+    They may be stacks if panels is 1.
+    """
     if panels == 1:
         return _product(left, right, out, base, beta, alpha)
     columns = 32 * -(-out.size(0) // (32 * panels))
     for low in range(0, out.size(0), columns):
         high = min(low + columns, out.size(0))
         _product(left[:high], right[:, low:high], out[:high, low:high], base[:high, low:high], beta, alpha)
-        if low:  # by way of a contiguous copy: a strided transpose takes twice as long
+        if low:  # through a contiguous copy: a strided transpose takes twice as long
             out[low:high, :low] = out[:low, low:high].contiguous().mT
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, base: Tensor, beta: float, alpha: float) -> None:
-    """out = beta*base + alpha * left right, of matrices or stacks; base is not read where beta is 0."""
+    """Compute out = beta*base + alpha * left right, for matrices or stacks; base is not read if beta is 0."""
     if beta == 0.0:
         (torch.mm if out.dim() == 2 else torch.bmm)(left, right, out=out)
     else:

@@ -1,8 +1,10 @@
-"""The two update rules on plain tensors: momentum, the scaled Muon step, the AdamW step. Knows no rank, no bucket.
+"""The two update rules on plain tensors: momentum, the scaled Muon step, the AdamW step.
 
-Line numbers are those of the algorithm in docs/design.md, section 1. Nothing here decides whether a step happens.
-Muon's functions compute new values, in `out` where that is given; a `Decision` (step/verdict.py) writes them. AdamW's
-fused kernel writes by itself, and takes the verdict, a 0-dim bool on the device, as `found_inf`.
+This module decides the formulas; it knows no rank and no bucket, and does not decide whether a step happens. Line
+numbers are those of the algorithm in docs/design.md, section 1. `Bucket.update` (step/bucket.py) calls these functions.
+With `out`, which may be the old tensor, Muon's functions write in place; without it the caller writes the result by a
+`Decision` (step/verdict.py). AdamW's fused kernel writes by itself, and takes the verdict, a 0-dim bool on the device,
+as `found_inf`.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from distmuon.errors import problem
 def muon_momentum(
     grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Line 2: (new momentum buffer, update), both float32, any shape.
+    """Line 2 of the algorithm: (new momentum buffer, update), both float32, of any shape.
 
     ``M <- mu*M + (1-mu)*G``; ``U = (1-mu)*G + mu*M`` with Nesterov, else ``M``. This is torch.optim.Muon's moving
     average. The paper's sum ``M <- mu*M + G`` (arXiv 2502.16982, eq. 1) is the same divided by (1-mu), and
-    Newton-Schulz does not see scale; the average keeps its scale when momentum is scheduled.
-    `out`: where the new buffer goes, float32, may be the old one; None: new memory.
+    Newton-Schulz ignores scale; the average keeps its scale when momentum is scheduled.
+    `out`: float32 memory for the new buffer, which may be the old buffer; None: new memory.
     """
     buffer = torch.lerp(momentum_buffer.float(), grad, 1.0 - momentum, out=out)
     return buffer, torch.lerp(grad, buffer, momentum) if nesterov else buffer
@@ -44,10 +46,10 @@ def lr_scale(m: int, n: int, adjust_lr_fn: str) -> float:
 def muon_weight(
     master: Tensor, polar_factor: Tensor, *, lr: float, weight_decay: float, scale: float, out: Tensor | None = None
 ) -> Tensor:
-    """Line 6: ``W - lr*(scale*O + wd*W)`` in `master`'s dtype (arXiv 2502.16982, eq. 4); `out` may be `master`.
+    """Line 6 of the algorithm: ``W - lr*(scale*O + wd*W)`` in `master`'s dtype (arXiv 2502.16982, eq. 4).
 
-    Three kernels of one rounding each: the bits must not depend on where an element lies in a tensor, which a fused
-    multiply-add in the vector part of a loop and none in its rest would make them do.
+    `out` may be `master`. Three kernels round once each: a single kernel might use fused multiply-adds in the vector
+    part of its loop only, and the bits must not depend on the position of an element in a tensor.
     """
     step = polar_factor.to(master.dtype, copy=True).mul_(-lr * scale)
     return torch.mul(master, 1.0 - lr * weight_decay, out=out).add_(step)
@@ -64,7 +66,7 @@ def adamw_step(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """AdamW in place (torch's own fused kernel) where `verdict_ok`; float32 tensors of equal shapes, list by list."""
+    """AdamW in place if `verdict_ok`, by torch's fused kernel; float32 tensors, with the same shapes in all lists."""
     if not masters:
         return
     adamw(
@@ -87,12 +89,12 @@ def adamw_step(
 
 
 def scalar(value: float | Tensor) -> float:
-    """A hyperparameter as a number. A tensor lr belongs on the CPU: on a GPU reading it waits for the device."""
+    """A hyperparameter as a number. A tensor lr must be on the CPU: reading it on a GPU waits for the device."""
     return float(value)
 
 
 def clip_coefficient(total_norm: Tensor, max_norm: float, norm_type: float = 2.0) -> Tensor:
-    """``min(1, max_norm / (total_norm + 1e-6))``, torch.nn.utils.clip_grad_norm_'s own; a 0-dim tensor."""
+    """``min(1, max_norm / (total_norm + 1e-6))`` as in torch.nn.utils.clip_grad_norm_; a 0-dim tensor."""
     if not isinstance(norm_type, (int, float)) or norm_type != 2.0:
         raise problem(
             "norm_type",
@@ -102,6 +104,9 @@ def clip_coefficient(total_norm: Tensor, max_norm: float, norm_type: float = 2.0
         )
     if isinstance(max_norm, bool) or not isinstance(max_norm, Real) or not max_norm > 0:
         raise problem(
-            "max_norm", found=f"found {max_norm!r}", needed="a positive number is needed", cure="inf: only the norm"
+            "max_norm",
+            found=f"found {max_norm!r}",
+            needed="a positive number is needed",
+            cure="pass inf to only compute the norm",
         )
     return (float(max_norm) / (total_norm + 1e-6)).clamp(max=1.0)

@@ -1,1 +1,1 @@
-"""What a run will take, computed from the layout without a GPU or a process group."""
+"""Planning: traffic, memory and time of a run, computed from its layout without a GPU or a process group."""

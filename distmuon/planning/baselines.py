@@ -1,4 +1,7 @@
-"""A layout of others, to compare with: whole matrices in padded shards."""
+"""The layout of another optimizer, for comparison: whole matrices in padded shards.
+
+This module decides only how that optimizer would cut a model; it knows no cost and no tensor.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from distmuon.layout.routing import ParamSpec
 
 
 def whole_matrix_layout(specs: Sequence[ParamSpec], dp_size: int, bucket_mb: float) -> Layout:
-    """Megatron-core's layer-wise optimizer: every matrix whole on one rank, and padding instead of an exchange.
+    """Layout of Megatron-core's layer-wise optimizer: every matrix is whole on a rank, with padding but no exchange.
 
-    A bucket of matrices closes at `bucket_mb` or 0.9*dp_size times its largest matrix, each goes to the rank with the
-    fewest elements so far (largest first), and all shards are padded to the tallest. The rest is cut evenly.
+    A bucket of matrices closes at `bucket_mb` or at 0.9*dp_size times its largest matrix. Its matrices, largest first,
+    go to the rank with the fewest elements so far, and all shards are padded to the largest. Other parameters are cut
+    evenly.
     """
     specs = [part for spec in specs for part in _separate(spec)]
     buckets: list[BucketSpec] = []
@@ -46,10 +50,12 @@ def whole_matrix_layout(specs: Sequence[ParamSpec], dp_size: int, bucket_mb: flo
         filled = largest = 0
         for param in (p for p in of_dtype if specs[p].matrices):
             bucket.append(param)
-            filled, largest = filled + specs[param].numel, max(largest, specs[param].numel)
+            filled += specs[param].numel
+            largest = max(largest, specs[param].numel)
             if filled >= max(bucket_mb * (1 << 20) / 4, 0.9 * dp_size * largest):
                 close(bucket)
-                bucket, filled, largest = [], 0, 0
+                bucket = []
+                filled = largest = 0
         rest = [p for p in of_dtype if not specs[p].matrices]
         for params in (bucket, rest):
             if params:
@@ -58,9 +64,9 @@ def whole_matrix_layout(specs: Sequence[ParamSpec], dp_size: int, bucket_mb: flo
 
 
 def _separate(spec: ParamSpec) -> Iterator[ParamSpec]:
-    """Each matrix as a parameter of its own: what Megatron's models have where others fuse and stack."""
+    """Yield each matrix as a separate parameter, as in Megatron's models, which neither fuse nor stack matrices."""
     for number, unit in enumerate(spec.matrices):
-        own = replace(unit, offset=0)
-        yield replace(spec, fqn=f"{spec.fqn}.{number}", shape=(unit.rows, unit.columns), matrices=(own,))
+        alone = replace(unit, offset=0)
+        yield replace(spec, fqn=f"{spec.fqn}.{number}", shape=(unit.rows, unit.columns), matrices=(alone,))
     if not spec.matrices:
         yield spec

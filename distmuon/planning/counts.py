@@ -1,7 +1,7 @@
-"""Counts a `Layout`, rank by rank and stage by stage: bytes moved, bytes held, Newton-Schulz work. Holds no tensor.
+"""Counts of a `Layout` by rank and stage: bytes moved, bytes held, Newton-Schulz work.
 
-The counts are those that `group.py`, `metrics.py` and `flat_storage.py` make in training, to the byte; tests compare
-the two. Which layouts are worth counting and comparing is `plan.py`'s business.
+The counts equal those that `group.py`, `metrics.py` and `flat_storage.py` make in training, to the byte; tests compare
+the two. `plan.py` decides which layouts are counted. This module makes no tensor.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from distmuon.planning.step_time import BucketLoad
 
 @dataclass(frozen=True, slots=True)
 class HeldBytes:
-    """What one rank holds. `transient`: the most that a step allocates on top of it, an upper estimate.
+    """The bytes that a rank holds. `transient` is an upper estimate of what a step allocates in addition.
 
-    `accumulation`: what a step of several micro-batches holds more than `gradients` until the reduction of each bucket
-    starts, and which is no part of `total`: float32 sums in place of buffers of 16 bits, or of released ones.
+    `accumulation` is not part of `total`: a step of several micro-batches holds float32 sums instead of 16-bit or
+    released buffers, which is so much more than `gradients`, until the reduction of each bucket starts.
     """
 
     parameters: int  # flat buffers, padding included
-    staged: int  # own storage of parameters that are no views of a flat buffer
+    staged: int  # separate storage of parameters that are not views of a flat buffer
     gradients: int  # flat gradient buffers, padding included
-    master: int  # this and the next two without padding, as `metrics()["state_bytes"]` has them
+    master: int  # this field, `momentum` and `moments` are without padding, as in `metrics()["state_bytes"]`
     momentum: int
     moments: int
     transient: int
@@ -45,7 +45,7 @@ class HeldBytes:
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """What one rank does in a step, by stage (stages without traffic are absent), and what it holds."""
+    """A rank's work in a step, by stage (stages without traffic are absent), and the bytes that it holds."""
 
     sent_bytes: dict[str, int]
     calls: dict[str, int]
@@ -59,8 +59,9 @@ class RankPlan:
 
 
 def count(layout: Layout, options: Options, ns_steps: int = 5) -> tuple[tuple[RankPlan, ...], list[BucketLoad]]:
-    """(what each rank does and holds, what each bucket asks of each rank)."""
-    loads, ns = _load(layout, options), options.precision.wire.itemsize
+    """(plan of each rank, load of each bucket)."""
+    loads = _load(layout, options)
+    wire_bytes = options.precision.wire.itemsize
     same = {
         "reduce_scatter": sum(load.reduce_scatter for load in loads),
         "guard": guard_bytes(layout),
@@ -72,42 +73,46 @@ def count(layout: Layout, options: Options, ns_steps: int = 5) -> tuple[tuple[Ra
     sums = zip(*(_by_rank(loads, name) for name in ("gather_out", "scatter_out", "ns_matrices", "ns_flops")))
     ranks = []
     for (gather, scatter, matrices, flops), held in zip(sums, _held(layout, options, loads)):
-        sent = {**same, "dp_gather": ns * gather, "scatter": ns * scatter}
+        sent = {**same, "dp_gather": wire_bytes * gather, "scatter": wire_bytes * scatter}
         sent = {stage: n for stage, n in sent.items() if n}
         ranks.append(RankPlan(sent, calls, matrices, ns_steps * flops, held))
     return tuple(ranks), loads
 
 
 def plan_rank(layout: Layout, options: Options, rank: int, ns_steps: int = 5) -> RankPlan:
-    """Count everything for one rank."""
+    """The plan of a single rank."""
     return count(layout, options, ns_steps)[0][rank]
 
 
 def sent_bytes(layout: Layout, options: Options, rank: int) -> dict[str, int]:
-    """Bytes that `rank` sends in one step, by stage; stages without traffic are absent."""
+    """The bytes that `rank` sends in a step, by stage; stages without traffic are absent."""
     return plan_rank(layout, options, rank).sent_bytes
 
 
 def guard_bytes(layout: Layout) -> int:
-    """What a rank sends in the guard's all-reduce, around a ring: float64 for the norm, for the count of ranks with
-    elements too large to square, for the fingerprint of the hyperparameters and its square, and one a parameter."""
+    """The bytes that a rank sends in the guard's all-reduce, around a ring.
+
+    The message has float64 values: the norm, the number of ranks with elements too large to square, the fingerprint of
+    the hyperparameters and its square, and a value for each parameter.
+    """
     return 2 * (layout.dp_size - 1) * (4 + len(layout.specs)) * torch.float64.itemsize // layout.dp_size
 
 
 def _load(layout: Layout, options: Options) -> list[BucketLoad]:
-    """One pass over segments and matrices."""
-    others, loads = layout.dp_size - 1, []
+    """The load of each bucket, from one pass over segments and units."""
+    num_peers = layout.dp_size - 1
+    loads = []
     first_layer = min((min(bucket.params) for bucket in layout.buckets if len(bucket.params) > 1), default=0)
     reduce = options.precision.reduce.itemsize if options.grad_reduction == "reduce_scatter" else 0
     for bucket in layout.buckets:
-        moved = others * bucket.shard_size
+        moved = num_peers * bucket.shard_size
         gathered = bucket.shard_size * bucket.dtype.itemsize
-        if options.sharding.param_gather == "updates" and others:
+        if options.sharding.param_gather == "updates" and num_peers:
             gathered = layout.message_bytes(bucket, options.precision.wire.itemsize)
-        load = BucketLoad(layout.dp_size, moved * reduce, others * gathered)
-        load.ready_last = min(bucket.params) <= first_layer  # an embedding alone before it costs nothing
-        apart = [param for param in bucket.params if layout.is_staged(param)]
-        load.staged = sum(layout.specs[param].numel for param in apart) * bucket.dtype.itemsize
+        load = BucketLoad(layout.dp_size, moved * reduce, num_peers * gathered)
+        load.ready_last = min(bucket.params) <= first_layer  # an embedding before it in its own bucket takes no time
+        staged = [param for param in bucket.params if layout.is_staged(param)]
+        load.staged = sum(layout.specs[param].numel for param in staged) * bucket.dtype.itemsize
         for segment in bucket.segments:
             by_rank = load.muon if layout.specs[segment.param].rule == "muon" else load.adamw
             by_rank[segment.rank] += segment.length
@@ -121,9 +126,9 @@ def _load(layout: Layout, options: Options) -> list[BucketLoad]:
             load.gather_in[worker] += placed.unit.numel
         for piece in placed.pieces:
             works = piece.rank in workers
-            others = len(workers) - works
-            load.gathers = load.gathers or others > 0
-            load.gather_out[piece.rank] += others * piece.length
+            num_receivers = len(workers) - 1 if works else len(workers)
+            load.gathers = load.gathers or num_receivers > 0
+            load.gather_out[piece.rank] += num_receivers * piece.length
             if works:
                 load.gather_in[piece.rank] -= piece.length
             else:
@@ -134,70 +139,75 @@ def _load(layout: Layout, options: Options) -> list[BucketLoad]:
 
 
 def _by_rank(loads: Sequence[BucketLoad], name: str) -> list[int]:
-    """The sum over the buckets of one count, rank by rank."""
-    return [sum(of_rank) for of_rank in zip(*(getattr(load, name) for load in loads))]
+    """The sum over the buckets of the count `name`, by rank."""
+    return [sum(counts) for counts in zip(*(getattr(load, name) for load in loads))]
 
 
 def _held(layout: Layout, options: Options, loads: Sequence[BucketLoad]) -> Iterator[HeldBytes]:
-    """Bytes held, rank by rank. All ranks hold the same but state and what a step allocates."""
+    """Yield the bytes held by each rank. Ranks differ only in state and in transient memory."""
     dp_size = layout.dp_size
     parameters = dp_size * sum(bucket.shard_size * bucket.dtype.itemsize for bucket in layout.buckets)
     gradients = sum(_gradient_bytes(layout, options, bucket) for bucket in layout.buckets)
     stays = 0 if options.sharding.release_grads else options.precision.reduce.itemsize
     more = torch.float32.itemsize - stays if options.grad_reduction == "reduce_scatter" else 0
     accumulation = more * dp_size * sum(bucket.shard_size for bucket in layout.buckets)
-    momentum, codec = [0] * dp_size, momentum_codec(options.precision.momentum)
+    momentum = [0] * dp_size
+    codec = momentum_codec(options.precision.momentum)
     for segment in (s for bucket in layout.buckets for s in bucket.segments):
         if layout.specs[segment.param].rule == "muon":
             momentum[segment.rank] += codec.bytes(segment.length)
     staged = sum(load.staged for load in loads)
-    beside = [_master_bytes(options, bucket) for bucket in layout.buckets]
+    master_bytes = [_master_bytes(options, bucket) for bucket in layout.buckets]
     for rank in range(dp_size):
-        muon, adamw = [load.muon[rank] for load in loads], [load.adamw[rank] for load in loads]
-        masters = sum((m + a) * each for m, a, each in zip(muon, adamw, beside))
+        muon = [load.muon[rank] for load in loads]
+        adamw = [load.adamw[rank] for load in loads]
+        masters = sum((m + a) * itemsize for m, a, itemsize in zip(muon, adamw, master_bytes))
         transient = _transient(layout, loads, options, rank)
         moments = 8 * sum(adamw)
         yield HeldBytes(parameters, staged, gradients, masters, momentum[rank], moments, transient, accumulation)
 
 
 def _master_bytes(options: Options, bucket: BucketSpec) -> int:
-    """Bytes an element of what is kept beside a parameter to make its float32 master."""
+    """The bytes an element that are kept beside a parameter to make its float32 master."""
     return master_codec(bucket.dtype, options.precision.master).bytes_per_element
 
 
 def _gradient_bytes(layout: Layout, options: Options, bucket: BucketSpec) -> int:
-    """Held between steps for a bucket: the flat buffer, if it stays, and a float32 shard, if that is no part of it."""
+    """The bytes held between steps: the flat buffer, if it stays, and a float32 shard, if it is not part of it."""
     stays = not options.grads_stay(layout.dp_size) and not options.sharding.release_grads
-    whole = layout.dp_size * bucket.shard_size * options.precision.reduce.itemsize if stays else 0
-    return whole + (0 if stays and options.precision.reduce == torch.float32 else 4 * bucket.shard_size)
+    flat = layout.dp_size * bucket.shard_size * options.precision.reduce.itemsize if stays else 0
+    return flat + (0 if stays and options.precision.reduce == torch.float32 else 4 * bucket.shard_size)
 
 
 def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, rank: int) -> int:
-    """The most that a step has allocated at once on `rank`, one bucket at each stage; see docs/planner.md."""
-    ns, peak = max(options.precision.newton_schulz.itemsize, options.precision.wire.itemsize), 0
-    gathered = computing = finished = 0  # held by the bucket before: after its gather, in Newton-Schulz, after it
-    last = 0  # held by the bucket before that one, until its update is applied
-    messages = [0]  # updates on their way, two at once
+    """The most bytes that a step has allocated at once on `rank`, with a bucket in each stage; see docs/planner.md."""
+    ns = max(options.precision.newton_schulz.itemsize, options.precision.wire.itemsize)
+    peak = 0
+    gathered = computing = finished = 0  # held by the previous bucket: after its gather, in Newton-Schulz, after it
+    last = 0  # held by the bucket before the previous, until its update is applied
+    messages = [0]  # updates that travel, two at once
     for bucket, load in zip(reversed(layout.buckets), reversed(loads)):
         stacks = ns * load.stacked[rank]
         holds = stacks + ns * (load.gather_out[rank] + load.gather_in[rank])
-        opened = 4 * bucket.shard_size if _master_bytes(options, bucket) == 2 else 0  # masters out of remainders
+        opened = 4 * bucket.shard_size if _master_bytes(options, bucket) == 2 else 0  # masters made from remainders
         updates = 4 * load.muon[rank]
         peak = max(peak, holds + updates + gathered + last, holds + computing + last, opened + last)
         last = finished if options.sharding.overlap else 0
         finished = stacks + ns * (load.scatter_out[rank] + load.scatter_in[rank])
-        computing = holds + finished + 16 * load.stacked[rank]  # Newton-Schulz: four in float32, Gram matrices included
+        computing = holds + finished + 16 * load.stacked[rank]  # Newton-Schulz: four float32 stacks, with Gram matrices
         gathered = holds
         if not options.sharding.overlap:
-            peak, gathered, computing = max(peak, computing), 0, 0
+            peak = max(peak, computing)
+            gathered = 0
+            computing = 0
         if options.sharding.param_gather == "updates" and layout.dp_size > 1:
             messages.append(load.all_gather + load.all_gather // (layout.dp_size - 1))
     flat = [layout.dp_size * bucket.shard_size * options.precision.reduce.itemsize for bucket in layout.buckets]
-    at_once = _two(flat) if options.sharding.overlap else sum(flat)  # in backward
+    at_once = _largest_pair(flat) if options.sharding.overlap else sum(flat)  # in backward
     released = at_once if options.sharding.release_grads and not options.grads_stay(layout.dp_size) else 0
-    return max(peak, computing + last, released) + _two(messages)
+    return max(peak, computing + last, released) + _largest_pair(messages)
 
 
-def _two(each: Sequence[int]) -> int:
-    """The most that two neighbours have together."""
-    return max(a + b for a, b in zip(each, [*each[1:], 0]))
+def _largest_pair(sizes: Sequence[int]) -> int:
+    """The largest sum of two neighbours."""
+    return max(a + b for a, b in zip(sizes, [*sizes[1:], 0]))

@@ -1,7 +1,7 @@
-"""Plans a model on any number of ranks without running it, and compares ways of distributing Muon. Holds no tensor.
+"""Planning of a model on any number of ranks without running it, and comparison of ways to distribute Muon.
 
-`plan` makes training's own layout, also for a model on the meta device; `counts.py` counts it and `step_time.py`
-estimates a step. This module decides what is compared with what.
+`plan` makes the same layout as training, also for a model on the meta device; `counts.py` counts it and `step_time.py`
+estimates a step. This module decides which layouts are compared; it makes no tensor and no process group.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from distmuon.planning.step_time import HARDWARE, ORDERS, Hardware, Order, StepT
 __all__ = ["HARDWARE", "STAGES", "HeldBytes", "Plan", "RankPlan", "plan", "plan_rank", "sent_bytes"]
 
 STAGES = ("reduce_scatter", "guard", "dp_gather", "scatter", "all_gather")
-_AUTO_PARTS = (32, 24, 16, 12, 8, 6, 4)  # bucket sizes that "auto" tries, as parts of the model
+_AUTO_DIVISORS = (32, 24, 16, 12, 8, 6, 4)  # `auto_bucket` tries the model's size over each of these
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One model on `dp_size` ranks in one way. `others`: the same model in the ways it is compared with."""
+    """A model on `dp_size` ranks, distributed in one `way`; `others` are the ways that it is compared with."""
 
     way: str
     dp_size: int
     num_elements: int
     num_matrices: int
     num_buckets: int
-    largest_bucket: float  # this and the next as shares of the model's elements, but straddlers: matrices
+    largest_bucket: float  # this field, `padding` and `staged` are shares of the model's elements
     padding: float
     staged: float
     straddlers: int
     ranks: tuple[RankPlan, ...]
-    time: StepTime | None  # in the order of collectives that was asked for
-    orders: dict[Order, StepTime]  # in each order; one where nothing overlaps, none without hardware
+    time: StepTime | None  # in the order of collectives that the options select; None without hardware
+    orders: dict[Order, StepTime]  # in each order; a single entry without overlap, none without hardware
     others: tuple[Plan, ...] = ()
     why: str = ""
 
     @property
     def sent(self) -> int:
-        """Bytes that the busiest rank sends in a step."""
+        """The bytes that the busiest rank sends in a step."""
         return max(sum(rank.sent_bytes.values()) for rank in self.ranks)
 
     @property
     def traffic(self) -> float | None:
-        """`sent` relative to that of ZeRO-1 AdamW for the same model; None where that was not planned."""
+        """`sent` relative to that of ZeRO-1 AdamW for the same model; None if AdamW was not planned."""
         adamw = next((other.sent for other in self.others if other.way == "adamw"), 0)
         return self.sent / adamw if adamw else None
 
@@ -70,15 +70,15 @@ class Plan:
 
     @property
     def fullest(self) -> HeldBytes:
-        """What the rank that holds most holds."""
+        """The bytes held by the rank that holds most."""
         return max((rank.held for rank in self.ranks), key=lambda held: held.total)
 
     def stage_bytes(self, stage: str) -> int:
-        """Bytes that the busiest rank of `stage` sends in it."""
+        """The bytes that the busiest rank sends in `stage`."""
         return max(rank.sent_bytes.get(stage, 0) for rank in self.ranks)
 
     def to_dict(self, *, ranks: bool = False) -> dict[str, object]:
-        """Everything, fit for JSON; `ranks`: also the long list of what each rank does and holds."""
+        """All values as a dict for JSON; `ranks` adds the long list of each rank's work and memory."""
         kept = [name for name in self.__slots__ if name not in ("ranks", "others", "time", "orders")]
         found = {name: getattr(self, name) for name in (*kept, "traffic", "ns_balance", "state_balance")}
         found["busiest_sent_bytes"] = {stage: self.stage_bytes(stage) for stage in STAGES} | {"total": self.sent}
@@ -105,7 +105,7 @@ def plan(
     hardware: str | Hardware | None = "h100",
     compare: bool = True,
 ) -> Plan:
-    """What `DistMuon` with these options does and holds on `dp_size` ranks. Makes no tensor and no process group.
+    """Plan the traffic, memory and time of `DistMuon` on `dp_size` ranks. Makes no tensor and no process group.
 
     Args:
         model: a module (the meta device is enough), `ParamSpec`s, or the name of a table in `shapes.py`.
@@ -114,16 +114,15 @@ def plan(
         precision: as for `DistMuon`.
         routes: as for `DistMuon`; specs and tables are routed already and take only "adamw".
         grad_reduction: as for `DistMuon`; "external" if gradients arrive averaged.
-        auto_bucket: among some sizes of buckets take the one with the shortest estimated step, and leave
-            `sharding.bucket_mb` aside.
-        ns_steps: Newton-Schulz steps.
-        param_dtype: float32, bfloat16 or float16; None: as the parameters are.
-        exchange_group: of the estimates, take the one in which exchanges have a process group of their own.
+        auto_bucket: choose the bucket size with the shortest estimated step, and ignore `sharding.bucket_mb`.
+        ns_steps: Newton-Schulz iterations.
+        param_dtype: float32, bfloat16 or float16; None: the parameters' dtype.
+        exchange_group: estimate a step in which exchanges have a separate process group.
         hardware: the name of a row of `HARDWARE`, or a row; None: no estimated times.
         compare: plan also ZeRO-1 AdamW, the paper's placement, and whole matrices in padded shards.
 
     Raises:
-        ValueError: where `DistMuon` would raise it.
+        ValueError: if `DistMuon` would raise it for the same arguments.
     """
     for name, value, most in (("dp_size", dp_size, 1 << 17), ("ns_steps", ns_steps, 99)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
@@ -138,7 +137,7 @@ def plan(
             "hardware",
             found=f"found {hardware!r}",
             needed=f"one of {', '.join(HARDWARE)} is needed",
-            cure="or pass Hardware",
+            cure="name one, or pass a Hardware",
         )
     sharding = Sharding() if sharding is None else sharding
     options = Options(
@@ -150,7 +149,7 @@ def plan(
         raise problem(
             "auto_bucket",
             found="found no hardware",
-            needed="estimated steps are needed",
+            needed="estimated step times are needed",
             cure="pass hardware, or bucket_mb",
         )
     one_of("param_dtype", param_dtype, (None, torch.float32, torch.bfloat16, torch.float16))
@@ -158,10 +157,10 @@ def plan(
     specs = specs if param_dtype is None else [replace(spec, dtype=param_dtype) for spec in specs]
     if not specs:
         raise problem(
-            "model", found="no trainable parameter", needed="one at least is needed", cure="pass the whole model"
+            "model", found="no trainable parameter", needed="at least one is needed", cure="pass the whole model"
         )
     size_mb = sum(spec.numel for spec in specs) * 4 / (1 << 20)
-    tried = [None, *(max(32.0, size_mb / part) for part in _AUTO_PARTS)] if auto_bucket else [sharding.bucket_mb]
+    tried = [None, *(max(32.0, size_mb / part) for part in _AUTO_DIVISORS)] if auto_bucket else [sharding.bucket_mb]
     options.check_dtypes([(spec.fqn, spec.dtype) for spec in specs])
     machine = HARDWARE[hardware] if isinstance(hardware, str) else hardware
 
@@ -171,13 +170,10 @@ def plan(
     def cut(specs: Sequence[ParamSpec], packing: Packing, placement: Placement, mb: float | None) -> Layout:
         return make_layout(specs, dp_size, packing=packing, placement=placement, bucket_mb=mb)
 
-    def ours(mb: float | None) -> Plan:
-        return way("distmuon", cut(specs, sharding.packing, sharding.placement, mb))
-
     with _no_garbage_collection():
         packing, placement = sharding.packing, sharding.placement
         found = {mb: way("distmuon", cut(specs, packing, placement, mb)) for mb in dict.fromkeys(tried)}
-        steps = {mb: one.time.step_s for mb, one in found.items() if one.time}
+        steps = {mb: planned.time.step_s for mb, planned in found.items() if planned.time}
         best = min(steps, key=lambda mb: steps[mb]) if len(steps) > 1 else next(iter(found))
         others: list[Plan] = []
         if compare:
@@ -204,17 +200,18 @@ def _plan_layout(
             order = "exchange_group"
         elif options.sharding.overlap == "forward":
             order = "gathers_last"
-    for each in ORDERS if options.sharding.overlap else ORDERS[:1]:
+    for candidate in ORDERS if options.sharding.overlap else ORDERS[:1]:
         if hardware is not None:
-            times[each] = estimate(
+            times[candidate] = estimate(
                 loads,
                 hardware,
                 guard_bytes=guard_bytes(layout),
                 ns_bytes=options.precision.newton_schulz.itemsize,
+                wire_bytes=options.precision.wire.itemsize,
                 ns_steps=ns_steps,
                 overlap=bool(options.sharding.overlap),
                 gathers_in_forward=options.sharding.overlap == "forward",
-                order=each,
+                order=candidate,
             )
     return Plan(
         way=way,
@@ -233,7 +230,7 @@ def _plan_layout(
 
 
 def _routed(model: nn.Module | Iterable[ParamSpec] | str, routes: Sequence[Route] | str | None) -> list[ParamSpec]:
-    """The parameters as training sees them, in registration order."""
+    """Specs of the parameters as training sees them, in registration order."""
     if isinstance(model, nn.Module):
         routed = route_params(model, routes)
         stays = memory.stays([param for _, param in routed], model)
@@ -253,7 +250,7 @@ def _routed(model: nn.Module | Iterable[ParamSpec] | str, routes: Sequence[Route
         raise problem(
             "model",
             found=f"found {model!r}",
-            needed=f"a module, specs or one of {', '.join(TABLES)} is needed",
+            needed=f"a module, ParamSpecs or one of {', '.join(TABLES)} is needed",
             cure="correct the name",
         ) from error
     return _all_adamw(specs) if routes == "adamw" else specs
@@ -265,7 +262,7 @@ def _all_adamw(specs: Sequence[ParamSpec]) -> list[ParamSpec]:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A layout is millions of small values without a circle; the collector would take most of the time."""
+    """Switch the garbage collector off: a layout has millions of values without cycles, and collecting is slow."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

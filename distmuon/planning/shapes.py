@@ -1,8 +1,8 @@
-"""Shapes of real models as `ParamSpec`s, so that the planner can plan them with no weights and no transformers.
+"""Shapes of published models as `ParamSpec`s, so that they can be planned without weights and without transformers.
 
-Decides nothing: each table lists what `transformers` registers for the published config, in that order and under
-those names, routed as `distmuon.route` routes it (tests compare the two). The numbers are those of each model's
-config.json on huggingface.co:
+This module decides nothing. Each table lists the parameters that `transformers` registers for the published config, in
+the same order and under the same names, routed as by `distmuon.route` (tests compare the two). The numbers are from
+each model's config.json on huggingface.co:
 
   gpt2-124m          openai-community/gpt2             n_embd 768, n_layer 12, vocabulary 50257, tied head
   llama-1b           meta-llama/Llama-3.2-1B           hidden 2048, 16 layers, MLP 8192, 8 KV heads of 64, tied head
@@ -28,10 +28,7 @@ from distmuon.layout.routing import ParamSpec, Unit
 
 
 def shape_table(name: str, dtype: torch.dtype = torch.bfloat16) -> tuple[ParamSpec, ...]:
-    """The parameters of a shipped model. `name`: a key of `TABLES` or its beginning, if no other begins so.
-
-    Raises KeyError for any other name.
-    """
+    """The parameters of the model `name`, a key of `TABLES` or an unambiguous prefix. Raises KeyError otherwise."""
     found = [key for key in TABLES if key == name] or [key for key in TABLES if key.startswith(name.lower())]
     if len(found) != 1:
         raise KeyError(name)
@@ -43,7 +40,7 @@ def _adamw(fqn: str, *shape: int) -> ParamSpec:
 
 
 def _muon(fqn: str, *shape: int, row_parts: int = 1, column_parts: int = 1) -> ParamSpec:
-    """A weight (m, n) or a stack of them, with so many equal matrices fused along its rows or columns."""
+    """A weight (m, n) or a stack of weights, in which `row_parts` or `column_parts` equal matrices are fused."""
     count, (height, columns) = (shape[0] if len(shape) == 3 else 1), shape[-2:]
     rows, split = height // row_parts, (columns // column_parts,) * column_parts if column_parts > 1 else ()
     matrices = tuple(Unit(i * rows * columns, rows, columns, split) for i in range(count * row_parts))
@@ -74,7 +71,7 @@ def _mlp(at: str, d: int, ffn: int) -> Iterator[ParamSpec]:
 
 
 def _experts(at: str, d: int, experts: int, ffn: int) -> Iterator[ParamSpec]:
-    """Stacked as transformers 5 stores them, gate and up fused, and the router."""
+    """Experts, stacked as in transformers 5 with gate and up fused, and their router."""
     yield _muon(f"{at}.experts.gate_up_proj", experts, 2 * ffn, d, row_parts=2)
     yield _muon(f"{at}.experts.down_proj", experts, d, ffn)
     yield _muon(f"{at}.gate.weight", experts, d)

@@ -1,7 +1,7 @@
-"""How long a step would take on a GPU: an estimate from counts and a small table of hardware. Numbers only.
+"""Estimate of the time of a step on a GPU, from counts and a small table of hardware. Numbers only.
 
-Decides nothing and knows no layout: the planner hands in what each bucket asks of each rank. The formulas are in
-docs/planner.md; every assumed number stands here, with its source or the word "assumption".
+This module decides nothing and knows no layout: the planner passes the load of each bucket on each rank. The formulas
+are in docs/planner.md; every assumed number is defined here, with its source or the word "assumption".
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from dataclasses import dataclass, field
 from math import ceil, inf, log2
 from typing import Literal
 
-# When parameters travel: each bucket's all-gather at once, in one queue with the exchanges; the same, the exchanges in
-# a process group of their own; none before the last scatter of the step was started.
+# The start of a bucket's all-gather. "one_group": at once, in one queue with the exchanges. "exchange_group": at once,
+# and the exchanges have a separate process group. "gathers_last": after the last scatter of the step has started.
 Order = Literal["one_group", "exchange_group", "gathers_last"]
 ORDERS: tuple[Order, ...] = ("one_group", "exchange_group", "gathers_last")
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """Peak rates of one GPU, each link in one direction, and the shares of them that we assume are reached."""
+    """Peak rates of a GPU (of links: in one direction), and the shares of the peaks that a step is assumed to reach."""
 
     flops: float  # a second, dense, 16-bit
     memory: float  # bytes a second
     nvlink: float  # bytes a second to the GPUs of the same node
     network: float = 50e9  # bytes a second out of the node: one 400 Gb/s card a GPU, as in DGX H100 and B200
     node_size: int = 8
-    float32_share: float = 0.5  # assumption: of `flops`, where Newton-Schulz is not 16-bit
-    flops_share: float = 0.6  # assumption: stacked matrices with short sides of 1k and more
+    float32_share: float = 0.5  # assumption: share of `flops` if Newton-Schulz is not 16-bit
+    flops_share: float = 0.6  # assumption, for stacked matrices with short sides of 1k and more
     memory_share: float = 0.8  # assumption
-    link_share: float = 0.8  # assumption: what NCCL reaches of a wire with large messages
-    latency_s: float = 20e-6  # assumption: one collective in one node, and once more a doubling of the nodes
+    link_share: float = 0.8  # assumption: share of a link that NCCL reaches with large messages
+    latency_s: float = 20e-6  # assumption: for a collective in a node, and again for each doubling of the nodes
 
 
 # Source: NVIDIA's data sheets of the SXM modules (H100, H200) and of HGX B200. FLOPs are dense, half of the figures
@@ -41,7 +41,7 @@ HARDWARE: Mapping[str, Hardware] = {
     "h200": Hardware(flops=989e12, memory=4.8e12, nvlink=450e9),
     "b200": Hardware(flops=2250e12, memory=8.0e12, nvlink=900e9),
     # Measured, so without shares: 2 processes of 1 thread on an idle 2-core virtual machine (AMD Zen 5).
-    # `python -m benchmarks.hardware` prints the row of yours; the links are gloo's on loopback.
+    # `python -m benchmarks.hardware` prints the row of a machine; the links are gloo on loopback.
     "cpu": Hardware(
         flops=4.01e11,
         memory=2.54e10,
@@ -64,7 +64,7 @@ GUARD = 4  # the norm reads the gradient shard
 
 @dataclass(slots=True)
 class BucketLoad:
-    """What a bucket asks of every rank: bytes that each sends alike, and per rank elements, FLOPs and matrices."""
+    """The load of a bucket: bytes that every rank sends, and by rank elements, FLOPs and matrices."""
 
     dp_size: int
     reduce_scatter: int  # bytes
@@ -72,13 +72,13 @@ class BucketLoad:
     muon: list[int] = field(init=False)  # elements of the shard
     adamw: list[int] = field(init=False)
     stacked: list[int] = field(init=False)  # elements of the matrices that the rank orthogonalizes
-    gather_out: list[int] = field(init=False)  # elements sent to other ranks, and so on
+    gather_out: list[int] = field(init=False)  # elements sent to other ranks; `_in`: received from them
     gather_in: list[int] = field(init=False)
     scatter_out: list[int] = field(init=False)
     scatter_in: list[int] = field(init=False)
-    ns_flops: list[int] = field(init=False)  # of one Newton-Schulz step
+    ns_flops: list[int] = field(init=False)  # of one Newton-Schulz iteration
     ns_matrices: list[int] = field(init=False)
-    ready_last: bool = False  # with the first layer: backward is over, nothing hides its reduce-scatter
+    ready_last: bool = False  # holds the first layer: backward is over, so nothing hides its reduce-scatter
     staged: int = 0  # bytes of parameters that every rank copies out of the flat buffer after the all-gather
     gathers: bool = False  # whether the collective takes place at all
     scatters: bool = False
@@ -86,57 +86,61 @@ class BucketLoad:
     def __post_init__(self) -> None:
         for name in ("muon", "adamw", "stacked", "gather_out", "gather_in", "scatter_out", "scatter_in"):
             setattr(self, name, [0] * self.dp_size)
-        self.ns_flops, self.ns_matrices = [0] * self.dp_size, [0] * self.dp_size
+        self.ns_flops = [0] * self.dp_size
+        self.ns_matrices = [0] * self.dp_size
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Estimated seconds. `step_s` runs from the last gradient until the next forward can begin on every rank, and has
-    all copies of staged parameters in it, those of the forward too, which nothing hides."""
+    """Estimated seconds. `step_s` runs from the last gradient until the next forward can begin on every rank.
+
+    It includes all copies of staged parameters, also those that happen in the forward, since nothing hides them.
+    """
 
     step_s: float
     newton_schulz_s: float  # the slowest rank's
     elementwise_s: float  # the slowest rank's
-    communication_s: float  # on the wire in all, without the reduce-scatters under backward
-    exposed_s: float  # `step_s` less the computation of the rank that computes longest
-    left_s: float  # all-gathers still on the wire after that, for the next forward to hide
+    communication_s: float  # total time on the wire, without the reduce-scatters that backward hides
+    exposed_s: float  # `step_s` less the computation of the slowest rank
+    left_s: float  # time of all-gathers that remain on the wire after the step, for the next forward to hide
 
 
 @dataclass(slots=True, eq=False)
 class _Collective:
-    begin: float  # not before
-    left: float  # seconds of the wire, alone
+    begin: float  # the earliest start
+    left: float  # remaining seconds, if it has the wire alone
     end: float = 0.0
 
 
 class _Clock:
-    """One compute stream a rank, and the wire that all share, with one queue of collectives or two.
+    """A compute stream for each rank, and the wire that all ranks share, with one or two queues of collectives.
 
-    The collectives of a queue run one after another, in order of start, as those of one NCCL communicator do. While
-    both queues are busy each runs at half its speed: they share the wire equally.
+    The collectives of a queue run one after another, in order of start, as those of an NCCL communicator do. While both
+    queues are busy they share the wire equally, so each runs at half speed.
     """
 
     def __init__(self, dp_size: int) -> None:
         self.compute = [0.0] * dp_size
         self.busy = 0.0
-        self._now = 0.0  # up to here the wire has been followed
+        self._now = 0.0  # the wire has been simulated up to this time
         self._queues: tuple[deque[_Collective], ...] = (deque(), deque())
 
     def work(self, seconds: Sequence[float]) -> None:
         self.compute = [now + more for now, more in zip(self.compute, seconds)]
 
     def start(self, seconds: float, queue: int = 0) -> _Collective:
-        """A collective begins when the last rank has come to it, and its turn has."""
+        """Queue a collective, which begins when the last rank has reached it and earlier collectives have ended."""
         self.busy += seconds
-        self._queues[queue].append(found := _Collective(max(self.compute), seconds))
-        return found
+        collective = _Collective(max(self.compute), seconds)
+        self._queues[queue].append(collective)
+        return collective
 
     def wait(self, collective: _Collective) -> None:
         until = self.end(collective)
         self.compute = [max(now, until) for now in self.compute]
 
     def end(self, collective: _Collective) -> float:
-        """When it is over. What is started later than a `wait` for it cannot slow it down, so nothing is missing."""
+        """The end of `collective`. Collectives that start after a `wait` for it cannot slow it down."""
         while collective.left:
             heads = [queue[0] for queue in self._queues if queue]
             running = [head for head in heads if head.begin <= self._now]
@@ -158,9 +162,9 @@ class _Clock:
 
 
 class _Rates:
-    """What the hardware does a second, in the units of `BucketLoad`."""
+    """Rates of the hardware in the units of `BucketLoad`."""
 
-    def __init__(self, hardware: Hardware, dp_size: int, ns_bytes: int) -> None:
+    def __init__(self, hardware: Hardware, dp_size: int, ns_bytes: int, wire_bytes: int) -> None:
         h = hardware
         num_nodes = max(1, ceil(dp_size / h.node_size))
         self.latency = h.latency_s * (1 + log2(num_nodes)) if dp_size > 1 else 0.0
@@ -168,23 +172,23 @@ class _Rates:
         self.direct = h.link_share * (h.nvlink if num_nodes == 1 else h.network)
         self.flops = h.flops * h.flops_share * (1.0 if ns_bytes == 2 else h.float32_share)
         self.memory = h.memory * h.memory_share
-        self.ns_bytes = ns_bytes
+        self.wire_bytes = wire_bytes
 
-    def passes(self, elements: Sequence[int], each: int) -> list[float]:
-        """Seconds by rank to read and write `each` bytes an element."""
-        return [n * each / self.memory for n in elements]
+    def passes(self, elements: Sequence[int], bytes_per_element: int) -> list[float]:
+        """Seconds, by rank, to read and write `bytes_per_element` bytes for each element."""
+        return [n * bytes_per_element / self.memory for n in elements]
 
     def ring_pass(self, sent: int) -> float:
-        """Seconds of a reduce-scatter or all-gather in which every rank sends `sent` bytes."""
+        """Seconds for a reduce-scatter or all-gather in which every rank sends `sent` bytes."""
         return sent / self.ring + self.latency
 
     def exchange(self, out: Sequence[int], into: Sequence[int]) -> float:
         """Seconds until the busiest rank has sent and received its elements."""
-        return max(*out, *into) * self.ns_bytes / self.direct + self.latency
+        return max(*out, *into) * self.wire_bytes / self.direct + self.latency
 
 
 def _visits(num_buckets: int, overlap: bool) -> list[tuple[int, int]]:
-    """(bucket, stage) in the order of the step: diagonally with `overlap`, else one bucket after another."""
+    """(bucket, stage) in the order of the step: a pipeline of three stages with `overlap`, else bucket by bucket."""
     if not overlap:
         return [(bucket, stage) for bucket in range(num_buckets) for stage in range(3)]
     visits = [(tick - stage, stage) for tick in range(num_buckets + 2) for stage in range(3)]
@@ -197,32 +201,37 @@ def estimate(
     *,
     guard_bytes: int,
     ns_bytes: int,
+    wire_bytes: int,
     ns_steps: int,
     overlap: bool,
     gathers_in_forward: bool,
     order: Order = "one_group",
 ) -> StepTime:
-    """Walk the buckets as the optimizer does, the first layers' first. `ns_bytes`: of an orthogonalized element.
+    """Simulate the buckets in the optimizer's order, the first layers first.
 
-    `gathers_in_forward`: the step is over once the first bucket is whole; the others' all-gathers are left to the
-    forward. Otherwise all parameters are whole when the step is over.
+    `ns_bytes`, `wire_bytes`: bytes of an element in Newton-Schulz and in the exchange.
+
+    `gathers_in_forward`: the step ends when the first bucket's parameters have arrived, and the forward hides the other
+    all-gathers. Otherwise the step ends when all parameters have arrived.
     """
-    dp_size, loads = loads[0].dp_size, loads[::-1]
-    rates = _Rates(hardware, dp_size, ns_bytes)
+    dp_size = loads[0].dp_size
+    loads = loads[::-1]
+    rates = _Rates(hardware, dp_size, ns_bytes, wire_bytes)
     passes = rates.passes
     before = [passes(load.muon, MUON_BEFORE) for load in loads]
     newton_schulz = [[ns_steps * n / rates.flops for n in load.ns_flops] for load in loads]
     after = [[a + b for a, b in zip(passes(load.muon, MUON_AFTER), passes(load.adamw, ADAMW_AFTER))] for load in loads]
     guard = passes([sum(both) for both in zip(*(load.muon for load in loads), *(load.adamw for load in loads))], GUARD)
 
-    clock, exchanges = _Clock(dp_size), int(order == "exchange_group")
+    clock = _Clock(dp_size)
+    exchange_queue = 1 if order == "exchange_group" else 0
     for load in loads:
-        if load.ready_last and load.reduce_scatter:  # the others ran under backward
+        if load.ready_last and load.reduce_scatter:  # backward hides the other reduce-scatters
             clock.wait(clock.start(rates.ring_pass(load.reduce_scatter)))
     clock.work(guard)
     clock.wait(clock.start(guard_bytes / rates.ring + 2 * rates.latency))
-    exchanged: dict[int, _Collective] = {}  # by bucket, the exchange under way
-    gathers: list[_Collective] = []  # of parameters, by bucket
+    exchanged: dict[int, _Collective] = {}  # the exchange in flight, by bucket
+    gathers: list[_Collective] = []  # all-gathers of parameters, by bucket
     last_exchange = max((number for number, load in enumerate(loads) if load.gathers or load.scatters), default=-1)
     held_back = order == "gathers_last" and last_exchange >= 0
     for bucket, stage in _visits(len(loads), overlap):
@@ -232,11 +241,11 @@ def estimate(
         if stage == 0:
             clock.work(before[bucket])
             if load.gathers:
-                exchanged[bucket] = clock.start(rates.exchange(load.gather_out, load.gather_in), exchanges)
+                exchanged[bucket] = clock.start(rates.exchange(load.gather_out, load.gather_in), exchange_queue)
         elif stage == 1:
             clock.work(newton_schulz[bucket])
             if load.scatters:
-                exchanged[bucket] = clock.start(rates.exchange(load.scatter_out, load.scatter_in), exchanges)
+                exchanged[bucket] = clock.start(rates.exchange(load.scatter_out, load.scatter_in), exchange_queue)
             held_back = held_back and bucket < last_exchange
         else:
             clock.work(after[bucket])
@@ -244,9 +253,10 @@ def estimate(
             gathers += [clock.start(rates.ring_pass(earlier.all_gather)) for earlier in loads[len(gathers) : ready]]
     last = clock.end(gathers[-1])
     step = max(gathers[0].end if gathers_in_forward else last, *clock.compute)
-    ns_of = [sum(of_rank) for of_rank in zip(*newton_schulz)]
+    ns_seconds = [sum(seconds) for seconds in zip(*newton_schulz)]
     copies = 2 * sum(load.staged for load in loads) / rates.memory
-    rest_of = [sum(of_rank) + copies for of_rank in zip(guard, *before, *after)]
-    computing = max(a + b for a, b in zip(ns_of, rest_of))
-    exposed, left = step + copies - computing, max(0.0, last - step - copies)
-    return StepTime(step + copies, max(ns_of), max(rest_of), clock.busy, exposed, left)
+    elementwise = [sum(seconds) + copies for seconds in zip(guard, *before, *after)]
+    computing = max(a + b for a, b in zip(ns_seconds, elementwise))
+    exposed = step + copies - computing
+    left = max(0.0, last - step - copies)
+    return StepTime(step + copies, max(ns_seconds), max(elementwise), clock.busy, exposed, left)

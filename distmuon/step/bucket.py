@@ -1,12 +1,12 @@
-"""The life of one bucket, which is arXiv 2502.16982, Algorithm 1, from top to bottom.
+"""The life of a bucket, which is arXiv 2502.16982, Algorithm 1, from top to bottom.
 
-Decides what happens to a bucket's gradient, momentum and parameters, and in which order. When each line runs, and what
-the other buckets do meanwhile, is the engine's business. What may vary hides behind four seams:
+This module decides what happens to a bucket's gradient, momentum and parameters, and in which order. It knows no other
+bucket: the engine decides when each line runs. Four interfaces hide the variants:
 
-    where the shard lives            `BucketStorage`  storage.py
-    whether and how state is written `Decision`       verdict.py
-    in which bits it is kept         the codecs       math/codecs.py
-    what travels back                `Transport`      param_gather.py
+    where the shard lives             `BucketStorage`  storage.py
+    whether and how state is written  `Decision`       verdict.py
+    in which format state is kept     the codecs       math/codecs.py
+    what travels back                 `Transport`      param_gather.py
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ from distmuon.step.param_gather import Transport
 from distmuon.step.storage import BucketStorage, Masters, ShardPiece
 from distmuon.step.verdict import Decision, Verdict
 
-Stage = Literal["to_owners", "to_holders"]  # where this bucket's pieces are on their way to
+# When `Bucket.update` yields, pieces are on their way to the owners of their matrices, or back to their holders.
+Stage = Literal["to_owners", "to_holders"]
 
 
 class Grads(Enum):
-    """COLLECTING -> REDUCING -> REDUCED, and back when the step is over or its gradients are forgotten."""
+    """COLLECTING -> REDUCING -> REDUCED, and back when the step is over or its gradients are dropped."""
 
-    COLLECTING = "autograd hands gradients in"
-    REDUCING = "the reduce-scatter is under way"
+    COLLECTING = "autograd delivers gradients"
+    REDUCING = "the reduce-scatter is in flight"
     REDUCED = "the shard holds the mean over ranks"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What all buckets of one step share. `param_groups`: its hyperparameters, all numbers."""
+    """The values that all buckets of a step share. `param_groups`: the groups, with lr as numbers."""
 
     param_groups: Sequence[dict[str, Any]]
     verdict: Verdict
@@ -50,7 +51,7 @@ class Step:
 
 
 class Bucket:
-    """One bucket from its gradients to its updated parameters. `group_of`: by parameter, its index in the groups."""
+    """A bucket, from its gradients to its updated parameters. `group_of`: the param group of each parameter."""
 
     def __init__(
         self,
@@ -63,12 +64,17 @@ class Bucket:
         dp_group: DataParallelGroup,
         metrics: Metrics,
     ) -> None:
-        self.storage, self.exchange, self.transport = storage, exchange, transport
+        self.storage = storage
+        self.exchange = exchange
+        self.transport = transport
         self.index, self.params = storage.spec.index, storage.spec.params
         self.grads = Grads.COLLECTING
         self._reduction: Pending | None = None
-        self._group_of, self._ns_dtype, self._dp_group, self._metrics = group_of, ns_dtype, dp_group, metrics
-        # Matrices of one parameter may differ in scale; a segment has one, that of its matrix's first column block.
+        self._group_of = group_of
+        self._ns_dtype = ns_dtype
+        self._dp_group = dp_group
+        self._metrics = metrics
+        # Matrices of a parameter may differ in scale; a segment has the scale of its unit's first column block.
         applied = storage.spec.segments if transport.has_message else [piece.segment for piece in storage.muon]
         muon = [segment for segment in applied if layout.specs[segment.param].rule == "muon"]
         self._shapes = {segment: layout.unit_of(segment).logical_shapes[0] for segment in muon}
@@ -77,14 +83,14 @@ class Bucket:
 
     @torch.no_grad()
     def collect(self, param: int, grad: Tensor, *, first: bool, several: bool) -> None:
-        """Take in a gradient of parameter `param`: the `first` of this step or an addend, one of `several` or alone."""
+        """Write or add a gradient of parameter `param`; `first` and `several`: see `GradBuffer.add`."""
         assert self.storage.reduction is not None
         buffer, spans = self.storage.reduction.buffer, self.storage.reduction.spans[param]
         buffer.add(spans, grad.reshape(-1), first=first, several=several or not first)
 
     @torch.no_grad()
     def start_reduce(self, absent: Sequence[int]) -> None:
-        """Start the reduce-scatter; the parameters `absent` had no gradient here and count as zeros."""
+        """Start the reduce-scatter; the parameters in `absent` had no gradient on this rank and count as zeros."""
         reduction, label = self.storage.reduction, self.storage.label
         assert reduction is not None and self.grads is Grads.COLLECTING
         for param in absent:
@@ -95,7 +101,7 @@ class Bucket:
         self.grads = Grads.REDUCING
 
     def finish_reduce(self) -> None:
-        """Wait for the reduce-scatter, if it is under way."""
+        """Wait for the reduce-scatter, if it is in flight."""
         if self._reduction is not None and self.grads is Grads.REDUCING:
             assert self.storage.reduction is not None
             self._reduction.wait()
@@ -104,7 +110,7 @@ class Bucket:
             self.grads = Grads.REDUCED
 
     def drop_grads(self) -> None:
-        """Forget the gradients; a reduction under way must arrive before its buffer is written again."""
+        """Drop the gradients; a reduction in flight must end before its buffer is written again."""
         if self._reduction is not None:
             self._reduction.wait()
             self._reduction = None
@@ -115,10 +121,10 @@ class Bucket:
     # --------------------------------------------------------------------------------- lines 2 to 6, one bucket's step
 
     def update(self, step: Step) -> Iterator[Stage]:
-        """Run the step. At each `yield` this bucket's bytes travel and another bucket may compute."""
+        """Run the step. At each `yield` this bucket's pieces travel and another bucket may compute."""
         stage = self._metrics.stage
         with stage("momentum", self.index):
-            updates = [self._momentum(piece, step) for piece in self.storage.muon]  # 2  M and U, on the shard
+            updates = [self._update_momentum(piece, step) for piece in self.storage.muon]  # 2  M and U, on the shard
         with stage("start_dp_gather", self.index):
             gathering = self.exchange.start_gather(updates)
             del updates
@@ -135,42 +141,42 @@ class Bucket:
             pieces = scattering.wait()  # 5  O, back on the shard
             del scattering, polar
         with stage("apply", self.index), self.storage.masters() as masters:
-            # 6  W <- W - lr*(scale*O + wd*W), and AdamW for the rest
+            # 6  W <- W - lr*(scale*O + wd*W), and AdamW for the rest; on exit parameters are rounded from the masters
             self.transport.apply(masters, pieces, lambda *piece: self._apply_muon(step, *piece))
             self._adamw(masters, step)
 
-    def _momentum(self, piece: ShardPiece, step: Step) -> Tensor:
-        """(length,) float32: the update of one piece; the new momentum is kept where the parameter had a gradient."""
-        param, momentum = piece.segment.param, self.storage.momentum
-        old, param_group = momentum.decode(piece.state), step.param_groups[self._group_of[param]]
+    def _update_momentum(self, piece: ShardPiece, step: Step) -> Tensor:
+        """Write a piece's new momentum, if its parameter had a gradient; return its update U, (length,) float32."""
+        param, codec = piece.segment.param, self.storage.momentum
+        old, param_group = codec.decode(piece.state), step.param_groups[self._group_of[param]]
         present = step.verdict.present[param]
-        out = step.decision.scratch(old) if present and momentum.in_place else None
+        out = step.decision.scratch(old) if present and codec.in_place else None
         new, update = rules.muon_momentum(
             piece.grad, old, momentum=param_group["momentum"], nesterov=param_group["nesterov"], out=out
         )
         if present:
-            for key, value in momentum.encode_step(new, piece.segment.param_offset, piece.state).items():
+            for key, value in codec.encode_step(new, piece.segment.param_offset, piece.state).items():
                 step.decision.write(piece.state[key], value)
         return update
 
     def _orthogonalize(self, key: StackKey, stack: Tensor, step: Step) -> Tensor:
-        """(B, m, n) updates -> polar factors, of each column block by itself where the matrices have some."""
+        """Orthogonalize updates (B, m, n), with each column block as a separate matrix if the unit has blocks."""
         param_group = step.param_groups[key.group]
         blocks = torch.split(stack, list(key.column_split), dim=2) if key.column_split else (stack,)
         self._metrics.ns_matrices += len(blocks) * stack.size(0)
         steps, coefficients = param_group["ns_steps"], param_group["ns_coefficients"]
         polar = [orthogonalize(x, steps=steps, coefficients=coefficients, dtype=self._ns_dtype) for x in blocks]
         if key.column_split:
-            # One piece has one scale, that of the first block; the others' ratio to it goes in here.
+            # `_apply_muon` uses the scale of the first block, so the other blocks get their ratio to it here.
             scales = [rules.lr_scale(key.rows, n, param_group["adjust_lr_fn"]) for n in key.column_split]
             polar = [torch.cat([x.mul(scale / scales[0]) for x, scale in zip(polar, scales)], dim=2)]
-        # What stays here is rounded like what travels, so that the cut does not show in the result.
+        # Pieces that stay are rounded like pieces that travel, so that the result does not depend on the cut.
         wire, computed = self.exchange.dtype, self._ns_dtype
         loses_nothing = torch.promote_types(wire, computed) == wire
         return polar[0].to(computed if loses_nothing else wire).contiguous()
 
     def _apply_muon(self, step: Step, segment: Segment, weight: Tensor, polar: Tensor) -> None:
-        """Line 6 on the elements of `segment`, in place; a parameter without a gradient is left alone."""
+        """Compute line 6 on the elements of `segment`, in place; a parameter without a gradient is left alone."""
         if not step.verdict.present[segment.param]:
             return
         param_group = step.param_groups[self._group_of[segment.param]]
@@ -204,10 +210,10 @@ class Bucket:
     # ---------------------------------------------------------------------------------- line 7: W whole, on all ranks
 
     def start_param_gather(self) -> None:
-        """Start the all-gather of what `update` has made."""
+        """Start the all-gather of the updated shard."""
         with self._metrics.stage("start_all_gather", self.index):
             self.transport.start()
 
     def wait_params(self) -> None:
-        """Wait for the all-gather, if it is under way: parameters may be read."""
+        """Wait for the all-gather, if it is in flight; then parameters may be read."""
         self.transport.wait()

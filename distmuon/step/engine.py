@@ -1,14 +1,14 @@
-"""The order in which the buckets of one optimizer live, and the one verdict that they share.
+"""The order in which an optimizer's buckets run, and the verdict that they share.
 
-Decides when a bucket reduces, updates and gathers, and that nothing is written before the verdict. What a bucket does
-is `bucket.py`; arguments, param groups and all that torch.optim's users see is `optimizer.py`.
+This module decides when a bucket reduces, updates and gathers, and that nothing is written before the verdict. It knows
+no formula: `bucket.py` defines what a bucket does, and `optimizer.py` has the interface of torch.optim.
 
-[Note: all-gathers come last] NCCL runs the collectives of a group one after another. An all-gather that starts as soon
-as its bucket is updated keeps the pieces of the buckets after it waiting, and with them Newton-Schulz. With
-`overlap="forward"` it may as well run under the next forward. So there no all-gather starts before the last bucket that
-exchanges pieces has started to send them home (docs/planner.md, 8B at dp 64, by the estimate: 69 ms of step and 46 left
-to the forward, instead of 83 and 25). With an `exchange_group` there is no queue to hold up, and where `step` itself
-waits for the parameters nothing is gained.
+[Note: when all-gathers start] By default a bucket's all-gather starts as soon as the bucket is updated, since `step`
+waits for all of them: a later start would gain nothing. NCCL runs the collectives of a group one after another, so such
+an all-gather delays the pieces of later buckets, and with them Newton-Schulz. With `overlap="forward"` it can run under
+the next forward instead. There no all-gather starts before the last bucket that exchanges pieces has started its
+scatter (docs/planner.md, 8B at dp 64, by the estimate: 69 ms of step and 46 left to the forward, instead of 83 and 25).
+An `exchange_group` has a queue of its own, so nothing needs to be held back.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ from distmuon.step.metrics import Metrics
 from distmuon.step.param_gather import Nothing, Parameters, Transport, Updates
 from distmuon.step.storage import BucketStorage, Storage
 
-LATE_S = 300.0  # how much later than the first a rank may come to drop gradients
+LATE_S = 300.0  # how much later than the first rank the last may come to drop gradients
 
 
 class Engine:
-    """`group_of`: by parameter, its param group. `gathers_in_forward`: `step` returns before parameters are whole."""
+    """Runs the buckets of an optimizer.
+
+    `group_of`: the param group of each parameter. `gathers_in_forward`: `step` returns before parameters have arrived.
+    """
 
     def __init__(
         self,
@@ -57,8 +60,10 @@ class Engine:
         *,
         gathers_in_forward: bool,
     ) -> None:
-        self._group, self._options, self._metrics = group, options, metrics
-        # See [Note: all-gathers come last]. Of messages with updates only two may be under way, so none is held back.
+        self._group = group
+        self._options = options
+        self._metrics = metrics
+        # See [Note: when all-gathers start]. At most two messages of updates may be in flight, so none is deferred.
         one_queue = exchange_group.process_group is group.process_group
         self._gathers_last = gathers_in_forward and one_queue and options.sharding.param_gather == "parameters"
         kind = GivenStorage if layout.given else FlatStorage
@@ -66,11 +71,11 @@ class Engine:
         self.storage = Storage(layout, params, group.dp_rank, options, storages)
         self.buckets = [self._make_bucket(storage, exchange_group, group_of) for storage in self.storage.buckets]
         self.source = make_source(self.buckets, self.storage, group)
-        self._in_flight: dict[int, Bucket] = {}  # buckets whose parameters are on their way, in the order of starts
+        self._in_flight: dict[int, Bucket] = {}  # buckets whose all-gather has started, in order
         self._verdict: verdict.Verdict | None = None
         self._clipped = False
-        self._apart: _Copied | None = None
-        self._stepped = False  # the last call was a step, or the first `forget` after it
+        self._disagreement: _Copied | None = None
+        self._stepped = False  # whether the last call was a step
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
         self.last_ok: Tensor | None = None  # the last step counted; 0-dim bool on the device
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.storage.device)
@@ -102,7 +107,7 @@ class Engine:
     # -------------------------------------------------------------------------------------------------- gradients
 
     def collect(self, index: int, sync: bool) -> None:
-        """Autograd has finished the gradient of parameter `index`; `sync`: in the step's last micro-batch."""
+        """Accept the complete gradient of parameter `index`; `sync`: this is the step's last micro-batch."""
         layout = self.storage.layout
         if layout.bucket_of[index] in self._in_flight:
             raise problem(
@@ -113,18 +118,18 @@ class Engine:
             )
         self.source.accept(index, sync)
         if not self.source.finished:
-            self._verdict = None  # gradients that were judged and not used by a step are dropped, or have grown
+            self._verdict = None  # it judged gradients that were dropped or have changed since
 
     def reduce(self, fingerprint: int) -> Sequence[bool] | None:
-        """Finish the reduction and agree on the verdict: by parameter, whether it had a gradient here.
+        """Finish the reduction and agree on the verdict; return whether each parameter had a gradient on this rank.
 
-        None if that was done already in this step. `fingerprint`: see `verdict.judge`.
+        Returns None if this was done before in this step. `fingerprint`: see `verdict.judge`.
         """
         if self._verdict is not None and not self.source.changed:
             return None
         if self._verdict is not None:
             self.source.reset()  # the user has written gradients since they were read
-        self.wait_params()  # staged parameters are read, and a forward need not have used them all
+        self.wait_params()  # parameters are read below, and the forward may not have waited for all of them
         self.storage.absorb_external_writes()
         with self._metrics.stage("finish_reduce_scatter"):
             present = self.source.finish()
@@ -141,23 +146,23 @@ class Engine:
         self.grad_norm = self._verdict.total_norm
         return present
 
-    def ranks_went_apart(self) -> bool:
-        """The last verdict found different hyperparameters, or optimizers, on the ranks; asked once a step, by all.
+    def ranks_disagree(self) -> bool:
+        """Whether hyperparameters or optimizers differed between ranks. Called once a step, on all ranks.
 
-        On a GPU the answer is that of the verdict before: its step was skipped, and the host need not wait for this.
+        On a GPU the answer is about the previous verdict, whose step was skipped, so that the host need not wait.
         """
         assert self._verdict is not None
         if self._verdict.ok_on_host is not None:
-            apart = bool(self._verdict.apart)
+            disagree = bool(self._verdict.disagree)
         else:
-            before, self._apart = self._apart, _Copied(self._verdict.apart)
-            apart = before is not None and before.read()
-        if apart:
-            self._verdict = self._apart = None
-        return apart
+            before, self._disagreement = self._disagreement, _Copied(self._verdict.disagree)
+            disagree = before is not None and before.read()
+        if disagree:
+            self._verdict = self._disagreement = None
+        return disagree
 
     def clip(self, max_norm: float, norm_type: float) -> Tensor:
-        """Scale the reduced gradients to `max_norm` at the most; returns their norm before."""
+        """Scale the reduced gradients so that their norm is at most `max_norm`; return the norm before."""
         assert self._verdict is not None
         norm = self._verdict.total_norm
         coefficient = rules.clip_coefficient(norm, max_norm, norm_type)
@@ -166,12 +171,12 @@ class Engine:
         return norm
 
     def unscale(self, inverse_scale: Tensor) -> Tensor:
-        """Undo the loss scale on the reduced gradients; returns 1.0 where some rank's are not finite, else 0.0."""
+        """Undo the loss scale of the reduced gradients; return 1.0 if any is not finite on any rank, else 0.0."""
         if self._clipped:
             raise problem(
                 "GradScaler",
-                found="gradients that still carried the loss scale were clipped",
-                needed="unscaling before clipping is needed",
+                found="gradients were clipped while they had the loss scale",
+                needed="unscaling must come before clipping",
                 cure="call scaler.unscale_ before clip_grad_norm_ (and, with max_grad_norm, before reduce_gradients)",
             )
         assert self._verdict is not None
@@ -181,20 +186,20 @@ class Engine:
 
     def _scale(self, coefficient: Tensor) -> None:
         assert self._verdict is not None
-        coefficient = torch.where(self._verdict.ok, coefficient, 1.0)  # a NaN would stay in the padding for ever
+        coefficient = torch.where(self._verdict.ok, coefficient, 1.0)  # a NaN would stay in the padding forever
         self.source.scale(coefficient)
         self._verdict = replace(self._verdict, total_norm=self._verdict.total_norm * coefficient)
 
     @property
     def holds_grads(self) -> bool:
-        """Gradients of this step have left `param.grad`."""
+        """Whether gradients of this step have left `param.grad`."""
         return self.source.holds_grads
 
     def forget(self) -> None:
         """Drop the gradients of this step, accumulated or reduced.
 
-        Right after a step this is local. Later some rank may have begun to reduce where another had no backward, so all
-        ranks must come, and are told if one does not.
+        Right after a step this is local. Later a rank may have begun to reduce while another had no backward, so all
+        ranks must call this; it raises if a rank does not.
         """
         if self._may_have_begun and not self.source.finished and (self.source.begun or not self._stepped):
             self._meet_to_forget()
@@ -206,8 +211,8 @@ class Engine:
     def _meet_to_forget(self) -> None:
         named = self._group.roll.named
         where = f"zero_grad on {named([self._group.dp_rank])}"
-        needed = "between backward and step, and when called twice, it drops what all ranks have begun to reduce"
-        cure = "call it on all ranks; model.zero_grad() drops what this rank alone has accumulated under no_sync"
+        needed = "between backward and step, and in a second call, it drops gradients that all ranks began to reduce"
+        cure = "call it on all ranks; model.zero_grad() drops gradients that only this rank accumulated under no_sync"
 
         def warning(absent: Sequence[int]) -> str:
             return str(problem(where, found=f"waits for {named(absent)}", needed=needed, cure=cure))
@@ -217,15 +222,15 @@ class Engine:
             raise problem(where, found=f"{named(list(missing))} did not call it", needed=needed, cure=cure)
 
     def finish_begun_reductions(self) -> None:
-        """Finish what a backward on any rank has begun to reduce, before collectives of another kind follow.
+        """Finish reductions that a backward on any rank has begun, before other collectives follow.
 
-        Collective: a rank that had no backward would not know.
+        Collective, since a rank without a backward does not know of them.
         """
         if self._may_have_begun and any(self._group.gather_objects(self.source.begun, stage="reductions under way")):
             self.source.finish()
 
     def finish_reductions(self) -> None:
-        """Finish this step's reductions, on all ranks, also on one that had no backward. Collective."""
+        """Finish this step's reductions on all ranks, even on a rank without a backward. Collective."""
         self.source.finish()
 
     @property
@@ -235,11 +240,11 @@ class Engine:
     # ----------------------------------------------------------------------------------------------------- update
 
     def update(self, param_groups: Sequence[dict[str, Any]]) -> None:
-        """Update all buckets by the hyperparameters in `param_groups`, all numbers; all-gathers are left under way."""
+        """Update all buckets; all-gathers may stay in flight. `param_groups`: the step's groups, with lr as numbers."""
         judged, self._verdict = self._verdict, None
         assert judged is not None
         judged = judged.final()
-        if judged.ok_on_host is not False:
+        if not judged.known_to_skip:  # on a GPU no host knows; there every write is masked, see `OnDevice`
             with torch.autocast(self.storage.device.type, enabled=False):
                 self._update_buckets(Step(param_groups, judged, judged.decision))
         self.skipped += ~judged.ok
@@ -249,9 +254,9 @@ class Engine:
 
     def _update_buckets(self, step: Step) -> None:
         exchanging = [bucket for bucket in self.buckets if bucket.exchange.has_exchange]
-        scatters_left = len(exchanging) if self._gathers_last else 0
+        scatters_left = len(exchanging) if self._gathers_last else 0  # see [Note: when all-gathers start]
         deferred: list[Bucket] = []
-        # Backward finishes the last layers first; the next forward needs the first ones first.
+        # Backward finishes the last layers first, but the next forward needs the first layers first.
         for bucket, stage in in_pipeline(self.buckets[::-1], step, bool(self._options.sharding.overlap)):
             if stage is None and scatters_left:
                 deferred.append(bucket)
@@ -265,7 +270,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------- parameters
 
     def _start_param_gather(self, bucket: Bucket) -> None:
-        if bucket.transport.has_message:  # two messages are under way at the most: the one before the last is applied
+        if bucket.transport.has_message:  # a message has memory of its own, so at most two are in flight
             self.wait_params(list(self._in_flight)[:-1])
         self._in_flight[bucket.index] = bucket
         bucket.start_param_gather()
@@ -275,7 +280,7 @@ class Engine:
         return bool(self._in_flight)
 
     def wait_params(self, indices: Iterable[int] | None = None) -> None:
-        """Wait for the all-gathers of the buckets `indices` (None: of all); cheap where nothing is in flight."""
+        """Wait for the all-gathers of the buckets `indices` (None: all); cheap if nothing is in flight."""
         if not self._in_flight:
             return
         for index in sorted(self._in_flight if indices is None else indices):
@@ -289,7 +294,7 @@ class Engine:
             self.wait_params()
 
     def gather_all(self) -> None:
-        """The masters were written: they become the parameters of all ranks. Blocking."""
+        """Send the parameters to all ranks after masters have been written. Blocking."""
         flat = [storage for storage in self.storage.buckets if isinstance(storage, FlatStorage)]
         transports = [Parameters(storage, self._group, "state_dict") for storage in flat]
         for transport in transports:
@@ -299,9 +304,9 @@ class Engine:
 
 
 def in_pipeline(buckets: Sequence[Bucket], step: Step, overlap: bool) -> Iterator[tuple[Bucket, Stage | None]]:
-    """Update the buckets; yields each with the stage that it has reached, None when it is done.
+    """Update the buckets; yield each bucket with the stage that it has reached, None when it is done.
 
-    With `overlap`, one bucket's bytes travel while its neighbours compute:
+    With `overlap`, a bucket's bytes travel while its neighbours compute:
 
     bucket k     | momentum, start gather |
     bucket k - 1 |                        | Newton-Schulz, start scatter |
@@ -322,7 +327,7 @@ def in_pipeline(buckets: Sequence[Bucket], step: Step, overlap: bool) -> Iterato
 
 
 class _Copied:
-    """A 0-dim bool on its way from a GPU to the host."""
+    """A 0-dim bool that is being copied from a GPU to the host."""
 
     def __init__(self, flag: Tensor) -> None:
         self._flag = torch.empty_like(flag, device="cpu", pin_memory=flag.is_cuda)
@@ -332,7 +337,7 @@ class _Copied:
             self._arrived.record()
 
     def read(self) -> bool:
-        """Of a step ago it has long arrived: the host is held to a lead of one step, no device waits."""
+        """The value. A copy from the previous step has arrived long ago; the host may lead by one step only."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return bool(self._flag)

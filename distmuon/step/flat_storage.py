@@ -1,18 +1,19 @@
 """The tensors of one bucket in flat memory of our own: parameter and gradient buffers, and this rank's shard state.
 
-Decides storage only; every view is cut here and padding never leaves. A parameter that lies contiguously in its
-bucket becomes a view of the flat buffer, so that the all-gather writes straight into it. Any other is staged: it
-keeps its own storage and is copied out after the all-gather (`stage_out`). So does one that must stay where it is, with
-its own strides (layout/memory.py, [Note: parameters that stay]). Flat buffers hold all elements in row-major order.
+This module decides storage only; it cuts every view, and padding is not visible outside. It knows no collective and no
+formula. A parameter that is contiguous in its bucket becomes a view of the flat buffer, so that the all-gather writes
+directly into it. Any other parameter is staged: it keeps its storage and is copied out after the all-gather
+(`stage_out`). So is a parameter that must keep its memory and its strides (layout/memory.py,
+[Note: parameters that stay]). Flat buffers hold all elements in row-major order.
 
 [Note: external writes] `load_state_dict`, an EMA swap or `p.data` may write parameters between steps. Before a step
-`absorb_external_writes` compares this rank's part of each parameter with what the optimizer left there: an element that
-differs is taken over into the master; one that does not keeps its full precision. A parameter that got new storage
-raises.
+`absorb_external_writes` compares this rank's part of each parameter with the values that the optimizer left there: an
+element that differs is written into the master; any other element keeps its full precision. A parameter with new
+storage raises.
 
-[Note: written while in flight] What is written between `step` and the arrival of the all-gather would be overwritten,
-on some ranks. `note_sent` and `note_arrived` frame that time: a parameter whose `_version` moved inside it raises.
-`note_arrived` then moves the version itself, so that autograd refuses a graph that saved the weight before it arrived.
+[Note: written while in flight] A value written between `step` and the arrival of the all-gather would be overwritten on
+some ranks. `note_sent` and `note_arrived` delimit that time: a parameter whose `_version` changed in it raises.
+`note_arrived` then increments the version, so that autograd refuses a graph that saved the weight before it arrived.
 """
 
 from __future__ import annotations
@@ -36,18 +37,20 @@ from distmuon.step.storage import Masters, Reduction, ShardPiece, joined, state_
 
 
 class FlatStorage:
-    """One bucket's tensors on this rank, in flat memory of our own.
+    """A bucket's tensors on this rank, in distmuon's flat memory.
 
-    `param_flat` (dp_size * shard_size,) and `param_shard`, this rank's slice; `kept_master` (shard_size,), what the
-    master codec keeps beside it; `grad_buffer`, None where gradients stay in `param.grad`; `grad_shard` (shard_size,)
-    float32, a slice of that buffer where it is float32 and stays; `muon` and `adamw`, this rank's pieces by rule.
+    `param_flat` (dp_size * shard_size,) has `param_shard` as this rank's slice. `kept_master` (shard_size,) is what the
+    master codec keeps beside it. `grad_buffer` is None if gradients stay in `param.grad`. `grad_shard` (shard_size,)
+    is float32, a slice of that buffer if it is float32 and stays. `muon` and `adamw` are this rank's pieces by rule.
     """
 
     def __init__(
         self, spec: BucketSpec, layout: Layout, params: Sequence[nn.Parameter], dp_rank: int, options: Options
     ) -> None:
         self.spec = spec
-        self._layout, self._params, self._options = layout, params, options
+        self._layout = layout
+        self._params = params
+        self._options = options
         self.label = f"bucket {spec.index} ({names([layout.specs[index].fqn for index in spec.params], 3)})"
         device, numel = params[spec.params[0]].device, layout.dp_size * spec.shard_size
         own = slice(dp_rank * spec.shard_size, (dp_rank + 1) * spec.shard_size)
@@ -58,7 +61,7 @@ class FlatStorage:
         self._master_codec = master_codec(spec.dtype, options.precision.master)
         self.kept_master = self._master_codec.make(self.param_shard)
         self._make_pieces(dp_rank, device)
-        self._homes = {i: params[i].data for i in spec.params}  # follows a storage that moves as a whole
+        self._homes = {i: params[i].data for i in spec.params}  # sees a move of the whole storage, too
         self._versions = {i: params[i]._version for i in spec.params}
         spans = {i: self._spans(i) for i in spec.params}
         buffer = self.grad_buffer
@@ -67,7 +70,10 @@ class FlatStorage:
     # ------------------------------------------------------------------------------------------------- construction
 
     def _move_params_in(self, numel: int, device: torch.device, dp_rank: int) -> None:
-        """Make the flat parameter buffer; `staged` and `staged_here`: (flat, own) parts, on other ranks and on this."""
+        """Make the flat parameter buffer, and the (flat, own) parts of staged parameters.
+
+        `staged` has the parts that lie in other ranks' shards, `staged_here` those in this rank's shard.
+        """
         self.param_flat = torch.zeros(numel, dtype=self.spec.dtype, device=device)
         memory.note_flat(self.param_flat)
         self.staged: list[tuple[Tensor, Tensor]] = []
@@ -78,7 +84,7 @@ class FlatStorage:
 
     @torch.no_grad()
     def _move_in(self, index: int) -> list[tuple[Segment, Tensor, Tensor]]:
-        """Copy parameter `index` into the flat buffer and make it a view; returns (segment, flat, own) if it cannot."""
+        """Copy parameter `index` into the flat buffer and make it a view; if staged, return (segment, flat, own)."""
         param, layout = self._params[index], self._layout
         elements = param.detach().reshape(-1)
         pairs: list[tuple[Segment, Tensor]] = []
@@ -90,12 +96,12 @@ class FlatStorage:
         if not layout.is_staged(index):
             start_or_none = layout.contiguous_start(index)
             assert start_or_none is not None
-            # The strides of dimensions of size 1 address nothing, but kernels and users may look at them.
+            # The strides of dimensions of size 1 have no effect, but kernels and users may read them.
             param.data = self.param_flat.as_strided(param.shape, param.stride(), start_or_none)
             return []
         if not layout.specs[index].stays and memory.is_in_flat(param):
-            param.data = param.data.clone()  # out of an older optimizer's buffer, which can then be freed
-        return [(s, *pair) for s, flat in pairs for pair in _alike(flat, param.data, s.param_offset)]
+            param.data = param.data.clone()  # leaves an older optimizer's buffer, which can then be freed
+        return [(s, *pair) for s, flat in pairs for pair in _matching_views(flat, param.data, s.param_offset)]
 
     def _make_grads(self, numel: int, device: torch.device, own: slice) -> None:
         released, dtype = self._options.sharding.release_grads, self._options.precision.reduce
@@ -127,7 +133,7 @@ class FlatStorage:
                 piece.state["step"] = torch.zeros((), dtype=torch.float32, device=device)
 
     def _spans(self, index: int) -> list[Span]:
-        """Where parameter `index`'s gradient goes."""
+        """The places of parameter `index`'s gradient in the flat buffer."""
         start = self._layout.contiguous_start(index)
         if start is not None:
             return [Span(start, 0, self._params[index].numel())]
@@ -200,7 +206,7 @@ class FlatStorage:
             )
 
     def absorb_external_writes(self) -> None:
-        # Only our shard is ours to send; where updates travel, every replica of a parameter counts.
+        # A rank sends only its shard; but if updates travel, every replica of a parameter counts.
         sends_updates = self._options.sharding.param_gather == "updates"
         for flat, own in self.staged_here + (self.staged if sends_updates else []):
             flat.copy_(own)
@@ -216,16 +222,16 @@ class FlatStorage:
         return value
 
     def stage_out(self) -> None:
-        """Copy parameters that are no views out of the gathered buffer."""
+        """Copy staged parameters out of the gathered buffer."""
         for flat, own in self.staged + self.staged_here:
             own.copy_(flat)
 
     def note_sent(self) -> None:
-        """The parameters go on their way; see [Note: written while in flight]."""
+        """Note the parameters' versions before the all-gather; see [Note: written while in flight]."""
         self._versions = {index: self._params[index]._version for index in self.spec.params}
 
     def note_arrived(self) -> None:
-        """The parameters have arrived: autograd must see that they changed."""
+        """Raise if parameters were written while in flight; then let autograd see that they changed."""
         for index in self.spec.params:
             param = self._params[index]
             if param._version != self._versions[index]:
@@ -245,8 +251,8 @@ class FlatStorage:
         return masters + sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _alike(flat: Tensor, own: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(part of `flat`, the same elements of `own`) as views of one shape.
+def _matching_views(flat: Tensor, own: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (part of `flat`, the same elements of `own`) as views of equal shape.
 
     `flat`, (length,), holds the elements of `own` from `start` on, in row-major order.
     """
@@ -263,7 +269,7 @@ def _alike(flat: Tensor, own: Tensor, start: int) -> Iterator[tuple[Tensor, Tens
 def _allocate_state(
     pieces: Sequence[ShardPiece], key: str, entries: Sequence[tuple[int, torch.dtype]], device: torch.device
 ) -> None:
-    """Zeros for all `pieces` in one tensor, parameter by parameter; each piece holds its view as `state[key]`."""
+    """Allocate zeros for all `pieces` in one tensor, ordered by parameter; each piece gets its view as `state[key]`."""
     ordered = sorted(zip(pieces, entries), key=lambda pair: (pair[0].segment.param, pair[0].segment.param_offset))
     lengths = [length for _, (length, _) in ordered]
     dtype = entries[0][1] if entries else torch.float32

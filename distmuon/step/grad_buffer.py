@@ -1,17 +1,16 @@
-"""The flat buffer in which one bucket's gradients add up until they are reduced.
+"""The flat buffer in which a bucket's gradients accumulate until they are reduced.
 
-Decides where a gradient is written, in which dtype it adds up, and which CUDA stream waits for which. It knows no
-collective and no parameter, only spans of elements.
+This module decides where a gradient is written, in which dtype it accumulates, and which CUDA stream waits for which.
+It knows no collective and no parameter, only spans of elements.
 
-[Note: sums] A sum of thousands of micro-batches in 16 bits stops growing: each addend is below half of its last place.
-So where the buffer has 16 bits, and only while several backwards add up, a float32 `sum` stands in place of `flat`,
-from the first gradient that is not the last of its parameter until the reduction starts. A step of one micro-batch
-never has any.
+[Note: sums] A sum of thousands of micro-batches in 16 bits stops growing: each addend is below half of the last place.
+So if the buffer has 16 bits, and only while several backwards accumulate, a float32 `sum` replaces `flat`, from the
+first gradient that is not the last of its parameter until the reduction starts. A step of one micro-batch has none.
 
 [Note: streams of a backward] Autograd runs the backward of an operation on the stream of its forward, so gradients of
-one bucket may come from several streams. The stream that makes a buffer may do so in memory that another stream still
-uses, and a reduction must see what all of them have written. So the streams that wrote are noted: a new one waits for
-them, and the stream that reduces waits for all.
+a bucket may come from several streams. A stream may allocate a buffer in memory that another stream still uses, and a
+reduction must see what all streams have written. So the streams that wrote are recorded: a new stream waits for them,
+and the stream that reduces waits for all.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch import Tensor
 
 
 class Span(NamedTuple):
-    """`length` elements from `param_offset` of a parameter on, which stand at `start` of the flat buffer."""
+    """`length` elements of a parameter from `param_offset` on, at `start` of the flat buffer."""
 
     start: int
     param_offset: int
@@ -32,19 +31,21 @@ class Span(NamedTuple):
 
 
 class GradBuffer:
-    """`numel` elements on `device` in `dtype`; with `released` the memory lives from the first gradient to the
-    reduction only."""
+    """A buffer of `numel` elements; with `released` its memory exists only from the first gradient to the reduction."""
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, *, released: bool) -> None:
-        self._numel, self._dtype, self._device, self._released = numel, dtype, device, released
-        self._streams: set[torch.cuda.Stream] = set()  # those that have written since the last reduction
+        self._numel = numel
+        self._dtype = dtype
+        self._device = device
+        self._released = released
+        self._streams: set[torch.cuda.Stream] = set()  # streams that have written since the last reduction
         self.sum: Tensor | None = None  # float32; see [Note: sums]
         self.flat = None if released else self._zeros(dtype)
 
     def add(self, spans: Sequence[Span], grad: Tensor, *, first: bool, several: bool) -> None:
-        """Write `grad` (row-major elements of one parameter), or add it where it is not the `first` of this step.
+        """Write `grad` (a parameter's elements in row-major order), or add it if it is not the `first` of this step.
 
-        `several`: this is one of several addends of some parameter, see [Note: sums].
+        `several`: whether the parameter gets several gradients in this step, see [Note: sums].
         """
         flat = self._open(several=several)
         for start, offset, length in spans:
@@ -55,12 +56,12 @@ class GradBuffer:
                 place.add_(piece)
 
     def zero(self, spans: Sequence[Span]) -> None:
-        """The gradient of one parameter is zero."""
+        """Write zeros as the gradient of a parameter."""
         for start, _, length in spans:
             self._open()[start : start + length].zero_()
 
     def close(self) -> Tensor:
-        """The whole buffer in its dtype, for the current stream to reduce: all that was written has arrived."""
+        """Return the full buffer in its dtype for reduction on the current stream, which waits for all writers."""
         written = self._open()
         for stream in self._streams:
             torch.cuda.current_stream(written.device).wait_stream(stream)
@@ -72,7 +73,7 @@ class GradBuffer:
         return flat
 
     def reduced(self) -> None:
-        """The current stream has waited for the reduction: the memory may be used again."""
+        """Let the memory be used again, after the current stream has waited for the reduction."""
         if self._released:
             self._free_from_streams()
             self.flat = None
@@ -80,8 +81,8 @@ class GradBuffer:
         self._streams.clear()
 
     def drop(self) -> None:
-        """Forget what was written, reduced or not."""
-        for stream in self._streams:  # of gradients that were never reduced
+        """Drop all gradients, reduced or not."""
+        for stream in self._streams:  # streams of gradients that were never reduced
             torch.cuda.current_stream(stream.device).wait_stream(stream)
         self._free_from_streams()
         self._streams.clear()
@@ -93,7 +94,7 @@ class GradBuffer:
         return torch.zeros(self._numel, dtype=dtype, device=self._device)
 
     def _open(self, *, several: bool = False) -> Tensor:
-        """The memory to write into, for the current stream; see [Note: streams of a backward]."""
+        """The memory for the current stream to write into; see [Note: streams of a backward]."""
         if self._device.type != "cuda":
             return self._open_sum() if several else self._open_flat()
         stream = torch.cuda.current_stream(self._device)
@@ -123,7 +124,7 @@ class GradBuffer:
         return self.flat
 
     def _free_from_streams(self) -> None:
-        """Make streams that wrote here, and may get the memory next, wait for the current one to be done with it."""
+        """Let the streams that wrote here, which may get the memory next, wait for the current stream."""
         for stream in self._streams:
             current = torch.cuda.current_stream(stream.device)
             if stream != current:

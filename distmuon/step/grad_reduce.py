@@ -1,19 +1,19 @@
-"""Gradients -> the averaged gradient of this rank's shard.
+"""The way from gradients to the averaged gradient of this rank's shard.
 
-Two sources with one interface (`GradSource`): `BackwardReducer` reduces under backward and decides in which order the
-buckets do; `GivenGrads` reads what stands in `param.grad`, averaged by somebody else (DDP, FSDP2, a trainer) or,
-in one process, by nobody. Neither knows what the gradient is for.
+This module decides the order in which buckets reduce; it knows no rule. Two sources share the interface `GradSource`:
+`BackwardReducer` reduces under backward, and `GivenGrads` reads `param.grad`, whose gradients arrive averaged (by DDP,
+FSDP2 or a trainer) or belong to a single process.
 
 [Note: bucket readiness] A bucket is ready when all its parameters have reported in this backward. Buckets start
-strictly in index order, on every rank: a ready bucket waits for those before it, and what never became ready starts
-when that backward ends. So all ranks issue the same collectives, whatever had no gradient where, and what the user's
-own collectives meet between backward and `step` is the same on all of them, too.
+strictly in index order on every rank: a ready bucket waits for the buckets before it, and buckets that never became
+ready start when that backward ends. So all ranks issue the same collectives whichever parameters had no gradient, and
+the user's collectives between backward and `step` come at the same place of that order on all ranks.
 
     COLLECTING --all reported, predecessors started--> REDUCING --finish--> REDUCED --reset--> COLLECTING   (`Grads`)
 
 [Note: the end of a backward] Autograd runs a callback when the backward that queued it ends. With reentrant
-checkpointing a backward runs inside a node of another one, whose gradients are still to come. So a callback that finds
-itself inside a node hands itself on, by a hook that this node calls when it is done, to the backward outside.
+checkpointing a backward runs inside a node of another backward, whose gradients are still to come. So a callback that
+runs inside a node registers a hook, by which this node passes it on to the outer backward.
 """
 
 from __future__ import annotations
@@ -32,39 +32,39 @@ from distmuon.step.storage import Storage
 
 
 class GradSource(Protocol):
-    """What the engine asks of either source."""
+    """The interface of both sources to the engine."""
 
     def accept(self, index: int, sync: bool) -> None:
-        """Backward has finished the gradient of parameter `index`; `sync`: this is the step's last micro-batch."""
+        """Accept the complete gradient of parameter `index`; `sync`: this is the step's last micro-batch."""
 
     def finish(self) -> Sequence[bool]:
-        """All shards reduced (idempotent until `reset`). Returns, per parameter, whether this rank had a gradient."""
+        """Finish all shards; return whether this rank had a gradient for each parameter. Idempotent until `reset`."""
 
     def scale(self, coefficient: Tensor) -> None:
-        """Multiply the reduced gradients by a 0-dim tensor on their device, also where the user sees them."""
+        """Multiply the reduced gradients, and those in `param.grad`, by a 0-dim tensor on their device."""
 
     def reset(self) -> None:
-        """Forget this step's gradients."""
+        """Drop this step's gradients."""
 
     @property
     def begun(self) -> bool:
-        """This rank has started reductions that other ranks must start, too."""
+        """Whether this rank has started reductions that other ranks must start, too."""
 
     @property
     def finished(self) -> bool:
-        """The shards hold this step's gradients: nothing has arrived since `finish`."""
+        """Whether the shards hold this step's gradients, and no gradient has arrived since `finish`."""
 
     @property
     def changed(self) -> bool:
-        """Somebody has written the gradients since `finish` read them."""
+        """Whether gradients in `param.grad` were written since `finish` read them."""
 
     @property
     def holds_grads(self) -> bool:
-        """Gradients of this step have left `param.grad`."""
+        """Whether gradients of this step have left `param.grad`."""
 
 
 def make_source(buckets: Sequence[Bucket], storage: Storage, group: DataParallelGroup) -> GradSource:
-    """The source that `grad_reduction` names; in one process gradients stay where autograd puts them."""
+    """Make the source for `grad_reduction`; in a single process gradients stay in `param.grad`."""
     if storage.options.grads_stay(group.dp_size):
         return GivenGrads(storage)
     return BackwardReducer(buckets, storage)
@@ -73,8 +73,8 @@ def make_source(buckets: Sequence[Bucket], storage: Storage, group: DataParallel
 class BackwardReducer:
     """Overlapped reduce-scatter, see [Note: bucket readiness].
 
-    A reported gradient is moved into its bucket's buffer in the reduce dtype, and an `InReduction` takes its place in
-    `param.grad`: the next micro-batch adds to it, in float32 whatever the reduce dtype (grad_buffer.py, [Note: sums]).
+    A reported gradient is moved into its bucket's buffer, and an `InReduction` replaces it in `param.grad`. Several
+    micro-batches accumulate in float32, whatever the reduce dtype (grad_buffer.py, [Note: sums]).
     """
 
     def __init__(self, buckets: Sequence[Bucket], storage: Storage) -> None:
@@ -85,7 +85,7 @@ class BackwardReducer:
         self._releases = storage.options.sharding.release_grads
         pairs = zip(self._params, self._specs, strict=True)
         self._placeholders = [InReduction(param, spec.fqn) for param, spec in pairs]
-        self._backward = -1  # autograd's number of the last one whose end calls us
+        self._backward = -1  # autograd's id of the last backward with our callback
         self._clear()
 
     def _clear(self) -> None:
@@ -103,7 +103,7 @@ class BackwardReducer:
         if bucket < self._next:
             if not self._all_dropped():
                 raise self._second_reduction(index)
-            self.reset()  # `model.zero_grad()`: the gradients that were reduced are not wanted
+            self.reset()  # `model.zero_grad()` has dropped the gradients that were reduced
         self._buckets[bucket].storage.check_in_place(index)
         self._move_in(index, grad, several=not sync)
         if not sync:
@@ -112,18 +112,18 @@ class BackwardReducer:
             self._reported.add(index)
             self._waiting_for[bucket] -= 1
         if self._overlap:
-            self._call_at_the_end_of_backward()
+            self._register_end_of_backward()
             while self._next < len(self._buckets) and not self._waiting_for[self._next]:
                 self._start_next()
 
     def _take(self, index: int) -> Tensor | None:
-        """The gradient that backward has just left in `param.grad`."""
+        """Take the gradient that backward has just left in `param.grad`."""
         param, placeholder = self._params[index], self._placeholders[index]
         added = placeholder.taken()
         if added is not None or param.grad is placeholder:
             return added
         if self._has_grad[index] and self._bucket_of[index] >= self._next:
-            self._has_grad[index] = False  # the user dropped those of earlier micro-batches
+            self._has_grad[index] = False  # the user dropped the gradients of earlier micro-batches
         return param.grad
 
     def _move_in(self, index: int, grad: Tensor, *, several: bool = False) -> None:
@@ -133,7 +133,7 @@ class BackwardReducer:
         self._params[index].grad = self._placeholders[index]
 
     def _all_dropped(self) -> bool:
-        """Nothing of this step's gradients is left in sight, but for what the running backward has made."""
+        """Whether the user has dropped all gradients that were reported in this step."""
         pairs = zip(self._params, self._placeholders, self._has_grad)
         return not any(had and param.grad is placeholder for param, placeholder, had in pairs)
 
@@ -142,21 +142,20 @@ class BackwardReducer:
             self._specs[index].fqn,
             found="a gradient arrived after its bucket was reduced in this step",
             needed="only the last backward of a step may reduce",
-            cure="wrap the earlier ones in `with optimizer.no_sync():`, or pass Sharding(overlap=False), which "
-            "reduces in "
-            "step(); call zero_grad() before a backward that starts anew; checkpoint activations with "
-            "use_reentrant=False",
+            cure="wrap earlier backwards in `with optimizer.no_sync():`, or pass Sharding(overlap=False), which "
+            "reduces in step(); call zero_grad() before a backward that begins a new step; checkpoint activations "
+            "with use_reentrant=False",
         )
 
-    def _call_at_the_end_of_backward(self) -> None:
-        """See [Note: the end of a backward]."""
+    def _register_end_of_backward(self) -> None:
+        """Register `_start_all` for the end of this backward; see [Note: the end of a backward]."""
         backward = torch._C._current_graph_task_id()
         if backward != self._backward and backward >= 0:
             self._backward = backward
-            _at_the_end_of_backward(self._start_all)
+            _call_at_end_of_backward(self._start_all)
 
     def _start_all(self) -> None:
-        """Start the buckets that never became ready: a parameter without a gradient counts as zeros."""
+        """Start the buckets that never became ready; a parameter without a gradient counts as zeros."""
         while self._next < len(self._buckets):
             self._start_next()
 
@@ -171,7 +170,7 @@ class BackwardReducer:
                 self._has_grad[index] = False  # the user dropped it
         bucket.start_reduce(absent=[index for index in bucket.params if not self._has_grad[index]])
         self._next += 1
-        if self._releases and bucket.index:  # the bucket before makes room for the next
+        if self._releases and bucket.index:  # release the previous bucket's buffer for the next bucket
             self._buckets[bucket.index - 1].finish_reduce()
 
     def finish(self) -> Sequence[bool]:
@@ -181,26 +180,27 @@ class BackwardReducer:
         self._start_all()
         for bucket in self._buckets:
             bucket.finish_reduce()
-        self._drop_what_the_user_dropped()
+        self._zero_dropped()
         self._finished = True
         return self._has_grad
 
     def _check_unwritten(self) -> None:
-        """Raise for gradients that somebody put where distmuon has taken its own away: clipping would see those."""
+        """Raise if other code has written `param.grad` after the gradient was reduced: clipping would use it."""
         for index, param in enumerate(self._params):
             late = self._has_grad[index] or self._bucket_of[index] < self._next
             if late and param.grad is not None and param.grad is not self._placeholders[index]:
                 raise problem(
                     self._specs[index].fqn,
-                    found="param.grad was written after backward had handed its gradient to the reduction",
-                    needed="a second reduction (DDP, DeepSpeed) averages and clips what distmuon does not read",
-                    cure="do not wrap the model, or take the trainer's own line from distmuon.integrations, "
+                    found="param.grad was written after its gradient went to the reduction",
+                    needed="a second reduction (DDP, DeepSpeed) must not average or clip gradients, which distmuon "
+                    "does not read",
+                    cure="do not wrap the model, or use the trainer's module in distmuon.integrations, "
                     'or pass grad_reduction="external"',
                 )
 
     @torch.no_grad()
-    def _drop_what_the_user_dropped(self) -> None:
-        """A gradient set to None after backward counts as none, as in torch.optim; its reduction had started."""
+    def _zero_dropped(self) -> None:
+        """Zero the reduced gradient of parameters whose gradient was set to None after backward, as in torch.optim."""
         dropped = {i for i, param in enumerate(self._params) if self._has_grad[i] and param.grad is None}
         if not dropped:
             return
@@ -216,7 +216,7 @@ class BackwardReducer:
 
     def reset(self) -> None:
         if self._next:
-            self._start_all()  # a backward that raised half-way; other ranks have started all
+            self._start_all()  # after a backward that raised half-way, since other ranks have started all buckets
         for bucket in self._buckets:
             bucket.drop_grads()
         for param, placeholder in zip(self._params, self._placeholders):
@@ -241,7 +241,7 @@ class BackwardReducer:
         return any(self._has_grad)
 
 
-def _at_the_end_of_backward(call: Callable[[], None]) -> None:
+def _call_at_end_of_backward(call: Callable[[], None]) -> None:
     """Call `call` when the outermost backward that is running ends; see [Note: the end of a backward]."""
 
     def ended() -> None:
@@ -252,7 +252,7 @@ def _at_the_end_of_backward(call: Callable[[], None]) -> None:
 
         def outside(*_: object) -> None:
             handle.remove()
-            _at_the_end_of_backward(call)
+            _call_at_end_of_backward(call)
 
         handle = node.register_hook(outside)
 
@@ -270,7 +270,7 @@ def _check_dense(fqn: str, grad: Tensor) -> None:
 
 
 class GivenGrads:
-    """Reads this rank's shard out of `param.grad`, and leaves `param.grad` to the user."""
+    """Source that copies this rank's shard from `param.grad`, and leaves `param.grad` to the user."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -278,7 +278,7 @@ class GivenGrads:
         self._seen: list[tuple[Tensor, int]] = []  # the gradients that were read, at their versions
 
     def accept(self, index: int, sync: bool) -> None:
-        """Gradients are read when the step begins, after the reduction of whoever averages them."""
+        """Drop older copies; gradients are read when the step begins, after they have been averaged."""
         self.reset()
 
     @torch.no_grad()

@@ -1,25 +1,26 @@
-"""Where autograd and modules call us: gradient hooks, forward pre-hooks, state-dict hooks.
+"""Hooks through which autograd and modules call the optimizer: gradient hooks, forward pre-hooks, state-dict hooks.
 
-Decides who is called when, nothing else. Hooks hold the optimizer weakly, so that dropping it frees its buffers, and
-a parameter has one manager: a newer optimizer takes over, the older one is told (`Listener.release`).
+This module decides when the optimizer is called; it knows no bucket and no collective. Hooks refer to the optimizer
+weakly, so that its buffers are freed with it. A parameter has one manager: a newer optimizer takes the parameter, and
+the older optimizer releases its parameters (`Listener.release`).
 
-[Note: which modules wait] A module that holds parameters of its own may also use those of its children without
-calling them (nn.MultiheadAttention reads `out_proj.weight`). So such a module waits for its whole subtree; pure
-containers wait for nothing and leave it to their children. A ParameterList or ParameterDict is never called: what it
-holds is its parent's own. Without gradients (evaluation) the model waits for all.
-A parameter that a container uses before any of its children is called is noticed in backward: autograd finds that it
-changed after it was saved (`FlatStorage.note_arrived`), or its gradient comes while its bucket is in flight. What saves
-nothing, such as an addition, is not noticed: call `synchronize` before such a forward.
+[Note: which modules wait] A module with direct parameters may also use its children's parameters without calling the
+children (nn.MultiheadAttention reads `out_proj.weight`). So such a module waits for its whole subtree; pure containers
+wait for nothing, since their children wait. A ParameterList or ParameterDict is never called: its parameters count as
+its parent's. Without gradients (evaluation) the model waits for all parameters.
+A parameter that a container uses before it calls a child is noticed in backward: autograd finds that it changed after
+it was saved (`FlatStorage.note_arrived`), or its gradient arrives while its bucket is in flight. An operation that
+saves nothing, such as an addition, is not noticed: call `synchronize` before such a forward.
 
-[Note: one storage a tensor] Parameters are views of flat buffers. Whoever writes a state dict may take tensors of one
-storage for copies of each other and keep the first alone (accelerate's `save_state` and `save_model` do, with a mere
-warning). So `state_dict` hands out the same memory as tensors with storages of their own; tied ones still share theirs.
+[Note: separate storages] Parameters are views of flat buffers. Code that writes a state dict may treat tensors of one
+storage as copies of each other and keep only the first (accelerate's `save_state` and `save_model` do, with only a
+warning). So `state_dict` returns the same memory as tensors with separate storages; tied tensors still share a storage.
 
-[Note: swapped tensors] `model.to` moves a DTensor by `torch.utils.swap_tensors`, which refuses a tensor that something
-refers to weakly. The optimizer holds its parameters, so while it lives their ids are theirs, and serve as well.
+[Note: swapped tensors] `model.to` moves a DTensor by `torch.utils.swap_tensors`, which refuses a tensor with weak
+references. The optimizer holds its parameters, so their ids identify them as long as it exists.
 
-[Note: compiled models] A hook waits, builds, talks to other ranks: dynamo must not trace it. Hooks are disabled for
-it, so a compiled model breaks its graph at the modules that wait.
+[Note: compiled models] A hook waits, builds and communicates, so dynamo must not trace it. Hooks are disabled for
+dynamo, and a compiled model breaks its graph at the modules that wait.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from distmuon.layout import memory
 
 
 class Listener(Protocol):
-    """What the hooks call."""
+    """The methods that the hooks call."""
 
     def on_forward(self) -> None: ...
     def on_gradient(self, index: int) -> None: ...
@@ -54,13 +55,13 @@ _silent: WeakKeyDictionary[Listener, frozenset[int]] = WeakKeyDictionary()  # th
 
 
 def manager_of(param: Tensor) -> Listener | None:
-    """The living optimizer that manages `param` now: the newest made for it; None if there is none."""
+    """The optimizer that manages `param`: the newest made for it, if it still exists."""
     silent = [listener for listener, ids in _silent.items() if id(param) in ids]
     return silent[-1] if silent else _manager_of[param]() if param in _manager_of else None
 
 
 class Hooks:
-    """All hooks of one listener; gone when it is, or on `remove`."""
+    """All hooks of a listener; they are removed with it, or by `remove`."""
 
     def __init__(
         self,
@@ -92,28 +93,28 @@ class Hooks:
 
     @property
     def listener(self) -> Listener | None:
-        """Whom these hooks call; None once it is gone."""
+        """The listener that these hooks call; None after it has been freed."""
         return self._listener()
 
     def check_self(self, caller: object) -> None:
-        """Raise for an object that borrows the optimizer's methods: what it writes would stay in itself."""
+        """Raise for an object that runs the optimizer's methods on itself, and so writes into itself."""
         if self._listener() is not caller:
             raise problem(
                 type(caller).__name__,
                 found="it runs DistMuon's methods on itself instead of on the optimizer it wraps",
-                needed="the optimizer must be called itself",
-                cure="call the wrapped optimizer's own method",
+                needed="the methods must run on the optimizer",
+                cure="call the wrapped optimizer's method",
             )
 
     def check_active(self, caller: object) -> None:
-        """Raise once a newer optimizer has taken the parameters over, and for a wrapper that is not the optimizer."""
+        """Raise if a newer optimizer manages the parameters, and for a wrapper that is not the optimizer."""
         self.check_self(caller)
         if not self._active:
             raise problem(
                 "DistMuon",
                 found="its parameters were taken over by a newer DistMuon",
-                needed="one optimizer manages a parameter",
-                cure="step the newer one",
+                needed="a parameter has a single optimizer",
+                cure="step the newer optimizer",
             )
 
     def remove(self) -> None:
@@ -150,16 +151,16 @@ class Hooks:
                 listener.on_load()
 
         self._handles.append(model.register_forward_pre_hook(on_forward, prepend=True))
-        for module in model.modules():  # a part of the model may be saved or loaded by itself
+        for module in model.modules():  # a part of the model may be saved or loaded separately
             self._handles.append(module.register_state_dict_pre_hook(on_state))
             self._handles.append(module.register_load_state_dict_pre_hook(on_load))
-            self._handles.append(module.register_state_dict_post_hook(_own_storages))
+            self._handles.append(module.register_state_dict_post_hook(_give_own_storages))
 
     def _wait_in_forward(self, model: nn.Module, index_of: Mapping[int, int]) -> None:
-        """Let each module wait for its parameters, see [Note: which modules wait]; `index_of`: by id(parameter)."""
+        """Let modules wait for their parameters, see [Note: which modules wait]; `index_of`: by id(parameter)."""
         listener_ref = self._listener
         for module in model.modules():
-            if not any(id(param) in index_of for param in _own_parameters(module)):
+            if not any(id(param) in index_of for param in _direct_parameters(module)):
                 continue
             needed = frozenset(index_of[id(p)] for p in module.parameters() if id(p) in index_of)
 
@@ -171,35 +172,35 @@ class Hooks:
             self._handles.append(module.register_forward_pre_hook(pre_hook, prepend=True))
 
 
-def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Those that no child's forward stands for, see [Note: which modules wait]."""
+def _direct_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters for which no child's forward waits, see [Note: which modules wait]."""
     yield from module.parameters(recurse=False)
     for child in module.children():
         if isinstance(child, (nn.ParameterList, nn.ParameterDict)):
-            yield from _own_parameters(child)
+            yield from _direct_parameters(child)
 
 
 def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
-    """See [Note: compiled models]."""
+    """Hide `hook` from dynamo; see [Note: compiled models]."""
     untraced: Callable[..., None] = torch.compiler.disable(hook)
     return untraced
 
 
-def _own_storages(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
-    """See [Note: one storage a tensor]. Nothing is copied, whatever the current device is."""
+def _give_own_storages(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
+    """Give the tensors in `state` separate storages, without copies; see [Note: separate storages]."""
     for name in module._parameters:
         tensor = state.get(prefix + name)
-        if not isinstance(tensor, Tensor) or isinstance(tensor, nn.Parameter):  # keep_vars=True wants them as they are
-            continue
+        if not isinstance(tensor, Tensor) or isinstance(tensor, nn.Parameter):
+            continue  # with keep_vars=True the caller wants the Parameters themselves
         if memory.is_plain(tensor) and memory.is_in_flat(tensor):
             state[prefix + name] = _over_own_storage(tensor)
 
 
 def _over_own_storage(tensor: Tensor) -> Tensor:
-    """The same dense memory as a tensor whose storage is that memory and no more.
+    """Return the same dense memory as a tensor whose storage is exactly that memory.
 
-    A slice of a storage shares its memory and keeps it alive. Unlike an exchange by DLPack it asks for no stream, so
-    the tensor's device need not be the current one.
+    A slice of a storage shares its memory and keeps it alive. Unlike DLPack this needs no stream, so the tensor's
+    device need not be the current device.
     """
     start = tensor.storage_offset() * tensor.element_size()
     storage = tensor.untyped_storage()[start : start + tensor.nbytes]

@@ -1,9 +1,9 @@
-"""What a module holds, as plain memory: all that ranks compare before rank 0's values are sent, and how it is sent.
+"""The first values of parameters and module buffers: ranks compare their form, then rank 0 sends its values.
 
-Decides which tensors travel and as what. A tensor that is no plain memory travels as the plain ones it is made of: a
-sparse one as indices and values, a wrapper subclass (quantised weights) as what its `__tensor_flatten__` names. What
-offers neither (and what lies on the meta device, or is cut up over ranks already) is left as each rank has it, and is
-named once in the log.
+This module decides which tensors travel, and in which form; it knows no bucket and no rule. A tensor that is not plain
+memory travels as the plain tensors it is made of: a sparse tensor as indices and values, a wrapper subclass (quantised
+weights) as the tensors that its `__tensor_flatten__` names. Other tensors, and tensors on the meta device or cut over
+ranks, keep each rank's values and are named once in the log.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Named = Iterable[tuple[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """One tensor of the module: its `text` must be the same on all ranks; `parts` are sent, None: it is left."""
+    """A tensor of the module. `text` must be equal on all ranks; `parts` are sent (None: the tensor is skipped)."""
 
     name: str
     text: str
@@ -36,14 +36,16 @@ class Holding:
 
 
 def parts_of(name: str, tensor: Tensor) -> dict[str, Tensor] | None:
-    """`tensor` as the plain tensors that hold its values, by name (`name` itself where it is plain); None for one that
-    offers none, or whose memory cannot be written as a whole."""
+    """{name: plain tensor} for the tensors that hold the values of `tensor`, which may be itself.
+
+    None if no plain tensors hold its values, or if their memory cannot be written as a whole.
+    """
     if tensor.is_meta:
         return None
     if memory.is_plain(tensor):
         return {name: tensor} if memory.written_once(tensor) is not None else None
     inner: dict[str, Tensor] = {}
-    if type(tensor).__module__.startswith("torch.distributed"):  # a DTensor: each rank has a part of its own
+    if type(tensor).__module__.startswith("torch.distributed"):  # a DTensor, of which each rank has a part
         return None
     if is_traceable_wrapper_subclass(tensor):
         inner = {key: getattr(tensor, key) for key in tensor.__tensor_flatten__()[0]}
@@ -63,27 +65,27 @@ def parts_of(name: str, tensor: Tensor) -> dict[str, Tensor] | None:
 
 
 def plain(named: Named) -> tuple[dict[str, Tensor], list[str]]:
-    """(the plain tensors that make up `named`, the names of those that offer none)."""
+    """(the plain tensors that hold the values of `named`, the names of tensors without such)."""
     found: dict[str, Tensor] = {}
-    left: list[str] = []
+    skipped: list[str] = []
     for name, tensor in named:
         parts = parts_of(name, tensor)
         if parts is None:
-            left.append(name)
+            skipped.append(name)
         else:
             found.update(parts)
-    return found, left
+    return found, skipped
 
 
-def log_left(left: Sequence[str], done: str) -> None:
-    """Where everybody can see it: the tensors `left` are not `done`."""
-    if left:
-        why = "their values do not lie in memory of their own on each rank, and they name no tensors that hold them"
-        _LOG.warning("not %s: %s; %s", done, ", ".join(left), why)
+def log_skipped(skipped: Sequence[str], done: str) -> None:
+    """Warn that the tensors `skipped` are not `done`."""
+    if skipped:
+        why = "each rank must hold all their values, in plain memory or in tensors that __tensor_flatten__ names"
+        _LOG.warning("not %s: %s; %s", done, ", ".join(skipped), why)
 
 
 def held(named_params: Named, model: nn.Module | None, *, buffers: bool) -> list[Holding]:
-    """What rank 0 sends: all parameters of `model` (None: `named_params`), and its module buffers if asked for."""
+    """The tensors that rank 0 sends: parameters of `model` (None: `named_params`), and with `buffers` its buffers."""
     params = named_params if model is None else model.named_parameters()
     found = [_holding(name, "a parameter", param) for name, param in params]
     if model is not None and buffers:
@@ -99,7 +101,7 @@ def _holding(name: str, kind: str, tensor: Tensor) -> Holding:
 
 
 def _text(tensor: Tensor) -> str:
-    """What must be alike for the same bytes to mean the same."""
+    """Describe the form of a tensor, which must be equal for equal bytes to have the same meaning."""
     parts = parts_of("", tensor)
     if parts is None or not memory.is_plain(tensor):
         inner = [f"{name.removeprefix('.')} {_text(part)}" for name, part in (parts or {}).items()]
@@ -114,52 +116,52 @@ def _text(tensor: Tensor) -> str:
 
 
 def agree_on(holdings: Sequence[Holding], group: DataParallelGroup) -> None:
-    """Raise the same `ValueError` on all ranks, naming the first difference, unless all hold the same. Blocking.
+    """Raise the same `ValueError` on all ranks, naming the first difference, unless all forms are equal. Blocking.
 
-    A collective over tensors of two lengths aborts the process on gloo, and writes past the shorter one elsewhere.
+    A collective over tensors of different lengths aborts the process on gloo, and elsewhere writes past the shorter.
     """
     stage = "comparison of the tensors to send"
-    mine = {holding.name: holding.text for holding in holdings}
-    digest = hashlib.sha256(repr(mine).encode()).hexdigest()
+    local = {holding.name: holding.text for holding in holdings}
+    digest = hashlib.sha256(repr(local).encode()).hexdigest()
     if len(set(group.gather_objects(digest, stage=stage))) == 1:
         return
-    everyone = group.gather_objects(mine, stage=stage)
-    for rank, theirs in enumerate(everyone):
-        for name in {**everyone[0], **theirs}:
-            ours, other = (texts.get(name, "nothing of this name") for texts in (everyone[0], theirs))
-            if ours != other:
+    texts_by_rank = group.gather_objects(local, stage=stage)
+    for rank, texts in enumerate(texts_by_rank):
+        for name in {**texts_by_rank[0], **texts}:
+            first = texts_by_rank[0].get(name, "nothing of this name")
+            text = texts.get(name, "nothing of this name")
+            if text != first:
                 raise problem(
                     name,
-                    found=f"rank {rank} holds {other}, rank 0 {ours}",
+                    found=f"rank {rank} holds {text}, rank 0 {first}",
                     needed="all ranks must hold tensors of the same form before rank 0's values are sent",
-                    cure="make the model alike on all ranks, and let no rank change it alone before the first "
-                    "forward in "
-                    "training; buffers that may differ stay each rank's own with broadcast_buffers=False",
+                    cure="make the same model on all ranks, and let no rank alone change it before the first forward "
+                    "in training; with broadcast_buffers=False each rank keeps its buffers",
                 )
     raise problem(
         "model",
         found="ranks hold the same tensors in another order",
         needed="all ranks must register them in the same order",
-        cure="make the model alike on all ranks",
+        cure="make the same model on all ranks",
     )
 
 
 def send(holdings: Sequence[Holding], group: DataParallelGroup, via: torch.device) -> None:
-    """Rank 0's values to all ranks, in place. Blocking; the ranks have agreed on what they hold.
+    """Send rank 0's values to all ranks, in place, after `agree_on`. Blocking.
 
-    `via`: the device of what is trained, which the group serves; the rest may lie elsewhere.
+    `via`: the device of the trained parameters, which the group serves; other tensors may be elsewhere.
     """
     if group.dp_size == 1:
         return
     if group.dp_rank == 0:
-        log_left([holding.name for holding in holdings if holding.parts is None], "sent from rank 0 to the others")
+        log_skipped([holding.name for holding in holdings if holding.parts is None], "sent from rank 0 to the others")
     for holding in holdings:
         for part in holding.parts or ():
-            group.broadcast(part.data, via)  # not seen by autograd: a backward may be under way
+            group.broadcast(part.data, via)  # hidden from autograd: a backward may be running
 
 
 def not_finite(fqns: Sequence[str], params: Sequence[nn.Parameter]) -> list[str]:
-    """The names of `params` that hold NaN or inf. Reads the device once."""
+    """The names of `params` that hold NaN or inf. Waits for the device once."""
     if not params:
         return []
     largest = torch.stack([torch.linalg.vector_norm(p.detach(), ord=float("inf")) for p in params])
@@ -167,42 +169,41 @@ def not_finite(fqns: Sequence[str], params: Sequence[nn.Parameter]) -> list[str]
 
 
 def check_finite(broken: Sequence[str], where: str = "") -> None:
-    """Raise if training would start from weights that are `broken`: every gradient would be NaN, every step skipped."""
+    """Raise if there are `broken` weights: every gradient would be NaN, and every step would be skipped."""
     if broken:
         raise problem(
             ", ".join(broken[:5]),
             found=f"{len(broken)} parameters hold NaN or inf{where} before the first step",
-            needed="finite values are needed to start from",
+            needed="finite values are needed to start with",
             cure="initialize the model, or load its weights, before training",
         )
 
 
 def agree_on_values(fqns: Sequence[str], params: Sequence[nn.Parameter], group: DataParallelGroup) -> None:
-    """Raise on all ranks, naming the first difference, unless all hold the same values. Blocking, once.
+    """Raise on all ranks, naming the first difference, unless all ranks hold the same values. Blocking; called once.
 
-    For a start in the middle of a step, when rank 0's values can no longer be taken before the forward has used them.
+    It serves a start in the middle of a step, after a forward has used each rank's values.
     """
-    sums = [[float(p.detach().double().sum()), float(p.detach().double().square().sum())] for p in params]
-    everyone = group.gather_objects(sums, stage="comparison of the first values")
-    for rank, theirs in enumerate(everyone):
-        check_finite([fqn for fqn, of_each in zip(fqns, theirs) if not isfinite(of_each[1])], f" on rank {rank}")
+    local_sums = [[float(p.detach().double().sum()), float(p.detach().double().square().sum())] for p in params]
+    sums_by_rank = group.gather_objects(local_sums, stage="comparison of the first values")
+    for rank, sums in enumerate(sums_by_rank):
+        check_finite([fqn for fqn, pair in zip(fqns, sums) if not isfinite(pair[1])], f" on rank {rank}")
     for number, fqn in enumerate(fqns):
-        for rank, theirs in enumerate(everyone):
-            if theirs[number] != everyone[0][number]:
+        for rank, sums in enumerate(sums_by_rank):
+            if sums[number] != sums_by_rank[0][number]:
                 raise problem(
                     fqn,
                     found=f"rank {rank} starts from other values than rank 0, and a forward has used them already",
                     needed="all ranks must start from the same values",
                     cure="pass the model itself and call it once before anything else (an ordinary forward with "
-                    "gradients "
-                    "takes rank 0's values), or seed all ranks alike",
+                    "gradients takes rank 0's values), or seed all ranks equally",
                 )
 
 
 def agree_on_reduced(grads: Sequence[Tensor], group: DataParallelGroup) -> None:
-    """Raise on all ranks unless their gradients are the same: `grad_reduction="external"` promises averaged ones.
+    """Raise on all ranks unless their gradients are equal, as `grad_reduction="external"` promises.
 
-    Compares the sums of squares; blocking, once, at the first step.
+    Compares the sums of squares. Blocking; called once, at the first step.
     """
     total = float(
         sum((torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in grads), torch.zeros(()))
@@ -212,6 +213,6 @@ def agree_on_reduced(grads: Sequence[Tensor], group: DataParallelGroup) -> None:
         raise problem(
             'grad_reduction="external"',
             found=f"the ranks' gradients differ (squared norms from {min(totals):.6g} to {max(totals):.6g})",
-            needed="gradients already averaged over the ranks are needed",
+            needed="gradients must arrive averaged over the ranks",
             cure='wrap the model in DDP, or let distmuon reduce: grad_reduction="reduce_scatter"',
         )

@@ -1,14 +1,13 @@
-"""What `optimizer.state` shows: this rank's part of every parameter's state, as torch.optim's users look for it.
+"""The contents of `optimizer.state`: this rank's part of every parameter's state, under torch.optim's keys.
 
-Decides nothing about training. The entries are views of the buffers, so what is written into them counts, and what
-measures them measures this rank's bytes. A parameter of which nothing lies here has its keys with empty tensors:
-torch's `set_optimizer_state_dict` reads the keys, on every rank.
+This module decides nothing about training, and it knows no collective. The entries are views of the buffers, so writing
+into them changes the state, and their size is that of this rank's state. A parameter without elements on this rank has
+the keys with empty tensors: torch's `set_optimizer_state_dict` reads the keys on every rank.
 
-[Note: what users write into state] Beside our keys an entry may hold others (a wrapper's slow weights), and `state`
-may hold other entries than parameters'. They are this rank's own, go into `state_dict` and come back from it as in
-torch.optim. Our own keys may be exchanged for tensors that fit (a state that was moved away and back), and a
-parameter's entry may be taken out, which ends its momentum and moments as in torch.optim: `take_back` writes both into
-the buffers.
+[Note: user entries in state] An entry may hold additional keys (a wrapper's slow weights), and `state` may hold entries
+of other objects than parameters. They belong to this rank, and are saved and loaded by `state_dict` as in torch.optim.
+The user may replace tensors under distmuon's keys by tensors that fit (state that was moved away and back), or remove a
+parameter's entry, which resets its momentum and moments as in torch.optim: `take_back` writes both to the buffers.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from distmuon.step.storage import BucketStorage, ShardPiece, Storage
 
 
 class LocalState:
-    """By parameter, the entries that `optimizer.state` shows.
+    """The entries that `optimizer.state` shows for each parameter.
 
-    (length,) where this rank holds a part, in order; the parameter's shape where it holds all of it in one run. In the
-    format in which they are kept: int8 momentum without its scales, 16-bit remainders of masters.
+    Tensors are (length,) if this rank holds a part of the parameter, and have the parameter's shape if it holds all of
+    it contiguously. They have the format of the buffers: int8 momentum without scales, 16-bit remainders of masters.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -41,18 +40,18 @@ class LocalState:
                 self._homes[piece.segment.param].append((bucket, piece))
         self._shown = [self._entry(index) for index in range(len(storage.params))]
         self._tensors = [tensor for entry in self._shown for tensor in entry.values()]
-        self._placed: list[dict[str, Any]] = []  # the dicts that stand in `optimizer.state`
+        self._placed: list[dict[str, Any]] = []  # the dicts in `optimizer.state`
 
     def show(self, state: MutableMapping[Any, Any]) -> None:
-        """Put all entries into `state`, beside what stands there."""
+        """Put all entries into `state`, and keep the user's keys."""
         self._put(state, self.extra_of(state))
 
     def extra_of(self, state: Mapping[Any, Any]) -> list[dict[str, Any]]:
-        """By parameter, what users have put into its entry of `state`."""
+        """The user's keys in the entry of each parameter in `state`."""
         return [_extra(state.get(param), entry) for param, entry in zip(self._storage.params, self._shown)]
 
     def load_extra(self, state: MutableMapping[Any, Any], of_param: Mapping[int, Mapping[str, Any]]) -> None:
-        """Put `of_param`, by parameter, in the place of what users have put into the entries of `state`."""
+        """Replace the user's keys in the entries of `state` by those in `of_param`."""
         extras = [of_param.get(index, {}) for index in range(len(self._shown))]
         device = self._storage.device
         self._put(
@@ -83,20 +82,20 @@ class LocalState:
                         bucket.write_master(piece, part)
 
     def take_back(self, state: MutableMapping[Any, Any]) -> None:
-        """Write into the buffers what stands in `state` instead of their views; see the note above.
+        """Write tensors that replace views in `state` to the buffers; see [Note: user entries in state].
 
-        Raises, before anything is written, for what does not fit. Every step asks, so where all is as it was nothing
-        but pointers is compared, without a hash of any parameter.
+        Raises, before anything is written, for tensors that do not fit. Every step calls this, so unchanged entries are
+        recognized by comparing pointers only, without hashing parameters.
         """
         if self._is_as_placed(state):
             return
         changed = [index for index, entry in enumerate(self._shown) if not self._is_shown(index, entry, state)]
         given = {index: self._given(index, state.get(self._storage.params[index])) for index in changed}
-        for index, own in given.items():
-            self._check(index, own)
+        for index, entry in given.items():
+            self._check(index, entry)
         with torch.no_grad():
-            for index, own in given.items():
-                self._write(index, own)
+            for index, entry in given.items():
+                self._write(index, entry)
         if changed:
             self.show(state)
 
@@ -105,7 +104,7 @@ class LocalState:
         state.update(zip(self._storage.params, self._placed))
 
     def _is_as_placed(self, state: Mapping[Any, Any]) -> bool:
-        """May say no where users have added something, or in another order."""
+        """Whether `state` is as placed; may be False although only the user's keys or the order have changed."""
         if len(state) < len(self._placed) or not all(map(is_, state.values(), self._placed)):
             return False
         values = chain.from_iterable(map(dict.values, self._placed))
@@ -123,7 +122,7 @@ class LocalState:
         homes, known, bucket = self._homes[index], self._storage.keys_of(index), self._bucket(index)
         has_master = bucket.has_master
         if not homes:
-            keys = [*known, *["master"] * has_master]
+            keys = (*known, "master") if has_master else known
             return {key: torch.empty(0, device=self._storage.device) for key in keys}
         entry: dict[str, Any] = {}
         for key in known:
@@ -137,28 +136,28 @@ class LocalState:
         return self._storage.buckets[self._storage.layout.bucket_of[index]]
 
     def _given(self, index: int, entry: object) -> dict[str, Any]:
-        """What `entry` has under our keys."""
+        """The items of `entry` under distmuon's keys."""
         return {k: v for k, v in entry.items() if k in self._shown[index]} if isinstance(entry, Mapping) else {}
 
     def _check(self, index: int, given: Mapping[str, Any]) -> None:
-        for key, own in self._shown[index].items() if given else ():  # an entry without any was taken out
+        for key, shown in self._shown[index].items() if given else ():  # an empty entry was removed by the user
             value = given.get(key)
-            if value is own or (key == "step" and is_number(value)):
+            if value is shown or (key == "step" and is_number(value)):
                 continue
             if not isinstance(value, Tensor) or (key != "step" and self._pieces_of(index, value) is None):
                 found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
                 raise problem(
                     f"optimizer.state[{self._storage.layout.specs[index].fqn}][{key!r}]",
-                    found=f"found {found:.80} in place of distmuon's own tensor",
-                    needed="a tensor of its shape or of the parameter's is needed",
-                    cure="write into the tensor that stands there (copy_, zero_), or use load_state_dict",
+                    found=f"found {found:.80} in place of distmuon's tensor",
+                    needed="a tensor of its shape or of the parameter's shape is needed",
+                    cure="write into the existing tensor (copy_, zero_), or use load_state_dict",
                 )
 
     def _write(self, index: int, given: Mapping[str, Any]) -> None:
-        """The entry `given`, which fits, into this rank's pieces; {}: zeros, but masters stay."""
-        for key, own in self._shown[index].items():
+        """Write the entry `given`, which fits, to this rank's pieces; {} resets all but masters."""
+        for key, shown in self._shown[index].items():
             value = given.get(key)
-            if value is own or (value is None and key == "master"):
+            if value is shown or (value is None and key == "master"):
                 continue
             if key == "step":
                 for _, piece in self._homes[index]:
@@ -169,7 +168,7 @@ class LocalState:
                 _write_piece(bucket, piece, key, parts[number] if parts is not None else None)
 
     def _pieces_of(self, index: int, value: Tensor) -> list[Tensor] | None:
-        """`value` cut as this rank's pieces are, if it is as long as they are together, or whole."""
+        """Cut `value` into this rank's pieces, if it has their total length or the parameter's shape; else None."""
         plain = self._bucket(index).as_shown(index, value)
         if plain is None:
             return None
@@ -187,11 +186,11 @@ def _extra(given: object, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_piece(bucket: BucketStorage, piece: ShardPiece, key: str, value: Tensor | None) -> None:
-    """`value` (length,), any dtype, any device, or zeros for None, into this piece's `key`."""
+    """Write `value`, (length,) of any dtype and device (None: zeros), to the piece's `key`."""
     if key == "master":
         assert value is not None
         kept = bucket.kept_of(piece)
-        if kept is not None and value.dtype == torch.int16:  # remainders, as they are shown
+        if kept is not None and value.dtype == torch.int16:  # remainders, as `optimizer.state` shows them
             kept.copy_(value)
         else:
             bucket.write_master(piece, value)

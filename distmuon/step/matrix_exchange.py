@@ -1,16 +1,15 @@
-"""Pieces of updates -> whole matrices, stacked by shape on the ranks that orthogonalize them, and back.
+"""The exchange of matrix pieces: updates go to the ranks that orthogonalize them, stacked by shape, and results return.
 
-Decides which rank sends which piece to which, once, from the layout. A matrix that lies whole on its owner never
-travels; a bucket without straddlers makes no collective at all. Knows no mathematics: what comes back is whatever the
-caller put into the stacks.
+This module decides once, from the layout, which piece each rank sends to which rank. A matrix that lies whole on its
+owner never travels; a bucket without straddlers makes no collective at all. The module knows no mathematics: it returns
+what the caller put into the stacks.
 
       update pieces (shard) --start_gather--> stacks (B, m, n) on the workers
       pieces (shard)       <--start_scatter-- results (B, m, n)
 
-[Note: who needs which piece] A piece on rank p is sent to every worker of its matrix except p. After the computation
-p takes the piece from its own result if it is a worker, else from the first worker, the owner. With
-`placement="owner"` there is one worker; with "replicated" every holder is one, so nothing is ever sent back: the
-paper's literal form.
+[Note: routes of pieces] A piece on rank p is sent to every worker of its matrix except p. After the computation p takes
+the piece from its result if it is a worker, else from the first worker, the owner. With `placement="owner"` a matrix
+has one worker. With "replicated", the paper's literal form, every holder is a worker, so nothing is sent back.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ class StackKey(NamedTuple):
 Stacks = dict[StackKey, Tensor]
 
 
-def goes_to(piece: Segment, placed: PlacedUnit, rank: int) -> bool:
-    """`piece` is sent to `rank`, which computes its matrix and does not hold it."""
+def is_sent_to(piece: Segment, placed: PlacedUnit, rank: int) -> bool:
+    """Whether `piece` is sent to `rank`, which computes its matrix and does not hold the piece."""
     return rank in placed.workers and rank != piece.rank
 
 
-def comes_home_from(piece: Segment, placed: PlacedUnit) -> int | None:
-    """The rank that sends the result back to the holder of `piece`; None where the holder computes it itself."""
+def returns_from(piece: Segment, placed: PlacedUnit) -> int | None:
+    """The rank that sends the result back to the holder of `piece`; None if the holder computes it itself."""
     return None if piece.rank in placed.workers else placed.workers[0]
 
 
 class MatrixExchange:
-    """The exchange of one bucket's matrices, seen from one rank."""
+    """The exchange of a bucket's matrices, on this rank."""
 
     def __init__(
         self,
@@ -60,17 +59,23 @@ class MatrixExchange:
         device: torch.device,
         label: str = "",
     ) -> None:
-        """`units`: all of the bucket; `muon_segments`: this rank's, in the order in which updates will be handed in;
-        `group_of`: param group of each parameter; `dtype`: of the stacks and of what travels; `label`: for messages."""
-        self._group, self.dtype, self._device, self._label = group, dtype, device, label
+        """Decide the routes of the bucket's `units`.
+
+        `muon_segments`: this rank's segments, in the order of the updates that `start_gather` gets. `group_of`: the
+        param group of each parameter. `dtype`: that of the stacks and of the messages. `label`: a name for errors.
+        """
+        self._group = group
+        self.dtype = dtype
+        self._device = device
+        self._label = label
         me = group.dp_rank
         self._segments = list(muon_segments)
         self._number = {(s.param, s.param_offset): i for i, s in enumerate(self._segments)}
         self._place_stacks(units, group_of, me)
         self._list_pieces(units, me, group.dp_size)
-        # The same on all ranks, so that all make the same collectives.
-        self.has_exchange = any(goes_to(p, u, worker) for u in units for p in u.pieces for worker in u.workers)
-        self._scatters = any(comes_home_from(p, u) is not None for u in units for p in u.pieces)
+        # These are the same on all ranks, so that all make the same collectives.
+        self.has_exchange = any(is_sent_to(p, u, worker) for u in units for p in u.pieces for worker in u.workers)
+        self._scatters = any(returns_from(p, u) is not None for u in units for p in u.pieces)
 
     def _list_pieces(self, units: Sequence[PlacedUnit], me: int, dp_size: int) -> None:
         """By peer, which segments go there and come from there, in an order all ranks share. In one pass: under FSDP2
@@ -81,20 +86,22 @@ class MatrixExchange:
         self._scatter_in: list[list[Segment]] = [[] for _ in range(dp_size)]
         for placed in units:
             for piece in placed.pieces:
-                if goes_to(piece, placed, me):
+                if is_sent_to(piece, placed, me):
                     self._gather_in[piece.rank].append(piece)
-                home = comes_home_from(piece, placed)
+                home = returns_from(piece, placed)
                 if home == me:
                     self._scatter_out[piece.rank].append(piece)
                 if piece.rank == me:
                     for worker in placed.workers:
-                        if goes_to(piece, placed, worker):
+                        if is_sent_to(piece, placed, worker):
                             self._gather_out[worker].append(piece)
                     if home is not None:
                         self._scatter_in[home].append(piece)
 
     def _place_stacks(self, units: Sequence[PlacedUnit], group_of: Sequence[int], me: int) -> None:
-        self._places: dict[tuple[int, int], tuple[StackKey, int]] = {}  # by segment: its stack, first element there
+        self._places: dict[
+            tuple[int, int], tuple[StackKey, int]
+        ] = {}  # by segment: its stack and its first element in it
         self.stack_sizes: dict[StackKey, int] = {}
         for placed in units:
             if me in placed.workers:
@@ -107,7 +114,7 @@ class MatrixExchange:
                     self._places[p.param, p.param_offset] = (key, start)
 
     def start_gather(self, updates: Sequence[Tensor]) -> Gathering:
-        """Send `updates` (one 1-D tensor a Muon piece) on their way; `wait` for the whole stacks."""
+        """Start to gather `updates`, a 1-D tensor for each Muon piece; `wait` returns the stacks of whole matrices."""
         pending = None
         if self.has_exchange:
             outgoing = [updates[self._number[s.param, s.param_offset]] for peer in self._gather_out for s in peer]
@@ -122,7 +129,7 @@ class MatrixExchange:
         return Gathering(self, pending, stacks)
 
     def start_scatter(self, results: Stacks) -> Scattering:
-        """Send results home; `wait` for one 1-D tensor a Muon piece."""
+        """Start to send results back; `wait` returns a 1-D tensor for each Muon piece."""
         pending = None
         if self._scatters:
             outgoing = [self._piece(results, segment) for peer in self._scatter_out for segment in peer]
@@ -137,7 +144,7 @@ class MatrixExchange:
         return stacks
 
     def finish_scatter(self, pending: Pending | None, results: Stacks) -> list[Tensor]:
-        """This rank's pieces: those that arrive, and those of its own results."""
+        """This rank's pieces: those that arrive, and those of its results."""
         back = {} if pending is None else dict(self._arrived(pending, self._scatter_in))
         return [back[s] if s in back else self._piece(results, s) for s in self._segments]
 
@@ -166,22 +173,26 @@ class MatrixExchange:
 
 
 class Gathering:
-    """Pieces on their way to the workers of their matrices."""
+    """Pieces in flight to the workers of their matrices."""
 
     def __init__(self, exchange: MatrixExchange, pending: Pending | None, stacks: Stacks) -> None:
-        self._exchange, self._pending, self._stacks = exchange, pending, stacks
+        self._exchange = exchange
+        self._pending = pending
+        self._stacks = stacks
 
     def wait(self) -> Stacks:
-        """The whole matrices that this rank orthogonalizes, (B, m, n) by shape."""
+        """Wait for the pieces; return the matrices that this rank orthogonalizes, (B, m, n) by shape."""
         return self._exchange.finish_gather(self._pending, self._stacks)
 
 
 class Scattering:
-    """Results on their way back to the holders of the pieces."""
+    """Results in flight to the holders of the pieces."""
 
     def __init__(self, exchange: MatrixExchange, pending: Pending | None, results: Stacks) -> None:
-        self._exchange, self._pending, self._results = exchange, pending, results
+        self._exchange = exchange
+        self._pending = pending
+        self._results = results
 
     def wait(self) -> list[Tensor]:
-        """One 1-D tensor a Muon piece of this rank."""
+        """Wait for the results; return a 1-D tensor for each Muon piece of this rank."""
         return self._exchange.finish_scatter(self._pending, self._results)

@@ -1,7 +1,7 @@
-"""Counts of one step: bytes and calls by stage, matrices orthogonalized, host milliseconds by stage.
+"""Counters of a step: bytes and calls by stage, matrices orthogonalized, host milliseconds by stage.
 
-Numbers only; nobody is told what they mean. Counting costs a dict update a stage. Times are those of the
-host: on CUDA they show launch cost, not kernel time (use `torch.profiler`, every stage carries a label).
+This module only counts; it neither logs nor interprets. Counting costs a dict update for each stage. Times are those of
+the host: on CUDA they show launch cost, not kernel time (use `torch.profiler`; every stage has a label).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Metrics:
         self.ns_matrices = 0
 
     def count(self, stage: str, num_bytes: int) -> None:
-        """One collective of `stage` that sends `num_bytes` from this rank."""
+        """Count a collective of `stage` that sends `num_bytes` from this rank."""
         self.bytes[stage] += num_bytes
         self.calls[stage] += 1
 
@@ -46,7 +46,7 @@ class Metrics:
         self.stage_ms[name] += 1e3 * (time.perf_counter() - start)
 
     def last(self) -> dict[str, object]:
-        """What was counted in the last finished step, and the number of steps."""
+        """The counts of the last finished step, and the number of steps."""
         return {
             "steps": self.steps,
             "ns_matrices": self.last_ns_matrices,
@@ -56,8 +56,10 @@ class Metrics:
         }
 
     def close_step(self) -> None:
-        """The step is over: what was counted since the last call becomes `last_*`."""
+        """End the step: the counts since the last call become `last_*`."""
         self.steps += 1
-        self.last_bytes, self.last_calls = dict(self.bytes), dict(self.calls)
-        self.last_stage_ms, self.last_ns_matrices = dict(self.stage_ms), self.ns_matrices
+        self.last_bytes = dict(self.bytes)
+        self.last_calls = dict(self.calls)
+        self.last_stage_ms = dict(self.stage_ms)
+        self.last_ns_matrices = self.ns_matrices
         self._open()

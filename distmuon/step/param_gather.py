@@ -1,13 +1,13 @@
-"""Updated shards -> whole parameters on all ranks: what travels, and what is done with it when it arrives.
+"""The way from updated shards to full parameters on all ranks: what travels, and what happens when it arrives.
 
-A `Transport` is one bucket's. Who waits, and when, is decided by the hooks of the modules (hooks.py): the all-gathers
-of later layers may run under the forward of earlier ones. Knows no rule: the update of a weight is handed in.
+Each bucket has a `Transport`. This module decides what a transport sends; the hooks of the modules (hooks.py) decide
+when a forward waits for it, so the all-gathers of later layers may run under the forward of earlier layers. The module
+knows no rule: the caller passes the function that updates a weight.
 
 [Note: updates travel] With `Sharding(param_gather="updates")` a rank sends the polar factors of its shard (2 bytes an
-element in bfloat16) instead of its float32 parameters (4), and every rank makes line 6 of the algorithm on all of its
-replica. AdamW's elements travel as they are. Replicas stay equal bit by bit: the same three roundings of the same
-numbers, each a kernel of its own (`rules.muon_weight`), so that no fused multiply-add on one rank and none on another
-can tell ranks apart.
+element in bfloat16) instead of its float32 parameters (4), and every rank computes line 6 of the algorithm on its whole
+replica. AdamW's elements travel as parameters. Replicas stay equal bit by bit: they make the same three roundings of
+the same numbers, in three kernels (`rules.muon_weight`), so that ranks cannot differ by a fused multiply-add.
 
       message of a rank: | AdamW elements, float32 | polar factors, exchange dtype | up to the longest message |
 """
@@ -29,23 +29,23 @@ ApplyMuon = Callable[[Segment, Tensor, Tensor], None]  # line 6 on one segment: 
 
 
 class Transport(Protocol):
-    """How one bucket's update reaches all ranks."""
+    """The way in which a bucket's update reaches all ranks."""
 
     has_message: bool
-    """What travels has memory of its own, so that few may be under way at once."""
+    """Whether the message has separate memory, so that only few messages may be in flight."""
 
     def apply(self, masters: Masters, polar: Sequence[Tensor], apply_muon: ApplyMuon) -> None:
-        """Line 6, now or on arrival. `masters`: by piece; `polar`: one 1-D tensor a Muon piece of this rank."""
+        """Compute line 6, now or on arrival. `masters`: by piece; `polar`: a 1-D tensor for each Muon piece."""
 
     def start(self) -> None:
         """Start the all-gather."""
 
     def wait(self) -> None:
-        """Wait for it, if it is under way; parameters outside the flat buffer are copied out."""
+        """Wait for the all-gather, if it is in flight, and copy staged parameters out."""
 
 
 class _Flight:
-    """One all-gather under way, and the stream that started it."""
+    """An all-gather in flight, and the stream that started it."""
 
     def __init__(self, pending: Pending, tensor: Tensor) -> None:
         self._pending = pending
@@ -55,8 +55,7 @@ class _Flight:
         return self._pending.wait()
 
     def rejoin(self) -> None:
-        """Let the stream of the step wait for the current one, which waited first and wrote: an evaluation's, or that
-        of a copy to the host."""
+        """Let the step's stream wait for the current stream, which wrote first: an evaluation's or a host copy's."""
         if self._home is not None:
             current = torch.cuda.current_stream(self._home.device)
             if self._home != current:
@@ -64,12 +63,14 @@ class _Flight:
 
 
 class Parameters:
-    """The parameters themselves travel, in place in the flat buffer; counted under `stage`."""
+    """Transport of the parameters themselves, in place in the flat buffer; counted under `stage`."""
 
     has_message = False
 
     def __init__(self, storage: FlatStorage, group: DataParallelGroup, stage: str = "all_gather") -> None:
-        self._storage, self._group, self._stage = storage, group, stage
+        self._storage = storage
+        self._group = group
+        self._stage = stage
         self._flight: _Flight | None = None
 
     def apply(self, masters: Masters, polar: Sequence[Tensor], apply_muon: ApplyMuon) -> None:
@@ -113,12 +114,15 @@ class Nothing:
 
 
 class Updates:
-    """The updates travel; every rank applies them to all of its replica. See [Note: updates travel]."""
+    """Transport of updates, which every rank applies to its whole replica. See [Note: updates travel]."""
 
     has_message = True
 
     def __init__(self, storage: FlatStorage, group: DataParallelGroup, layout: Layout, dtype: torch.dtype) -> None:
-        self._storage, self._group, self._layout, self._dtype = storage, group, layout, dtype
+        self._storage = storage
+        self._group = group
+        self._layout = layout
+        self._dtype = dtype
         self._polar: Sequence[Tensor] = ()
         self._apply_muon: ApplyMuon | None = None
         self._flight: _Flight | None = None
@@ -152,7 +156,7 @@ class Updates:
         return message
 
     def _take(self, messages: Tensor) -> None:
-        """Line 6 on the shards of all ranks, and AdamW's elements of the other ranks into their places."""
+        """Compute line 6 on the shards of all ranks, and copy AdamW's elements of the other ranks."""
         assert self._apply_muon is not None
         spec, size = self._storage.spec, self._group.dp_size
         for rank, message in enumerate(messages.view(size, -1)):
@@ -168,7 +172,7 @@ class Updates:
                     weight.copy_(elements)
 
     def _places(self, message: Tensor, adamw: Sequence[Segment], muon: Sequence[Segment]) -> list[Tensor]:
-        """The places of one rank's segments in its message, AdamW's first."""
+        """The places of a rank's segments in its message, AdamW's first."""
         end = 4 * sum(s.length for s in adamw)
         border = -(-end // 8) * 8
         polar = message[border : border + self._dtype.itemsize * sum(s.length for s in muon)].view(self._dtype)

@@ -1,12 +1,13 @@
-"""What stands in `param.grad` while the gradient itself is in the reduction.
+"""The placeholder in `param.grad` while the gradient itself is in the reduction.
 
-Decides what may be done with it: nothing, except to ask for its shape and the like, and to drop it. Everything else
-raises, because the loop that asks (torch's own clipping above all) would read, scale or log what is not there.
+This module decides which uses of the placeholder are allowed: its shape and similar attributes may be read, and it may
+be dropped. Any other use raises, because the loop (often through torch's clipping) would read, scale or log a gradient
+that is not there. The module knows no bucket and no collective.
 
-[Note: a gradient that says where it is] The placeholder holds no memory. Python reaches it through
-`__torch_function__`, which refuses. Autograd does not: when the next backward adds a gradient to what stands in
-`param.grad`, the call arrives in `__torch_dispatch__`, and the new gradient is kept in `arrived` until the hook that
-follows takes it. So one object serves for as long as the optimizer lives, and nothing of torch is patched.
+[Note: placeholder gradients] The placeholder has no memory. Python code reaches it through `__torch_function__`, which
+refuses. Autograd does not: when the next backward adds a gradient to `param.grad`, the call arrives in
+`__torch_dispatch__`, and the new gradient is kept in `arrived` until the following hook takes it. So a placeholder
+serves as long as the optimizer lives, and nothing in torch is patched.
 """
 
 from __future__ import annotations
@@ -47,21 +48,22 @@ _ALLOWED = {getattr(Tensor, name).__get__ for name in _KNOWN} | {
 
 
 class InReduction(Tensor):
-    """The placeholder of one parameter's gradient: its shape, dtype and device, and no elements."""
+    """The placeholder of a parameter's gradient, with its shape, dtype and device, but no elements."""
 
     fqn: str
-    arrived: Tensor | None  # what backward has added since the gradient before was taken away
+    arrived: Tensor | None  # the gradient that backward has added since the last call of `taken`
 
     @staticmethod
     def __new__(cls, param: nn.Parameter, fqn: str) -> InReduction:
         made: InReduction = Tensor._make_wrapper_subclass(
             cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device
         )
-        made.fqn, made.arrived = fqn, None
+        made.fqn = fqn
+        made.arrived = None
         return made
 
     def taken(self) -> Tensor | None:
-        """The gradient that backward has added, once."""
+        """Take the gradient that backward has added, if any."""
         taken, self.arrived = self.arrived, None
         return taken
 
@@ -89,22 +91,21 @@ class InReduction(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        here = args[0] if args else None
-        if isinstance(here, InReduction) and func in (_aten.add_.Tensor, _aten.add.Tensor):
-            here.arrived = args[1]  # autograd accumulates; out of place with create_graph=True
-            return here if func is _aten.add_.Tensor else args[1]
+        target = args[0] if args else None
+        if isinstance(target, InReduction) and func in (_aten.add_.Tensor, _aten.add.Tensor):
+            target.arrived = args[1]  # autograd accumulates; out of place with create_graph=True
+            return target if func is _aten.add_.Tensor else args[1]
         raise _not_here(args)
 
 
 def _not_here(args: Sequence[Any]) -> ValueError:
-    flat = [each for arg in args for each in (arg if isinstance(arg, (list, tuple)) else (arg,))]
-    fqn = next((each.fqn for each in flat if isinstance(each, InReduction)), "a parameter")
+    flat = [item for arg in args for item in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    fqn = next((item.fqn for item in flat if isinstance(item, InReduction)), "a parameter")
     return problem(
         f"{fqn}.grad",
         found="it was used after backward, when the gradient is in the reduction over the ranks",
-        needed="whoever reads, clips or writes gradients needs the optimizer, or gradients that somebody else "
-        "has averaged",
+        needed="gradients are read, clipped and written through the optimizer, unless they arrive averaged",
         cure="clip with optimizer.clip_grad_norm_ (it returns the norm; metrics()['grad_norm'] has it, too) or "
-        "max_grad_norm=, and drop gradients with zero_grad(). If the model is wrapped in DDP, which reduces as well, "
+        "max_grad_norm=, and drop gradients with zero_grad(). If the model is wrapped in DDP, which also reduces, "
         'pass grad_reduction="external" or use distmuon.integrations.ddp.silence',
     )

@@ -21,16 +21,16 @@ from distmuon.step.grad_buffer import GradBuffer, Span
 
 
 def state_keys(rule: str, momentum: MomentumCodec) -> tuple[str, ...]:
-    """The keys of a parameter's state under `rule`; ``master`` may come beside them."""
+    """The keys of a parameter's state under `rule`, without ``master``, which some parameters have in addition."""
     return ("exp_avg", "exp_avg_sq", "step") if rule == "adamw" else momentum.keys
 
 
 @dataclass(slots=True)
 class ShardPiece:
-    """One of this rank's segments: a view of the gradient shard, and its optimizer state (keys as in torch.optim).
+    """A segment of this rank: a view of the gradient shard, and its optimizer state (keys as in torch.optim).
 
-    Momentum is kept as its codec says: int8 has its scales beside it, ``momentum_scale``, and fewer than 32 bits have a
-    count of roundings, ``step``; see [Note: dither] in math/codecs.py.
+    The codec decides the format of momentum: int8 also has scales, ``momentum_scale``, and formats of fewer than 32
+    bits count their roundings, ``step``; see [Note: dither] in math/codecs.py.
     """
 
     segment: Segment
@@ -83,31 +83,31 @@ class BucketStorage(Protocol):
 
     @property
     def has_master(self) -> bool:
-        """Masters are kept beside the parameters."""
+        """Whether masters are kept beside the parameters."""
 
     def masters(self) -> AbstractContextManager[Masters]:
-        """The masters by piece; at the end the parameters are rounded from them."""
+        """Give access to the masters by piece; at the end the parameters are rounded from them."""
 
     def decoded_masters(self) -> Tensor:
-        """The masters (shard_size,) float32, each piece at its `shard_offset`, to read only."""
+        """The masters (shard_size,) float32, each piece at its `shard_offset`, for reading only."""
 
     def param_of(self, piece: ShardPiece) -> Tensor:
         """(length,): the parameter's elements, a view."""
 
     def master_of(self, piece: ShardPiece) -> Tensor:
-        """(length,) float32: the master of one piece, a view where it is kept as such."""
+        """The master of a piece, (length,) float32; a view if it is kept as float32."""
 
     def kept_of(self, piece: ShardPiece) -> Tensor | None:
         """(length,): what the master codec keeps beside the parameter, a view."""
 
     def write_master(self, piece: ShardPiece, value: Tensor) -> None:
-        """(length,) any dtype and device: the new master of one piece, and its parameter rounded from it."""
+        """Write `value`, (length,) of any dtype and device, to the master of a piece; round its parameter from it."""
 
     def check_in_place(self, index: int) -> None:
         """Raise if parameter `index` no longer lies where it was put, or has another dtype."""
 
     def absorb_external_writes(self) -> None:
-        """Take over into the masters what others have written; see [Note: external writes] in flat_storage.py."""
+        """Write externally changed elements into the masters; see [Note: external writes] in flat_storage.py."""
 
     def shown(self, index: int, views: Sequence[Tensor]) -> Any:
         """What `optimizer.state` has of parameter `index` for one key: the same memory as `views`, in order."""
@@ -117,7 +117,7 @@ class BucketStorage(Protocol):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of optimizer state on this rank: masters that are not the parameter itself, momentum, moments."""
+        """The bytes of optimizer state on this rank: masters that are not the parameter itself, momentum, moments."""
 
 
 def joined(views: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
@@ -150,12 +150,12 @@ class Storage:
         self.buckets = list(buckets)
 
     def keys_of(self, index: int) -> tuple[str, ...]:
-        """The keys of the state of parameter `index`; ``master`` may come beside them."""
+        """The keys of the state of parameter `index`, without ``master``."""
         return state_keys(self.layout.specs[index].rule, self.momentum)
 
     @torch.no_grad()
     def absorb_external_writes(self) -> None:
-        """Before a step: refuse moved parameters, take over what others wrote."""
+        """Refuse moved parameters and write external changes into the masters."""
         for bucket in self.buckets:
             for index in bucket.spec.params:
                 bucket.check_in_place(index)
@@ -164,5 +164,5 @@ class Storage:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of optimizer state on this rank."""
+        """The bytes of optimizer state on this rank."""
         return sum(bucket.state_bytes for bucket in self.buckets)

@@ -1,19 +1,20 @@
-"""The verdict on a step's gradients: one small all-reduce, the same answer on all ranks.
+"""The verdict on a step's gradients: a small all-reduce that gives the same answer on all ranks.
 
-Decides whether a step may touch state, and how it then writes; `Engine.update` obeys. The all-reduce carries the sum of
-squares of the averaged gradient, the number of ranks that hold a gradient of AdamW's too large to be squared, and for
-each parameter the number of ranks on which it had a gradient. Non-finite values show in the sum of squares.
+This module decides whether a step may write state, and how it writes; `Engine.update` obeys. It knows no bucket. The
+all-reduce sums the squares of the averaged gradient, the number of ranks with a gradient of AdamW that is too large to
+square, and for each parameter the number of ranks on which it had a gradient. Non-finite values show in the sum of
+squares.
 
 [Note: writing under a verdict] A step writes Muon's momentum and all masters through a `Decision`; AdamW's kernel takes
-the verdict itself, and parameters are then rounded from the masters. On a CPU the host reads the verdict for nothing: a
-step that is skipped computes nothing, and one that counts writes in place (`OnHost`). On a GPU reading would make the
-host wait for the device, so new values are computed beside the old ones and written where the verdict, a 0-dim bool on
-the device, says so (`OnDevice`): a skipped step leaves every bit as it was.
+the verdict itself, and parameters are then rounded from the masters. On a CPU the host can read the verdict without
+waiting: a skipped step computes nothing, and other steps write in place (`OnHost`). On a GPU the host would wait for
+the device, so new values are computed in new memory and written under the verdict, a 0-dim bool on the device
+(`OnDevice`): a skipped step leaves every bit as it was.
 
-[Note: large gradients] A step is taken wherever all that it writes is finite. Norms are summed up in float64, so that
-they are right for whatever float32 can hold. Below a norm of 2^127, half of the largest float32, no moving average and
-no difference of two can overflow. AdamW keeps squares in float32, whose elements must stay below 2^64 = 1.8e19; so if
-one does not, the step is taken only if clipping has brought the norm below that (`Verdict.final`).
+[Note: large gradients] A step is taken if every value that it writes is finite. Norms are summed in float64, so that
+they are right for all float32 gradients. Below a norm of 2^127, half of the largest float32, no moving average and no
+difference of two can overflow. AdamW keeps squares in float32, so its elements must stay below 2^64 = 1.8e19; if an
+element does not, the step is taken only if clipping has brought the norm below that (`Verdict.final`).
 """
 
 from __future__ import annotations
@@ -28,36 +29,42 @@ from torch import Tensor
 
 from distmuon.comm.group import DataParallelGroup
 
-SQUARABLE = 2.0**64  # below it float32 holds the square
+SQUARABLE = 2.0**64  # float32 holds the square of smaller numbers
 LARGEST_NORM = 2.0**127  # half of the largest float32
-_EXACT = (2.0**-80, 2.0**128)  # between these a sum of float32's squares has neither under- nor overflown
+_EXACT = (2.0**-80, 2.0**128)  # in this range a float32 sum of squares has neither under- nor overflowed
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The same on all ranks. `total_norm` (0-dim float32) and `ok` (0-dim bool) stay on the device.
+    """A verdict, equal on all ranks. `total_norm` (0-dim float32) and `ok` (0-dim bool; `final` may still
+    refuse) stay on the device.
 
-    `present[i]`: some rank had a gradient for parameter i (a parameter without any is left alone). `ok_on_host`: what
-    `ok` says, where the host may read it for nothing; None on a GPU. `apart` (0-dim bool): the ranks step by different
-    hyperparameters, or different optimizers; then `ok` is False. `squarable` (0-dim bool): float32 holds the square of
-    each of AdamW's elements.
+    `present[i]`: whether any rank had a gradient for parameter i (a parameter without gradient is left alone).
+    `ok_on_host`: the value of `ok`, or None on a GPU, where the host would have to wait. `disagree` (0-dim bool): the
+    ranks have different hyperparameters or optimizers; then `ok` is False. `squarable` (0-dim bool): float32 holds the
+    square of every gradient element of AdamW.
     """
 
     total_norm: Tensor
     ok: Tensor
     present: Sequence[bool]
     ok_on_host: bool | None
-    apart: Tensor
+    disagree: Tensor
     squarable: Tensor
 
     def final(self) -> Verdict:
-        """The verdict that the update obeys, asked once all clipping is done; see [Note: large gradients]."""
+        """The verdict that the update obeys, after all clipping; see [Note: large gradients]."""
         ok = self.ok & (self.squarable | (self.total_norm < SQUARABLE))
         return replace(self, ok=ok, ok_on_host=None if self.ok_on_host is None else read_on_host(ok))
 
     @property
+    def known_to_skip(self) -> bool:
+        """The host knows that the step must be skipped: the engine then updates no bucket."""
+        return self.ok_on_host is False
+
+    @property
     def decision(self) -> Decision:
-        """How this step writes: in place if the host knows that it counts, else under `ok`, which may be False."""
+        """How this step writes: in place if the host knows that it is taken, else under `ok`."""
         return OnHost() if self.ok_on_host else OnDevice(self.ok)
 
 
@@ -65,14 +72,14 @@ class Decision(Protocol):
     """How new values replace old ones; see [Note: writing under a verdict]."""
 
     def scratch(self, old: Tensor) -> Tensor | None:
-        """Where the new value of `old` may be computed: `old` itself, or None for new memory."""
+        """Memory in which the new value of `old` may be computed: `old` itself, or None for new memory."""
 
     def write(self, old: Tensor, new: Tensor) -> None:
-        """``old <- new`` where the step counts, cast to `old`'s dtype; else `old` stays, bit for bit."""
+        """Write `new`, cast to `old`'s dtype, into `old` if the step is taken; else leave `old`, bit for bit."""
 
 
 class OnHost:
-    """The host knows that the step counts."""
+    """The host knows that the step is taken."""
 
     def scratch(self, old: Tensor) -> Tensor | None:
         return old
@@ -83,7 +90,7 @@ class OnHost:
 
 
 class OnDevice:
-    """Only the device knows: `ok` is a 0-dim bool there."""
+    """Only the device knows whether the step is taken: `ok` is a 0-dim bool on it."""
 
     def __init__(self, ok: Tensor) -> None:
         self._ok = ok
@@ -102,54 +109,58 @@ def judge(
     group: DataParallelGroup,
     fingerprint: int = 0,
 ) -> Verdict:
-    """One all-reduce. The host reads the device only if some parameter had no gradient here.
+    """Reach the verdict by an all-reduce. The host waits for the device only if a parameter had no gradient here.
 
-    `adamw_grads`: the parts of `grad_shards` that AdamW will square. `fingerprint`: below 2**16, of what must be equal
-    on all ranks. It is where dp_size times the sum of its squares is the square of its sum: whole numbers that float64
-    holds exactly up to 1,024 ranks.
+    `adamw_grads`: the parts of `grad_shards` that AdamW will square. `fingerprint`: a hash below 2**16 of the values
+    that must be equal on all ranks. It is equal if dp_size times the sum of its squares is the square of its sum; these
+    are integers that float64 holds exactly for up to 1,024 ranks.
     """
     squares = (squares_on_cpu if grad_shards[0].device.type == "cpu" else squares_on_device)(grad_shards)
     flags = torch.ones(len(present), dtype=torch.float64, device=squares.device)
     if not all(present):
         flags.copy_(torch.tensor(present, dtype=torch.float64))
-    prints = flags.new_full((2,), fingerprint)
-    prints[1:].square_()
+    fingerprints = flags.new_full((2,), fingerprint)
+    fingerprints[1:].square_()
     large = _has_large(adamw_grads, squares).to(torch.float64)
-    message = torch.cat([torch.stack([squares, large]), prints, flags])
+    message = torch.cat([torch.stack([squares, large]), fingerprints, flags])
     reduced = group.start_all_reduce(message, stage="guard").wait()
     total_norm = reduced[0].sqrt()
     if not all(present):
         present = [count > 0 for count in reduced[4:].tolist()]
-    apart = reduced[2].square() != group.dp_size * reduced[3]
-    ok = (total_norm < LARGEST_NORM) & ~apart
-    return Verdict(total_norm.float(), ok, present, read_on_host(ok), apart, reduced[1] == 0)
+    disagree = reduced[2].square() != group.dp_size * reduced[3]
+    ok = (total_norm < LARGEST_NORM) & ~disagree
+    return Verdict(total_norm.float(), ok, present, read_on_host(ok), disagree, reduced[1] == 0)
 
 
 def squares_on_device(shards: Sequence[Tensor]) -> Tensor:
-    """0-dim float64: the sum of squares of all elements of the float32 `shards`, right from the smallest to the largest
-    float32. On CUDA one pass over all, with float64 in registers only; nothing waits."""
+    """The sum of squares of all elements of the float32 `shards`, 0-dim float64, exact for all magnitudes.
+
+    On CUDA this is a single pass with float64 only in registers; the host does not wait.
+    """
     return torch.stack(torch._foreach_norm(list(shards), 2.0, dtype=torch.float64)).square().sum()
 
 
 def squares_on_cpu(shards: Sequence[Tensor]) -> Tensor:
-    """The same on a CPU, where a conversion is a pass, and where reading the result is free: a second look at what the
-    squares of float32 could not hold."""
-    # By rows: over all elements at once the CPU's float32 sum loses a thousandth at 30 million of them.
+    """The same as `squares_on_device` on a CPU, in float32 first, and in float64 if float32 squares under- or overflow.
+
+    On a CPU a conversion costs a pass, but reading the first result is free.
+    """
+    # Sum by rows: a CPU's float32 sum over 30 million elements at once loses a thousandth.
     rows = [torch.linalg.vector_norm(shard.view(-1, gcd(shard.numel(), 1024)), dim=1) for shard in shards]
     total = torch.stack([norms.double().square().sum() for norms in rows]).sum()
     if _EXACT[0] <= total < _EXACT[1]:
         return total
-    parts = [part for shard in shards for part in torch.split(shard, 2**16)]  # so small, in cache also as float64
+    parts = [part for shard in shards for part in torch.split(shard, 2**16)]  # a part fits into cache as float64
     return torch.stack([part.double().square_().sum() for part in parts]).sum()
 
 
 def _has_large(grads: Sequence[Tensor], squares: Tensor) -> Tensor:
-    """0-dim bool: float32 cannot hold the square of some element. `squares`: at least the sum of all of them."""
+    """Whether float32 cannot hold the square of some element, 0-dim bool. `squares`: at least the sum of squares."""
     if not grads or (squares.device.type == "cpu" and squares < SQUARABLE**2):
         return torch.zeros((), dtype=torch.bool, device=squares.device)
     return torch.stack(torch._foreach_norm(list(grads), float("inf"))).amax() >= SQUARABLE
 
 
 def read_on_host(ok: Tensor) -> bool | None:
-    """What `ok` says, if reading it waits for no device."""
+    """The value of `ok`, or None if the host would have to wait for a device."""
     return bool(ok) if ok.device.type == "cpu" else None

@@ -122,6 +122,11 @@ def _resumed(group: dist.ProcessGroup, kind: str) -> dict[tuple[bool, str], str]
     return found
 
 
+@pytest.mark.promise(
+    "Plain state",
+    "torch's `get_state_dict` and `set_state_dict` pass, sharded, full, from rank 0 and flattened, "
+    "fresh and built, plain and DDP, with the unbroken run's bits",
+)
 @pytest.mark.parametrize("kind", ["distmuon", "distmuon ddp"])
 def test_every_combination_that_adamw_passes(spawn, kind: str) -> None:
     for result in spawn(_resumed, 4, kind=kind, timeout=240):

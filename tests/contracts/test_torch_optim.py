@@ -316,7 +316,7 @@ def test_two_optimizers_train_apart() -> None:
 
 
 @differs(
-    instead="the newer one takes over, the older one raises when it is used",
+    instead="the newer optimizer takes over, the older one raises when it is used",
     reason="a parameter's storage and hooks have one manager",
     match="taken over by a newer DistMuon",
 )
@@ -462,7 +462,7 @@ def test_a_frozen_parameter_may_be_unfrozen() -> None:
 
 
 @differs(
-    instead="refused: unfreeze some",
+    instead="refused: unfreeze some parameters",
     reason="an optimizer that can never move anything is a mistake, most often of a freeze that went too far",
     match="no trainable parameter",
 )
@@ -834,7 +834,7 @@ WRONG: dict[str, Any] = {
 
 @pytest.mark.parametrize("what", WRONG)
 @differs(
-    instead="ValueError, as every refusal of ours, with the cure in it",
+    instead="ValueError with the cure in it, as every refusal of distmuon",
     reason="one kind of error for bad input, the same on all ranks",
     match=r"params: parameters without names",
 )
@@ -846,7 +846,7 @@ def test_wrong_types_are_type_errors(what: str) -> None:
 
 @differs(
     instead="refused by name",
-    reason="torch means to make an error of it, too",
+    reason="torch announces that it will be an error there, too",
     match=r"a: its name or parameter was given before",
 )
 def test_a_parameter_twice_in_a_group_is_warned_of() -> None:

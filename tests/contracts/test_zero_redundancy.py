@@ -585,7 +585,7 @@ def _uneven(group: Any) -> None:
 
 @differs(
     instead="not offered: give all ranks as many batches (`drop_last`, or a batch of weight 0)",
-    reason="every step has a verdict of all ranks; one without data would have to shadow each collective of a step",
+    reason="every step has a verdict of all ranks; a rank without data would have to shadow each collective of a step",
     match=r"join_hook",
     raises=WorkerError,
 )

@@ -38,6 +38,11 @@ def _unlike(group: dist.ProcessGroup, name: str, values: list[Any]) -> None:
     _step(model, distmuon.DistMuon(model, **policies(process_group=group, **{name: values[dist.get_rank(group)]})))
 
 
+@pytest.mark.promise(
+    "Faults while training",
+    "An argument or learning rate that differs by rank is refused before the first step; "
+    "`verify_parameters` refuses a value that went apart later. Each error names rank and value",
+)
 @pytest.mark.parametrize(
     ("name", "values", "match"),
     [
@@ -72,7 +77,7 @@ def _other_version(group: dist.ProcessGroup) -> None:
 
 
 def test_a_layout_that_differs_though_all_was_given_alike(spawn_raises) -> None:
-    match = "ValueError: plan: ranks agree on parameters and options but not on the layout .*; install the same everywh"
+    match = "ValueError: plan: ranks agree on parameters and options but not on the layout .*; install the same version"
     assert len(set(spawn_raises(_other_version, 2, match=match))) == 1
 
 
@@ -87,6 +92,11 @@ def _plateau(group: dist.ProcessGroup) -> None:
         scheduler.step(1.0 + step * (dist.get_rank(group) - 0.5))
 
 
+@pytest.mark.promise(
+    "Faults while training",
+    "An argument or learning rate that differs by rank is refused before the first step; "
+    "`verify_parameters` refuses a value that went apart later. Each error names rank and value",
+)
 def test_an_lr_that_went_apart_is_found_where_all_is_verified(spawn_raises) -> None:
     messages = spawn_raises(_plateau, 2, match=r"rank 1: found param_groups\[0\]\.lr = 0\.05, on rank 0 .* = 0\.5; ")
     assert len(set(messages)) == 1
@@ -105,7 +115,7 @@ def _nan_on(group: dist.ProcessGroup, rank: int, by_name: bool) -> None:
 
 def test_weights_that_are_nan_on_one_rank(spawn_raises) -> None:
     """Rank 0's become all ranks'; those of others are looked at where a forward has used them."""
-    needed = "before the first step; finite values are needed to start from; initialize the model"
+    needed = "before the first step; finite values are needed to start with; initialize the model"
     messages = spawn_raises(_nan_on, 3, rank=0, by_name=False, match=f"2.weight: 1 parameters hold NaN or inf {needed}")
     assert len(set(messages)) == 1
     messages = spawn_raises(_nan_on, 3, rank=2, by_name=True, match=f"2.weight: .* NaN or inf on rank 2 {needed}")
@@ -137,10 +147,17 @@ def _loads(group: dist.ProcessGroup, how: str) -> tuple[str, bool, str]:
     return str(raised.value), unchanged and optimizer.param_groups[0]["lr"] == 0.02, digest(weights(model, optimizer))
 
 
+@pytest.mark.promise(
+    "Untrusted checkpoints and bad input",
+    "A state dict that is broken, on all ranks or on one, is refused on all before anything has changed",
+)
 @pytest.mark.parametrize(
     ("how", "text"),
     [
-        ("empty", "load_state_dict: the state of ranks [1] is empty, that of the others is not; every rank needs the "),
+        (
+            "empty",
+            "load_state_dict: the state of ranks [1] is empty, that of other ranks is not; every rank needs the ",
+        ),
         ("None", "load_state_dict: no dict of states under 'state'; torch.optim's form is needed; pass what "),
         ("shape", "momentum_buffer: the state has shape (2, 2); "),
     ],
@@ -173,7 +190,7 @@ def _own_folder(group: dist.ProcessGroup, folder: str) -> None:
 
 
 def test_a_folder_that_other_ranks_do_not_see(spawn_raises, tmp_path: Path) -> None:
-    match = "1: this rank does not see the folder that rank 0 made; one file system of all ranks is needed; save to a"
+    match = "1: this rank does not see the folder that rank 0 made; all ranks must see the same file system; save to a"
     assert len(set(spawn_raises(_own_folder, 2, folder=str(tmp_path), match=match))) == 1
     assert not [*tmp_path.rglob("*.saving")]
 

@@ -166,6 +166,10 @@ def _drop_optimizer(group: dist.ProcessGroup, gather: str, keep: bool) -> str:
     return state
 
 
+@pytest.mark.promise(
+    "Faults while training",
+    "The last update reaches the model though the optimizer is dropped right after its step",
+)
 @pytest.mark.parametrize("gather", ["parameters", "updates"])
 def test_a_dropped_optimizer_leaves_its_last_update_to_the_model(spawn, gather: str) -> None:
     """`def train(): ...; return model` once returned weights that were still under way, on each rank others."""
@@ -222,6 +226,11 @@ def _other_calls(group: dist.ProcessGroup, call: str, folder: str) -> str:
     return digest(weights(model, optimizer))
 
 
+@pytest.mark.promise(
+    "Faults while training",
+    "Saves, loads and checks between a backward and its step wait for the reductions that the "
+    "backward began, even if ranks used different branches",
+)
 @pytest.mark.parametrize("call", ["verify", "load", "save", "finish", "alone"])
 def test_whatever_talks_to_other_ranks_first_ends_what_a_backward_began(spawn, call: str, tmp_path: Path) -> None:
     assert len(set(spawn(_other_calls, 2, call=call, folder=str(tmp_path)))) == 1

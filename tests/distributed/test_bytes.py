@@ -94,6 +94,10 @@ def test_counted_bytes_are_those_of_the_layout(spawn, dp_size: int) -> None:
     assert bool(travelled) == (dp_size > 1), "or else the exchange was not looked at"
 
 
+@pytest.mark.promise(
+    "Planted faults",
+    'Newton-Schulz once a micro-batch (planted); `metrics()["ns_matrices"]` tells it too',
+)
 @pytest.mark.parametrize("num_micro", [1, 4])
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
 def test_each_matrix_is_orthogonalized_once(spawn, dp_size: int, num_micro: int) -> None:

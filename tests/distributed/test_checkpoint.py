@@ -88,6 +88,12 @@ def _load(
     return found
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "A state saved at W ranks and loaded at W', for W, W' in 1 to 4, float32 and bfloat16 with "
+    "masters, is bit-equal to the source, and one further step equals the unbroken run's (weights "
+    "1e-6, update 1e-5, relative)",
+)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_saved_at_any_size_loads_at_any_size(spawn, tmp_path: Path, precision: str) -> None:
     """All 16 pairs: gathered state bit-equal to the source, one further step equal to the unbroken run's."""
@@ -109,6 +115,7 @@ CUTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.promise("State survives, at any number of ranks", "Packing, placement and bucket size may change")
 @pytest.mark.parametrize("cut", CUTS)
 def test_the_cut_may_change(spawn, tmp_path: Path, cut: str) -> None:
     """Any packing, placement and bucket size loads what any other saved; back again it is the same bits."""
@@ -120,6 +127,10 @@ def test_the_cut_may_change(spawn, tmp_path: Path, cut: str) -> None:
     assert spawn(_load, 3, folders=[second], precision="bfloat16")[0][0][0] == before
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "3 -> 1 -> 4 -> 2 -> 3 ranks ends with the bits of the first",
+)
 def test_there_and_back_through_every_size(spawn, tmp_path: Path) -> None:
     """3 -> 1 -> 4 -> 2 -> 3, each from the one before: the bits of the first."""
     before, *_ = spawn(_save, 3, folder=str(tmp_path / "0"), precision="bfloat16")[0]
@@ -140,6 +151,10 @@ def _dtypes(group: dist.ProcessGroup, folder: str, saved: dict[str, Any], loaded
     ]
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "Parameter and momentum dtype may change; values are rounded once where the new dtype is narrower, masters never",
+)
 @pytest.mark.parametrize(
     ("saved", "loaded"),
     [
@@ -217,6 +232,16 @@ def _resumed(group: dist.ProcessGroup, folder: str) -> Any:
     return run.end()
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "At the same number of ranks the run goes on bit for bit, with RNG (torch, Python, NumPy), "
+    "schedule and data position",
+)
+@pytest.mark.promise(
+    "Crashes",
+    "Steps after an asynchronous save cannot alter it; it completes by itself; its error is raised by"
+    " the next save, on all ranks",
+)
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_the_same_run_goes_on_bit_for_bit(spawn, tmp_path: Path, asynchronous: bool) -> None:
     unbroken = spawn(_unbroken, 3, folder=str(tmp_path / "step-2"), asynchronous=asynchronous)
@@ -230,6 +255,10 @@ def _other_size(group: dist.ProcessGroup, folder: str) -> Any:
     return loaded.dp_size, loaded.rng_restored, loaded.extra, torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "At another number of ranks RNG is left alone and every rank gets rank 0's `extra`",
+)
 def test_at_another_size_rng_is_left_alone_and_extra_is_rank_0s(spawn, tmp_path: Path) -> None:
     spawn(_unbroken, 3, folder=str(tmp_path / "step-2"), asynchronous=False)
     for found in spawn(_other_size, 2, folder=str(tmp_path)):
@@ -268,6 +297,7 @@ def _mixed(group: dist.ProcessGroup, folder: str, save: bool) -> dict[str, Tenso
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+@pytest.mark.promise("State survives, at any number of ranks", "Frozen parameters and module buffers are saved")
 def test_frozen_parameters_and_module_buffers_are_saved(spawn, tmp_path: Path) -> None:
     saved = spawn(_mixed, 2, folder=str(tmp_path / "1"), save=True)[0]
     for loaded in spawn(_mixed, 3, folder=str(tmp_path / "1"), save=False):
@@ -296,6 +326,10 @@ def test_boxes_make_up_the_range_in_order(data: st.DataObject) -> None:
     assert torch.cat([torch.empty(0, dtype=torch.int64), *parts]).tolist() == list(range(start, start + length))
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "Files are torch.distributed.checkpoint's: DCP's own converter reads every tensor, whole, under its name",
+)
 def test_other_readers_of_the_format_see_whole_tensors(spawn, tmp_path: Path) -> None:
     """torch's own converter, which knows nothing of distmuon, finds every tensor under its name, in its shape."""
     _, masters, _ = spawn(_save, 3, folder=str(tmp_path / "step-2"), precision="bfloat16")[0]
@@ -357,6 +391,10 @@ def _peak_of_a_save(group: dist.ProcessGroup, folder: str) -> tuple[int, int, in
     return peak.peak, max(4 * b.param_flat.numel() for b in buckets), optimizer.metrics()["state_bytes"]
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "A save gathers nothing: its new tensors never need more than one bucket",
+)
 def test_a_save_needs_memory_for_one_bucket(spawn, tmp_path: Path) -> None:
     for peak, bucket, state in spawn(_peak_of_a_save, 2, folder=str(tmp_path / "1")):
         assert 0 < peak <= bucket < state / 3, (peak, bucket, state)

@@ -94,6 +94,13 @@ def _load(group: dist.ProcessGroup | None, folder: str) -> tuple[str, list[float
     return model.held(), model.scratch.tolist()
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "Tensors beside trained parameters may differ by rank (BatchNorm's statistics, codebooks, frozen "
+    "tensors that a script wrote). At the same number of ranks every rank gets its tensors back bit "
+    "for bit; at another number all get rank 0's, never a mixture. Tensors that are alike are stored "
+    "once",
+)
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_each_rank_gets_its_own_back_and_another_number_rank_0s(spawn, tmp_path: Path, asynchronous: bool) -> None:
     """Buffers were dealt out over the ranks: the mean of one beside the variance of another came back."""
@@ -104,6 +111,13 @@ def test_each_rank_gets_its_own_back_and_another_number_rank_0s(spawn, tmp_path:
     assert spawn(_load, 1, folder=str(tmp_path)) == [(saved[0], [0.0, 0.0])]
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "Tensors beside trained parameters may differ by rank (BatchNorm's statistics, codebooks, frozen "
+    "tensors that a script wrote). At the same number of ranks every rank gets its tensors back bit "
+    "for bit; at another number all get rank 0's, never a mixture. Tensors that are alike are stored "
+    "once",
+)
 def test_only_what_differs_is_stored_by_rank(spawn, tmp_path: Path) -> None:
     spawn(_save, 3, folder=str(tmp_path / "step-2"), asynchronous=False)
     tables = [json.loads((tmp_path / "step-2" / f"rank-{r:05d}.json").read_text())["tensors"] for r in range(3)]
@@ -135,6 +149,13 @@ def _unlike_sets(group: dist.ProcessGroup, folder: str) -> list[tuple[float, lis
     return found
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "Tensors beside trained parameters may differ by rank (BatchNorm's statistics, codebooks, frozen "
+    "tensors that a script wrote). At the same number of ranks every rank gets its tensors back bit "
+    "for bit; at another number all get rank 0's, never a mixture. Tensors that are alike are stored "
+    "once",
+)
 def test_ranks_may_hold_buffers_of_other_lengths_and_names(spawn, tmp_path: Path) -> None:
     assert spawn(_unlike_sets, 2, folder=str(tmp_path)) == [[(10.0, [0.0, 0.0])], [(11.0, [1.0, 1.0, 1.0])]]
     model = nn.Linear(6, 4)
@@ -186,6 +207,12 @@ def _with(tensors: dict[str, Tensor]) -> tuple[nn.Module, distmuon.DistMuon]:
     return model, distmuon.DistMuon(model)
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "Sparse, expanded, quantised, complex, bool, fp8, 0-dim and empty buffers come back. A frozen "
+    "tensor subclass is saved by the tensors that its `__tensor_flatten__` names. A tensor that has "
+    "no values here (meta, DTensor) is named in the log as not saved, and keeps what it has at a load",
+)
 @pytest.mark.filterwarnings("ignore:.*(quantize|Sparse CSR|TypedStorage)")
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_buffers_of_every_kind_come_back(tmp_path: Path, asynchronous: bool) -> None:
@@ -254,6 +281,12 @@ def _quantised(low: int, kind: type = _Halves) -> tuple[nn.Module, distmuon.Dist
     return model, distmuon.DistMuon(model)
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "Sparse, expanded, quantised, complex, bool, fp8, 0-dim and empty buffers come back. A frozen "
+    "tensor subclass is saved by the tensors that its `__tensor_flatten__` names. A tensor that has "
+    "no values here (meta, DTensor) is named in the log as not saved, and keeps what it has at a load",
+)
 def test_a_frozen_tensor_subclass_is_saved_by_the_tensors_in_it_or_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -270,6 +303,12 @@ def test_a_frozen_tensor_subclass_is_saved_by_the_tensors_in_it_or_named(
     assert model.base.low.tolist() == [1, 1, 1], "it keeps what it has"
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "Sparse, expanded, quantised, complex, bool, fp8, 0-dim and empty buffers come back. A frozen "
+    "tensor subclass is saved by the tensors that its `__tensor_flatten__` names. A tensor that has "
+    "no values here (meta, DTensor) is named in the log as not saved, and keeps what it has at a load",
+)
 def test_a_buffer_without_values_is_named_as_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer = _with({"odd": torch.zeros(3, device="meta"), "even": torch.ones(2)})
     distmuon.save_checkpoint(tmp_path / "step-1", model, optimizer)
@@ -301,7 +340,7 @@ def test_a_buffer_that_is_not_initialized_is_refused_before_anything_is_written(
         (torch.zeros(3), torch.ones(3, dtype=torch.complex64), r"x: the checkpoint holds torch.complex64"),
         (torch.eye(3).to_sparse(), torch.eye(4).to_sparse(), r"x: the checkpoint holds torch.float32 \(4, 4\) sparse"),
         (torch.eye(3).to_sparse(), torch.eye(3), r"step-1: it holds no state of x;"),
-        (torch.zeros(1).expand(3), torch.arange(3.0), r"x: the checkpoint holds other values along dimension 0"),
+        (torch.zeros(1).expand(3), torch.arange(3.0), r"x: the checkpoint holds different values along dimension 0"),
     ],
     ids=["float into int", "complex into real", "shape", "dense into sparse", "into expanded"],
 )
@@ -336,6 +375,12 @@ GOOD: list[Any] = [
 ]
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "The value that a module returns from `get_extra_state` comes back by the same rule, if it is "
+    "made of tensors, numbers, strings, bytes, None and dicts, lists and tuples; any other is refused"
+    " by its place in the state, on all ranks, before anything is written",
+)
 @pytest.mark.parametrize("state", GOOD, ids=[f"{type(v).__name__}-{i}" for i, v in enumerate(GOOD)])
 def test_extra_state_of_safe_types_comes_back(tmp_path: Path, state: Any) -> None:
     distmuon.save_checkpoint(tmp_path / "step-1", *_counting(state))
@@ -358,6 +403,12 @@ BAD: list[tuple[Any, str]] = [
 ]
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "The value that a module returns from `get_extra_state` comes back by the same rule, if it is "
+    "made of tensors, numbers, strings, bytes, None and dicts, lists and tuples; any other is refused"
+    " by its place in the state, on all ranks, before anything is written",
+)
 @pytest.mark.parametrize(("state", "match"), BAD, ids=[str(i) for i in range(len(BAD))])
 def test_extra_state_of_other_types_is_refused_by_name_before_anything_is_written(
     tmp_path: Path, state: Any, match: str
@@ -377,12 +428,22 @@ def _refused_on_one(group: dist.ProcessGroup, folder: str) -> str:
     return str(raised.value)
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "The value that a module returns from `get_extra_state` comes back by the same rule, if it is "
+    "made of tensors, numbers, strings, bytes, None and dicts, lists and tuples; any other is refused"
+    " by its place in the state, on all ranks, before anything is written",
+)
 def test_what_one_rank_cannot_save_is_refused_on_all_before_anything_is_written(spawn, tmp_path: Path) -> None:
     for message in spawn(_refused_on_one, 2, folder=str(tmp_path)):
         assert message.startswith("1._extra_state: a _Odd;")
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "A module that refuses its state stops the load, and all modules keep what they had",
+)
 def test_a_module_that_refuses_its_state_stops_the_load_and_all_keep_theirs(tmp_path: Path) -> None:
     class Refusing(_Counting):
         def set_extra_state(self, state: Any) -> None:
@@ -396,9 +457,7 @@ def test_a_module_that_refuses_its_state_stops_the_load_and_all_keep_theirs(tmp_
     again = nn.Sequential(nn.Linear(6, 4), _Counting("a"), Refusing("b"))
     again[1].seen, again[2].seen = "mine", "mine"
     before = digest(again.state_dict() and dict(again.named_parameters()))
-    with pytest.raises(
-        ValueError, match=r"2\._extra_state: its module did not take it over \(RuntimeError: not mine\)"
-    ):
+    with pytest.raises(ValueError, match=r"2\._extra_state: its module refused it \(RuntimeError: not mine\)"):
         distmuon.load_checkpoint(tmp_path, again, distmuon.DistMuon(again))
     assert (again[1].seen, again[2].seen) == ("mine", "mine") and digest(dict(again.named_parameters())) == before
 
@@ -430,13 +489,13 @@ def test_a_model_with_other_modules_of_extra_state_is_refused(tmp_path: Path) ->
 
     distmuon.save_checkpoint(tmp_path / "step-1", *_counting(1))
     plain = nn.Sequential(nn.Linear(6, 4), nn.Identity())
-    with pytest.raises(ValueError, match=r"step-1: it holds states of 1\._extra_state, which this model has not"):
+    with pytest.raises(ValueError, match=r"step-1: it holds states of 1\._extra_state, which this model lacks"):
         distmuon.load_checkpoint(tmp_path, plain, distmuon.DistMuon(plain))
     more = nn.Sequential(nn.Linear(6, 4), _Counting("a"), _Counting("b"))
     with pytest.raises(ValueError, match=r"step-1: it holds no state of 2\._extra_state"):
         distmuon.load_checkpoint(tmp_path, more, distmuon.DistMuon(more))
     half = nn.Sequential(nn.Linear(6, 4), Half())
-    with pytest.raises(ValueError, match=r"1\._extra_state: a Half has no set_extra_state; it must"):
+    with pytest.raises(ValueError, match=r"1\._extra_state: a Half has no set_extra_state; the module must"):
         distmuon.load_checkpoint(tmp_path, half, distmuon.DistMuon(half))
     with pytest.raises(ValueError, match=r"1\._extra_state: a Half has get_extra_state and no set_extra_state"):
         distmuon.save_checkpoint(tmp_path / "step-2", half, distmuon.DistMuon(half))
@@ -456,7 +515,7 @@ def test_a_checkpoint_of_before_extra_state_leaves_it_alone_and_says_so(
     model, optimizer = _counting("mine")
     distmuon.load_checkpoint(tmp_path, model, optimizer)
     assert model[1].seen == "mine"
-    assert re.search(r"holds no state of 1\._extra_state, which keep what they have", caplog.text)
+    assert re.search(r"holds no state of 1\._extra_state, which keep their values", caplog.text)
 
 
 def test_what_a_hook_puts_into_the_state_dict_is_said_not_to_be_saved(
@@ -466,7 +525,7 @@ def test_what_a_hook_puts_into_the_state_dict_is_said_not_to_be_saved(
     model.register_state_dict_post_hook(lambda module, state, prefix, local: state.update(secret=torch.ones(2)))
     with caplog.at_level(logging.WARNING):
         distmuon.save_checkpoint(tmp_path / "step-1", model, distmuon.DistMuon(model))
-    assert "not saved: secret; no parameter, buffer or get_extra_state stands behind it" in caplog.text
+    assert "not saved: secret; no parameter, buffer or get_extra_state of the model holds it" in caplog.text
     distmuon.load_checkpoint(tmp_path, model, distmuon.DistMuon(model))
 
 

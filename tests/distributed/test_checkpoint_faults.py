@@ -90,6 +90,11 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 FILES = ("__0_0.distcp", ".metadata", "rank-00000.json", "rank-00000.pt", "shared.pt", "manifest.json", "COMPLETE")
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "A flipped byte, a truncated or missing file, a file of another step, in any of the files: the "
+    "checkpoint is refused with the file's name, and the checkpoint before it is loaded",
+)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
 def test_damage_is_named_and_the_one_before_is_loaded(
@@ -111,6 +116,10 @@ def test_damage_is_named_and_the_one_before_is_loaded(
     assert re.search(named, caplog.text)
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "Unfinished and half-copied folders are skipped, with the reason in the log and in `found.skipped`",
+)
 def test_latest_skips_what_is_not_complete_and_says_so(
     two: tuple[Path, list[str]], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -165,16 +174,25 @@ def _check_killed(folder: Path, deaths: list[str]) -> None:
             assert run["from"] == ("step-2" if run["death"] in LATE else "step-1"), run
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "SIGKILL of either rank at any stage of a save: the run resumes from a complete step and ends bit-equal",
+)
 def test_a_killed_save_costs_one_step_and_nothing_else(tmp_path: Path) -> None:
     _check_killed(tmp_path, ["in data:1", "after rename:0"])
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "SIGKILL of either rank at any stage of a save: the run resumes from a complete step and ends bit-equal",
+)
 @pytest.mark.slow
 def test_a_kill_at_every_stage_of_a_save(tmp_path: Path) -> None:
     """Each rank where both write; rank 0 where it alone commits. The run goes on bit for bit from a complete step."""
     _check_killed(tmp_path, EARLY + LATE)
 
 
+@pytest.mark.promise("Crashes", "The same holds at 20 random moments")
 @pytest.mark.slow
 def test_kills_at_random_moments(tmp_path: Path) -> None:
     moments = random.Random(4)
@@ -201,6 +219,10 @@ def _mounted(options: str) -> Iterator[Path]:
         os.rmdir(folder)
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "A full disk is reported on all ranks with the file's name; the checkpoint before is intact",
+)
 def test_a_full_disk_is_reported_and_the_one_before_is_intact() -> None:
     with _mounted("size=512k") as disk:
         model, optimizer = _small()
@@ -252,6 +274,15 @@ def _load_newest(group: dist.ProcessGroup, folder: str) -> tuple[str, str]:
     return loaded.path.name, _whole(model, optimizer)
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "A full disk is reported on all ranks with the file's name; the checkpoint before is intact",
+)
+@pytest.mark.promise(
+    "Crashes",
+    "Steps after an asynchronous save cannot alter it; it completes by itself; its error is raised by"
+    " the next save, on all ranks",
+)
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_one_rank_that_cannot_write_fails_the_save_on_all(spawn, tmp_path: Path, asynchronous: bool) -> None:
     found = spawn(_limited, 3, folder=str(tmp_path), rank=1, asynchronous=asynchronous)
@@ -261,6 +292,7 @@ def test_one_rank_that_cannot_write_fails_the_save_on_all(spawn, tmp_path: Path,
     assert spawn(_load_newest, 2, folder=str(tmp_path)) == [("step-1", found[0][1])] * 2
 
 
+@pytest.mark.promise("Crashes", "A read-only folder is reported")
 def test_a_read_only_folder_is_reported(tmp_path: Path) -> None:
     model, optimizer = _small()
     _step(model, optimizer)
@@ -277,6 +309,7 @@ def test_a_read_only_folder_is_reported(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------ names, keep_last, behind
 
 
+@pytest.mark.promise("Crashes", "`keep_last` deletes neither the checkpoint just saved nor an incomplete one")
 def test_keep_last_keeps_the_newest_complete_and_the_one_just_saved(tmp_path: Path) -> None:
     model, optimizer = _small()
     for step in (1, 2, 3, 4):
@@ -292,6 +325,11 @@ def test_keep_last_keeps_the_newest_complete_and_the_one_just_saved(tmp_path: Pa
             distmuon.save_checkpoint(tmp_path / "step-6", model, optimizer, keep_last=wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "Several optimizers may save into one folder: `keep_last` counts names that differ in their last "
+    "digits only, and touches no save of another series",
+)
 def test_two_optimizers_may_save_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One's `keep_last` once deleted the other's checkpoints, and what it was just writing."""
     first, second, go = _small(), _small(seed=1), threading.Event()
@@ -300,7 +338,7 @@ def test_two_optimizers_may_save_into_one_folder(tmp_path: Path, monkeypatch: py
         if stage == "before data" and threading.current_thread() is not threading.main_thread():
             go.wait(60)
 
-    monkeypatch.setattr(snapshot, "reached", reached)
+    monkeypatch.setattr(snapshot, "fault_point", reached)
     behind = distmuon.save_checkpoint(tmp_path / "gen-10", *first, asynchronous=True, keep_last=2)
     killed = tmp_path / ".disc-5.0123abcd.saving"
     killed.mkdir()
@@ -313,6 +351,7 @@ def test_two_optimizers_may_save_into_one_folder(tmp_path: Path, monkeypatch: py
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disc-20", "disc-30", "gen-10", "gen-20"]
 
 
+@pytest.mark.promise("Crashes", "A name is used once; a damaged checkpoint in the way is renamed, not deleted")
 def test_a_name_is_used_once_and_nothing_damaged_is_deleted(two: tuple[Path, list[str]]) -> None:
     folder, _ = two
     model, optimizer = _small(seed=1)
@@ -325,6 +364,11 @@ def test_a_name_is_used_once_and_nothing_damaged_is_deleted(two: tuple[Path, lis
     assert distmuon.load_checkpoint(folder, model, optimizer).path.name == "step-2"
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "Steps after an asynchronous save cannot alter it; it completes by itself; its error is raised by"
+    " the next save, on all ranks",
+)
 def test_an_asynchronous_save_completes_by_itself(tmp_path: Path) -> None:
     model, optimizer = _small()
     _step(model, optimizer)
@@ -350,16 +394,21 @@ def _never_writes(group: dist.ProcessGroup, folder: str) -> str:
     return ""
 
 
+@pytest.mark.promise("Crashes", "A rank that never writes its part is named")
 def test_a_rank_that_does_not_write_is_named(tmp_path: Path, pool: Any) -> None:
     for message in pool.spawn(_never_writes, 2, folder=str(tmp_path)):
-        assert re.search(r"ranks \[1\] have not written their part; 0.3 s are the limit", message)
+        assert re.search(r"ranks \[1\] have not written their part; the limit is 0.3 s", message)
     pool.close()  # the workers are changed
     assert distmuon.latest_checkpoint(tmp_path) is None
 
 
+@pytest.mark.promise(
+    "Untrusted checkpoints and bad input",
+    "State that could not be loaded safely is refused when it is saved",
+)
 def test_state_that_could_not_be_loaded_safely_is_refused(tmp_path: Path) -> None:
     model, optimizer = _small()
-    with pytest.raises(ValueError, match=r"extra: it holds what cannot be loaded safely"):
+    with pytest.raises(ValueError, match=r"extra: it holds a value that cannot be loaded safely"):
         distmuon.save_checkpoint(tmp_path / "step-1", model, optimizer, extra={"path": tmp_path})
     assert list(tmp_path.iterdir()) == []
 
@@ -388,6 +437,10 @@ def _seal(folder: Path) -> None:
     (folder / "COMPLETE").write_text(hashlib.sha256(text.encode()).hexdigest())
 
 
+@pytest.mark.promise(
+    "Untrusted checkpoints and bad input",
+    "A checkpoint from an untrusted source executes nothing, whichever file holds a hostile pickle",
+)
 @pytest.mark.parametrize("name", [".metadata", "shared.pt", "rank-00000.pt", "__0_0.distcp"])
 def test_a_strangers_checkpoint_executes_nothing(two: tuple[Path, list[str]], name: str, tmp_path: Path) -> None:
     """The manifest lists the planted file's own sum. `.metadata` is a pickle by DCP's design and is not opened."""
@@ -428,6 +481,10 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.promise(
+    "Untrusted checkpoints and bad input",
+    "Whatever the lists in such a checkpoint say, loading ends well or in a `ValueError`",
+)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_whatever_the_lists_say_a_load_ends_in_a_value_error_or_well(
@@ -484,11 +541,15 @@ def test_lists_that_lead_elsewhere_are_refused_by_name(two: tuple[Path, list[str
 
 def test_a_file_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"none/x: it could not be written \(No such file or directory\); space and the"
+        ValueError, match=r"none/x: it could not be written \(No such file or directory\); space and perm"
     ):
         write_file(tmp_path / "none" / "x", b"data")
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "A checkpoint of format 1 loads for ever; a newer format is refused by its number",
+)
 def test_a_newer_format_is_refused(two: tuple[Path, list[str]]) -> None:
     folder, _ = two
     manifest = json.loads((folder / "step-2" / "manifest.json").read_text())
@@ -501,6 +562,12 @@ def test_a_newer_format_is_refused(two: tuple[Path, list[str]]) -> None:
 # ------------------------------------------------------------------------------ other models, other routes
 
 
+@pytest.mark.promise(
+    "Plain state",
+    "State saved under another routing is refused and the parameters are named; "
+    '`on_route_change="reset"` keeps their values and starts their state from zero',
+)
+@pytest.mark.promise("Planted faults", "routing changed between runs")
 def test_another_routing_raises_and_names_the_parameters_or_resets_them(two: tuple[Path, list[str]]) -> None:
     folder, _ = two
     source = _small()
@@ -536,6 +603,10 @@ def test_frozen_since_is_a_change_of_route(two: tuple[Path, list[str]]) -> None:
     assert digest(weights(model, optimizer)) == digest(weights(*source))
 
 
+@pytest.mark.promise(
+    "Untrusted checkpoints and bad input",
+    "The checkpoint of another model is refused, its tensors named",
+)
 def test_another_model_is_refused_by_name(two: tuple[Path, list[str]]) -> None:
     folder, _ = two
     for layers, match in (
@@ -566,6 +637,11 @@ def _forgets_to_gather(group: dist.ProcessGroup, folder: str) -> None:
         Engine.gather_all = gather_all  # type: ignore[method-assign]
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "After a load all ranks compare the bits of all parameters",
+)
+@pytest.mark.promise("Planted faults", "no synchronization after a load (planted)")
 def test_a_load_that_forgets_to_gather_is_caught(spawn_raises, tmp_path: Path) -> None:
     spawn_raises(_forgets_to_gather, 3, folder=str(tmp_path / "1"), match=r"its bits on ranks \[.*\] are not those on")
 
@@ -581,6 +657,8 @@ def _one_bit(group: dist.ProcessGroup, rank: int) -> None:
     agree_on_bits(list(named), list(named.values()), optimizer.group)
 
 
+@pytest.mark.promise("Faults while training", "`verify_parameters` finds one flipped bit and names tensor and rank")
+@pytest.mark.promise("Planted faults", "one bit flipped on one rank (planted)")
 def test_one_flipped_bit_is_found_with_its_tensor_and_rank(spawn_raises) -> None:
     spawn_raises(_one_bit, 3, rank=2, match=r"up\.weight: its bits on ranks \[2\] are not those on ranks \[0, 1\]")
 
@@ -588,7 +666,7 @@ def test_one_flipped_bit_is_found_with_its_tensor_and_rank(spawn_raises) -> None
 def test_the_stages_of_a_save_are_passed_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kills above stop a save at these names."""
     stages: list[str] = []
-    monkeypatch.setattr(snapshot, "reached", lambda stage: stages.append(stage))
+    monkeypatch.setattr(snapshot, "fault_point", lambda stage: stages.append(stage))
     model, optimizer = _small()
     for step in (1, 2):
         distmuon.save_checkpoint(tmp_path / f"step-{step}", model, optimizer, keep_last=1)

@@ -40,6 +40,12 @@ def _names(folder: Path) -> list[str]:
 # ------------------------------------------------------------------------------------- saves of others
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "`keep_last` and a new save leave saves under way alone, of other series and of other runs of the"
+    " same series. The remains of a killed save are removed once its process has ended, or after an "
+    "hour without a change where that cannot be seen",
+)
 @pytest.mark.parametrize(
     ("under_way", "saved"),
     [("v1.d-10", "v2"), ("10.x-3", "11"), ("gen-10", "disc-20"), ("step-10", "step-11"), ("step-11", "step-11x1")],
@@ -55,7 +61,7 @@ def test_keep_last_leaves_a_save_under_way_alone(
         if stage == "before data" and threading.current_thread() is not threading.main_thread():
             go.wait(60)
 
-    monkeypatch.setattr(snapshot, "reached", reached)
+    monkeypatch.setattr(snapshot, "fault_point", reached)
     behind = distmuon.save_checkpoint(tmp_path / under_way, *first, asynchronous=True, keep_last=1)
     distmuon.save_checkpoint(tmp_path / saved, *second, keep_last=1)
     go.set()
@@ -86,6 +92,12 @@ def _old(aside: Path) -> Path:
     return aside
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "`keep_last` and a new save leave saves under way alone, of other series and of other runs of the"
+    " same series. The remains of a killed save are removed once its process has ended, or after an "
+    "hour without a change where that cannot be seen",
+)
 def test_a_save_is_tidied_once_nobody_writes_it(tmp_path: Path) -> None:
     """By its process where that can be seen, by an hour without a change where it cannot; only of the same series."""
     alive = _aside(tmp_path, "step-1", pid=os.getpid())
@@ -119,10 +131,10 @@ def test_two_runs_that_save_one_name_end_with_one_of_them_whole(
 ) -> None:
     def reached(stage: str) -> None:
         if stage == "before rename" and not (tmp_path / "step-1").exists():
-            monkeypatch.setattr(snapshot, "reached", lambda stage: None)
+            monkeypatch.setattr(snapshot, "fault_point", lambda stage: None)
             distmuon.save_checkpoint(tmp_path / "step-1", *_small())
 
-    monkeypatch.setattr(snapshot, "reached", reached)
+    monkeypatch.setattr(snapshot, "fault_point", reached)
     with pytest.raises(ValueError, match=r"step-1: it could not be put in place \(Directory not empty\)"):
         distmuon.save_checkpoint(tmp_path / "step-1", *_small())
     assert _names(tmp_path) == ["step-1"] and distmuon.latest_checkpoint(tmp_path) == tmp_path / "step-1"
@@ -143,6 +155,11 @@ def _refusing(monkeypatch: pytest.MonkeyPatch, call: str, which: Callable[..., b
     monkeypatch.setattr(os, call, refuse)
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "A complete save is not reported as failed: if an older checkpoint cannot be removed, or a folder"
+    " cannot be synced to the disk after the rename, that is logged",
+)
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -163,7 +180,7 @@ def test_what_is_only_half_removed_is_a_warning(
     real = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", lambda path, **_: None)
     distmuon.save_checkpoint(tmp_path / "step-2", *_small(), keep_last=1)
-    assert _names(tmp_path) == [".step-1.deleted", "step-2"] and "could not be removed wholly" in caplog.text
+    assert _names(tmp_path) == [".step-1.deleted", "step-2"] and "could not be removed completely" in caplog.text
     monkeypatch.setattr(shutil, "rmtree", real)
     distmuon.save_checkpoint(tmp_path / "step-3", *_small(), keep_last=1)
     assert _names(tmp_path) == ["step-3"]
@@ -173,6 +190,11 @@ def _of_a_folder(name: str) -> Callable[[int], bool]:
     return lambda handle: Path(os.readlink(f"/proc/self/fd/{handle}")).name.endswith(name)
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "A complete save is not reported as failed: if an older checkpoint cannot be removed, or a folder"
+    " cannot be synced to the disk after the rename, that is logged",
+)
 def test_a_folder_that_is_not_brought_to_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -183,7 +205,7 @@ def test_a_folder_that_is_not_brought_to_the_disk(
     assert "step-1 is complete, but a power failure now may lose it" in caplog.text
     with monkeypatch.context() as patch:
         _refusing(patch, "fsync", _of_a_folder(".saving"), errno.EIO)
-        with pytest.raises(ValueError, match=r"step-2.*saving: it could not be brought to the disk \(Input/output err"):
+        with pytest.raises(ValueError, match=r"step-2.*saving: it could not be synced to the disk \(Input/output err"):
             distmuon.save_checkpoint(tmp_path / "step-2", *_small())
     assert _names(tmp_path) == ["step-1"]
     with monkeypatch.context() as patch:
@@ -192,6 +214,11 @@ def test_a_folder_that_is_not_brought_to_the_disk(
     assert distmuon.latest_checkpoint(tmp_path) == tmp_path / "step-2"
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "A complete save is not reported as failed: if an older checkpoint cannot be removed, or a folder"
+    " cannot be synced to the disk after the rename, that is logged",
+)
 def test_older_ones_that_cannot_be_listed_are_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -200,12 +227,16 @@ def test_older_ones_that_cannot_be_listed_are_a_warning(
 
     monkeypatch.setattr(Path, "iterdir", refuse)
     distmuon.save_checkpoint(tmp_path / "step-1", *_small(), keep_last=1)
-    assert "step-1 is complete, but older ones could not be looked through" in caplog.text
+    assert "step-1 is complete, but older checkpoints could not be examined" in caplog.text
     for look in (distmuon.latest_checkpoint, lambda folder: distmuon.load_checkpoint(folder, *_small())):
         with pytest.raises(ValueError, match=rf"{tmp_path}: it cannot be listed \(Stale file handle\)"):
             look(tmp_path)
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "Every refusal of the file system before that is raised with the file's name, and leaves nothing",
+)
 @pytest.mark.parametrize(
     ("call", "which", "match"),
     [
@@ -239,7 +270,7 @@ def test_a_folder_that_goes_while_it_is_written_is_said_at_once(
 ) -> None:
     monkeypatch.setattr("distmuon.checkpoint.save._write_part", lambda aside, *_: shutil.rmtree(aside))
     saving = distmuon.save_checkpoint(tmp_path / "step-1", *_small(), asynchronous=True)
-    with pytest.raises(ValueError, match=r"step-1.*saving: it has gone while it was written"):
+    with pytest.raises(ValueError, match=r"step-1.*saving: it disappeared while it was being written"):
         saving.wait()
 
 
@@ -282,6 +313,11 @@ class _Writing:
         assert self.process.wait() == 0
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "Beside a run with `keep_last=1` that saves without a pause, `latest_checkpoint` never answers "
+    "None and `load_checkpoint` never fails: both look again",
+)
 def test_no_look_and_no_load_fails_beside_a_run_that_keeps_one(tmp_path: Path) -> None:
     """71 of 68,117 looks answered None, which a recipe takes for "start afresh", and every fifth load failed."""
     folder, looks, loads = tmp_path / "run", 0, 0
@@ -305,6 +341,11 @@ def test_no_look_and_no_load_fails_beside_a_run_that_keeps_one(tmp_path: Path) -
 STAGES = {"listed": (loading, "check_files"), "summed": (sharded, "Reader"), "written": (sharded, "write_value")}
 
 
+@pytest.mark.promise(
+    "Crashes",
+    "Beside a run with `keep_last=1` that saves without a pause, `latest_checkpoint` never answers "
+    "None and `load_checkpoint` never fails: both look again",
+)
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_is_removed_under_a_load_is_looked_for_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str

@@ -68,6 +68,10 @@ def _load(group: dist.ProcessGroup) -> Any:
     return kept, state_tensors(optimizer), optimizer.param_groups[0]["lr"], scheduler.last_epoch, loaded
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "A checkpoint of format 1 loads for ever; a newer format is refused by its number",
+)
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_version_1_loads(spawn, size: int) -> None:
     whole = torch.load(FIXTURE / "whole.pt", weights_only=True)

@@ -85,6 +85,11 @@ def _come_back(group: dist.ProcessGroup, file: str, muon: Any, adamw: Any) -> tu
     return weights(model, optimizer), groups
 
 
+@pytest.mark.promise(
+    "Plain state",
+    "A run goes on in torch.optim.Muon + torch.optim.AdamW with a safetensors file, and comes back at"
+    " another number of ranks, equal to the unbroken run",
+)
 @pytest.mark.parametrize("named", [True, False])
 def test_a_run_goes_on_in_torch_optim_and_comes_back(
     spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
@@ -121,6 +126,7 @@ def test_a_run_goes_on_in_torch_optim_and_comes_back(
         assert by_rule["adamw"]["lr"] == 0.005 and by_rule["adamw"]["betas"] == (0.9, 0.95)
 
 
+@pytest.mark.promise("Plain state", "A setting that torch.optim.Muon would train differently is refused by name")
 def test_what_torch_muon_would_train_differently_is_refused_by_name() -> None:
     model, optimizer = make(None)
     train(None, model, optimizer, [0])
@@ -167,6 +173,11 @@ def _through_torch(group: dist.ProcessGroup, bf16: bool, whole: bool) -> list[st
     return found
 
 
+@pytest.mark.promise(
+    "Plain state",
+    "torch's `get_state_dict` and `set_state_dict` pass, sharded, full, from rank 0 and flattened, "
+    "fresh and built, plain and DDP, with the unbroken run's bits",
+)
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_torch_state_dict_helpers_round_trip(spawn, bf16: bool, whole: bool) -> None:
@@ -197,11 +208,17 @@ def _moved(group: dist.ProcessGroup, how: str) -> Any:
     return kept, state_tensors(optimizer)
 
 
+@pytest.mark.promise("Planted faults", "routing changed between runs")
 def test_plain_state_of_another_routing_raises_and_names_the_parameters(spawn_raises) -> None:
     spawn_raises(_moved, 2, how="raise", match=r"up\.weight \(muon -> adamw\): 1 parameters have another rule")
     spawn_raises(_moved, 2, how="ignore", match=r"on_route_change: found 'ignore'")
 
 
+@pytest.mark.promise(
+    "Plain state",
+    "State saved under another routing is refused and the parameters are named; "
+    '`on_route_change="reset"` keeps their values and starts their state from zero',
+)
 def test_plain_state_of_another_routing_can_be_reset(spawn) -> None:
     for kept, state in spawn(_moved, 2, how="reset"):
         assert {name for name in state if name not in kept} == {

@@ -61,6 +61,12 @@ def _poisoned_steps(group: dist.ProcessGroup, cases: list[tuple[str, float, dict
     return [_poisoned_step(group, *case) for case in cases]
 
 
+@pytest.mark.promise(
+    "Faults while training",
+    "A non-finite gradient on one rank: all ranks skip, and no bit of state changes, with the options"
+    " that change no bit too",
+)
+@pytest.mark.promise("Planted faults", "infinite gradient on one rank, with each rank judging for itself (planted)")
 def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(spawn) -> None:
     """Parameters and state keep every bit, the step is counted, and the next one is what it would have been.
 
@@ -115,6 +121,7 @@ PRESENCE = {
 }
 
 
+@pytest.mark.promise("Planted faults", "no gradient on one rank, with each rank judging for itself (planted)")
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("where", PRESENCE)
 def test_gradients_that_are_missing_somewhere(spawn, where: str, overlap: bool) -> None:
@@ -198,6 +205,7 @@ def _other_packing(group: dist.ProcessGroup) -> None:
     optimizer.step()
 
 
+@pytest.mark.promise("Planted faults", "parameter order that differs by rank")
 def test_a_parameter_order_that_differs_by_rank_raises_on_all(spawn_raises) -> None:
     messages = spawn_raises(
         _shuffled, 3, match=r"ValueError: rank 1: found c\.weight .*on rank 0 b\.weight", timeout=10
@@ -429,7 +437,7 @@ def test_every_lawful_way_to_combine_with_ddp_is_right(spawn, how: str, num_micr
 def test_a_second_averaging_raises(spawn_raises, how: str) -> None:
     """DDP put zeros where distmuon had taken the gradient: a trainer that clips those clips nothing. Refused in the
     first forward, whatever comes after it: with accumulation the message spoke of `no_sync`."""
-    match = r"DistributedDataParallel: it runs the model, and averages.*integrations\.accelerate\.prepare in the place"
+    match = r"DistributedDataParallel: it runs the model, and averages.*integrations\.accelerate\.prepare instead of"
     spawn_raises(_train_under_ddp, 2, match=match, how=how, num_micro=2)
 
 

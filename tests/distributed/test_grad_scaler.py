@@ -64,6 +64,10 @@ def _overflow(group: dist.ProcessGroup) -> dict[str, Any]:
     }
 
 
+@pytest.mark.promise(
+    "Faults while training",
+    "float16 with `distmuon.GradScaler`: if one rank alone overflows, all ranks skip and all scales halve",
+)
 def test_an_overflow_on_one_rank_alone_skips_the_step_on_all(spawn) -> None:
     """torch's scaler would let the other ranks step, and wait for this one for ever."""
     results = spawn(_overflow, 3)
@@ -165,4 +169,4 @@ def _torchs_scaler(group: dist.ProcessGroup) -> None:
 
 
 def test_torchs_scaler_is_refused_where_the_gradients_have_left(spawn_raises) -> None:
-    spawn_raises(_torchs_scaler, 2, match=r"GradScaler: torch's own, or a trainer's clip.*use distmuon\.GradScaler")
+    spawn_raises(_torchs_scaler, 2, match=r"GradScaler: torch's scaler, or a trainer's clip.*use distmuon\.GradScaler")

@@ -209,7 +209,7 @@ def test_param_groups_with_other_parameters_raise() -> None:
     _step(model, optimizer)
     copies = [nn.Parameter(param.detach().clone()) for param in optimizer.param_groups[0]["params"]]
     optimizer.param_groups[0]["params"] = copies
-    with pytest.raises(ValueError, match=r"param_groups: they hold .*keep other optimizers' wrappers away"):
+    with pytest.raises(ValueError, match=r"param_groups: they hold .*do not use other optimizers' wrappers"):
         _step(model, optimizer)
 
 

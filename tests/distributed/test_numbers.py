@@ -96,6 +96,10 @@ ACCUMULATING: list[tuple[dict[str, Any], bool]] = [
 ]
 
 
+@pytest.mark.promise(
+    "Faults while training",
+    "Micro-batches add up in float32 whatever `Precision.reduce`; a forgotten micro-batch leaves nothing",
+)
 @pytest.mark.parametrize("dp_size", [2, 3])
 @pytest.mark.parametrize(("options", "in_no_sync"), ACCUMULATING, ids=str)
 def test_micro_batches_add_up_in_float32(spawn, options: dict[str, Any], in_no_sync: bool, dp_size: int) -> None:
@@ -139,6 +143,10 @@ def _forgotten(group: dist.ProcessGroup, options: dict[str, Any]) -> tuple[str, 
     return digest(weights(model, optimizer)), left
 
 
+@pytest.mark.promise(
+    "Faults while training",
+    "Micro-batches add up in float32 whatever `Precision.reduce`; a forgotten micro-batch leaves nothing",
+)
 @pytest.mark.parametrize("release", [False, True])
 def test_a_forgotten_sum_leaves_nothing(spawn, release: bool) -> None:
     options = {"reduce_dtype": torch.bfloat16, "release_grads": release}
@@ -180,6 +188,11 @@ def _momentum(group: dist.ProcessGroup, options: list[dict[str, Any]], skips: bo
     return found
 
 
+@pytest.mark.promise(
+    "Faults while training",
+    "Momentum in 16 or 8 bits does not stall. A skipped step changes none of its bits, nor does a "
+    "restart, nor, for bfloat16, another cut",
+)
 def test_rounded_momentum_is_the_same_whatever_the_cut(spawn) -> None:
     """bfloat16 momentum has the same bits at 1, 2 and 4 ranks, whichever way the shards are cut and walked."""
     ways = [
@@ -191,6 +204,11 @@ def test_rounded_momentum_is_the_same_whatever_the_cut(spawn) -> None:
     assert len(set(ends)) == 1
 
 
+@pytest.mark.promise(
+    "Faults while training",
+    "Momentum in 16 or 8 bits does not stall. A skipped step changes none of its bits, nor does a "
+    "restart, nor, for bfloat16, another cut",
+)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
 def test_a_skipped_step_does_not_move_the_dice(spawn, dtype: torch.dtype) -> None:
     """Steps that were skipped change no bit, neither then nor later."""
@@ -219,6 +237,11 @@ def _resumed(group: dist.ProcessGroup, folder: str, dtype: torch.dtype, how: str
     return ends[0], ends[1]
 
 
+@pytest.mark.promise(
+    "Faults while training",
+    "Momentum in 16 or 8 bits does not stall. A skipped step changes none of its bits, nor does a "
+    "restart, nor, for bfloat16, another cut",
+)
 @pytest.mark.parametrize("how", ["folder", "state dict"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
 def test_a_resumed_run_throws_the_same_dice(spawn, tmp_path, dtype: torch.dtype, how: str) -> None:
@@ -299,6 +322,12 @@ def _large(group: dist.ProcessGroup, fqn: str, size: float, options: dict[str, A
     }
 
 
+@pytest.mark.promise(
+    "Faults while training",
+    "A step whose gradients are finite is taken, up to the limits of "
+    "[docs/options.md](options.md#the-ends-of-float32), and its norm is right. A step that would "
+    "write a value that is not finite is skipped by all ranks",
+)
 @pytest.mark.parametrize("options", [{}, {"verdict_on_device": True}, {"momentum_dtype": torch.int8}], ids=str)
 @pytest.mark.parametrize(
     ("fqn", "size", "clip", "skipped"),

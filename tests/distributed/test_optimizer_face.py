@@ -323,7 +323,7 @@ def test_signatures_are_those_of_the_base_class(method: str) -> None:
         ({"ns_coefficients": "karpathy"}, r"karpathy.*jordan"),
         ({"bucket_mb": 0.0}, r"bucket_mb: found 0\.0; a positive number"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm: found 0\.0"),
-        ({"lr": torch.ones(2)}, r"lr: .*tensor of 2 elements; one is needed"),
+        ({"lr": torch.ones(2)}, r"lr: .*tensor of 2 elements; a single element is needed"),
         ({"reduce_dtype": torch.int8}, r"precision\.reduce: found torch\.int8"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

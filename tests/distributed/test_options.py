@@ -71,6 +71,11 @@ SAME_BITS: list[dict[str, Any]] = [  # verdict_on_device: as on a GPU, where the
 ]
 
 
+@pytest.mark.promise(
+    "Faults while training",
+    "A non-finite gradient on one rank: all ranks skip, and no bit of state changes, with the options"
+    " that change no bit too",
+)
 @pytest.mark.parametrize(("dp_size", "num_micro"), [(1, 1), (2, 1), (2, 3), (3, 1), (4, 1)])
 def test_options_that_change_no_bit(spawn, dp_size: int, num_micro: int) -> None:
     """Parameters and state equal the plain way's, bit by bit, on all ranks, over a skipped step and a forgotten one."""
@@ -427,6 +432,10 @@ def _saved_and_loaded(
     }
 
 
+@pytest.mark.promise(
+    "State survives, at any number of ranks",
+    "Checkpoints hold values, not formats: int8 momentum and 16-bit remainders load into float32 and back",
+)
 @pytest.mark.parametrize(
     ("dtypes", "before", "after", "same"),
     [

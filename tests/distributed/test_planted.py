@@ -104,6 +104,12 @@ def _trained(group: dist.ProcessGroup, fault: str, planted: bool) -> tuple[Weigh
         return weights(model, optimizer), optimizer.metrics()["ns_matrices"]
 
 
+@pytest.mark.promise("Planted faults", "Newton-Schulz on a slice (planted)")
+@pytest.mark.promise("Planted faults", "clip after Newton-Schulz (planted)")
+@pytest.mark.promise(
+    "Planted faults",
+    'Newton-Schulz once a micro-batch (planted); `metrics()["ns_matrices"]` tells it too',
+)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_in_the_mathematics_are_seen(spawn, fault: str) -> None:
     """The unplanted run equals the oracle; the planted one is off by a thousand times the tolerance. A second
@@ -158,6 +164,8 @@ def _odd_rank(group: dist.ProcessGroup, odd: str, planted: bool) -> tuple[Weight
         return weights(model, optimizer), optimizer.metrics()["skipped_steps"]
 
 
+@pytest.mark.promise("Planted faults", "infinite gradient on one rank, with each rank judging for itself (planted)")
+@pytest.mark.promise("Planted faults", "no gradient on one rank, with each rank judging for itself (planted)")
 @pytest.mark.parametrize("odd", ["verdict", "presence"])
 def test_verdict_and_presence_are_those_of_all_ranks(spawn, odd: str) -> None:
     """An infinite or a missing gradient on one rank; judged by each rank for itself, the weights go wrong."""
@@ -211,6 +219,11 @@ def _on_time(group: dist.ProcessGroup, cases: list[dict[str, Any]]) -> list[tupl
     return found
 
 
+@pytest.mark.promise(
+    "Planted faults",
+    "a buffer freed, overwritten, reused or read while its collective is in flight (planted): every "
+    "collective runs as late as it may, in `wait`",
+)
 def test_collectives_as_late_as_may_be_change_no_bit(spawn) -> None:
     """Every buffer lives and rests until its collective was waited for, and nobody reads a result before."""
     late, on_time = spawn(_late, 3, cases=OPTIONS), spawn(_on_time, 3, cases=OPTIONS)
@@ -282,6 +295,11 @@ def _fault_is_seen(group: dist.ProcessGroup, fault: str) -> tuple[bool, str]:
         return False, f"{error} {error.__cause__}"
 
 
+@pytest.mark.promise(
+    "Planted faults",
+    "a buffer freed, overwritten, reused or read while its collective is in flight (planted): every "
+    "collective runs as late as it may, in `wait`",
+)
 @pytest.mark.parametrize("fault", BUFFER_FAULTS)
 def test_a_buffer_freed_or_used_too_early_is_seen(spawn, fault: str) -> None:
     for right, raised in spawn(_fault_is_seen, 4, fault=fault)[:2]:
@@ -331,6 +349,7 @@ def _adopts_the_saved_dtype(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sharded, "write_value", write)
 
 
+@pytest.mark.promise("Planted faults", "momentum's dtype changed by a load (planted)")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("way", ["plain", "checkpoint"])
 def test_a_load_keeps_the_dtype_of_momentum(spawn, tmp_path: Path, way: str, dtype: torch.dtype) -> None:

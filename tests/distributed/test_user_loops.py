@@ -517,7 +517,7 @@ def _two_optimizers(group: dist.ProcessGroup, swapped: str) -> str:
 @pytest.mark.parametrize(
     ("swapped", "match"),
     [
-        ("from the first on", "built in one order"),
+        ("from the first on", "must build their optimizers"),
         ("step", r"\[0\] asked for optimizer \d+, comparison of the plans; \[1\]"),
         ("state_dict", r"\[0\] asked for optimizer \d+, state_dict; \[1\]"),
     ],

@@ -54,14 +54,14 @@ FEATURES: dict[str, dict[str, str]] = {
         trainer: "n/a" for trainer in TRAINERS if trainer != "Trainer"
     },
     "several models and optimizers": {"DDP": "your own loop", "Trainer": "n/a", "DeepSpeed": "n/a"},
-    "its own `prepare` instead of ours": {trainer: "n/a" for trainer in TRAINERS if trainer != "accelerate"},
+    "its own `prepare` instead of distmuon's": {trainer: "n/a" for trainer in TRAINERS if trainer != "accelerate"},
     'its own `prepare` with grad_reduction="external"': {t: "n/a" for t in TRAINERS if t != "accelerate"},
     "DDP around the model, silenced or averaging by itself": {t: "n/a" for t in TRAINERS if t != "DDP"},
     "DDP around the model, not silenced": {"accelerate": "not wrapped", "Trainer": "not wrapped", "DeepSpeed": "n/a"},
     "clipping by value": {"DDP": "n/a", "Trainer": "n/a", "DeepSpeed": "n/a"},
     "ZeRO stage >= 1, FSDP": {"DDP": "n/a"},
     "the trainer's pipelines and expert groups": ONLY_DEEPSPEED,
-    "a DeepSpeed engine that somebody else makes": {"DDP": "n/a", "Fabric": "n/a", "Lightning": "untested"},
+    "a DeepSpeed engine that a launcher or trainer makes": {"DDP": "n/a", "Fabric": "n/a", "Lightning": "untested"},
     "the `bf16` block of the JSON": {"DDP": "n/a", "Fabric": "n/a", "Lightning": "untested"},
     "`managed_gradient_accumulation: false`, `engine.no_sync()`": ONLY_DEEPSPEED,
 }

@@ -228,9 +228,9 @@ def test_deepspeeds_names_for_norm_and_skipped_step() -> None:
     model, optimizer = make(None)
     assert optimizer._global_grad_norm is None and optimizer.overflow is False
     backward(model, optimizer, [make_batch(0, 0, 0)])
-    with pytest.raises(ValueError, match=r"integration does not lead.*register\(\) before"):
+    with pytest.raises(ValueError, match=r"integration does not manage.*register\(\) before"):
         optimizer.get_grads_for_reduction()
-    optimizer.engine_is_led = True
+    optimizer.managed_by_integration = True
     assert optimizer.get_grads_for_reduction() == ([], {})
     optimizer.step()
     assert float(optimizer._global_grad_norm) == optimizer.metrics()["grad_norm"] > 0

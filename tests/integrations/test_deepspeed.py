@@ -57,7 +57,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Facts, list[dict[str,
     return json.loads((folder / "facts.json").read_text()), results
 
 
-@pytest.mark.supports("a DeepSpeed engine that somebody else makes", "accelerate", "Trainer", "DeepSpeed")
+@pytest.mark.supports("a DeepSpeed engine that a launcher or trainer makes", "accelerate", "Trainer", "DeepSpeed")
 @pytest.mark.supports("`managed_gradient_accumulation: false`, `engine.no_sync()`", "DeepSpeed")
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[case["how"] for case in CASES])
 def test_an_engine_of_somebody_else_equals_the_plain_loop(ran: tuple[Facts, Any], number: int) -> None:
@@ -86,7 +86,7 @@ def test_a_run_under_a_plugin_goes_on_with_another_number_of_ranks(how: str, tmp
 REFUSED = {
     **{f"stage {n}": rf"stage {n}: DeepSpeed would cut the parameters.*\"stage\": 0" for n in (1, 2, 3)},
     "stage 1, client": "stage 1: DeepSpeed would cut",
-    "pipeline": "a PipelineModule, whose engine reduces by itself.*use the plain engine",
+    "pipeline": "a PipelineModule, whose engine reduces gradients itself.*use the plain engine",
     "pipeline, bf16": "a PipelineModule",
     "fp16": r"fp16, which scales the loss.*use bfloat16 \(\"bf16\": \{\"enabled\": true\}\)",
     "fp16, client": "fp16, which scales the loss",
@@ -94,16 +94,16 @@ REFUSED = {
     "moe": r"deepspeed\.moe layers.*expert stacks",
     "mpu": r"averages over other ranks than the 2 .*process_group=",
     "sum": 'gradient_allreduce_op "sum"; .*use "mean"',
-    "two clips": r"gradient_clipping 1\.0 .*max_grad_norm 0\.5.*write \"gradient_clipping\" alone",
+    "two clips": r"gradient_clipping 1\.0 .*max_grad_norm 0\.5.*set only \"gradient_clipping\"",
     "accumulated in bf16": 'grad_accum_dtype \'bf16\'.*"precision": {"reduce": ',
     **{
-        name: rf"scheduler {name}, which gives groups of lr \[0\.001, 0\.02\] one and the same.*lists, one a group"
+        name: rf"scheduler {name}, which sets one lr for groups of lr \[0\.001, 0\.02\].*lists with an entry"
         for name in ("WarmupLR", "WarmupDecayLR", "OneCycle", "LRRangeTest")
     },
-    "groups of their own": r"model_parameters: groups with weight_decay of their own.*write them as routes",
+    "groups of their own": r"model_parameters: groups with their own weight_decay.*write them as routes",
     "part of the model": "2 of the model's 4 trainable parameters.*leave model_parameters out",
-    "wrapped": "SimpleNamespace around DistMuon.*take what asks for the wrapper out",
-    "not registered": r"DeepSpeed: an engine that the integration does not lead.*register\(\) before",
+    "wrapped": "SimpleNamespace around DistMuon.*remove the setting that asks for the wrapper",
+    "not registered": r"DeepSpeed: an engine that the integration does not manage.*register\(\) before",
 }
 
 

@@ -118,11 +118,11 @@ def test_a_recipe_drops_none_of_the_configs_options(recipe: str, whole: Whole) -
 
 
 SLOW = pytest.mark.slow
-LAUNCHED = [r if r == "accelerate_train" else pytest.param(r, marks=SLOW) for r in LAUNCHERS]
 
 
 @pytest.mark.supports("its recipe under its own launcher, two processes on CPUs")
-@pytest.mark.parametrize("recipe", LAUNCHED)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", LAUNCHERS)
 def test_a_frameworks_own_launcher_starts_its_recipe(recipe: str, whole: Whole, tmp_path: Path) -> None:
     """DeepSpeed's gives each process a --local_rank, which the command line did not know; `fabric run` has launched
     before Fabric.launch, which raised."""

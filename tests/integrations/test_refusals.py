@@ -64,7 +64,7 @@ def test_accelerate_refuses_sharding_fp8_and_a_reduction_a_micro_batch(accelerat
     kinds = accelerate.DistributedType
     with pytest.raises(ValueError, match="distributed_type FSDP"):
         check(_accelerator(accelerate, distributed_type=kinds.FSDP))
-    with pytest.raises(ValueError, match="mixed_precision='fp8', which exchanges layers"):
+    with pytest.raises(ValueError, match="mixed_precision='fp8', which replaces layers"):
         check(_accelerator(accelerate, mixed_precision="fp8"))
     state = SimpleNamespace(plugin_kwargs={"sync_each_batch": True})
     with pytest.raises(ValueError, match="sync_each_batch=True"):
@@ -95,7 +95,7 @@ def test_accelerates_clips_are_torchs_in_one_process(accelerate: Any) -> None:
         ("loader, optimizer", r"a DistMuon without its model in \(DataLoader, DistMuon\).*pass the model"),
         ("optimizer", r"a DistMuon without its model in \(DistMuon\)"),
         ("other, optimizer", r"a DistMuon without its model in \(Sequential, DistMuon\)"),
-        ("model, sgd", r"no DistMuon in \(Sequential, SGD\).*goes through accelerator\.prepare"),
+        ("model, sgd", r"no DistMuon in \(Sequential, SGD\).*go through accelerator\.prepare"),
         ("", r"no DistMuon in \(nothing\)"),
     ],
 )
@@ -208,7 +208,7 @@ def test_fabric_refuses_another_strategy_values_and_another_order() -> None:
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     for wrong in ((optimizer, model), (model, sgd), (model,), (other, optimizer), (model, other, optimizer, sgd)):
         kinds = ", ".join(type(each).__name__ for each in wrong)
-        with pytest.raises(ValueError, match=rf"fabric\.setup: \({kinds}\); one model and the DistMuon made of it"):
+        with pytest.raises(ValueError, match=rf"fabric\.setup: \({kinds}\); one model and the DistMuon made from it"):
             setup(fabric, *wrong)
 
 

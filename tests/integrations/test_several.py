@@ -62,18 +62,18 @@ def test_a_prepared_model_has_a_no_sync_as_one_that_ddp_wraps(found: Ranks) -> N
         assert rank["no_sync"] == {"steps": 1}
 
 
-DOUBLE = r"runs the model, and averages the gradients.*integrations\.accelerate\.prepare in the place of"
+DOUBLE = r"runs the model, and averages the gradients.*integrations\.accelerate\.prepare instead of"
 REFUSED = {
     "own_prepare": DOUBLE,
     "own_prepare_and_accumulation": DOUBLE,
-    "own_prepare_then_ours": r"in DistributedDataParallel, in \(.*pass the unwrapped model to this function alone",
+    "own_prepare_then_ours": r"in DistributedDataParallel, in \(.*pass the unwrapped model to this function only",
     "local_sgd": r"within model\.no_sync\(\), as accelerate's LocalSGD does.*leave LocalSGD out",
     "uneven_inputs": r"join_uneven_inputs: a model that DistMuon reduces.*even_batches=True",
-    "clip_of_both": r"together with those of 2 DistMuons.*once for each optimizer",
-    "clip_with_adamw": r"together with parameters of no DistMuon.*once for each optimizer",
+    "clip_of_both": r"one call for parameters of 2 DistMuons.*once for each optimizer",
+    "clip_with_adamw": r"one call for parameters of a DistMuon and of none.*once for each optimizer",
     "clip_of_a_part": r"2 of the 4 parameters of a DistMuon.*pass all parameters",
     "fabrics_clip_of_values": r"clip_gradients: clip_val=1\.0.*use max_norm",
-    "clip_of_values": r"clip_grad_value_: asked for.*clip_grad_norm_",
+    "clip_of_values": r"clip_grad_value_: clip_value=.*clip_grad_norm_",
     "a_model_of_two_kinds": r"Sequential: 4 of 8 trainable parameters are not DistMuon's.*prepare the parts",
     "fabrics_model_first": r"set up before its DistMuon was made.*make the optimizer first",
 }

@@ -163,7 +163,10 @@ def test_ddp_is_not_silenced_where_it_is_to_average() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = DistributedDataParallel(nn.Linear(64, 64))
-        with pytest.raises(ValueError, match='silenced with grad_reduction="external"; somebody has to average; drop'):
+        with pytest.raises(
+            ValueError,
+            match='silenced with grad_reduction="external"; DDP or distmuon must average the gradients; leave',
+        ):
             silence(model, DistMuon(model, grad_reduction="external"))
         optimizer = DistMuon(model.module, routes="adamw")
         with pytest.raises(ValueError, match=r"silence: \(DistMuon, DistributedDataParallel\).*in this order"):

@@ -84,6 +84,10 @@ def _others(config: Config, key: str) -> dict[str, Any]:
     return {other: _at(config, other) for other in TYPES if other != key}
 
 
+@pytest.mark.promise(
+    "Untrusted checkpoints and bad input",
+    "A value of any key of the recipe comes out as given, or the key is named",
+)
 @settings(FIXED, max_examples=30)
 @given(key=st.sampled_from(sorted(TYPES)), text=st.sampled_from(TEXTS), in_file=st.booleans())
 def test_any_value_comes_out_as_given_or_is_refused_by_its_key(

@@ -38,6 +38,11 @@ def meet(shared: dist.Store, world_size: int, late: int, timeout: float = 10.0) 
         return list(threads.map(rank, range(world_size)))
 
 
+@pytest.mark.promise(
+    "Restarts and preemption",
+    "The ranks of one attempt meet even though torchrun's store still holds the addresses of the "
+    "attempt before; a rank that does not come within 5 minutes is named",
+)
 def test_no_attempt_sees_the_keys_of_another() -> None:
     """Each rank leaves its address, as gloo does; in the next attempts, whoever is late, no old one may be found."""
     shared = dist.HashStore()
@@ -50,6 +55,11 @@ def test_no_attempt_sees_the_keys_of_another() -> None:
         assert [store.get(f"address/{world_size - 1}") for store in stores] == [str(attempt).encode()] * world_size
 
 
+@pytest.mark.promise(
+    "Restarts and preemption",
+    "The ranks of one attempt meet even though torchrun's store still holds the addresses of the "
+    "attempt before; a rank that does not come within 5 minutes is named",
+)
 def test_who_does_not_come_is_named() -> None:
     shared, soon = dist.HashStore(), timedelta(seconds=0.5)
     with pytest.raises(TimeoutError, match=r"rank 2: found no sign of rank 0 for 0\.5 s"):
@@ -68,6 +78,10 @@ def environment(monkeypatch: pytest.MonkeyPatch, agents: int, restarts: int, mos
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(most))
 
 
+@pytest.mark.promise(
+    "Restarts and preemption",
+    "A rank that stops because another rank was asked to is not taken for finished",
+)
 def test_a_rank_that_was_not_asked_to_stop_waits_for_its_agent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its status 0 would tell its agent that the run is over, though only an agent had joined or left."""
     monkeypatch.setattr(resume, "NEWCOMER_SECONDS", 0.3)
@@ -187,6 +201,12 @@ def assert_every_step_once_and_the_same_loss(run: list[dict[str, Any]], unbroken
     assert run[-1]["kind"] == "summary" and run[-1]["steps"] == 48
 
 
+@pytest.mark.promise(
+    "Restarts and preemption",
+    "World 4 -> 3 -> 4 under `--nnodes=3:4`, an agent killed or preempted and another agent joining: "
+    "every step is recorded once, losses are a single process's within 1e-5, and joining costs no "
+    "step",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("leaves", ["killed", "preempted"])
 def test_agents_leave_and_join(leaves: str, machines: Machines, unbroken: list[dict[str, Any]]) -> None:

@@ -89,7 +89,9 @@ def test_two_ranks_leave_a_complete_record_and_the_loss_falls(muon_run: list[dic
     assert sum(rank["ns_matrices"] for rank in summary["per_rank"]) == 2 * 7  # each matrix of two layers once
 
 
+@pytest.mark.slow
 def test_two_runs_are_equal_bit_for_bit(muon_run: list[dict[str, Any]], tmp_path: Path) -> None:
+    """By day test_resume compares interrupted runs with an unbroken one, bit for bit."""
     again = torchrun(tmp_path)
     assert numbers(again) == numbers(muon_run)
 

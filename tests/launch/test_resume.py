@@ -107,6 +107,11 @@ main()
 """
 
 
+@pytest.mark.promise(
+    "Restarts and preemption",
+    "Under `torchrun --max-restarts` a killed worker costs one restart and the steps since the last "
+    "checkpoint; all losses are the unbroken run's, bit for bit",
+)
 def test_a_killed_worker_is_restarted_and_the_run_ends_as_if_nothing_had_happened(
     unbroken: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -128,6 +133,10 @@ def test_a_killed_worker_is_restarted_and_the_run_ends_as_if_nothing_had_happene
     assert [record["resumed_from"] for record in records(tmp_path) if record["kind"] == "run"][-1] >= 4
 
 
+@pytest.mark.promise(
+    "Restarts and preemption",
+    "SIGTERM to torchrun itself: the same, and the same command goes on bit for bit; torchrun's own status is then 1",
+)
 def test_sigterm_to_torchrun_saves_and_the_same_command_goes_on(unbroken: list[dict[str, Any]], tmp_path: Path) -> None:
     """Preemption: torchrun passes SIGTERM on to all workers. They leave with 0, torchrun itself always with 1."""
     command = ("--train.steps=8", "--checkpoint.every=100")
@@ -144,6 +153,10 @@ def test_sigterm_to_torchrun_saves_and_the_same_command_goes_on(unbroken: list[d
     assert history(records(tmp_path)) == history(unbroken)
 
 
+@pytest.mark.promise(
+    "Restarts and preemption",
+    "SIGTERM to one rank: all ranks save and exit 0 together, `log.every` steps and one save later",
+)
 def test_sigterm_to_one_rank_stops_all_with_a_checkpoint_and_status_0(
     unbroken: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -159,6 +172,7 @@ def test_sigterm_to_one_rank_stops_all_with_a_checkpoint_and_status_0(
     assert history(records(tmp_path)) == history(unbroken)
 
 
+@pytest.mark.promise("Restarts and preemption", "The recipe goes on at another number of ranks (1 -> 2 -> 1)")
 def test_a_run_goes_on_at_another_number_of_ranks(unbroken: list[dict[str, Any]], tmp_path: Path) -> None:
     """1 -> 2 -> 1 ranks: the same losses as two ranks throughout, up to the order of sums."""
     alone(tmp_path, "--train.steps=3")
@@ -187,6 +201,10 @@ def test_without_checkpoints_a_run_starts_afresh_and_saves_nothing(tmp_path: Pat
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.promise(
+    "Restarts and preemption",
+    "Another run in the same folder is refused, and its first differing key is named",
+)
 def test_another_run_in_the_same_folder_is_refused_by_key(tmp_path: Path) -> None:
     alone(tmp_path, "--train.steps=2")
     with pytest.raises(

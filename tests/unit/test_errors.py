@@ -102,6 +102,19 @@ def test_a_dtype_goes_by_its_name() -> None:
     refused(lambda: Precision(momentum="Tensor"), r"precision\.momentum: found 'Tensor'; one of")  # type: ignore[arg-type]
 
 
+def test_a_field_of_sharding_may_be_given_by_itself() -> None:
+    model = _model()
+    optimizer = distmuon.DistMuon(model, overlap=False, sharding=distmuon.Sharding(packing="contiguous"))
+    assert optimizer.options.sharding == distmuon.Sharding(overlap=False, packing="contiguous")
+    refused(lambda: distmuon.DistMuon(model, overlap="backward"), "sharding.overlap: found 'backward'")
+
+
+@pytest.mark.parametrize("name", ["reduce_dtype", "momentum_buffer", "learning_rate"])
+def test_another_argument_is_refused_as_a_call_does(name: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected argument '{name}'; .*overlap.*Precision"):
+        distmuon.DistMuon(_model(), **{name: 1})
+
+
 @pytest.mark.parametrize("name", ["bucket_mb", "max_grad_norm"])
 def test_a_size_or_norm_is_a_positive_number(name: str) -> None:
     for value in [0, *NUMBERS[1:]]:
@@ -155,8 +168,8 @@ MUON = [Route("*", "muon")]
         ([("a", WEIGHT), ("a", nn.Parameter(torch.ones(3, 3)))], "a: its name or parameter was given before"),
         ([], "params: no trainable parameter"),
         (nn.Identity(), "params: no trainable parameter"),
-        (_model().requires_grad_(False), "params: no trainable parameter; one at least is needed; unfreeze"),
-        (nn.Sequential(nn.LazyLinear(4)), "0.weight: a lazy parameter without a shape; .*run one forward first"),
+        (_model().requires_grad_(False), "params: no trainable parameter; at least one is needed; unfreeze"),
+        (nn.Sequential(nn.LazyLinear(4)), "0.weight: a lazy parameter without a shape; .*run a forward first"),
         (_model().to("meta"), "0.weight: the parameter is on the meta device, without values"),
         (_model().double(), "0.weight: the parameter is of dtype torch.float64, which a float32 master would round"),
         (
@@ -186,7 +199,7 @@ def test_routes_are_routes(value: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"pattern": None}, "Route: found .*pattern=None.*a text as pattern"),
+        ({"pattern": None}, "Route: found .*pattern=None.*a string as pattern"),
         ({"pattern": 3}, "Route: found .*pattern=3"),
         ({"rule": "sgd"}, r"Route\('\*'\)\.rule: found 'sgd'; one of muon, adamw"),
         ({"rule": None}, "rule: found None"),
@@ -241,7 +254,7 @@ def _moved(model: nn.Sequential) -> None:
     [
         (_nan, "2.weight: 1 parameters hold NaN or inf before the first step; finite values.*initialize the model"),
         (_replaced, "0.weight: the parameter is no longer the one that the model holds there"),
-        (_grown, "3.weight: it is trainable now, and was not in the model.*make a new DistMuon once"),
+        (_grown, "3.weight: it is trainable now, but was absent or frozen.*make a new DistMuon once"),
         (_moved, "0.weight: the parameter is no longer the one|on the meta device"),
     ],
 )
@@ -334,7 +347,7 @@ def test_a_norm_to_clip_to_is_a_positive_number(value: Any) -> None:
     model, optimizer = _made()
     model(torch.randn(5, 6)).sum().backward()
     before = digest(weights(model, optimizer))
-    refused(lambda: optimizer.clip_grad_norm_(value), "max_norm: found .*; a positive number is needed; inf: only")
+    refused(lambda: optimizer.clip_grad_norm_(value), "max_norm: found .*; a positive number is needed; pass inf")
     optimizer.clip_grad_norm_(math.inf)
     assert digest(weights(model, optimizer)) == before
 
@@ -405,7 +418,7 @@ STATES: list[tuple[Change, str]] = [
     (_set("param_groups", 0, "lr", math.nan), r"param_groups\[0\]\.lr: found nan"),
     (_set("param_groups", 0, "nesterov", "yes"), r"param_groups\[0\]\.nesterov: found 'yes'; one of False, True"),
     (_set("param_groups", 1, "betas", None), r"param_groups\[1\]\.betas: found None"),
-    (_set("state", 9, {}), "the state has an entry 9; one of the 4 in its groups"),
+    (_set("state", 9, {}), "the state has an entry 9; one of the 4 keys in its groups"),
     (_set("state", 0, {"exp_avg": torch.ones(8, 6)}), r"0\.weight: its state has \['exp_avg'\], not \['mom"),
     (_set("state", 2, "max_exp_avg_sq", torch.ones(8)), r"0\.bias: its state has .*'max_exp_avg_sq'"),
     (_without("state", 2, "step"), r"0\.bias: its state has \['exp_avg', 'exp_avg_sq'\], not"),
@@ -422,6 +435,10 @@ STATES: list[tuple[Change, str]] = [
 ]
 
 
+@pytest.mark.promise(
+    "Untrusted checkpoints and bad input",
+    "A state dict that is broken, on all ranks or on one, is refused on all before anything has changed",
+)
 @pytest.mark.parametrize(("change", "match"), STATES)
 def test_a_broken_state_dict_changes_nothing(change: Change, match: str) -> None:
     """A wrong shape in the last bucket was found after the first ones and all hyperparameters had been taken over."""
@@ -475,7 +492,10 @@ def test_what_a_checkpoint_is_asked_for(tmp_path: Path) -> None:
         refused(lambda wrong=wrong: save(tmp_path / "x-4", model, optimizer, asynchronous=wrong), "asynchronous: found")
         refused(lambda wrong=wrong: load(good, model, optimizer, on_route_change=wrong), "on_route_change: found")
     refused(lambda: save(tmp_path / "x-5", model, optimizer, scheduler=3), "rank 0: AttributeError: .*state_dict")
-    refused(lambda: save(tmp_path / "x-6", model, optimizer, extra=_model()), "extra: it holds what cannot be loaded")
+    refused(
+        lambda: save(tmp_path / "x-6", model, optimizer, extra=_model()),
+        "extra: it holds a value that cannot be loaded",
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
     before = (digest(state_tensors(optimizer)), optimizer.param_groups[0]["lr"])
     wanted = r"shared\.pt: no scheduler's state is in it; .*None"
@@ -499,7 +519,7 @@ def test_what_a_checkpoint_is_asked_for(tmp_path: Path) -> None:
         *(({"sharding": value}, "sharding: found .*distmuon.Sharding is needed") for value in ("big", {}, Precision())),
         ({"auto_bucket": True, "hardware": None}, "auto_bucket: found no hardware"),
         *(({"param_dtype": value}, "param_dtype: found .*torch.float32") for value in (3, "fp32", torch.int8)),
-        *(({"model": value}, "model: found .*a module, specs") for value in (None, 3, "nonsense", [3], WEIGHT)),
+        *(({"model": value}, "model: found .*a module, ParamSpecs") for value in (None, 3, "nonsense", [3], WEIGHT)),
         ({"model": "gpt2", "routes": MUON}, "routes: patterns for parameters that are routed already"),
         ({"model": ()}, "model: no trainable parameter"),
     ],

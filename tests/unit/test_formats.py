@@ -95,6 +95,11 @@ def _kept(values: Tensor, start: int, step: int, format: str) -> Tensor:
     return dequantize(*quantize_dithered(values, start, torch.tensor(float(step))))
 
 
+@pytest.mark.promise(
+    "Faults while training",
+    "Momentum in 16 or 8 bits does not stall. A skipped step changes none of its bits, nor does a "
+    "restart, nor, for bfloat16, another cut",
+)
 @pytest.mark.parametrize("noise", [0.0, 0.01, 0.1, 1.0])
 @pytest.mark.parametrize(("format", "band"), [("int8", 0.03), ("bfloat16", 0.008)])
 def test_a_moving_average_does_not_stall(format: str, band: float, noise: float) -> None:

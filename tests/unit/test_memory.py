@@ -206,11 +206,11 @@ def test_a_parameter_moved_after_the_build_is_refused() -> None:
 def test_a_newer_optimizer_takes_no_older_ones_buffer_for_foreign_memory() -> None:
     model = _model()
     _step(model, distmuon.DistMuon(model))
-    old = memory.of(model[0].weight)
+    old = memory.addresses_of(model[0].weight)
     optimizer = distmuon.DistMuon(model)
     assert "staged 0.0 %" in optimizer.report()
     _step(model, optimizer)
-    assert memory.is_in_flat(model[0].weight) and memory.of(model[0].weight) != old
+    assert memory.is_in_flat(model[0].weight) and memory.addresses_of(model[0].weight) != old
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
@@ -289,14 +289,14 @@ def _two_in(storage: Tensor) -> nn.Sequential:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: _with(Sum(torch.ones(4, 8), torch.ones(4, 8))), r"2\.weight: the parameter is a Sum, .*a plain nn"),
+        (lambda: _with(Sum(torch.ones(4, 8), torch.ones(4, 8))), r"2\.weight: the parameter is a Sum, .*must be plain"),
         (lambda: _with(Named(torch.ones(4, 8), torch.ones(4, 8))), r"2\.weight: the parameter is a Named.*freeze it"),
         (lambda: _with(torch.ones(4, 8).as_subclass(OverMemory)), r"2\.weight: the parameter is a OverMemory"),
         (_freed, r"2\.weight: the parameter is a Parameter, whose values are not simply those in its memory"),
         (lambda: _with(torch.ones(4, 8).to_sparse()), r"2\.weight: the parameter is a tensor of torch\.sparse_coo"),
         (lambda: _with(torch.ones(1, 8).expand(4, 8)), r"2\.weight: .* \(4, 8\) has strides \(0, 1\): it is expanded"),
         (lambda: _with(torch.ones(4, 16)[:, ::2]), r"2\.weight: .* strides \(16, 2\): .*a slice with gaps; .*clone\("),
-        (lambda: _two_in(torch.ones(72)), r"2\.weight: it lies in the memory of 0\.weight, as a Parameter of its own"),
+        (lambda: _two_in(torch.ones(72)), r"2\.weight: it lies in the memory of 0\.weight, as a separate Parameter"),
     ],
 )
 def test_parameters_whose_values_are_no_memory_of_their_own(make: Callable[[], nn.Module], match: str) -> None:

@@ -261,6 +261,7 @@ def _load(**counts: Any) -> BucketLoad:
     return load
 
 
+F32 = torch.float32
 FLAT = HARDWARE["h100"].__class__(
     flops=1e12, memory=1e30, nvlink=1e9, network=1e9, flops_share=1.0, memory_share=1.0, link_share=1.0, latency_s=0.0
 )
@@ -268,7 +269,7 @@ FLAT = HARDWARE["h100"].__class__(
 
 def _estimate(loads: Sequence[BucketLoad], hardware: Hardware = FLAT, **given: Any) -> StepTime:
     """Of rates that make seconds whole; as overlap="forward" has it, where nothing else is given."""
-    usual: dict[str, Any] = {"guard_bytes": 0, "ns_bytes": 2, "ns_steps": 1}
+    usual: dict[str, Any] = {"guard_bytes": 0, "ns_bytes": 2, "wire_bytes": 2, "ns_steps": 1}
     return estimate(loads, hardware, **{**usual, "overlap": True, "gathers_in_forward": True, **given})
 
 
@@ -284,6 +285,18 @@ def test_the_step_time_by_hand() -> None:
     assert (time_.newton_schulz_s, time_.communication_s, time_.exposed_s) == pytest.approx((4, 5, 5))
     halved = _estimate([one], ns_bytes=4)
     assert halved.newton_schulz_s == pytest.approx(8)
+
+
+def test_a_wider_wire_takes_longer_and_newton_schulz_does_not() -> None:
+    """1 s of exchange at 2 bytes an element; the dtype of Newton-Schulz was taken for that of the wire."""
+    load = _load(ns_flops=[10**12] * 2, gathers=True, gather_out=[10**9 // 2, 0], gather_in=[0, 10**9 // 2])
+    narrow, wide = _estimate([load]), _estimate([load], wire_bytes=4)
+    assert (narrow.communication_s, wide.communication_s) == pytest.approx((1, 2))
+    assert narrow.newton_schulz_s == wide.newton_schulz_s
+    steps = [
+        plan("llama-1b", dp_size=8, precision=Precision(exchange=dtype), compare=False).time for dtype in (None, F32)
+    ]
+    assert steps[0] is not None and steps[1] is not None and steps[1].communication_s > steps[0].communication_s
 
 
 def test_an_exchange_hides_under_the_newton_schulz_of_its_neighbour() -> None:

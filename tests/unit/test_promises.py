@@ -1,59 +1,55 @@
-"""docs/reliability.md names a test for every promise; this reads the page and looks for them."""
+"""The tables of docs/reliability.md are those that the marks on tests make."""
 
 from __future__ import annotations
 
-import ast
-import re
-from functools import cache
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
-TESTS = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`( \(slow\))?")
+from tests.promises import PAGE, TABLE, marked, promises, rewritten
+
+SECTION = """<!-- made: Crashes -->
+| promise | test |
+|---|---|
+| one | `a` |
+| two | `b` |
+<!-- end -->
+"""
 
 
-def promises(page: str) -> list[str]:
-    """The rows of the page's tables, without heads and rules."""
-    rows = [line for line in page.splitlines() if line.startswith("|")]
-    return [row for row in rows if not re.match(r"\|(-+\||\s*(promise|fault) )", row)]
+def test_the_page_is_what_the_marks_say() -> None:
+    """`python -m tests.promises` writes it."""
+    page = PAGE.read_text()
+    assert rewritten(page, promises()) == page
+    assert sum(len(rows) for rows in promises().values()) >= 80
 
 
-@cache
-def functions_of(file: Path) -> dict[str, ast.FunctionDef]:
-    return {node.name: node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
+def test_every_table_of_the_page_is_made() -> None:
+    """A promise that stands on the page alone names no test."""
+    rest = TABLE.sub("", PAGE.read_text())
+    assert "tests/" in PAGE.read_text() and "| promise |" not in rest and "::test_" not in rest
 
 
-def broken(row: str, root: Path) -> list[str]:
-    """What is wrong with the tests that a row names."""
-    found = TESTS.findall(row)
-    wrong = [] if found else ["names no test"]
-    for file, name, slow in found:
-        functions = functions_of(root / file)
-        if name not in functions:
-            wrong.append(f"{file} has no {name}")
-        elif bool(slow) != any("slow" in ast.unparse(mark) for mark in functions[name].decorator_list):
-            wrong.append(f"{name} is{'' if slow else ' not'} said to be slow")
-    return wrong
+def test_rows_keep_their_order_and_follow_their_tests() -> None:
+    found = {"Crashes": {"new": ["`c`"], "two": ["`b`"], "one": ["`a`", "`d`"]}}
+    lines = rewritten(SECTION, found).splitlines()
+    assert lines[3:6] == ["| one | `a`, `d` |", "| two | `b` |", "| new | `c` |"]
+    assert "two" not in rewritten(SECTION, {"Crashes": {"one": ["`a`"]}}), "without a test there is no promise"
 
 
-def test_every_promise_names_a_test_that_exists() -> None:
-    rows = promises((ROOT / "docs" / "reliability.md").read_text())
-    assert len(rows) > 25
-    assert {row: wrong for row in rows if (wrong := broken(row, ROOT))} == {}
+def test_a_mark_for_a_table_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no table for \['Weather'\]"):
+        rewritten(SECTION, {"Weather": {"sunny": ["`a`"]}})
 
 
-@pytest.mark.parametrize(
-    ("row", "wrong"),
-    [
-        ("| it holds | trust us |", "names no test"),
-        ("| it holds | `tests/unit/test_promises.py::test_of_nothing` |", "has no test_of_nothing"),
-        (
-            "| it holds | `tests/unit/test_promises.py::test_every_promise_names_a_test_that_exists` (slow) |",
-            "is said to be slow",
-        ),
-    ],
-)
-def test_an_empty_promise_is_seen(row: str, wrong: str) -> None:
-    assert any(wrong in text for text in broken(row, ROOT))
-    assert promises(f"| promise | test |\n|---|---|\n{row}") == [row]
+def test_slow_tests_are_said_to_be_slow() -> None:
+    source = """
+@pytest.mark.slow
+@pytest.mark.promise("Crashes", "it ends" " well")
+def test_a(): ...
+
+@pytest.mark.promise("Crashes", "it ends well")
+def test_b(): ...
+"""
+    assert list(marked(source, "t.py")) == [
+        ("Crashes", "it ends well", "`t.py::test_a` (slow)"),
+        ("Crashes", "it ends well", "`t.py::test_b`"),
+    ]

@@ -258,6 +258,7 @@ def _written(folder: Path, tensors: dict[str, tuple[Tensor, list[tuple[int, int]
     return Reader(folder, Manifest(1, dp_size, {}, "", {}, files))
 
 
+@pytest.mark.promise("Untrusted checkpoints and bad input", "Any cut of a tensor is read back in any other")
 @settings(FIXED, max_examples=60)
 @given(st.data())
 def test_any_cut_of_a_tensor_is_read_back_in_any_other(
@@ -291,6 +292,10 @@ HYPERPARAMETERS = (*NUMBERS, "nesterov", "ns_steps", "ns_coefficients", "adjust_
 FIXED_OPTIONS = tuple(Options.__dataclass_fields__)
 
 
+@pytest.mark.promise(
+    "Untrusted checkpoints and bad input",
+    "An argument of any type or value is refused by its name, or training works with it",
+)
 @pytest.mark.filterwarnings("ignore:Newton-Schulz kernels")
 @pytest.mark.parametrize("name", [*HYPERPARAMETERS, *FIXED_OPTIONS])
 def test_any_value_of_an_argument_trains_or_is_refused_by_name(name: str) -> None:

@@ -202,7 +202,7 @@ def test_routes_to_paste_are_muons_where_nothing_else_is() -> None:
     with pytest.raises(ValueError) as raised:
         distmuon.DistMuon(Stack(3, 16, 16))
     assert len(distmuon.DistMuon(Stack(3, 16, 16), routes=pasted(raised.value)).param_groups) == 2
-    with pytest.raises(ValueError, match='reshape them to matrices, or say routes="adamw"'):
+    with pytest.raises(ValueError, match='reshape them to matrices, or pass routes="adamw"'):
         distmuon.DistMuon(Stack(2, 3, 16, 16))
 
 
@@ -751,18 +751,18 @@ def test_routes_that_give_all_to_adamw_are_on_purpose() -> None:
     model = mlp(32, 64, 32)
     routes = [Route("*.bias", "adamw", options={"weight_decay": 0.0}), Route("*", "adamw")]
     assert sorted(made(model, routes=routes)) == [(1e-3, 0.0), (1e-3, 0.1)]
-    with pytest.raises(ValueError, match=r'none of 4 .*say routes="adamw"'):
+    with pytest.raises(ValueError, match=r'none of 4 .*pass routes="adamw"'):
         made(model, routes=[Route("*.weight", "adamw")])  # biases are AdamW's by default, so this may be a slip
 
 
 def test_the_refusal_of_a_model_without_muon_names_cures_that_work() -> None:
     model = net(embed=nn.Embedding(99, 32), out=nn.Linear(32, 99))
     with pytest.raises(
-        ValueError, match=r'say routes="adamw" to use AdamW on purpose, or give Muon a matrix'
+        ValueError, match=r'pass routes="adamw" to use AdamW on purpose, or give Muon a matrix'
     ) as raised:
         distmuon.DistMuon(model)
     assert rules(model, pasted(raised.value)) == {"embed.weight": "adamw", "out.weight": "muon"}
     assert made(model, routes="adamw") == [(1e-3, 0.1)]
     with pytest.raises(ValueError, match=r"none of 2 .*fewer than 2 dimensions") as raised:
         distmuon.DistMuon(nn.LayerNorm(32))
-    assert str(raised.value).endswith('say routes="adamw" to use AdamW on purpose'), "no matrix to give"
+    assert str(raised.value).endswith('pass routes="adamw" to use AdamW on purpose'), "no matrix to give"
