@@ -502,7 +502,7 @@ def _ns_on_shards(group: dist.ProcessGroup) -> Weights:
     optimizer._built()
 
     def update(self: Bucket, step: Any) -> Any:
-        updates = [self._momentum(piece, step) for piece in self.storage.muon]
+        updates = [self._update_momentum(piece, step) for piece in self.storage.muon]
         polar = []
         for piece, each in zip(self.storage.muon, updates, strict=True):
             columns = optimizer.layout.unit_of(piece.segment).columns
