@@ -10,10 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from distmuon.errors import problem
 from distmuon.layout import memory
+from distmuon.layout.given import rows_of
+from distmuon.options import Options
+from distmuon.step.given_storage import is_dtensor, local_of
 
 SILENCED = "reduces_nothing_for_distmuon"  # set by `distmuon.integrations.ddp.silence` on its wrapper
 GroupMembers = list[tuple[object, list[int]]]
@@ -35,13 +39,15 @@ def unwrap(params: Any, grad_reduction: str) -> Any:
                 "distmuon.integrations.ddp.silence)",
             )
         return _uncompiled(params.module)
-    if type(params).__module__.startswith("torch.distributed.fsdp"):
-        raise problem(
-            "params",
-            found=f"a model wrapped in {type(params).__name__}",
-            needed="whole parameters are needed (ZeRO-1)",
-            cure="pass the plain module: distmuon itself shards optimizer state and gradients",
-        )
+    for name, module in params.named_modules() if isinstance(params, nn.Module) else ():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise problem(
+                name or "params",
+                found="a model wrapped in FullyShardedDataParallel (FSDP1), whose flat parameters have no matrices",
+                needed="whole parameters (ZeRO-1), or those of FSDP2, are needed",
+                cure="pass the plain module, which distmuon itself shards, or call "
+                "torch.distributed.fsdp.fully_shard(model)",
+            )
     return params
 
 
@@ -74,10 +80,10 @@ def frozen(params: Any) -> list[tuple[str, nn.Parameter]]:
     return [(fqn, param) for fqn, param in named if not param.requires_grad]
 
 
-def _why_unfit(param: nn.Parameter, shape: tuple[int, ...]) -> str:
+def _why_unfit(param: Tensor, shape: tuple[int, ...]) -> str:
     """Why `param` cannot be trained, as a text that follows "the parameter is"; "" if it can."""
-    if type(param).__module__.startswith("torch.distributed"):
-        return "a DTensor (FSDP2 or tensor parallel)"
+    if is_dtensor(param):
+        return "a DTensor, and was a plain tensor when the optimizer was made"
     if hasattr(param, "ds_id"):
         return "partitioned by DeepSpeed (zero.Init or stage 3)"
     if param.is_complex() or not param.is_floating_point():
@@ -95,6 +101,8 @@ def check_parameters(
     model: nn.Module | None, named: Sequence[tuple[str, nn.Parameter]], shapes: Sequence[tuple[int, ...]]
 ) -> None:
     """Raise for parameters that a framework has cut, reshaped or replaced, or that are on several devices."""
+    if model is not None:
+        _check_not_sharded_since(model)
     held = None if model is None else {id(param) for param in model.parameters()}
     first_fqn, first = named[0]
     for (fqn, param), shape in zip(named, shapes):
@@ -111,12 +119,16 @@ def check_parameters(
     known = {id(param) for _, param in named}
     for fqn, param in model.named_parameters() if model is not None else ():
         if param.requires_grad and param.numel() and id(param) not in known:
-            raise problem(
-                fqn,
-                found="it is trainable now, but was absent or frozen when the optimizer was made",
-                needed="the layout holds no state for it",
-                cure="make a new DistMuon once the model is complete",
-            )
+            raise _trainable_since(fqn)
+
+
+def _trainable_since(fqn: str) -> ValueError:
+    return problem(
+        fqn,
+        found="it is trainable now, but was absent or frozen when the optimizer was made",
+        needed="the layout holds no state for it",
+        cure="make a new DistMuon once the model is complete",
+    )
 
 
 def check_memory(named: Sequence[tuple[str, nn.Parameter]]) -> None:
@@ -150,6 +162,162 @@ def check_memory(named: Sequence[tuple[str, nn.Parameter]]) -> None:
             needed="different Parameters must not share memory",
             cure="tie weights as modules do, module.weight = other.weight (not .data), before DistMuon is made",
         )
+
+
+def _is_fsdp2(module: nn.Module) -> bool:
+    return any(kind.__module__.startswith("torch.distributed.fsdp") for kind in type(module).__mro__)
+
+
+def _check_not_sharded_since(model: nn.Module) -> None:
+    """Raise if `fully_shard` was called after DistMuon was made: the model holds other parameters since."""
+    for name, module in model.named_modules():
+        if _is_fsdp2(module):
+            raise problem(
+                name or "model",
+                found="fully_shard was called after DistMuon was made, and has put other parameters into the model",
+                needed="the optimizer must be made of those",
+                cure="call fully_shard(model) first, then make DistMuon(model, lr=...)",
+            )
+
+
+def sharded(params: Any, named: Sequence[tuple[str, nn.Parameter]]) -> bool:
+    """Whether FSDP2 has cut the trained parameters. Raises, naming the first, for what is neither plain nor cut
+    by rows over one mesh of one dimension.
+
+    `params`: a module, or what else the optimizer was given, `listed`.
+    """
+    is_module = isinstance(params, nn.Module)
+    of_fsdp2 = [module for module in params.modules() if _is_fsdp2(module)] if is_module else []
+    if not of_fsdp2 and not any(is_dtensor(param) for _, param in named):
+        return False
+    reached = {id(param) for module in of_fsdp2 for param in module.parameters()}
+    mesh: Any = None
+    for fqn, param in named:
+        if not is_dtensor(param) and is_module and not of_fsdp2:
+            continue  # the first DTensor is refused
+        if not is_dtensor(param):
+            raise problem(
+                fqn,
+                found="it is trained and is a plain tensor in a model that fully_shard has cut",
+                needed="FSDP2 must hold it, or nobody averages its gradient",
+                cure="leave it out of ignored_params; if the last forward ended without a backward, call "
+                "model.reshard() before DistMuon is made",
+            )
+        placed: Any = param
+        mesh = placed.device_mesh if mesh is None else mesh
+        found = _not_by_rows(placed, mesh)
+        if not found and is_module and id(param) not in reached:
+            found = "a DTensor that fully_shard has not made (tensor parallel?)"
+        if found:
+            raise problem(
+                fqn,
+                found=f"the parameter is {found}",
+                needed="fully_shard's rows, Shard(0), on one mesh of one dimension are needed",
+                cure="call fully_shard(model, mesh=init_device_mesh(device, (world_size,))) alone, without "
+                "parallelize_module, shard_placement_fn, offloading or a second mesh; a plain model is sharded by "
+                "DistMuon itself",
+            )
+    return True
+
+
+def _not_by_rows(param: Any, mesh: Any) -> str:
+    """How a DTensor is placed, if not by rows over `mesh`, or what its local tensor is instead of plain memory."""
+    from torch.distributed.tensor import Shard
+
+    kinds = [type(placement).__name__ for placement in param.placements]
+    if param.device_mesh.ndim == 2 and kinds == ["Replicate", "Shard"]:
+        return "sharded and replicated over a mesh of two dimensions (HSDP)"
+    if param.device_mesh.ndim != 1:
+        return f"placed {param.placements} over a mesh of {param.device_mesh.ndim} dimensions (tensor parallel, HSDP)"
+    if type(param.placements[0]) is not Shard or param.placements[0].dim != 0:
+        return f"placed {param.placements}"
+    if param.device_mesh != mesh:
+        return "on another mesh than the first parameter"
+    local = local_of(param)
+    if type(local) is not Tensor:
+        return f"a DTensor of {type(local).__name__}"
+    if local.device.type != param.device_mesh.device_type and not local.is_meta:
+        return f"offloaded to {local.device} from a mesh of {param.device_mesh.device_type}"
+    return ""
+
+
+def group_of_mesh(param: nn.Parameter, given: Any) -> Any:
+    """The process group of the mesh of a sharded parameter. Raises if the user has `given` other ranks."""
+    placed: Any = param
+    group = placed.device_mesh.get_group()
+    if given is not None:
+        ranks, ours = dist.get_process_group_ranks(given), dist.get_process_group_ranks(group)
+        if ranks != ours:
+            raise problem(
+                "process_group",
+                found=f"ranks {ranks}",
+                needed=f"the ranks of the parameters' mesh, {ours}, are needed",
+                cure="leave process_group out: under FSDP2 it is the mesh's",
+            )
+    return None if group is dist.group.WORLD else group
+
+
+def check_options_when_sharded(options: Options) -> None:
+    """Raise for options that FSDP2 decides, or that mean nothing there, unless they are at their default."""
+    sharding, precision = options.sharding, options.precision
+    for name, value, default, why in (
+        ("sharding.packing", sharding.packing, "balanced", "FSDP2 has cut the parameters"),
+        ("sharding.param_gather", sharding.param_gather, "parameters", "FSDP2 gathers parameters by itself"),
+        ("sharding.release_grads", sharding.release_grads, False, "FSDP2 holds the gradients"),
+        ("sharding.overlap", sharding.overlap == "forward", False, "FSDP2 gathers parameters in its own forward"),
+        ("precision.reduce", precision.reduce, torch.float32, "FSDP2 reduces: MixedPrecisionPolicy(reduce_dtype=...)"),
+        ("verify_every", options.verify_every, 0, "no rank holds what another does, so there is nothing to compare"),
+    ):
+        if value != default:
+            raise problem(
+                name,
+                found="set for a model that fully_shard has cut",
+                needed=f"its default is needed: {why}",
+                cure="leave it out",
+            )
+    if precision.momentum == torch.int8:
+        raise problem(
+            "precision.momentum",
+            found="int8 for a model that fully_shard has cut",
+            needed="float32 or bfloat16 is needed: scales of blocks have no placement of a DTensor",
+            cure="pass Precision(momentum=torch.bfloat16)",
+        )
+    if precision.master == "remainder":
+        raise problem(
+            "precision.master",
+            found='"remainder" for a model that fully_shard has cut',
+            needed="float32 is needed: torch's checkpoints would take the missing 16 bits for a master, and cast them",
+            cure='pass Precision(master="float32")',
+        )
+
+
+def check_shards(
+    model: nn.Module | None,
+    named: Sequence[tuple[str, nn.Parameter]],
+    shapes: Sequence[tuple[int, ...]],
+    dp_rank: int,
+    dp_size: int,
+) -> None:
+    """Raise for sharded parameters whose local tensors are not what the layout says, or that are none to train."""
+    for (fqn, param), shape in zip(named, shapes):
+        local = local_of(param)
+        start, stop = rows_of(shape[0], dp_size, dp_rank)
+        found = "no longer a DTensor" if not is_dtensor(param) else _why_unfit(local, (stop - start, *shape[1:]))
+        if not found and tuple(param.shape) != shape:
+            found = f"of shape {tuple(param.shape)} now, {shape} when the optimizer was made"
+        if not found and not local.is_contiguous():
+            found = f"of local strides {local.stride()}"
+        if found:
+            raise problem(
+                fqn,
+                found=f"on rank {dp_rank} the parameter is {found}",
+                needed=f"rows {start} to {stop} of {shape}, real numbers in row-major order, are needed",
+                cure="initialize and cast the model first, and let fully_shard cut it",
+            )
+    known = {fqn for fqn, _ in named}
+    for fqn, param in model.named_parameters() if model is not None else ():
+        if param.requires_grad and param.numel() and fqn not in known:
+            raise _trainable_since(fqn)
 
 
 def is_ordinary(model: nn.Module, params: Sequence[nn.Parameter]) -> bool:

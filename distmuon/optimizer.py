@@ -15,6 +15,10 @@ once, with zero gradients and lr 0, to create its state. If the optimizer has no
 no momentum, no AdamW step, no metrics. A plain `state_dict` builds nothing, since engines that move and cast the model
 afterwards (accelerate) also call it.
 
+[Note: FSDP2] If `fully_shard` has cut the parameters, its hooks gather, reduce and scatter, and DistMuon registers
+none. Gradients arrive averaged in `param.grad`, as shards. State is made at the first step, or on this rank alone when
+state is loaded; all ranks compare their plans before the first step. No values are sent: each rank has its shard.
+
 [Note: wrappers that subclass] Fabric and Lightning make their wrappers as subclasses of the wrapped optimizer's class,
 without its `__init__`; they forward only attributes that they do not find. DistMuon's methods would run on the wrapper
 and write into it. So in a class with bases other than optimizers, every public method of DistMuon is delegated to the
@@ -60,6 +64,7 @@ from distmuon.options import (
 )
 from distmuon.step import initial_values
 from distmuon.step.engine import Engine
+from distmuon.step.given_storage import local_of
 from distmuon.step.hooks import Hooks
 from distmuon.step.local_state import LocalState
 from distmuon.step.metrics import Metrics
@@ -89,7 +94,8 @@ class DistMuon(torch.optim.Optimizer):
         routes: decisions that override the defaults, first match wins; ``"adamw"``: no Muon, on purpose.
         sharding: a `distmuon.Sharding`: how parameters are cut over the ranks, which tensors travel, and when.
         precision: a `distmuon.Precision`: the dtypes in which tensors are kept, computed and sent.
-        process_group: the data-parallel group. None: the default group, or a single rank without torch.distributed.
+        process_group: the data-parallel group. None: the default group, or a single rank without torch.distributed;
+            under FSDP2 the mesh's group.
         exchange_group: a second group of the same ranks for the exchange of matrix pieces, so that on NCCL it does not
             queue behind all-gathers. None: process_group.
         grad_reduction: "reduce_scatter" (by DistMuon, under backward) or "external" (gradients arrive averaged).
@@ -104,6 +110,8 @@ class DistMuon(torch.optim.Optimizer):
     parameters and module buffers are broadcast; then parameters live in flat storage and must not be moved. After
     backward the gradient is in the reduction, and the placeholder in ``param.grad`` raises when it is used. In a single
     process, and with ``grad_reduction="external"``, gradients stay in ``param.grad``, as with any torch optimizer.
+    If `torch.distributed.fsdp.fully_shard` has cut the model, nothing moves and nothing is broadcast: lines 2 to 6 run
+    on its shards, and gradients and state are DTensors.
     Raises `ValueError` with the cure for any setup that would train wrongly.
     """
 
@@ -112,6 +120,7 @@ class DistMuon(torch.optim.Optimizer):
     _consolidated: dict[int, dict[str, Tensor]] | None = None  # {}: kept on rank `_consolidated_on`
     _consolidated_on = -1
     _local_state: LocalState  # set when buffers are built
+    _agreed = False  # all ranks have compared their plans
 
     def __init__(
         self,
@@ -169,6 +178,11 @@ class DistMuon(torch.optim.Optimizer):
         self._frozen = checks.frozen(params)
         self._specs = tuple(spec for spec, _ in routed)
         self._params = [param for _, param in routed]
+        self._sharded = checks.sharded(params, self._named())
+        if self._sharded:  # see [Note: FSDP2]
+            checks.check_options_when_sharded(self.options)
+            process_group = checks.group_of_mesh(self._params[0], process_group)
+            self.options = replace(self.options, grad_reduction="external")
         groups, self._group_by_param = make_groups(routed, start)
         for group in groups:  # schedulers write into tensors, group by group
             group.update((key, value.clone()) for key, value in group.items() if isinstance(value, Tensor))
@@ -199,7 +213,7 @@ class DistMuon(torch.optim.Optimizer):
                 cure="pass the model itself, or Sharding(overlap=True)",
             )
         self._gathers_in_forward = gathers_in_forward and self.group.dp_size > 1
-        self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward)
+        self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward, silent=self._sharded)
         self.register_step_pre_hook(_wait_params)  # before the user's hooks, which may read parameters
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -218,8 +232,10 @@ class DistMuon(torch.optim.Optimizer):
         """Make the layout of the parameters as they are now; engines may move and cast them until buffers are built."""
         self.group.check_current()
         self.check_parameters()
-        checks.check_memory(self._named())
-        stays = memory.stays(self._params, self._model)
+        stays = [False] * len(self._params)
+        if not self._sharded:
+            checks.check_memory(self._named())
+            stays = memory.stays(self._params, self._model)
         current = zip(self._specs, self._params, stays)
         self._specs = tuple(replace(spec, dtype=param.dtype, stays=kept) for spec, param, kept in current)
         self.options.check_dtypes([(spec.fqn, spec.dtype) for spec in self._specs])
@@ -227,7 +243,7 @@ class DistMuon(torch.optim.Optimizer):
         return make_layout(
             self._specs,
             self.group.dp_size,
-            packing=sharding.packing,
+            packing="given" if self._sharded else sharding.packing,
             placement=sharding.placement,
             bucket_mb=sharding.bucket_mb,
         )
@@ -238,12 +254,8 @@ class DistMuon(torch.optim.Optimizer):
         `values_used`: whether a forward has run, so that the ranks must hold the same values. `to_train`: whether
         training starts with these values, not with those of a checkpoint.
         """
-        self.group.take_number()
-        self.layout = raise_together(self.group, self._make_layout, stage="comparison of the plans")
+        self._agree()
         fqns = [spec.fqn for spec in self._specs]
-        lines = [f"{s.fqn} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
-        agree_on_plan(repr(lines), lines, self.group)
-        self.verify_options(also=self.layout.fingerprint())
         held = initial_values.held(self._named(), self._model, buffers=self.options.broadcast_buffers)
         initial_values.agree_on(held, self.group)
         if any(self.group.gather_objects(values_used, stage="comparison of the plans")):
@@ -251,6 +263,18 @@ class DistMuon(torch.optim.Optimizer):
         initial_values.send(held, self.group, self._params[0].device)
         if to_train:
             initial_values.check_finite(initial_values.not_finite(fqns, self._params))
+        self._make_engine()
+
+    def _agree(self) -> None:
+        """Raise on all ranks unless all made the same layout with the same options. Collective, once."""
+        self.group.take_number()
+        self.layout = raise_together(self.group, self._make_layout, stage="comparison of the plans")
+        lines = [f"{s.fqn} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
+        agree_on_plan(repr(lines), lines, self.group)
+        self.verify_options(also=self.layout.fingerprint())
+        self._agreed = True
+
+    def _make_engine(self) -> None:
         self._engine = Engine(
             self.layout,
             self._params,
@@ -268,10 +292,43 @@ class DistMuon(torch.optim.Optimizer):
 
     def _built(self, *, values_used: bool = False, to_train: bool = True) -> Engine:
         self._hooks.check_active(self)
+        if self._sharded and not self._agreed:
+            self._agree_on_shards(to_train=to_train)
         if self._engine is None:
             with torch.inference_mode(False):
                 self._build(values_used=values_used, to_train=to_train)
             assert self._engine is not None
+        return self._engine
+
+    def _agree_on_shards(self, *, to_train: bool) -> None:
+        """The plan of all ranks, and this rank's state if there is none yet. Collective, once."""
+        made = self.layout if self._engine is not None else None
+        self._agree()
+        if made is not None and made != self.layout:
+            raise problem(
+                "model",
+                found="its parameters changed between the first call for the optimizer's state and the first step",
+                needed="parameters keep dtype, device and placement once there is state",
+                cure="cast, move and shard the model first, then make DistMuon",
+            )
+        if to_train:
+            fqns, rows = [spec.fqn for spec in self._specs], [local_of(param) for param in self._params]
+            broken = [i for i, fqn in enumerate(fqns) if rows[i].numel() and not bool(rows[i].isfinite().all())]
+            raise_together(
+                self.group,
+                lambda: initial_values.check_finite([fqns[i] for i in broken], f" on rank {self.group.dp_rank}"),
+                stage="comparison of the first values",
+            )
+        self._built_here()
+
+    def _built_here(self) -> Engine:
+        """This rank's state of the shards that it was given; asks no other rank. See [Note: FSDP2]."""
+        self._hooks.check_active(self)
+        if self._engine is None:
+            with torch.inference_mode(False):
+                self.layout = self._make_layout()
+                self._make_engine()
+        assert self._engine is not None
         return self._engine
 
     def verify_options(self, also: str = "") -> None:
@@ -285,7 +342,11 @@ class DistMuon(torch.optim.Optimizer):
 
     def check_parameters(self) -> None:
         """Raise unless the parameters are those for which the layout was made."""
-        checks.check_parameters(self._model, self._named(), [spec.shape for spec in self._specs])
+        shapes = [spec.shape for spec in self._specs]
+        if self._sharded:
+            checks.check_shards(self._model, self._named(), shapes, self.group.dp_rank, self.group.dp_size)
+        else:
+            checks.check_parameters(self._model, self._named(), shapes)
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return [(spec.fqn, param) for spec, param in zip(self._specs, self._params)]
@@ -472,14 +533,16 @@ class DistMuon(torch.optim.Optimizer):
     # --------------------------------------------------------------------------------------------------------- state
 
     def full_state_dict(self) -> dict[str, Any]:
-        """Like `state_dict`, but builds the buffers first if needed."""
-        if self._engine is None:
+        """Like `state_dict`, but builds the buffers first if needed. Under FSDP2 too the full state. Collective."""
+        if self._engine is None and not self._sharded:
             self._meet("full_state_dict")
         self._built(to_train=False)
-        return self.state_dict()
+        return self._whole_state(self._packed()) if self._sharded else self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """Gather the full state of every parameter on the CPU of every rank, in torch.optim's format.
+
+        Under FSDP2: this rank's shards instead, as DTensors, without communication.
 
         The state is empty before the first step or forward. Collective, except after `consolidate_state_dict`. Entries
         that the user has added to `optimizer.state` on this rank are included. Raises `ValueError`, within half a
@@ -491,13 +554,17 @@ class DistMuon(torch.optim.Optimizer):
             state = state if changed is None else changed
         return state
 
-    def _packed_state(self) -> dict[str, Any]:
+    def _packed(self) -> dict[str, Any]:
+        """What stands in `optimizer.state`, as torch.optim packs it, before users' hooks."""
         post_hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
         try:
-            packed = super().state_dict()
+            return super().state_dict()
         finally:
             self._optimizer_state_dict_post_hooks = post_hooks
-        if self._engine is None:
+
+    def _packed_state(self) -> dict[str, Any]:
+        packed = self._packed()
+        if self._engine is None or self._sharded:
             return packed
         if self._consolidated is not None and not self._consolidated:
             raise problem(
@@ -506,7 +573,12 @@ class DistMuon(torch.optim.Optimizer):
                 needed="a rank that calls it alone needs the consolidated state",
                 cure="call it on that rank, or call optimizer.consolidate_state_dict() on all ranks to keep it on all",
             )
+        return self._whole_state(packed)
+
+    def _whole_state(self, packed: dict[str, Any]) -> dict[str, Any]:
+        """Every parameter's whole state in the place of this rank's part of it. Collective, unless consolidated."""
         state = self._consolidated if self._consolidated is not None else self._gathered("state_dict")
+        assert self._engine is not None
         storage, groups = self._engine.storage, self.param_groups
         extra = full_state.numbered(storage, groups, self._local_state.extra_of(self.state))
         entries: dict[Any, Any] = {number: {**entry, **extra[number]} for number, entry in state.items()}
@@ -549,7 +621,7 @@ class DistMuon(torch.optim.Optimizer):
 
         State keeps this optimizer's dtypes; saved masters become the parameters. A parameter that was saved under
         another rule raises, or with "reset" starts without state. Errors are raised on all ranks, before anything is
-        changed.
+        changed. Under FSDP2 a rank loads alone: full tensors, or DTensors with the parameters' placement.
         """
 
         def check() -> tuple[dict[str, Any], bool]:
@@ -562,6 +634,9 @@ class DistMuon(torch.optim.Optimizer):
             full_state.load_groups(rerouted["param_groups"], [dict(group) for group in self.param_groups])
             return rerouted, full_state.is_empty(rerouted)
 
+        if self._sharded:
+            self._load_shards(*check())
+            return
         self.group.begin("load_state_dict")
         checked, empty = raise_together(self.group, check, stage="load_state_dict")
         emptiness = self.group.gather_objects(empty, stage="load_state_dict")
@@ -581,10 +656,25 @@ class DistMuon(torch.optim.Optimizer):
             full_state.load_full_state(engine.storage, states)
             engine.gather_all()
             self._local_state.load_extra(self.state, beside)
+        self._finish_load(checked)
+
+    def _load_shards(self, taken: dict[str, Any], empty: bool) -> None:
+        """`load_state_dict` under FSDP2."""
+        if not empty or self._engine is not None:
+            engine = self._built_here()
+            self._local_state.take_back(self.state)
+            engine.storage.absorb_external_writes()
+            states, beside = full_state.states_of(engine.storage, self.param_groups, taken)
+            self._local_state.load(states)
+            self._local_state.load_extra(self.state, beside)
+        self._finish_load(taken)
+
+    def _finish_load(self, taken: dict[str, Any]) -> None:
+        """The parts of a state that are no parameter's."""
         for key in full_state.entries_beside(torch.optim.Optimizer.state_dict(self)):
             del self.state[key]
-        self.state.update(full_state.entries_beside(checked))
-        full_state.load_groups(checked["param_groups"], self.param_groups)
+        self.state.update(full_state.entries_beside(taken))
+        full_state.load_groups(taken["param_groups"], self.param_groups)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -618,6 +708,14 @@ class DistMuon(torch.optim.Optimizer):
                 needed=f"a rank of the group, 0 to {size - 1}, or None is needed",
                 cure="pass None to keep the state on all ranks",
             )
+        if self._sharded:
+            raise problem(
+                "consolidate_state_dict",
+                found="called under FSDP2",
+                needed="state_dict() has this rank's shards there and asks no other rank",
+                cure="call full_state_dict() on all ranks, or torch.distributed.checkpoint.state_dict's "
+                "get_optimizer_state_dict",
+            )
         self._consolidated = None
         if self._engine is None:
             return
@@ -631,7 +729,7 @@ class DistMuon(torch.optim.Optimizer):
 
         It is false after any backward, since a backward builds. See [Note: the step of torch's state helpers].
         """
-        grads = [param.grad for param in self._params]
+        grads = [None if param.grad is None else local_of(param.grad) for param in self._params]
         if self._engine is not None or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
         return all(grad is not None and not bool(grad.any()) for grad in grads)
@@ -639,7 +737,7 @@ class DistMuon(torch.optim.Optimizer):
     def _build_for_state_helper(self) -> bool:
         """Build; return whether this is, on all ranks, the step of torch's state helpers, which ends here."""
         is_helper_step = self._is_state_helper_step()
-        if is_helper_step:
+        if is_helper_step and not self._sharded:
             self._meet("the first step of torch's state_dict helpers")
         self._built(values_used=not is_helper_step and self._has_gradients(), to_train=not is_helper_step)
         if any(float(group["lr"]) != 0.0 for group in self.param_groups):  # building has compared lr between ranks

@@ -17,7 +17,7 @@ from torch import Tensor
 from distmuon.comm.group import DataParallelGroup
 from distmuon.errors import problem
 from distmuon.options import check_groups, is_number, one_of
-from distmuon.step.storage import FlatStorage, Storage
+from distmuon.step.storage import BucketStorage, Storage
 
 # Keys of torch.optim's Muon and AdamW and of distmuon; all other keys of a parameter's state belong to the user.
 _KEPT = frozenset({"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "master"})
@@ -35,7 +35,7 @@ def gather_full_state(storage: Storage, group: DataParallelGroup, keep: bool = T
         for key in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
             if key != "master" and not any(key in storage.keys_of(index) for index in bucket.spec.params):
                 continue
-            shard = _shard_of(bucket, key)
+            shard = _shard_of(bucket, key, storage.device)
             if shard is None:
                 continue
             flat = shard.new_empty(group.dp_size * shard.numel())
@@ -117,7 +117,7 @@ def load_full_state(storage: Storage, by_param: Mapping[int, Mapping[str, Any]])
                 start = piece.segment.param_offset
                 part = {key: t.reshape(-1)[start : start + piece.segment.length] for key, t in full.items()}
                 if "momentum_buffer" in part:
-                    momentum = part["momentum_buffer"].to(masters.device, torch.float32)
+                    momentum = part["momentum_buffer"].to(storage.device, torch.float32)
                     part.update(storage.momentum.encode(momentum))
                 for key, tensor in piece.state.items():
                     if key == "step" and key in state:
@@ -127,7 +127,7 @@ def load_full_state(storage: Storage, by_param: Mapping[int, Mapping[str, Any]])
                     else:
                         tensor.zero_()
                 if "master" in part:
-                    piece.cut(masters).copy_(part["master"])
+                    masters(piece).copy_(part["master"])
 
 
 def _by_number(states: Mapping[Any, Mapping[str, Any]], keys: Sequence[Any]) -> dict[int, Mapping[str, Any]]:
@@ -333,16 +333,16 @@ def is_empty(state_dict: Mapping[str, Any]) -> bool:
     return True
 
 
-def _shard_of(bucket: FlatStorage, key: str) -> Tensor | None:
+def _shard_of(bucket: BucketStorage, key: str, device: torch.device) -> Tensor | None:
     """This rank's shard of `key`, with zeros where no piece has it; None if the master is the parameter itself."""
     if key == "master":
         return bucket.decoded_masters() if bucket.has_master else None
     if key != "momentum_buffer":
-        shard = torch.zeros_like(bucket.param_shard, dtype=torch.float32)
+        shard = torch.zeros(bucket.spec.shard_size, dtype=torch.float32, device=device)
         for piece in bucket.adamw:
             piece.cut(shard).copy_(piece.state[key])
         return shard
-    shard = torch.zeros_like(bucket.param_shard, dtype=bucket.momentum.decoded)
+    shard = torch.zeros(bucket.spec.shard_size, dtype=bucket.momentum.decoded, device=device)
     for piece in bucket.muon:
         piece.cut(shard).copy_(bucket.momentum.decode(piece.state))
     return shard

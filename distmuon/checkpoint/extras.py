@@ -15,7 +15,7 @@ import struct
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from distmuon.checkpoint.archives import MAX_NESTING, check_small
 from distmuon.checks import unwrap
 from distmuon.comm.agreement import bit_sums
 from distmuon.errors import problem
+from distmuon.step.given_storage import cut_alike
 
 _EXTRA = "_extra_state"
 _LOG = logging.getLogger("distmuon")
@@ -72,7 +73,7 @@ class UntrainedTensors:
     `non_dense`: sparse and quantised tensors. `extra`: modules with `get_extra_state`, and its result.
     `unknown`: entries without a parameter, buffer or extra state; a hook or an override of `state_dict` added them.
     `skipped`: tensors that have no values of their own on this rank (meta, DTensor, opaque subclasses); they are not
-    saved.
+    saved. `rows`: DTensors that are cut as the trained parameters are.
     """
 
     plain: dict[str, Tensor]
@@ -80,10 +81,11 @@ class UntrainedTensors:
     extra: dict[str, tuple[nn.Module, Any]]
     unknown: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """The names of all entries that are saved."""
-        return [*self.plain, *self.non_dense, *self.extra]
+        return [*self.plain, *self.non_dense, *self.extra, *self.rows]
 
 
 def untrained_tensors(model: nn.Module, trained: Sequence[nn.Parameter]) -> UntrainedTensors:
@@ -98,8 +100,11 @@ def untrained_tensors(model: nn.Module, trained: Sequence[nn.Parameter]) -> Untr
     non_dense: dict[str, Tensor] = {}
     extra: dict[str, tuple[nn.Module, Any]] = {}
     skipped: list[str] = []
+    rows: dict[str, Tensor] = {}
     for fqn, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if id(tensor) not in trained_ids and (fqn in state or _address(tensor) in kept_addresses):
+        if id(tensor) not in trained_ids and fqn in state and cut_alike(tensor, trained[0]):
+            rows[fqn] = tensor
+        elif id(tensor) not in trained_ids and (fqn in state or _address(tensor) in kept_addresses):
             try:
                 parts = dict(plain_parts(fqn, tensor))
             except ValueError:  # a tensor that cannot be saved does not stop the save; it is logged
@@ -111,7 +116,7 @@ def untrained_tensors(model: nn.Module, trained: Sequence[nn.Parameter]) -> Untr
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             fqn = f"{prefix}.{_EXTRA}" if prefix else _EXTRA
             extra[fqn] = module, state[fqn] if fqn in state else module.get_extra_state()
-    return UntrainedTensors(plain, non_dense, extra, tuple(_unknown(model, state)), tuple(skipped))
+    return UntrainedTensors(plain, non_dense, extra, tuple(_unknown(model, state)), tuple(skipped), rows)
 
 
 def _unknown(model: nn.Module, state: Mapping[str, Any]) -> list[str]:

@@ -189,7 +189,8 @@ def save_checkpoint(
     saving.all_do(lambda: folder.begin(final, save_id) if rank == 0 else None)
     saving.all_do(lambda: folder.check_shared(final, save_id))
     staging = folder.staging_folder(final, save_id)
-    parts: Iterable[tensors.Part] = tensors.parts_of(storage, untrained.plain, group.dp_size, shared, alike)
+    parts: Iterable[tensors.Part]
+    parts = tensors.parts_of(storage, untrained.plain, untrained.rows, group.dp_size, shared, alike)
     trained = {s.fqn: {"shape": s.shape, "dtype": str(s.dtype), "rule": s.rule} for s in storage.layout.specs}
     manifest = Manifest(FORMAT, group.dp_size, versions(), repr(optimizer.options), trained, {})
     if not asynchronous:

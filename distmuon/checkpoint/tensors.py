@@ -56,8 +56,10 @@ from distmuon.checkpoint.manifest import (
     table_file,
 )
 from distmuon.layout.boxes import MAX_DIMS, Box, boxes, ranges_of, tiles_exactly
+from distmuon.layout.given import rows_of
 from distmuon.layout.routing import ParamSpec
-from distmuon.step.storage import FlatStorage, ShardPiece, Storage
+from distmuon.step.given_storage import local_of
+from distmuon.step.storage import BucketStorage, ShardPiece, Storage
 
 UntrainedTensors = Mapping[str, Tensor]
 
@@ -65,22 +67,22 @@ UntrainedTensors = Mapping[str, Tensor]
 # ------------------------------------------------------------------------------ access to a piece's state
 
 
-def keys_of(bucket: FlatStorage, piece: ShardPiece) -> tuple[str, ...]:
+def keys_of(bucket: BucketStorage, piece: ShardPiece) -> tuple[str, ...]:
     """The keys under which a piece's state is saved, beside the parameter itself."""
     kept = [key for key in piece.state if key != "momentum_scale"]
     return ("master", *kept) if bucket.has_master else tuple(kept)
 
 
-def read_value(bucket: FlatStorage, piece: ShardPiece, key: str) -> Tensor:
+def read_value(bucket: BucketStorage, piece: ShardPiece, key: str) -> Tensor:
     """The logical value of `key`, (length,) or for "step" 0-d, in the dtype in which it is saved. May be a view."""
     if key == "param":
-        return piece.cut(bucket.param_shard)
+        return bucket.param_of(piece)
     if key == "momentum_buffer":
         return bucket.momentum.decode(piece.state)
     return bucket.master_of(piece) if key == "master" else piece.state[key]
 
 
-def write_value(bucket: FlatStorage, piece: ShardPiece, key: str, value: Tensor) -> None:
+def write_value(bucket: BucketStorage, piece: ShardPiece, key: str, value: Tensor) -> None:
     """Write the logical value of `key`, with the shape that `read_value` gives, of any dtype and device.
 
     The caller always writes "master"; the parameter follows from it, on other ranks when the bucket is gathered.
@@ -118,9 +120,16 @@ class Part:
 
 
 def parts_of(
-    storage: Storage, untrained: UntrainedTensors, dp_size: int, shared: Sequence[str], alike: Collection[str]
+    storage: Storage,
+    untrained: UntrainedTensors,
+    rows: UntrainedTensors,
+    dp_size: int,
+    shared: Sequence[str],
+    alike: Collection[str],
 ) -> Iterator[Part]:
     """The parts that this rank saves: its pieces of the trained parameters and their state, and `untrained` tensors.
+
+    Of `rows`, tensors that are not trained and cut as those that are, it saves its rows.
 
     Of the untrained tensors that are `alike` on all ranks it saves its share, and all of those that are not. `shared`:
     the names that all ranks hold, alike or not, in the same order everywhere. If a shared tensor differs by rank, rank
@@ -136,6 +145,9 @@ def parts_of(
                     yield Part(name, spec.shape, start, _reader(bucket, piece, key))
                 elif start == 0:
                     yield Part(name, (), 0, _reader(bucket, piece, key))
+    for fqn, tensor in rows.items():
+        start, elements = _own_rows(storage, tensor)
+        yield Part(("model", fqn), tuple(tensor.shape), start, _resolver(elements))
     dealt = [fqn for fqn in shared if fqn in alike][storage.dp_rank :: dp_size]
     for fqn, tensor in untrained.items():
         if fqn in dealt or (storage.dp_rank == 0 and fqn in shared and fqn not in alike):
@@ -144,12 +156,27 @@ def parts_of(
             yield Part(("rank", str(storage.dp_rank), fqn), tuple(tensor.shape), 0, _resolver(tensor))
 
 
+def _own_rows(storage: Storage, tensor: Tensor) -> tuple[int, Tensor]:
+    """(the first element, this rank's) of a DTensor that is cut as the trained parameters are; a view."""
+    first, _ = rows_of(tensor.shape[0], storage.layout.dp_size, storage.dp_rank)
+    return first * prod(tensor.shape[1:]), local_of(tensor).detach().view(-1)
+
+
+def read_rows(reader: Reader, storage: Storage, rows: UntrainedTensors) -> list[tuple[Tensor, Tensor]]:
+    """(this rank's rows, what they shall be) of frozen tensors that are cut as the trained parameters are."""
+    found = []
+    for fqn, tensor in rows.items():
+        start, elements = _own_rows(storage, tensor)
+        found.append((elements, reader.read(f"model.{fqn}", start, elements.numel())))
+    return found
+
+
 def _resolver(tensor: Tensor) -> Callable[[], Tensor]:
     """Make a function that returns the tensor without lazy conjugation and negation, which a file cannot express."""
     return lambda: tensor.detach().resolve_conj().resolve_neg()
 
 
-def _reader(bucket: FlatStorage, piece: ShardPiece, key: str) -> Callable[[], Tensor]:
+def _reader(bucket: BucketStorage, piece: ShardPiece, key: str) -> Callable[[], Tensor]:
     return lambda: read_value(bucket, piece, key)
 
 
@@ -350,10 +377,11 @@ def _table(path: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def missing_from(
-    reader: Reader, storage: Storage, fresh: set[str], untrained: UntrainedTensors, rank: int
+    reader: Reader, storage: Storage, fresh: set[str], untrained: UntrainedTensors, rows: UntrainedTensors, rank: int
 ) -> list[str]:
     """Describe the tensors that a load needs but that are absent or of another shape. Reads no data."""
-    needed = {reader.untrained_key(fqn, rank): tuple(tensor.shape) for fqn, tensor in untrained.items()}
+    needed = {f"model.{fqn}": tuple(tensor.shape) for fqn, tensor in rows.items()}
+    needed |= {reader.untrained_key(fqn, rank): tuple(tensor.shape) for fqn, tensor in untrained.items()}
     for bucket in storage.buckets:
         for piece in bucket.muon + bucket.adamw:
             spec = storage.layout.specs[piece.segment.param]
@@ -372,7 +400,7 @@ def _starts_anew(reader: Reader, spec: ParamSpec, key: str, fresh: set[str]) -> 
 
 
 def read_bucket(
-    reader: Reader, storage: Storage, bucket: FlatStorage, fresh: set[str]
+    reader: Reader, storage: Storage, bucket: BucketStorage, fresh: set[str]
 ) -> list[tuple[ShardPiece, str, Tensor]]:
     """Values for `write_value`: masters and state of this rank's pieces, zeros for the state of `fresh` parameters."""
     values: list[tuple[ShardPiece, str, Tensor]] = []

@@ -95,7 +95,7 @@ def read_module(model: nn.Module) -> Structure:
             *around, _, stands_for = parts
             owner, parts = modules.get(".".join(around)), around
         elif parts[-1:] != ["parametrizations"] and "parametrizations" not in parts:
-            classes[unwrapped(parts)] = type(module)
+            classes[unwrapped(parts)] = _class_of(module)
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             name = _parametrized(module, name, stands_for)
             uses.append(_use(first[id(param)], unwrapped(parts), name, param, owner))
@@ -112,6 +112,13 @@ def unwrapped(parts: Iterable[str]) -> Path:
             kept.append(part)
         copied = part == "modules_to_save"
     return tuple(kept)
+
+
+def _class_of(module: nn.Module) -> type:
+    """The class that the model's author wrote: `fully_shard` replaces it by a subclass."""
+    kind = type(module)
+    first, *others = kind.__bases__
+    return others[0] if first.__module__.startswith("torch.distributed.fsdp") and others else kind
 
 
 def _declared_head(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -171,7 +178,7 @@ def _by_type(module: nn.Module, name: str, param: nn.Parameter) -> tuple[Kind, s
         kind = "recurrent"
         reason = "recurrent weight"
         is_weight = name.startswith("weight_")
-    elif (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+    elif (_class_of(module).__module__, _class_of(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
         kind = "stored (in, out)"
         reason = "linear stored (in, out)"
         is_weight = name == "weight"

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from heapq import heapify, heappop, heappush
 from operator import attrgetter
+from typing import Literal
 
 import torch
 
+from distmuon.layout.given import pack_given
 from distmuon.layout.packing import Item, Loads, Piece, pack_balanced, pack_evenly
 from distmuon.layout.routing import ParamSpec, Unit
 from distmuon.options import Packing, Placement
@@ -42,7 +44,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class BucketSpec:
-    """The unit of communication: `dp_size` shards of `shard_size` elements, which a single collective moves."""
+    """The unit of communication: `dp_size` shards of `shard_size` elements, which a single collective moves.
+
+    If shards are given: the parameters that exchange pieces together; `shard_size` is the fullest rank's.
+    """
 
     index: int
     dtype: torch.dtype
@@ -75,6 +80,7 @@ class Layout:
     specs: tuple[ParamSpec, ...]
     buckets: tuple[BucketSpec, ...]
     matrices: tuple[PlacedUnit, ...]
+    given: bool = False  # the shards are FSDP2's, see given.py; then no parameter lies in a flat buffer
 
     @cached_property
     def segments_of(self) -> tuple[tuple[Segment, ...], ...]:
@@ -154,7 +160,11 @@ class Layout:
     def fingerprint(self) -> str:
         """A text that two ranks share exactly if their layouts are equal."""
         return repr(
-            (self.dp_size, [(s.fqn, s.shape, str(s.dtype), s.rule, s.matrices) for s in self.specs], self.buckets)
+            (
+                (self.dp_size, self.given),
+                [(s.fqn, s.shape, str(s.dtype), s.rule, s.matrices) for s in self.specs],
+                self.buckets,
+            )
         )
 
 
@@ -176,21 +186,22 @@ def make_layout(
     specs: Sequence[ParamSpec],
     dp_size: int,
     *,
-    packing: Packing = "balanced",
+    packing: Packing | Literal["given"] = "balanced",
     placement: Placement = "owner",
     bucket_mb: float | None = None,
 ) -> Layout:
-    """Cut `specs` (registration order) for `dp_size` ranks. Pure and deterministic.
+    """Cut `specs` (registration order) for `dp_size` ranks, or with "given" as FSDP2 has. Pure and deterministic.
 
     `bucket_mb`: size of a bucket in MiB of float32 gradients. None: the size between a sixteenth and two ninths of the
     model with the best `_score`, but at least 32 MiB; the smaller size wins a tie, since small buckets overlap better.
+    If shards are given: an eighth of the model, since the size then changes neither traffic nor owners.
     """
     if bucket_mb is not None:
         size = max(1, int(min(bucket_mb * (1 << 20) / 4, 1 << 62)))  # inf: one bucket a dtype
         return _cut(specs, dp_size, packing, placement, _bucket_params(specs, size, size))
     total = sum(spec.numel for spec in specs)
     cuts: list[list[list[int]]] = []  # without duplicates: if most experts have their own bucket, sizes hardly matter
-    for parts in _SIZE_DIVISORS:
+    for parts in _SIZE_DIVISORS if packing != "given" else (8,):
         cut = _bucket_params(specs, max(_MIN_BUCKET_ELEMENTS, int(total / parts)), _MIN_BUCKET_ELEMENTS)
         if cut not in cuts:
             cuts.append(cut)
@@ -199,7 +210,11 @@ def make_layout(
 
 
 def _cut(
-    specs: Sequence[ParamSpec], dp_size: int, packing: Packing, placement: Placement, params_of: list[list[int]]
+    specs: Sequence[ParamSpec],
+    dp_size: int,
+    packing: Packing | Literal["given"],
+    placement: Placement,
+    params_of: list[list[int]],
 ) -> Layout:
     """Make the layout whose buckets hold these parameters."""
     loads = Loads([0] * dp_size, [0] * dp_size)
@@ -208,7 +223,8 @@ def _cut(
         shard_size, shards = _pack(specs, params, dp_size, packing, loads)
         segments = tuple(_split_at_units(specs, shards))
         buckets.append(BucketSpec(index, specs[params[0]].dtype, tuple(params), shard_size, segments))
-    return Layout(dp_size, tuple(specs), tuple(buckets), _place(specs, buckets, placement, dp_size))
+    matrices = _place(specs, buckets, placement, dp_size)
+    return Layout(dp_size, tuple(specs), tuple(buckets), matrices, given=packing == "given")
 
 
 def _score(layout: Layout) -> float:
@@ -269,9 +285,15 @@ def _bucket_params(specs: Sequence[ParamSpec], target: int, alone_from: int) -> 
 
 
 def _pack(
-    specs: Sequence[ParamSpec], params: Sequence[int], dp_size: int, packing: Packing, loads: Loads
+    specs: Sequence[ParamSpec],
+    params: Sequence[int],
+    dp_size: int,
+    packing: Packing | Literal["given"],
+    loads: Loads,
 ) -> tuple[int, list[list[Piece]]]:
     """Pack a bucket. A single parameter is cut evenly if that cuts no unit, so that large stacks stay contiguous."""
+    if packing == "given":
+        return pack_given([(param, specs[param].shape) for param in params], dp_size)
     if packing == "contiguous" or len(params) == 1:
         shard_size, shards = pack_evenly([Item(p, 0, specs[p].numel) for p in params], dp_size)
         starts = {piece.offset for shard in shards for piece in shard}

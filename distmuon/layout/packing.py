@@ -14,7 +14,7 @@ tensor, and `layout.py` decides what the items are.
 [Note: order inside a shard] An item that continues from the previous shard comes first, an item that continues into the
 next shard comes last, and whole stones lie between. So an item that crosses one boundary is contiguous in the flat
 buffer, and its parameter can be a plain view of it. If two items cross the same boundary, or an item spans a whole
-shard, a parameter cannot be a view: `Layout.contiguous_start` is None and `storage.py` stages it.
+shard, a parameter cannot be a view: `Layout.contiguous_start` is None and `flat_storage.py` stages it.
 
       shard 0              shard 1                     shard 2
     | stone  stone  A.. | ..A  stone  sand  B.. | ..B  stone  sand |       A, B: straddlers

@@ -17,6 +17,13 @@ def describe(layout: Layout, num_frozen: int = 0) -> str:
         num_matrices = f" ({matrices} matrices)" if rule == "muon" else ""
         lines.append(f"{label}: {len(specs)} tensors{num_matrices}, {sum(s.numel for s in specs):,} elements")
     lines.append(f"frozen: {num_frozen} tensors")
+    if layout.given:
+        lines.append(
+            f"layout: FSDP2's shards on {layout.dp_size} ranks, {len(layout.buckets)} buckets, {layout.num_straddlers} "
+            f"straddlers, Newton-Schulz max/mean {layout.ns_balance:.3f}, "
+            f"fullest rank {layout.padding:.1%} above the mean"
+        )
+        return "\n".join(lines)
     lines.append(
         f"layout: dp_size {layout.dp_size}, {len(layout.buckets)} buckets, {layout.num_straddlers} straddlers, "
         f"Newton-Schulz max/mean {layout.ns_balance:.3f}, padding {100 * layout.padding:.3f} %, "

@@ -1,7 +1,7 @@
 """Counts of a `Layout` by rank and stage: bytes moved, bytes held, Newton-Schulz work.
 
-The counts equal those that `group.py`, `metrics.py` and `storage.py` make in training, to the byte; tests compare the
-two. `plan.py` decides which layouts are counted. This module makes no tensor.
+The counts equal those that `group.py`, `metrics.py` and `flat_storage.py` make in training, to the byte; tests compare
+the two. `plan.py` decides which layouts are counted. This module makes no tensor.
 """
 
 from __future__ import annotations

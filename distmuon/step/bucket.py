@@ -3,10 +3,10 @@
 This module decides what happens to a bucket's gradient, momentum and parameters, and in which order. It knows no other
 bucket: the engine decides when each line runs. Four interfaces hide the variants:
 
-    where the shard lives             `FlatStorage` storage.py
-    whether and how state is written  `Decision`    verdict.py
-    in which format state is kept     the codecs    math/codecs.py
-    what travels back                 `Transport`   param_gather.py
+    where the shard lives             `BucketStorage`  storage.py
+    whether and how state is written  `Decision`       verdict.py
+    in which format state is kept     the codecs       math/codecs.py
+    what travels back                 `Transport`      param_gather.py
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from distmuon.math.newton_schulz import orthogonalize
 from distmuon.step.matrix_exchange import MatrixExchange, StackKey
 from distmuon.step.metrics import Metrics
 from distmuon.step.param_gather import Transport
-from distmuon.step.storage import FlatStorage, ShardPiece
+from distmuon.step.storage import BucketStorage, Masters, ShardPiece
 from distmuon.step.verdict import Decision, Verdict
 
 # When `Bucket.update` yields, pieces are on their way to the owners of their matrices, or back to their holders.
@@ -55,7 +55,7 @@ class Bucket:
 
     def __init__(
         self,
-        storage: FlatStorage,
+        storage: BucketStorage,
         exchange: MatrixExchange,
         transport: Transport,
         layout: Layout,
@@ -84,30 +84,29 @@ class Bucket:
     @torch.no_grad()
     def collect(self, param: int, grad: Tensor, *, first: bool, several: bool) -> None:
         """Write or add a gradient of parameter `param`; `first` and `several`: see `GradBuffer.add`."""
-        assert self.storage.grad_buffer is not None
-        spans = self.storage.spans[param]
-        self.storage.grad_buffer.add(spans, grad.reshape(-1), first=first, several=several or not first)
+        assert self.storage.reduction is not None
+        buffer, spans = self.storage.reduction.buffer, self.storage.reduction.spans[param]
+        buffer.add(spans, grad.reshape(-1), first=first, several=several or not first)
 
     @torch.no_grad()
     def start_reduce(self, absent: Sequence[int]) -> None:
         """Start the reduce-scatter; the parameters in `absent` had no gradient on this rank and count as zeros."""
-        buffer, label = self.storage.grad_buffer, self.storage.label
-        assert buffer is not None and self.grads is Grads.COLLECTING
+        reduction, label = self.storage.reduction, self.storage.label
+        assert reduction is not None and self.grads is Grads.COLLECTING
         for param in absent:
-            buffer.zero(self.storage.spans[param])
-        flat = buffer.close()
+            reduction.buffer.zero(reduction.spans[param])
+        flat, shard = reduction.buffer.close(), reduction.shard
         with torch.profiler.record_function(f"distmuon::reduce_scatter/{self.index}"):
-            shard = self.storage.grad_shard
             self._reduction = self._dp_group.start_reduce_scatter(shard, flat, stage="reduce_scatter", label=label)
         self.grads = Grads.REDUCING
 
     def finish_reduce(self) -> None:
         """Wait for the reduce-scatter, if it is in flight."""
         if self._reduction is not None and self.grads is Grads.REDUCING:
-            assert self.storage.grad_buffer is not None
+            assert self.storage.reduction is not None
             self._reduction.wait()
             self._reduction = None
-            self.storage.grad_buffer.reduced()
+            self.storage.reduction.buffer.reduced()
             self.grads = Grads.REDUCED
 
     def drop_grads(self) -> None:
@@ -115,8 +114,8 @@ class Bucket:
         if self._reduction is not None:
             self._reduction.wait()
             self._reduction = None
-        if self.storage.grad_buffer is not None:
-            self.storage.grad_buffer.drop()
+        if self.storage.reduction is not None:
+            self.storage.reduction.buffer.drop()
         self.grads = Grads.COLLECTING
 
     # --------------------------------------------------------------------------------- lines 2 to 6, one bucket's step
@@ -192,13 +191,13 @@ class Bucket:
         )
         step.decision.write(weight, new)
 
-    def _adamw(self, masters: Tensor, step: Step) -> None:
+    def _adamw(self, masters: Masters, step: Step) -> None:
         for number, param_group in enumerate(step.param_groups):
             pieces = [p for p in self.storage.adamw if self._group_of[p.segment.param] == number]
             pieces = [p for p in pieces if step.verdict.present[p.segment.param]]
             if pieces:
                 rules.adamw_step(
-                    [piece.cut(masters) for piece in pieces],
+                    [masters(piece) for piece in pieces],
                     [piece.grad for piece in pieces],
                     [piece.state for piece in pieces],
                     step.verdict.ok,

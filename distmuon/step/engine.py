@@ -31,11 +31,13 @@ from distmuon.math import rules
 from distmuon.options import Options
 from distmuon.step import initial_values, verdict
 from distmuon.step.bucket import Bucket, Stage, Step
+from distmuon.step.flat_storage import FlatStorage
+from distmuon.step.given_storage import GivenStorage
 from distmuon.step.grad_reduce import make_source
 from distmuon.step.matrix_exchange import MatrixExchange
 from distmuon.step.metrics import Metrics
-from distmuon.step.param_gather import Parameters, Transport, Updates
-from distmuon.step.storage import FlatStorage, Storage
+from distmuon.step.param_gather import Nothing, Parameters, Transport, Updates
+from distmuon.step.storage import BucketStorage, Storage
 
 LATE_S = 300.0  # how much later than the first rank the last may come to drop gradients
 
@@ -64,7 +66,9 @@ class Engine:
         # See [Note: when all-gathers start]. At most two messages of updates may be in flight, so none is deferred.
         one_queue = exchange_group.process_group is group.process_group
         self._gathers_last = gathers_in_forward and one_queue and options.sharding.param_gather == "parameters"
-        self.storage = Storage(layout, params, group.dp_rank, options)
+        kind = GivenStorage if layout.given else FlatStorage
+        storages = [kind(spec, layout, params, group.dp_rank, options) for spec in layout.buckets]
+        self.storage = Storage(layout, params, group.dp_rank, options, storages)
         self.buckets = [self._make_bucket(storage, exchange_group, group_of) for storage in self.storage.buckets]
         self.source = make_source(self.buckets, self.storage, group)
         self._in_flight: dict[int, Bucket] = {}  # buckets whose all-gather has started, in order
@@ -76,7 +80,9 @@ class Engine:
         self.last_ok: Tensor | None = None  # the last step counted; 0-dim bool on the device
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.storage.device)
 
-    def _make_bucket(self, storage: FlatStorage, exchange_group: DataParallelGroup, group_of: Sequence[int]) -> Bucket:
+    def _make_bucket(
+        self, storage: BucketStorage, exchange_group: DataParallelGroup, group_of: Sequence[int]
+    ) -> Bucket:
         layout, wire = self.storage.layout, self._options.precision.wire
         units = [placed for placed in layout.matrices if placed.bucket == storage.spec.index]
         exchange = MatrixExchange(
@@ -85,14 +91,18 @@ class Engine:
             group_of,
             exchange_group,
             wire,
-            storage.param_flat.device,
+            self.storage.device,
             storage.label,
         )
-        transport: Transport = Parameters(storage, self._group)
-        if self._options.sharding.param_gather == "updates" and self._group.dp_size > 1:
-            transport = Updates(storage, self._group, layout, wire)
-        ns_dtype = self._options.precision.newton_schulz
+        ns_dtype, transport = self._options.precision.newton_schulz, self._transport(storage)
         return Bucket(storage, exchange, transport, layout, group_of, ns_dtype, self._group, self._metrics)
+
+    def _transport(self, storage: BucketStorage) -> Transport:
+        if not isinstance(storage, FlatStorage):
+            return Nothing(storage, self.storage.params)
+        if self._options.sharding.param_gather == "updates" and self._group.dp_size > 1:
+            return Updates(storage, self._group, self.storage.layout, self._options.precision.wire)
+        return Parameters(storage, self._group)
 
     # -------------------------------------------------------------------------------------------------- gradients
 
@@ -123,12 +133,14 @@ class Engine:
         self.storage.absorb_external_writes()
         with self._metrics.stage("finish_reduce_scatter"):
             present = self.source.finish()
-        if self._options.grad_reduction == "external" and self._metrics.steps == 0:
+        is_promise = self._options.grad_reduction == "external" and not self.storage.layout.given
+        if is_promise and self._metrics.steps == 0:
             grads = [p.grad for p in self.storage.params if p.grad is not None]
             initial_values.agree_on_reduced(grads, self._group)
         with self._metrics.stage("guard"):
-            shards = [storage.grad_shard for storage in self.storage.buckets]
-            squared = [piece.grad for storage in self.storage.buckets for piece in storage.adamw]
+            shards = [grad for storage in self.storage.buckets for grad in storage.averaged()]
+            shards = shards or [torch.zeros(1, device=self.storage.device)]  # a rank without a row of any parameter
+            squared = [piece.grad for storage in self.storage.buckets for piece in storage.adamw if piece.grad.numel()]
             self._verdict = verdict.judge(shards, squared, present, self._group, fingerprint)
         self._clipped = False
         self.grad_norm = self._verdict.total_norm
@@ -283,7 +295,8 @@ class Engine:
 
     def gather_all(self) -> None:
         """Send the parameters to all ranks after masters have been written. Blocking."""
-        transports = [Parameters(storage, self._group, "state_dict") for storage in self.storage.buckets]
+        flat = [storage for storage in self.storage.buckets if isinstance(storage, FlatStorage)]
+        transports = [Parameters(storage, self._group, "state_dict") for storage in flat]
         for transport in transports:
             transport.start()
         for transport in transports:

@@ -1,8 +1,8 @@
 """The way from gradients to the averaged gradient of this rank's shard.
 
 This module decides the order in which buckets reduce; it knows no rule. Two sources share the interface `GradSource`:
-`BackwardReducer` reduces under backward, and `GivenGrads` reads `param.grad`, whose gradients arrive averaged (by DDP
-or a trainer) or belong to a single process.
+`BackwardReducer` reduces under backward, and `GivenGrads` reads `param.grad`, whose gradients arrive averaged (by DDP,
+FSDP2 or a trainer) or belong to a single process.
 
 [Note: bucket readiness] A bucket is ready when all its parameters have reported in this backward. Buckets start
 strictly in index order on every rank: a ready bucket waits for the buckets before it, and buckets that never became
@@ -212,7 +212,7 @@ class BackwardReducer:
 
     def scale(self, coefficient: Tensor) -> None:
         for bucket in self._buckets:
-            bucket.storage.grad_shard.mul_(coefficient)
+            bucket.storage.scale_grads(coefficient)
 
     def reset(self) -> None:
         if self._next:
@@ -289,30 +289,22 @@ class GivenGrads:
                 if param.grad is not None:
                     _check_dense(spec.fqn, param.grad)
             for bucket in self._storage.buckets:
-                for piece in bucket.muon + bucket.adamw:
-                    self._read(piece.grad, piece.segment.param, piece.segment.param_offset)
+                bucket.read_grads()
             self._seen = self._now()
         return self._has_grad
 
-    def _read(self, place: Tensor, index: int, offset: int) -> None:
-        grad = self._storage.params[index].grad
-        if grad is None:
-            place.zero_()
-        else:
-            place.copy_(grad.reshape(-1)[offset : offset + place.numel()])
-
     def _now(self) -> list[tuple[Tensor, int]]:
-        return [(p.grad, p.grad._version) for p in self._storage.params if p.grad is not None]
+        return [(grad, grad._version) for bucket in self._storage.buckets for grad in bucket.given_grads()]
 
     @torch.no_grad()
     def scale(self, coefficient: Tensor) -> None:
         for bucket in self._storage.buckets:
-            bucket.grad_shard.mul_(coefficient)
-        for grad, _ in self._seen:
-            grad.mul_(coefficient)
+            bucket.scale_grads(coefficient)
         self._seen = self._now()
 
     def reset(self) -> None:
+        for bucket in self._storage.buckets if self._has_grad is not None else ():
+            bucket.let_go_of_grads()
         self._has_grad, self._seen = None, []
 
     @property

@@ -16,6 +16,9 @@ saves nothing, such as an addition, is not noticed: call `synchronize` before su
 storage as copies of each other and keep only the first (accelerate's `save_state` and `save_model` do, with only a
 warning). So `state_dict` returns the same memory as tensors with separate storages; tied tensors still share a storage.
 
+[Note: swapped tensors] `model.to` moves a DTensor by `torch.utils.swap_tensors`, which refuses a tensor with weak
+references. The optimizer holds its parameters, so their ids identify them as long as it exists.
+
 [Note: compiled models] A hook waits, builds and communicates, so dynamo must not trace it. Hooks are disabled for
 dynamo, and a compiled model breaks its graph at the modules that wait.
 """
@@ -25,6 +28,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -47,23 +51,39 @@ class Listener(Protocol):
 
 
 _manager_of = WeakIdKeyDictionary()  # parameter -> weakref of the Listener that manages it
+_silent: WeakKeyDictionary[Listener, frozenset[int]] = WeakKeyDictionary()  # the ids of parameters that it holds
 
 
 def manager_of(param: Tensor) -> Listener | None:
     """The optimizer that manages `param`: the newest made for it, if it still exists."""
-    return _manager_of[param]() if param in _manager_of else None
+    silent = [listener for listener, ids in _silent.items() if id(param) in ids]
+    return silent[-1] if silent else _manager_of[param]() if param in _manager_of else None
 
 
 class Hooks:
     """All hooks of a listener; they are removed with it, or by `remove`."""
 
     def __init__(
-        self, listener: Listener, params: Sequence[nn.Parameter], model: nn.Module | None, wait_in_forward: bool
+        self,
+        listener: Listener,
+        params: Sequence[nn.Parameter],
+        model: nn.Module | None,
+        wait_in_forward: bool,
+        silent: bool = False,
     ) -> None:
+        """`silent`: take the parameters over and register nothing, where the hooks of FSDP2 do the work."""
         self._listener = weakref.ref(listener)
         self._handles: list[RemovableHandle] = []
+        self._active = True
+        for param in params:
+            previous = manager_of(param)
+            if previous is not None and previous is not listener:
+                previous.release()
+        if silent:  # see [Note: swapped tensors]
+            _silent[listener] = frozenset(map(id, params))
+            return
         for index, param in enumerate(params):
-            self._take_over(param)
+            _manager_of[param] = self._listener
             self._on_gradient(index, param)
         if model is not None:
             self._on_model(model)
@@ -89,7 +109,7 @@ class Hooks:
     def check_active(self, caller: object) -> None:
         """Raise if a newer optimizer manages the parameters, and for a wrapper that is not the optimizer."""
         self.check_self(caller)
-        if not self._handles:
+        if not self._active:
             raise problem(
                 "DistMuon",
                 found="its parameters were taken over by a newer DistMuon",
@@ -98,13 +118,11 @@ class Hooks:
             )
 
     def remove(self) -> None:
+        self._active = False
         _remove(self._handles)
-
-    def _take_over(self, param: nn.Parameter) -> None:
-        previous = manager_of(param)
-        if previous is not None and previous is not self._listener():
-            previous.release()
-        _manager_of[param] = self._listener
+        listener = self._listener()
+        if listener is not None:
+            _silent.pop(listener, None)
 
     def _on_gradient(self, index: int, param: nn.Parameter) -> None:
         listener_ref = self._listener

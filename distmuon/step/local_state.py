@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distmuon.errors import problem
 from distmuon.options import is_number
-from distmuon.step.storage import FlatStorage, ShardPiece, Storage
+from distmuon.step.storage import BucketStorage, ShardPiece, Storage
 
 
 class LocalState:
@@ -34,7 +34,7 @@ class LocalState:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._homes: list[list[tuple[FlatStorage, ShardPiece]]] = [[] for _ in storage.params]
+        self._homes: list[list[tuple[BucketStorage, ShardPiece]]] = [[] for _ in storage.params]
         for bucket in storage.buckets:
             for piece in sorted(bucket.muon + bucket.adamw, key=lambda piece: piece.segment.param_offset):
                 self._homes[piece.segment.param].append((bucket, piece))
@@ -57,6 +57,29 @@ class LocalState:
         self._put(
             state, [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in extra.items()} for extra in extras]
         )
+
+    def load(self, of_param: Mapping[int, Mapping[str, Any]]) -> None:
+        """Write `of_param`, by parameter, into this rank's pieces: each value whole, or in the form that is shown.
+
+        Missing entries start from zero, but masters stay. Raises, before anything is written, for what does not fit.
+        """
+        for index, entry in of_param.items():
+            for key, value in entry.items():
+                if key != "step" and self._pieces_of(index, value) is None:
+                    raise problem(
+                        f"{self._storage.layout.specs[index].fqn}.{key}",
+                        found=f"the state is a {type(value).__name__} of shape {tuple(value.shape)}, cut otherwise",
+                        needed="a DTensor with the parameter's mesh and placement, or the whole tensor, is needed",
+                        cure="load it by torch.distributed.checkpoint into what get_optimizer_state_dict returns",
+                    )
+        with torch.no_grad():
+            for index in range(len(self._shown)):
+                entry = of_param.get(index, {})
+                self._write(index, entry)
+                parts = self._pieces_of(index, entry["master"]) if "master" in entry else None
+                for (bucket, piece), part in zip(self._homes[index], parts or ()):
+                    if not bucket.has_master:
+                        bucket.write_master(piece, part)
 
     def take_back(self, state: MutableMapping[Any, Any]) -> None:
         """Write tensors that replace views in `state` to the buffers; see [Note: user entries in state].
@@ -96,23 +119,21 @@ class LocalState:
         return all(given.get(key) is value for key, value in entry.items())
 
     def _entry(self, index: int) -> dict[str, Any]:
-        homes, spec = self._homes[index], self._storage.layout.specs[index]
-        known = self._storage.keys_of(index)
-        has_master = self._storage.buckets[self._storage.layout.bucket_of[index]].has_master
+        homes, known, bucket = self._homes[index], self._storage.keys_of(index), self._bucket(index)
+        has_master = bucket.has_master
         if not homes:
             keys = (*known, "master") if has_master else known
             return {key: torch.empty(0, device=self._storage.device) for key in keys}
         entry: dict[str, Any] = {}
         for key in known:
-            entry[key] = _run([piece.state[key] for _, piece in homes]) if key != "step" else homes[0][1].state[key]
+            views = [piece.state[key] for _, piece in homes]
+            entry[key] = bucket.shown(index, views) if key != "step" else views[0]
         if has_master:
-            kept = [piece.cut(bucket.kept_master) for bucket, piece in homes if bucket.kept_master is not None]
-            entry["master"] = _run(kept)
-        whole = sum(piece.segment.length for _, piece in homes) == self._storage.params[index].numel()
-        return {
-            key: value.view(spec.shape) if whole and isinstance(value, Tensor) and key != "step" else value
-            for key, value in entry.items()
-        }
+            entry["master"] = bucket.shown(index, [kept for b, p in homes if (kept := b.kept_of(p)) is not None])
+        return entry
+
+    def _bucket(self, index: int) -> BucketStorage:
+        return self._storage.buckets[self._storage.layout.bucket_of[index]]
 
     def _given(self, index: int, entry: object) -> dict[str, Any]:
         """The items of `entry` under distmuon's keys."""
@@ -148,9 +169,12 @@ class LocalState:
 
     def _pieces_of(self, index: int, value: Tensor) -> list[Tensor] | None:
         """Cut `value` into this rank's pieces, if it has their total length or the parameter's shape; else None."""
+        plain = self._bucket(index).as_shown(index, value)
+        if plain is None:
+            return None
         segments = [piece.segment for _, piece in self._homes[index]]
-        elements, lengths = value.reshape(-1), [segment.length for segment in segments]
-        if tuple(value.shape) == self._storage.layout.specs[index].shape:
+        elements, lengths = plain.reshape(-1), [segment.length for segment in segments]
+        if tuple(plain.shape) == self._storage.layout.specs[index].shape:
             return [elements[s.param_offset : s.param_offset + s.length] for s in segments]
         if elements.numel() != sum(lengths):
             return None
@@ -161,29 +185,22 @@ def _extra(given: object, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in given.items() if k not in entry} if isinstance(given, Mapping) else {}
 
 
-def _write_piece(bucket: FlatStorage, piece: ShardPiece, key: str, value: Tensor | None) -> None:
+def _write_piece(bucket: BucketStorage, piece: ShardPiece, key: str, value: Tensor | None) -> None:
     """Write `value`, (length,) of any dtype and device (None: zeros), to the piece's `key`."""
     if key == "master":
         assert value is not None
-        if bucket.kept_master is not None and value.dtype == torch.int16:  # remainders, as `optimizer.state` shows them
-            piece.cut(bucket.kept_master).copy_(value)
+        kept = bucket.kept_of(piece)
+        if kept is not None and value.dtype == torch.int16:  # remainders, as `optimizer.state` shows them
+            kept.copy_(value)
         else:
             bucket.write_master(piece, value)
     elif key == "momentum_buffer" and (value is None or value.is_floating_point()):
-        momentum = torch.zeros_like(piece.grad) if value is None else value.to(piece.grad.device, torch.float32)
+        device = piece.state[key].device
+        momentum = torch.zeros(piece.segment.length) if value is None else value
+        momentum = momentum.to(device, torch.float32)
         for name, encoded in bucket.momentum.encode(momentum).items():
             piece.state[name].copy_(encoded)
     elif value is None:
         piece.state[key].zero_()
     else:
         piece.state[key].copy_(value)
-
-
-def _run(views: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
-    """Join the views into one tensor if they are adjacent in memory; else return them as they are."""
-    first, end = views[0], views[0].data_ptr()
-    for view in views:
-        if view.data_ptr() != end:
-            return tuple(views)
-        end += view.nbytes
-    return first.as_strided((sum(view.numel() for view in views),), (1,), first.storage_offset())

@@ -14,7 +14,7 @@ has one worker. With "replicated", the paper's literal form, every holder is a w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,18 +72,31 @@ class MatrixExchange:
         self._segments = list(muon_segments)
         self._number = {(s.param, s.param_offset): i for i, s in enumerate(self._segments)}
         self._place_stacks(units, group_of, me)
-
-        def listed(wanted: Callable[[Segment, PlacedUnit, int], bool]) -> list[list[Segment]]:
-            """For each peer, the segments that `wanted(piece, placed, peer)` picks, in the same order on all ranks."""
-            return [[p for u in units for p in u.pieces if wanted(p, u, peer)] for peer in range(group.dp_size)]
-
-        self._gather_out = listed(lambda p, u, peer: p.rank == me and is_sent_to(p, u, peer))
-        self._gather_in = listed(lambda p, u, peer: p.rank == peer and is_sent_to(p, u, me))
-        self._scatter_out = listed(lambda p, u, peer: p.rank == peer and returns_from(p, u) == me)
-        self._scatter_in = listed(lambda p, u, peer: p.rank == me and returns_from(p, u) == peer)
+        self._list_pieces(units, me, group.dp_size)
         # These are the same on all ranks, so that all make the same collectives.
         self.has_exchange = any(is_sent_to(p, u, worker) for u in units for p in u.pieces for worker in u.workers)
         self._scatters = any(returns_from(p, u) is not None for u in units for p in u.pieces)
+
+    def _list_pieces(self, units: Sequence[PlacedUnit], me: int, dp_size: int) -> None:
+        """By peer, which segments go there and come from there, in an order all ranks share. In one pass: under FSDP2
+        every rank holds a piece of every matrix."""
+        self._gather_out: list[list[Segment]] = [[] for _ in range(dp_size)]
+        self._gather_in: list[list[Segment]] = [[] for _ in range(dp_size)]
+        self._scatter_out: list[list[Segment]] = [[] for _ in range(dp_size)]
+        self._scatter_in: list[list[Segment]] = [[] for _ in range(dp_size)]
+        for placed in units:
+            for piece in placed.pieces:
+                if is_sent_to(piece, placed, me):
+                    self._gather_in[piece.rank].append(piece)
+                home = returns_from(piece, placed)
+                if home == me:
+                    self._scatter_out[piece.rank].append(piece)
+                if piece.rank == me:
+                    for worker in placed.workers:
+                        if is_sent_to(piece, placed, worker):
+                            self._gather_out[worker].append(piece)
+                    if home is not None:
+                        self._scatter_in[home].append(piece)
 
     def _place_stacks(self, units: Sequence[PlacedUnit], group_of: Sequence[int], me: int) -> None:
         self._places: dict[
@@ -152,7 +165,9 @@ class MatrixExchange:
         return list(zip(segments, torch.split(pending.wait(), [segment.length for segment in segments])))
 
     def _piece(self, stacks: Stacks, segment: Segment) -> Tensor:
-        """The elements of `segment` inside its matrix in the stacks, as a 1-D view."""
+        """The elements of `segment` inside its matrix in the stacks, as a 1-D view; a rank may have none."""
+        if not segment.length:
+            return torch.empty(0, dtype=self.dtype, device=self._device)
         key, start = self._places[segment.param, segment.param_offset]
         return stacks[key].view(-1)[start : start + segment.length]
 

@@ -18,11 +18,12 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distmuon.comm.group import DataParallelGroup, Pending
 from distmuon.layout.layout import Layout, Segment
-from distmuon.step.storage import FlatStorage
+from distmuon.step.flat_storage import FlatStorage
+from distmuon.step.storage import BucketStorage, Masters
 
 ApplyMuon = Callable[[Segment, Tensor, Tensor], None]  # line 6 on one segment: (segment, weight, polar factor)
 
@@ -33,8 +34,8 @@ class Transport(Protocol):
     has_message: bool
     """Whether the message has separate memory, so that only few messages may be in flight."""
 
-    def apply(self, masters: Tensor, polar: Sequence[Tensor], apply_muon: ApplyMuon) -> None:
-        """Compute line 6, now or on arrival. `masters` (shard_size,); `polar`: a 1-D tensor for each Muon piece."""
+    def apply(self, masters: Masters, polar: Sequence[Tensor], apply_muon: ApplyMuon) -> None:
+        """Compute line 6, now or on arrival. `masters`: by piece; `polar`: a 1-D tensor for each Muon piece."""
 
     def start(self) -> None:
         """Start the all-gather."""
@@ -72,9 +73,9 @@ class Parameters:
         self._stage = stage
         self._flight: _Flight | None = None
 
-    def apply(self, masters: Tensor, polar: Sequence[Tensor], apply_muon: ApplyMuon) -> None:
+    def apply(self, masters: Masters, polar: Sequence[Tensor], apply_muon: ApplyMuon) -> None:
         for piece, factor in zip(self._storage.muon, polar):
-            apply_muon(piece.segment, piece.cut(masters), factor)
+            apply_muon(piece.segment, masters(piece), factor)
 
     def start(self) -> None:
         storage = self._storage
@@ -88,6 +89,28 @@ class Parameters:
             self._storage.stage_out()
             self._storage.note_arrived()
             flight.rejoin()
+
+
+class Nothing:
+    """FSDP2 gathers what a forward needs by itself: line 6 on the shards, and nothing travels."""
+
+    has_message = False
+
+    def __init__(self, storage: BucketStorage, params: Sequence[nn.Parameter]) -> None:
+        self._storage = storage
+        self._params = [params[index] for index in storage.spec.params]
+
+    def apply(self, masters: Masters, polar: Sequence[Tensor], apply_muon: ApplyMuon) -> None:
+        for piece, factor in zip(self._storage.muon, polar):
+            apply_muon(piece.segment, masters(piece), factor)
+
+    def start(self) -> None:
+        """Autograd must see that the parameters changed."""
+        for param in self._params:
+            torch.autograd.graph.increment_version(param)
+
+    def wait(self) -> None:
+        """The shards are whole."""
 
 
 class Updates:
@@ -104,7 +127,7 @@ class Updates:
         self._apply_muon: ApplyMuon | None = None
         self._flight: _Flight | None = None
 
-    def apply(self, masters: Tensor, polar: Sequence[Tensor], apply_muon: ApplyMuon) -> None:
+    def apply(self, masters: Masters, polar: Sequence[Tensor], apply_muon: ApplyMuon) -> None:
         self._polar, self._apply_muon = polar, apply_muon
 
     def start(self) -> None:

@@ -1,39 +1,21 @@
-"""The tensors behind a `Layout`: flat parameter and gradient buffers of each bucket, and this rank's shard state.
+"""Where the shard lives: what a bucket, the verdict, state and checkpoints ask of this rank's part of the parameters.
 
-This module decides storage only; it cuts every view, and padding is not visible outside. It knows no collective and no
-formula. A parameter that is contiguous in its bucket becomes a view of the flat buffer, so that the all-gather writes
-directly into it. Any other parameter is staged: it keeps its storage and is copied out after the all-gather
-(`stage_out`). So is a parameter that must keep its memory and its strides (layout/memory.py,
-[Note: parameters that stay]). Flat buffers hold all elements in row-major order.
-
-[Note: external writes] `load_state_dict`, an EMA swap or `p.data` may write parameters between steps. Before a step
-`absorb_external_writes` compares this rank's part of each parameter with the values that the optimizer left there: an
-element that differs is written into the master; any other element keeps its full precision. A parameter with new
-storage raises.
-
-[Note: written while in flight] A value written between `step` and the arrival of the all-gather would be overwritten on
-some ranks. `note_sent` and `note_arrived` delimit that time: a parameter whose `_version` changed in it raises.
-`note_arrived` then increments the version, so that autograd refuses a graph that saved the weight before it arrived.
-
-[Note: storage of other frameworks] `FlatStorage` cuts the parameters itself. FSDP2 and tensor parallelism cut them
-before: a second class will take its pieces from their DTensors, and `Bucket` will not know the difference.
+Decides the seam only. `FlatStorage` (flat_storage.py) cuts the parameters itself and moves them into flat memory;
+`GivenStorage` (given_storage.py) takes the shards that FSDP2 has cut, where they are. A bucket cannot tell them apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from math import prod
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from distmuon.errors import names, problem
-from distmuon.layout import memory
-from distmuon.layout.boxes import boxes
 from distmuon.layout.layout import BucketSpec, Layout, Segment
-from distmuon.math.codecs import MomentumCodec, master_codec, momentum_codec
+from distmuon.math.codecs import MomentumCodec, momentum_codec
 from distmuon.options import Options
 from distmuon.step.grad_buffer import GradBuffer, Span
 
@@ -60,202 +42,112 @@ class ShardPiece:
         return shard[self.segment.shard_offset : self.segment.shard_offset + self.segment.length]
 
 
-class FlatStorage:
-    """A bucket's tensors on this rank, in distmuon's flat memory.
+Masters = Callable[[ShardPiece], Tensor]  # (length,) float32: the master of a piece, to read and write
 
-    `param_flat` (dp_size * shard_size,) has `param_shard` as this rank's slice. `kept_master` (shard_size,) is what the
-    master codec keeps beside it. `grad_buffer` is None if gradients stay in `param.grad`. `grad_shard` (shard_size,)
-    is float32, a slice of that buffer if it is float32 and stays. `muon` and `adamw` are this rank's pieces by rule.
-    """
 
-    def __init__(
-        self, spec: BucketSpec, layout: Layout, params: Sequence[nn.Parameter], dp_rank: int, options: Options
-    ) -> None:
-        self.spec = spec
-        self._layout = layout
-        self._params = params
-        self._options = options
-        self.label = f"bucket {spec.index} ({names([layout.specs[index].fqn for index in spec.params], 3)})"
-        device, numel = params[spec.params[0]].device, layout.dp_size * spec.shard_size
-        own = slice(dp_rank * spec.shard_size, (dp_rank + 1) * spec.shard_size)
-        self._move_params_in(numel, device, dp_rank)
-        self.param_shard = self.param_flat[own]
-        self._make_grads(numel, device, own)
-        self.momentum = momentum_codec(options.precision.momentum)
-        self._master_codec = master_codec(spec.dtype, options.precision.master)
-        self.kept_master = self._master_codec.make(self.param_shard)
-        self._make_pieces(dp_rank, device)
-        self._homes = {i: params[i].data for i in spec.params}  # sees a move of the whole storage, too
-        self._versions = {i: params[i]._version for i in spec.params}
-        self.spans = {i: self._spans(i) for i in spec.params}
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """The memory of a reduce-scatter: `buffer` holds each parameter at its `spans`, `shard` (shard_size,) float32
+    takes this rank's mean."""
 
-    # ------------------------------------------------------------------------------------------------- construction
+    buffer: GradBuffer
+    spans: dict[int, list[Span]]
+    shard: Tensor
 
-    def _move_params_in(self, numel: int, device: torch.device, dp_rank: int) -> None:
-        """Make the flat parameter buffer, and the (flat, own) parts of staged parameters.
 
-        `staged` has the parts that lie in other ranks' shards, `staged_here` those in this rank's shard.
-        """
-        self.param_flat = torch.zeros(numel, dtype=self.spec.dtype, device=device)
-        memory.note_flat(self.param_flat)
-        self.staged: list[tuple[Tensor, Tensor]] = []
-        self.staged_here: list[tuple[Tensor, Tensor]] = []
-        for index in self.spec.params:
-            for segment, flat, elements in self._move_in(index):
-                (self.staged_here if segment.rank == dp_rank else self.staged).append((flat, elements))
+class BucketStorage(Protocol):
+    """One bucket's tensors on this rank. `muon` and `adamw`: its pieces by rule."""
 
-    @torch.no_grad()
-    def _move_in(self, index: int) -> list[tuple[Segment, Tensor, Tensor]]:
-        """Copy parameter `index` into the flat buffer and make it a view; if staged, return (segment, flat, own)."""
-        param, layout = self._params[index], self._layout
-        elements = param.detach().reshape(-1)
-        pairs: list[tuple[Segment, Tensor]] = []
-        for segment in layout.segments_of[index]:
-            start = segment.rank * self.spec.shard_size + segment.shard_offset
-            flat = self.param_flat[start : start + segment.length]
-            flat.copy_(elements[segment.param_offset : segment.param_offset + segment.length])
-            pairs.append((segment, flat))
-        if not layout.is_staged(index):
-            start_or_none = layout.contiguous_start(index)
-            assert start_or_none is not None
-            # The strides of dimensions of size 1 have no effect, but kernels and users may read them.
-            param.data = self.param_flat.as_strided(param.shape, param.stride(), start_or_none)
-            return []
-        if not layout.specs[index].stays and memory.is_in_flat(param):
-            param.data = param.data.clone()  # leaves an older optimizer's buffer, which can then be freed
-        return [(s, *pair) for s, flat in pairs for pair in _matching_views(flat, param.data, s.param_offset)]
+    spec: BucketSpec
+    label: str
+    momentum: MomentumCodec
+    muon: list[ShardPiece]
+    adamw: list[ShardPiece]
+    reduction: Reduction | None
+    """None where gradients stay in `param.grad`, averaged."""
 
-    def _make_grads(self, numel: int, device: torch.device, own: slice) -> None:
-        released, dtype = self._options.sharding.release_grads, self._options.precision.reduce
-        self.grad_buffer = (
-            None
-            if self._options.grads_stay(self._layout.dp_size)
-            else GradBuffer(numel, dtype, device, released=released)
-        )
-        flat = self.grad_buffer.flat if self.grad_buffer is not None else None
-        in_flat = flat is not None and flat.dtype == torch.float32
-        self.grad_shard = (
-            flat[own] if flat is not None and in_flat else torch.zeros_like(self.param_shard, dtype=torch.float32)
-        )
+    def averaged(self) -> list[Tensor]:
+        """The averaged gradient of this rank's shard, flat, each element once."""
 
-    def _make_pieces(self, dp_rank: int, device: torch.device) -> None:
-        segments = [segment for segment in self.spec.segments if segment.rank == dp_rank]
-        pieces = [ShardPiece(segment, self.grad_shard) for segment in segments]
-        for piece in pieces:
-            piece.grad = piece.cut(self.grad_shard)
-        self.muon = [piece for piece in pieces if self._layout.specs[piece.segment.param].rule == "muon"]
-        self.adamw = [piece for piece in pieces if self._layout.specs[piece.segment.param].rule == "adamw"]
-        for key in self.momentum.entries(0):
-            entries = [self.momentum.entries(piece.segment.length)[key] for piece in self.muon]
-            _allocate_state(self.muon, key, entries, device)
-        for key in ("exp_avg", "exp_avg_sq"):
-            _allocate_state(self.adamw, key, [(piece.segment.length, torch.float32) for piece in self.adamw], device)
-        for piece in self.muon + self.adamw:
-            if "step" in state_keys(self._layout.specs[piece.segment.param].rule, self.momentum):
-                piece.state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    def given_grads(self) -> list[Tensor]:
+        """The memory of what stands in `param.grad`: the tensors whose versions say that somebody wrote."""
 
-    def _spans(self, index: int) -> list[Span]:
-        """The places of parameter `index`'s gradient in the flat buffer."""
-        start = self._layout.contiguous_start(index)
-        if start is not None:
-            return [Span(start, 0, self._params[index].numel())]
-        size = self.spec.shard_size
-        segments = self._layout.segments_of[index]
-        return [Span(s.rank * size + s.shard_offset, s.param_offset, s.length) for s in segments]
+    def read_grads(self) -> None:
+        """The pieces' gradients from what stands in `param.grad`, averaged; None counts as zeros."""
 
-    # ----------------------------------------------------------------------------------------------------- masters
+    def let_go_of_grads(self) -> None:
+        """The step is over: hold no memory of what `read_grads` found."""
+
+    def scale_grads(self, coefficient: Tensor) -> None:
+        """Multiply the averaged gradients by a 0-dim tensor, also where the user sees them."""
 
     @property
     def has_master(self) -> bool:
         """Whether masters are kept beside the parameters."""
-        return self.kept_master is not None
 
-    @contextmanager
-    def masters(self) -> Iterator[Tensor]:
-        """Give access to the masters (shard_size,) float32; at the end the parameter shard is rounded from them."""
-        master = self._master_codec.decode(self.param_shard, self.kept_master)
-        yield master
-        self._master_codec.encode(master, self.param_shard, self.kept_master)
+    def masters(self) -> AbstractContextManager[Masters]:
+        """Give access to the masters by piece; at the end the parameters are rounded from them."""
 
     def decoded_masters(self) -> Tensor:
-        """The masters (shard_size,) float32, for reading only."""
-        return self._master_codec.decode(self.param_shard, self.kept_master)
+        """The masters (shard_size,) float32, each piece at its `shard_offset`, for reading only."""
+
+    def param_of(self, piece: ShardPiece) -> Tensor:
+        """(length,): the parameter's elements, a view."""
 
     def master_of(self, piece: ShardPiece) -> Tensor:
         """The master of a piece, (length,) float32; a view if it is kept as float32."""
-        return self._master_codec.decode(piece.cut(self.param_shard), self._kept_of(piece))
+
+    def kept_of(self, piece: ShardPiece) -> Tensor | None:
+        """(length,): what the master codec keeps beside the parameter, a view."""
 
     def write_master(self, piece: ShardPiece, value: Tensor) -> None:
         """Write `value`, (length,) of any dtype and device, to the master of a piece; round its parameter from it."""
-        self._master_codec.encode(value, piece.cut(self.param_shard), self._kept_of(piece))
-
-    def _kept_of(self, piece: ShardPiece) -> Tensor | None:
-        return None if self.kept_master is None else piece.cut(self.kept_master)
-
-    # ------------------------------------------------------------------------------------------- what others may write
 
     def check_in_place(self, index: int) -> None:
         """Raise if parameter `index` no longer lies where it was put, or has another dtype."""
-        param = self._params[index]
-        if param.data_ptr() != self._homes[index].data_ptr() or param.dtype != self._layout.specs[index].dtype:
-            raise problem(
-                self._layout.specs[index].fqn,
-                found=f"its storage changed since distmuon's buffers were built (now {param.dtype} on {param.device})",
-                needed="parameters must stay where they are once training has begun",
-                cure="move and cast the model before the first forward, or make a new DistMuon afterwards; "
-                "write values with param.data.copy_(values), not param.data = values",
-            )
 
     def absorb_external_writes(self) -> None:
-        """Write externally changed elements into the masters; see [Note: external writes]."""
-        # A rank sends only its shard; but if updates travel, every replica of a parameter counts.
-        sends_updates = self._options.sharding.param_gather == "updates"
-        for flat, own in self.staged_here + (self.staged if sends_updates else []):
-            flat.copy_(own)
-        self._master_codec.absorb(self.param_shard, self.kept_master)
+        """Write externally changed elements into the masters; see [Note: external writes] in flat_storage.py."""
 
-    def stage_out(self) -> None:
-        """Copy staged parameters out of the gathered buffer."""
-        for flat, own in self.staged + self.staged_here:
-            own.copy_(flat)
+    def shown(self, index: int, views: Sequence[Tensor]) -> Any:
+        """What `optimizer.state` has of parameter `index` for one key: the same memory as `views`, in order."""
 
-    def note_sent(self) -> None:
-        """Note the parameters' versions before the all-gather; see [Note: written while in flight]."""
-        self._versions = {index: self._params[index]._version for index in self.spec.params}
-
-    def note_arrived(self) -> None:
-        """Raise if parameters were written while in flight; then let autograd see that they changed."""
-        for index in self.spec.params:
-            param = self._params[index]
-            if param._version != self._versions[index]:
-                raise problem(
-                    self._layout.specs[index].fqn,
-                    found="it was written while its all-gather was in flight",
-                    needed="parameters may be read and written once they have arrived",
-                    cure="call optimizer.synchronize() before writing parameters, or pass Sharding(overlap=True)",
-                )
-            torch.autograd.graph.increment_version(param)
+    def as_shown(self, index: int, value: Tensor) -> Tensor | None:
+        """The plain elements of what a user has put in the place of something `shown`; None for what cannot be it."""
 
     @property
     def state_bytes(self) -> int:
         """The bytes of optimizer state on this rank: masters that are not the parameter itself, momentum, moments."""
-        per_element = self._master_codec.bytes_per_element
-        masters = sum(piece.segment.length * per_element for piece in self.muon + self.adamw)
-        tensors = [t for piece in self.muon + self.adamw for t in piece.state.values() if t.ndim]
-        return masters + sum(t.numel() * t.element_size() for t in tensors)
+
+
+def joined(views: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """The views as one tensor if they follow one another in memory, else as they are."""
+    first, end = views[0], views[0].data_ptr()
+    for view in views:
+        if view.data_ptr() != end:
+            return tuple(views)
+        end += view.nbytes
+    return first.as_strided((sum(view.numel() for view in views),), (1,), first.storage_offset())
 
 
 class Storage:
-    """The storage of all buckets. Building it moves the parameters into flat memory; values do not change."""
+    """The storage of all buckets, and what `optimizer.state` has of it."""
 
-    def __init__(self, layout: Layout, params: Sequence[nn.Parameter], dp_rank: int, options: Options) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        params: Sequence[nn.Parameter],
+        dp_rank: int,
+        options: Options,
+        buckets: Sequence[BucketStorage],
+    ) -> None:
         self.layout = layout
         self.params = params
         self.dp_rank = dp_rank
         self.options = options
         self.device = params[0].device
         self.momentum = momentum_codec(options.precision.momentum)
-        self.buckets = [FlatStorage(spec, layout, params, dp_rank, options) for spec in layout.buckets]
+        self.buckets = list(buckets)
 
     def keys_of(self, index: int) -> tuple[str, ...]:
         """The keys of the state of parameter `index`, without ``master``."""
@@ -263,7 +155,7 @@ class Storage:
 
     @torch.no_grad()
     def absorb_external_writes(self) -> None:
-        """Refuse moved parameters and write external changes into the masters; see [Note: external writes]."""
+        """Refuse moved parameters and write external changes into the masters."""
         for bucket in self.buckets:
             for index in bucket.spec.params:
                 bucket.check_in_place(index)
@@ -274,30 +166,3 @@ class Storage:
     def state_bytes(self) -> int:
         """The bytes of optimizer state on this rank."""
         return sum(bucket.state_bytes for bucket in self.buckets)
-
-
-def _matching_views(flat: Tensor, own: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (part of `flat`, the same elements of `own`) as views of equal shape.
-
-    `flat`, (length,), holds the elements of `own` from `start` on, in row-major order.
-    """
-    if own.is_contiguous():
-        yield flat, own.view(-1)[start : start + flat.numel()]
-        return
-    done = 0
-    for offsets, sizes in boxes(own.shape, start, flat.numel()):
-        elements = flat[done : done + prod(sizes)].view(sizes)
-        yield elements, own[tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes))]
-        done += elements.numel()
-
-
-def _allocate_state(
-    pieces: Sequence[ShardPiece], key: str, entries: Sequence[tuple[int, torch.dtype]], device: torch.device
-) -> None:
-    """Allocate zeros for all `pieces` in one tensor, ordered by parameter; each piece gets its view as `state[key]`."""
-    ordered = sorted(zip(pieces, entries), key=lambda pair: (pair[0].segment.param, pair[0].segment.param_offset))
-    lengths = [length for _, (length, _) in ordered]
-    dtype = entries[0][1] if entries else torch.float32
-    flat = torch.zeros(sum(lengths), dtype=dtype, device=device)
-    for (piece, _), view in zip(ordered, torch.split(flat, lengths)):
-        piece.state[key] = view

@@ -203,8 +203,8 @@ def _sharded(group: dist.ProcessGroup, how: str) -> None:
     model: nn.Module = _model()
     if how == "FullyShardedDataParallel":
         model = FullyShardedDataParallel(model, process_group=group, device_id=torch.device("cpu"))
-    elif how == "fully_shard":
-        fully_shard(model, mesh=mesh)
+    elif how == "a part under FSDP1":
+        model[0] = FullyShardedDataParallel(model[0], process_group=group, device_id=torch.device("cpu"))  # type: ignore[operator]
     else:
         fully_shard(model[0], mesh=mesh)
     distmuon.DistMuon(model, process_group=group)
@@ -215,10 +215,10 @@ def _sharded(group: dist.ProcessGroup, how: str) -> None:
     [
         (
             "FullyShardedDataParallel",
-            r"params: a model wrapped in FullyShardedDataParallel; whole parameters .*\(ZeRO-1\)",
+            r"params: a model wrapped in FullyShardedDataParallel \(FSDP1\), .*fully_shard\(model\)",
         ),
-        ("fully_shard", r"params: a model wrapped in FSDPSequential; .*pass the plain module"),
-        ("a layer", r"0\.weight: the parameter is a DTensor \(FSDP2 or tensor parallel\)"),
+        ("a part under FSDP1", r"0: a model wrapped in FullyShardedDataParallel \(FSDP1\), .*pass the plain module"),
+        ("a layer", r"2\.weight: it is trained and is a plain tensor in a model that fully_shard has cut"),
     ],
 )
 def test_a_model_that_fsdp_has_cut(spawn_raises, how: str, match: str) -> None:

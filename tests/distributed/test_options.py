@@ -15,8 +15,8 @@ import distmuon
 from distmuon.comm import group as collectives
 from distmuon.math import rules
 from distmuon.step import param_gather, verdict
+from distmuon.step.flat_storage import FlatStorage
 from distmuon.step.grad_buffer import GradBuffer
-from distmuon.step.storage import FlatStorage
 from tests.distributed.test_parity import _model, _train_by_hand, _wanted_by_hand
 from tests.standing import Standing, loss_fn, make_batch
 from tests.training import backward, digest, errors, make, state_tensors, train, weights
