@@ -103,7 +103,8 @@ class DistMuon(torch.optim.Optimizer):
         verify_every: compare the bits of all parameters across ranks in every n-th step, before it writes; 0: never.
         broadcast_buffers: send rank 0's module buffers to all ranks once, when DistMuon's buffers are built; unlike
             DDP, later forwards send none. False: each rank keeps its module buffers, and they are not compared.
-        sharding_fields: a field of `Sharding` by itself, such as ``overlap=False``.
+        fields: a field of either policy by itself: ``overlap=False``, ``ns_dtype=torch.float32``
+            (`distmuon.options.with_fields`).
 
     Buffers are built at the first forward in training, gradient, step or state call, on all ranks together: rank 0's
     parameters and module buffers are broadcast; then parameters live in flat storage and must not be moved. After
@@ -145,11 +146,14 @@ class DistMuon(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         verify_every: int = 0,
         broadcast_buffers: bool = True,
-        **sharding_fields: Any,
+        **fields: Any,
     ) -> None:
+        sharding = Sharding() if sharding is None else sharding
+        precision = Precision() if precision is None else precision
+        sharding, precision = with_fields(sharding, precision, fields)
         self.options = Options(
-            sharding=with_fields(Sharding() if sharding is None else sharding, sharding_fields),
-            precision=Precision() if precision is None else precision,
+            sharding=sharding,
+            precision=precision,
             grad_reduction=grad_reduction,
             max_grad_norm=max_grad_norm,
             verify_every=verify_every,

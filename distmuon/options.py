@@ -30,19 +30,19 @@ AdjustLrFn = Literal["match_rms_adamw", "original"]
 class Precision:
     """The dtype in which each tensor is kept, computed or sent: a torch dtype or its name ("bfloat16")."""
 
-    reduce: torch.dtype = torch.float32
+    reduce: torch.dtype = field(default=torch.float32, metadata={"argument": "reduce_dtype"})
     """Dtype of gradient buffers and of their reduction: float32, bfloat16 or float16. Sums are float32."""
-    momentum: torch.dtype = torch.float32
+    momentum: torch.dtype = field(default=torch.float32, metadata={"argument": "momentum_dtype"})
     """Dtype of Muon's momentum buffer: float32, bfloat16 or int8 (blocks of 256 elements with a scale)."""
-    newton_schulz: torch.dtype = torch.bfloat16
+    newton_schulz: torch.dtype = field(default=torch.bfloat16, metadata={"argument": "ns_dtype"})
     """Dtype of the Newton-Schulz iteration: bfloat16, float32 or float64."""
-    exchange: torch.dtype | None = None
+    exchange: torch.dtype | None = field(default=None, metadata={"argument": "exchange_dtype"})
     """Wire dtype: pieces of updates and polar factors are sent and rounded in it, also those that stay on their rank
     (`Bucket._orthogonalize`). bfloat16, float32 or float64; None: `newton_schulz`. float16 is not allowed, since small
     updates would vanish in it. A further dtype goes into `_DTYPES`, and all senders and the planner follow, for they
     read `wire`. It must be a floating-point dtype that torch promotes and the backend sends: there is no codec with
     scales for pieces."""
-    master: MasterFormat = "float32"
+    master: MasterFormat = field(default="float32", metadata={"argument": "master_format"})
     """Format of a bfloat16 parameter's master: "float32", or "remainder", the 16 bits that the parameter lacks. Both
     give the same float32 master."""
 
@@ -101,16 +101,23 @@ class Sharding:
         positive("sharding.bucket_mb", self.bucket_mb, most=2.0**40)
 
 
-def with_fields(sharding: Sharding, given: Mapping[str, Any]) -> Sharding:
-    """`sharding` with the fields `given`. Raises TypeError for the name of anything else, as a call does."""
-    names = [field.name for field in fields(Sharding)]
+def with_fields(sharding: Sharding, precision: Precision, given: Mapping[str, Any]) -> tuple[Sharding, Precision]:
+    """The policies with the fields that were `given` as arguments of `DistMuon`: fields of `Sharding` by their names,
+    those of `Precision` by names that say so (``momentum_dtype``, since ``momentum`` is a hyperparameter).
+
+    Raises TypeError for any other argument, as a call does.
+    """
+    of_sharding = {f.name for f in fields(Sharding)}
+    of_precision = {f.metadata["argument"]: f.name for f in fields(Precision)}
     for name in given:
-        if name not in names:
+        if name not in of_sharding and name not in of_precision:
             raise TypeError(
-                f"DistMuon got an unexpected argument {name!r}; its own arguments and the fields of Sharding "
-                f"({', '.join(names)}) are needed; dtypes are fields of precision=distmuon.Precision(...)"
+                f"DistMuon got an unexpected argument {name!r}; beside its own arguments it takes the fields of "
+                f"Sharding ({', '.join(sorted(of_sharding))}) and Precision ({', '.join(of_precision)})"
             )
-    return replace(sharding, **given) if given else sharding
+    cut = {name: value for name, value in given.items() if name in of_sharding}
+    kept = {of_precision[name]: value for name, value in given.items() if name in of_precision and value is not None}
+    return replace(sharding, **cut) if cut else sharding, replace(precision, **kept) if kept else precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distmuon
+from distmuon.options import with_fields
 from tests.reference import Reference
 from tests.standing import (
     BUCKET_MB,
@@ -36,23 +37,14 @@ EXACT: dict[str, Any] = {"lr": 0.02, "bucket_mb": BUCKET_MB, "ns_dtype": torch.f
 REL_WEIGHTS, REL_UPDATE = 1e-6, 1e-5  # the promise of docs/design.md, section 1
 
 
-_PRECISION = {
-    "reduce_dtype": "reduce",
-    "momentum_dtype": "momentum",
-    "ns_dtype": "newton_schulz",
-    "exchange_dtype": "exchange",
-    "master_format": "master",
-}
-
-
 def policies(**options: Any) -> dict[str, Any]:
     """`options` of tests as `DistMuon` and `plan` take them: those of the two policies sorted into `Sharding` and
     `Precision` (dtypes under names that say so, for `momentum` is a hyperparameter, too)."""
-    found = dict(options)
-    sharding = {f.name: found.pop(f.name) for f in fields(distmuon.Sharding) if f.name in found}
-    precision = {field: found.pop(name) for name, field in _PRECISION.items() if name in found}
-    precision = {field: value for field, value in precision.items() if value is not None}
-    return {**found, "sharding": distmuon.Sharding(**sharding), "precision": distmuon.Precision(**precision)}
+    names = {f.name for f in fields(distmuon.Sharding)} | {f.metadata["argument"] for f in fields(distmuon.Precision)}
+    given = {name: value for name, value in options.items() if name in names and value is not None}
+    sharding, precision = with_fields(distmuon.Sharding(), distmuon.Precision(), given)
+    others = {name: value for name, value in options.items() if name not in names}
+    return {**others, "sharding": sharding, "precision": precision}
 
 
 def make(group: dist.ProcessGroup | None, model: nn.Module | None = None, **options: Any) -> tuple[Any, Any]:

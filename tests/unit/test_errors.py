@@ -102,16 +102,17 @@ def test_a_dtype_goes_by_its_name() -> None:
     refused(lambda: Precision(momentum="Tensor"), r"precision\.momentum: found 'Tensor'; one of")  # type: ignore[arg-type]
 
 
-def test_a_field_of_sharding_may_be_given_by_itself() -> None:
+def test_a_field_of_a_policy_may_be_given_by_itself() -> None:
     model = _model()
-    optimizer = distmuon.DistMuon(model, overlap=False, sharding=distmuon.Sharding(packing="contiguous"))
-    assert optimizer.options.sharding == distmuon.Sharding(overlap=False, packing="contiguous")
+    optimizer = distmuon.DistMuon(model, overlap=False, ns_dtype="float32", sharding=Sharding(packing="contiguous"))
+    assert optimizer.options.sharding == Sharding(overlap=False, packing="contiguous")
+    assert optimizer.options.precision == Precision(newton_schulz=torch.float32)
     refused(lambda: distmuon.DistMuon(model, overlap="backward"), "sharding.overlap: found 'backward'")
 
 
-@pytest.mark.parametrize("name", ["reduce_dtype", "momentum_buffer", "learning_rate"])
+@pytest.mark.parametrize("name", ["reduce", "momentum_buffer", "learning_rate"])
 def test_another_argument_is_refused_as_a_call_does(name: str) -> None:
-    with pytest.raises(TypeError, match=f"unexpected argument '{name}'; .*overlap.*Precision"):
+    with pytest.raises(TypeError, match=f"unexpected argument '{name}'; .*overlap.*ns_dtype"):
         distmuon.DistMuon(_model(), **{name: 1})
 
 
