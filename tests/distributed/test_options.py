@@ -76,7 +76,16 @@ SAME_BITS: list[dict[str, Any]] = [  # verdict_on_device: as on a GPU, where the
     "A non-finite gradient on one rank: all ranks skip, and no bit of state changes, with the options"
     " that change no bit too",
 )
-@pytest.mark.parametrize(("dp_size", "num_micro"), [(1, 1), (2, 1), (2, 3), (3, 1), (4, 1)])
+@pytest.mark.parametrize(
+    ("dp_size", "num_micro"),
+    [
+        (1, 1),
+        (2, 1),
+        (2, 3),
+        pytest.param(3, 1, marks=pytest.mark.slow),  # by day the golden digests hold these bits at 3 and 4 ranks
+        pytest.param(4, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_options_that_change_no_bit(spawn, dp_size: int, num_micro: int) -> None:
     """Parameters and state equal the plain way's, bit by bit, on all ranks, over a skipped step and a forgotten one."""
     cases = [{}, *SAME_BITS]
