@@ -371,19 +371,31 @@ def check_rng(states: Mapping[str, Any], device: torch.device) -> None:
     """Raise `ValueError`, naming the generator, for a state that it can never be in."""
     _require(isinstance(states, dict) and {"cpu", "python"} <= states.keys(), "generators", "no dict of states")
     _check_torch(states["cpu"], torch.get_rng_state())
-    version, words, gauss = _exactly(states["python"], 3, "Python's generator")
-    _require(version == 3, "Python's generator", f"version {version!r:.20}")
-    words = _exactly(words, _STATE_WORDS + 1, "Python's generator")
-    _check_words(words[:-1], words[-1], "Python's generator")
-    _require(gauss is None or _is_finite(gauss), "Python's generator", f"{gauss!r:.40} as the next normal number")
+    _check_python(states["python"])
     if "numpy" in states:
-        kind, words, position, has_gauss, gauss = _exactly(states["numpy"], 5, "NumPy's generator")
-        _require(type(kind) is str and kind == "MT19937", "NumPy's generator", f"kind {kind!r:.20}")
-        _check_words(_exactly(words, _STATE_WORDS, "NumPy's generator"), position, "NumPy's generator")
-        _require(type(has_gauss) is int and has_gauss in (0, 1), "NumPy's generator", f"has_gauss {has_gauss!r:.20}")
-        _require(_is_finite(gauss), "NumPy's generator", f"{gauss!r:.40} as the next normal number")
+        _check_numpy(states["numpy"])
     if device.type == "cuda" and "cuda" in states:
         _check_bytes(states["cuda"], torch.cuda.get_rng_state(device), "torch's generator of the GPU")
+
+
+def _check_python(state: Any) -> None:
+    """Check a state of `random.getstate`: (version, words and position, the next normal number or None)."""
+    name = "Python's generator"
+    version, words_and_position, normal = _exactly(state, 3, name)
+    _require(version == 3, name, f"version {version!r:.20}")
+    *words, position = _exactly(words_and_position, _STATE_WORDS + 1, name)
+    _check_words(words, position, name)
+    _require(normal is None or _is_finite(normal), name, f"{normal!r:.40} as the next normal number")
+
+
+def _check_numpy(state: Any) -> None:
+    """Check a state of `numpy.random.get_state`: (kind, words, position, whether a normal number is left, it)."""
+    name = "NumPy's generator"
+    kind, words, position, has_normal, normal = _exactly(state, 5, name)
+    _require(type(kind) is str and kind == "MT19937", name, f"kind {kind!r:.20}")
+    _check_words(_exactly(words, _STATE_WORDS, name), position, name)
+    _require(type(has_normal) is int and has_normal in (0, 1), name, f"has_gauss {has_normal!r:.20}")
+    _require(_is_finite(normal), name, f"{normal!r:.40} as the next normal number")
 
 
 def _check_torch(state: Any, current: Tensor) -> None:

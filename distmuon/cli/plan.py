@@ -38,9 +38,13 @@ def main(argv: Sequence[str]) -> int:
     try:
         parser = _parser()
         given = vars(parser.instantiate(parser.parse_args(argv)))
-        name, sizes, ranks, plot, as_json = (given.pop(key) for key in ("model", "dp", "ranks", "plot", "json"))
+        name = given.pop("model")
+        ranks = given.pop("ranks")
+        plot = given.pop("plot")
+        as_json = given.pop("json")
+        dp_sizes = _dp_sizes(given.pop("dp"))
         model = _model(name)
-        plans = [plan(model, dp_size=dp_size, **given) for dp_size in _dp_sizes(sizes)]
+        plans = [plan(model, dp_size=dp_size, **given) for dp_size in dp_sizes]
         if plot is not None:
             _draw(plans, name, Path(plot))
     except (ArgumentError, ValueError, OSError, ImportError) as error:

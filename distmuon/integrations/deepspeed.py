@@ -207,7 +207,8 @@ def _check(engine: Any, optimizer: DistMuon) -> None:
 def _from_json(engine: Any, model_parameters: Any) -> DistMuon:
     """Make the optimizer that the config describes, for all trainable parameters of the engine's module."""
     entries = [entry if isinstance(entry, dict) else {"params": [entry]} for entry in model_parameters]
-    if keys := sorted({key for entry in entries for key in entry if key != "params"}):
+    keys = sorted({key for entry in entries for key in entry if key != "params"})
+    if keys:
         raise problem(
             "model_parameters",
             found=f"groups with their own {', '.join(keys)}",

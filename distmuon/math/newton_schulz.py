@@ -189,7 +189,8 @@ def _segmented(x: Tensor, spare: Tensor, triples: tuple[Triple, ...], form: Form
 
     If the form is not stacked, x is (k, l) and is updated in place, by panels.
     """
-    gram, square, factor, half, other = x.new_empty(5, *x.shape[:-1], x.size(-2))
+    buffers = x.new_empty(5, *x.shape[:-1], x.size(-2))  # k x k each, in one allocation
+    gram, square, factor, half, other = buffers
     panels, remaining = form.square_panels, iter(triples)
     apart = 0.0  # Q = factor + apart * I
     for index, length in enumerate(form.segments):
