@@ -38,7 +38,7 @@ REL_WEIGHTS, REL_UPDATE = 1e-6, 1e-5  # the promise of docs/design.md, section 1
 
 
 def policies(**options: Any) -> dict[str, Any]:
-    """`options` of tests as `DistMuon` and `plan` take them: those of the two policies sorted into `Sharding` and
+    """`options` of tests as `plan` and the trainers take them: those of the two policies sorted into `Sharding` and
     `Precision` (dtypes under names that say so, for `momentum` is a hyperparameter, too)."""
     names = {f.name for f in fields(distmuon.Sharding)} | {f.metadata["argument"] for f in fields(distmuon.Precision)}
     given = {name: value for name, value in options.items() if name in names and value is not None}
@@ -51,7 +51,7 @@ def make(group: dist.ProcessGroup | None, model: nn.Module | None = None, **opti
     """(model, optimizer); options over those of the exact comparison."""
     model = Standing() if model is None else model
     given = {"routes": routes(), **EXACT, **options}
-    return model, distmuon.DistMuon(model, process_group=group, **policies(**given))
+    return model, distmuon.DistMuon(model, process_group=group, **given)
 
 
 def backward(model: nn.Module, optimizer: Any, micro_batches: Sequence[Batch]) -> None:

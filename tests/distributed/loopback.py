@@ -19,7 +19,6 @@ from torch import nn
 
 import distmuon
 from tests.pool import Pool
-from tests.training import policies
 
 STEPS, LAYERS, WIDTH = 4, 13, 480
 IFF_UP, SIOCSIFFLAGS = 0x1, 0x8914
@@ -42,7 +41,7 @@ def measure_optimizer(group: dist.ProcessGroup, packing: str) -> tuple[int, dict
     """(bytes on the wire between two barriers, bytes counted by this rank in between, by stage)."""
     torch.manual_seed(0)  # gradients by hand before any forward need the same values on all ranks
     model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)])
-    optimizer = distmuon.DistMuon(model, **policies(process_group=group, packing=packing, ns_steps=1, bucket_mb=4.5))
+    optimizer = distmuon.DistMuon(model, process_group=group, packing=packing, ns_steps=1, bucket_mb=4.5)
     counted: dict[str, int] = {}
     before = 0
     for step in range(STEPS + 1):  # the first one builds and connects

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 import distmuon
 from distmuon.comm.agreement import agree_on_plan, raise_together
 from distmuon.comm.group import DataParallelGroup
-from tests.training import digest, make, policies, state_tensors, train, weights
+from tests.training import digest, make, state_tensors, train, weights
 
 
 def _model() -> nn.Sequential:
@@ -35,7 +35,7 @@ def _step(model: nn.Module, optimizer: distmuon.DistMuon) -> None:
 
 def _unlike(group: dist.ProcessGroup, name: str, values: list[Any]) -> None:
     model = _model()
-    _step(model, distmuon.DistMuon(model, **policies(process_group=group, **{name: values[dist.get_rank(group)]})))
+    _step(model, distmuon.DistMuon(model, process_group=group, **{name: values[dist.get_rank(group)]}))
 
 
 @pytest.mark.promise(
@@ -108,7 +108,8 @@ def _nan_on(group: dist.ProcessGroup, rank: int, by_name: bool) -> None:
         model[2].weight.data[1, 1] = math.nan
     optimizer = distmuon.DistMuon(
         [*model.named_parameters()] if by_name else model,
-        **policies(process_group=group, **({"routes": [distmuon.Route("*weight", "muon")]} if by_name else {})),
+        process_group=group,
+        **({"routes": [distmuon.Route("*weight", "muon")]} if by_name else {}),
     )
     _step(model, optimizer)
 

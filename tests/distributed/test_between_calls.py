@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distmuon
-from tests.training import digest, policies, state_tensors, weights
+from tests.training import digest, state_tensors, weights
 
 WIDTHS = (8, 72, 24, 72, 72, 56)
 
@@ -40,7 +40,7 @@ def _made(group: dist.ProcessGroup, **options: Any) -> tuple[Branched, Any, Tens
     model = Branched()
     given = {"lr": 0.05, "bucket_mb": 0.0505, "routes": [distmuon.Route("*weight", "muon")], **options}
     inputs = torch.randn(4, 24, generator=torch.Generator().manual_seed(dist.get_rank(group)))
-    return model, distmuon.DistMuon(model, **policies(process_group=group, **given)), inputs
+    return model, distmuon.DistMuon(model, process_group=group, **given), inputs
 
 
 def _step(model: Branched, optimizer: Any, inputs: Tensor, branch: bool = True) -> None:
@@ -153,7 +153,7 @@ def _drop_optimizer(group: dist.ProcessGroup, gather: str, keep: bool) -> str:
     def trained() -> Any:
         inputs = torch.randn(4, 24, generator=torch.Generator().manual_seed(dist.get_rank(group)))
         options = {"bucket_mb": 0.0505, "param_gather": gather, "overlap": "forward"}
-        optimizer = distmuon.DistMuon(model, **policies(lr=0.05, process_group=group, **options))
+        optimizer = distmuon.DistMuon(model, lr=0.05, process_group=group, **options)
         for _ in range(2):
             _step(model, optimizer, inputs)
         assert optimizer._engine.params_in_flight

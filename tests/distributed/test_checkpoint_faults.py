@@ -33,7 +33,7 @@ from distmuon.checkpoint import save as saving
 from distmuon.checkpoint.manifest import write_file
 from distmuon.comm.agreement import agree_on_bits
 from distmuon.step.engine import Engine
-from tests.training import digest, make, policies, state_tensors, train, weights
+from tests.training import digest, make, state_tensors, train, weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 def _small(routes: Any = None, seed: int = 0) -> tuple[nn.Module, distmuon.DistMuon]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
-    return model, distmuon.DistMuon(model, **policies(lr=0.02, ns_dtype=torch.float32, routes=routes))
+    return model, distmuon.DistMuon(model, lr=0.02, ns_dtype=torch.float32, routes=routes)
 
 
 def _step(model: nn.Module, optimizer: distmuon.DistMuon) -> None:

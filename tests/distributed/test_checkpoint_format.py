@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import distmuon
-from tests.training import digest, policies, state_tensors
+from tests.training import digest, state_tensors
 
 FIXTURE = Path(__file__).with_name("checkpoint_v1")
 
@@ -43,7 +43,7 @@ class _Tiny(nn.Module):
 def _make(group: dist.ProcessGroup) -> tuple[Any, Any, Any]:
     model = _Tiny().bfloat16()
     routes = [distmuon.Route(name, "muon") for name in ("experts_*", "out.weight")]  # rules of then, whatever is now
-    optimizer = distmuon.DistMuon(model, **policies(lr=0.01, process_group=group, routes=routes, bucket_mb=0.0001))
+    optimizer = distmuon.DistMuon(model, lr=0.01, process_group=group, routes=routes, bucket_mb=0.0001)
     return model, optimizer, LambdaLR(optimizer, lambda step: 0.5**step)
 
 

@@ -31,7 +31,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import distmuon
-from tests.training import digest, policies, state_tensors, weights
+from tests.training import digest, state_tensors, weights
 
 FUZZ = settings(
     deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -48,7 +48,7 @@ class Run:
             nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24), nn.BatchNorm1d(24), nn.Linear(24, 9)
         )
         self.optimizer = distmuon.DistMuon(
-            self.model, **policies(lr=0.02, process_group=group, bucket_mb=0.004, ns_dtype=torch.float32)
+            self.model, lr=0.02, process_group=group, bucket_mb=0.004, ns_dtype=torch.float32
         )
         self.scheduler = LambdaLR(self.optimizer, lambda step: 0.9**step)
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 import distmuon
 from distmuon.checkpoint.torch_optim import from_torch_optim, to_torch_optim
 from tests.standing import Standing, routes
-from tests.training import Weights, assert_equals_reference, digest, make, policies, state_tensors, train, weights
+from tests.training import Weights, assert_equals_reference, digest, make, state_tensors, train, weights
 
 OPTIONS: dict[str, Any] = {
     "lr": 0.02,
@@ -58,7 +58,7 @@ def _steps(model: nn.Module, optimizers: Any, steps: range) -> None:
 
 def _unbroken(group: dist.ProcessGroup) -> Weights:
     model = _model()
-    optimizer = distmuon.DistMuon(model, **policies(process_group=group, **OPTIONS))
+    optimizer = distmuon.DistMuon(model, process_group=group, **OPTIONS)
     _steps(model, [optimizer], range(6))
     return weights(model, optimizer)
 
@@ -66,7 +66,7 @@ def _unbroken(group: dist.ProcessGroup) -> Weights:
 def _leave(group: dist.ProcessGroup, file: str) -> Any:
     """Two steps, then the pair's state dicts and a safetensors file."""
     model = _model()
-    optimizer = distmuon.DistMuon(model, **policies(process_group=group, **OPTIONS))
+    optimizer = distmuon.DistMuon(model, process_group=group, **OPTIONS)
     _steps(model, [optimizer], range(2))
     states = to_torch_optim(optimizer)
     if dist.get_rank(group) == 0:
@@ -77,7 +77,7 @@ def _leave(group: dist.ProcessGroup, file: str) -> Any:
 def _come_back(group: dist.ProcessGroup, file: str, muon: Any, adamw: Any) -> tuple[Weights, Any]:
     """The pair's state taken over, two more steps."""
     model = _model()
-    optimizer = distmuon.DistMuon(model, **policies(process_group=group, **OPTIONS))
+    optimizer = distmuon.DistMuon(model, process_group=group, **OPTIONS)
     model.load_state_dict(load_file(file))
     optimizer.load_state_dict(from_torch_optim(optimizer, muon, adamw))
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -140,7 +140,7 @@ def test_what_torch_muon_would_train_differently_is_refused_by_name() -> None:
 
 def test_a_pair_that_lacks_parameters_is_refused_by_name() -> None:
     model = _model()
-    optimizer = distmuon.DistMuon(model, **policies(**OPTIONS))
+    optimizer = distmuon.DistMuon(model, **OPTIONS)
     _steps(model, [optimizer], range(1))
     muon, adamw = to_torch_optim(optimizer)
     muon["param_groups"][0]["param_names"][0] = "other"

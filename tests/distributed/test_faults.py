@@ -23,7 +23,6 @@ from tests.training import (
     backward,
     digest,
     make,
-    policies,
     reference,
     state_tensors,
     train,
@@ -200,7 +199,7 @@ def _other_shapes(group: dist.ProcessGroup) -> None:
 def _other_packing(group: dist.ProcessGroup) -> None:
     packing = "balanced" if dist.get_rank(group) == 0 else "contiguous"
     model = nn.Linear(6, 6)
-    optimizer = distmuon.DistMuon(model, **policies(process_group=group, packing=packing))
+    optimizer = distmuon.DistMuon(model, process_group=group, packing=packing)
     model(torch.randn(2, 6)).sum().backward()
     optimizer.step()
 

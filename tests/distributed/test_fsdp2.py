@@ -36,7 +36,7 @@ from distmuon.math.newton_schulz import orthogonalize
 from distmuon.step.bucket import Bucket
 from tests.reference import Reference
 from tests.standing import SPLITS, STACKS, Batch, Standing, loss_fn, make_batch, make_batches, routes, rules
-from tests.training import REL_UPDATE, REL_WEIGHTS, errors, mean_hand_gradients, policies
+from tests.training import REL_UPDATE, REL_WEIGHTS, errors, mean_hand_gradients
 
 LR = 0.02
 Weights = dict[str, Tensor]
@@ -117,7 +117,7 @@ def _optimizer(model: nn.Module, given: Any = None, **options: Any) -> distmuon.
     if given is None:
         given = _prefixed("inner.") if isinstance(model, Whole) else LAYER_ROUTES
     settings = {"lr": LR, "ns_dtype": torch.float32, "bucket_mb": 0.026, "routes": given, **options}
-    return distmuon.DistMuon(model, **policies(**settings))
+    return distmuon.DistMuon(model, **settings)
 
 
 def _whole(group: dist.ProcessGroup, fsdp: dict[str, Any] | None = None, **options: Any) -> tuple[Whole, Any]:

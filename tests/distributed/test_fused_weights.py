@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import distmuon
 from tests.reference import Reference
-from tests.training import Weights, assert_equals_reference, policies, weights
+from tests.training import Weights, assert_equals_reference, weights
 
 ROWS = [64, 16, 16]  # of 32 columns: the first is taller than wide, the others are not
 RULES = {"qkv.weight": "muon", "out.weight": "muon"}
@@ -51,7 +51,7 @@ def _trained(group: dist.ProcessGroup, options: dict[str, Any]) -> Weights:
     model = Fused()
     routes = [distmuon.Route("qkv.weight", "muon", split=ROWS), distmuon.Route("out.weight", "muon")]
     wire = {"ns_dtype": torch.float32, "exchange_dtype": torch.float32}
-    optimizer = distmuon.DistMuon(model, **policies(lr=0.02, routes=routes, process_group=group, **wire, **options))
+    optimizer = distmuon.DistMuon(model, lr=0.02, routes=routes, process_group=group, **wire, **options)
     for step in range(2):
         model(_batch(dist.get_rank(group), step)).backward()
         optimizer.step()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distmuon
-from tests.training import digest, hand_gradients, make, policies, state_tensors, train, weights
+from tests.training import digest, hand_gradients, make, state_tensors, train, weights
 from tests.unit.test_memory import Mixed, Named, Sum, _in
 
 
@@ -328,7 +328,7 @@ def _formats(group: dist.ProcessGroup, form: str, folder: str, options: dict[str
     """(digest of weights, of state, strides kept, boxes copied out by this rank)."""
     model = _in(form)
     before = {fqn: param.stride() for fqn, param in model.named_parameters()}
-    optimizer = distmuon.DistMuon(model, **policies(process_group=group, lr=0.02, bucket_mb=1e-3, **options))
+    optimizer = distmuon.DistMuon(model, process_group=group, lr=0.02, bucket_mb=1e-3, **options)
     external = options.get("grad_reduction") == "external"
     for step in range(3):
         for fqn, grad in hand_gradients(model, step, 0 if external else dist.get_rank(group)).items():

@@ -52,7 +52,7 @@ def _accumulated(
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     model = _small()
     routes = [distmuon.Route("0.weight", "muon"), distmuon.Route("1.weight", "muon")]
-    optimizer = distmuon.DistMuon(model, **policies(process_group=group, bucket_mb=0.001, routes=routes, **options))
+    optimizer = distmuon.DistMuon(model, process_group=group, bucket_mb=0.001, routes=routes, **options)
     exact = {fqn: torch.zeros(p.shape, dtype=torch.float64) for fqn, p in model.named_parameters()}
     dtype, held = options.get("reduce_dtype", torch.float32), 0
     for step in range(2):

@@ -26,7 +26,6 @@ from tests.training import (
     hand_gradients,
     make,
     mean_hand_gradients,
-    policies,
     reference,
     reference_weights,
     state_tensors,
@@ -38,7 +37,7 @@ from tests.training import (
 def _small(**options: Any) -> tuple[nn.Module, distmuon.DistMuon]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-    return model, distmuon.DistMuon(model, **policies(lr=0.02, adamw_lr=0.005, ns_dtype=torch.float32, **options))
+    return model, distmuon.DistMuon(model, lr=0.02, adamw_lr=0.005, ns_dtype=torch.float32, **options)
 
 
 def _small_step(model: nn.Module, optimizer: distmuon.DistMuon) -> Tensor:
@@ -330,7 +329,7 @@ def test_signatures_are_those_of_the_base_class(method: str) -> None:
 )
 def test_illegal_options_raise_with_value_and_cure(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        distmuon.DistMuon(Standing(), **policies(routes=routes(), **options))
+        distmuon.DistMuon(Standing(), routes=routes(), **options)
 
 
 def test_report_agrees_with_an_independent_walk() -> None:
@@ -627,9 +626,7 @@ def _stale_in_hook(group: dist.ProcessGroup) -> tuple[bool, bool]:
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Linear(24, 40, bias=False), nn.Linear(40, 24, bias=False)])
     routes = [distmuon.Route("*", "muon")]
-    optimizer = distmuon.DistMuon(
-        model, **policies(process_group=group, overlap="forward", bucket_mb=0.001, routes=routes)
-    )
+    optimizer = distmuon.DistMuon(model, process_group=group, overlap="forward", bucket_mb=0.001, routes=routes)
     seen: list[dict[str, Tensor]] = []
     hook = lambda *_: seen.append({fqn: p.detach().clone() for fqn, p in model.named_parameters()})  # noqa: E731
     optimizer.register_step_pre_hook(hook)

@@ -94,7 +94,7 @@ def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) ->
         model, given = build(name)
         options = dict(way)
         model.to(options.pop("param_dtype", torch.float32))
-        optimizer = distmuon.DistMuon(model, **policies(process_group=group, **given, **options))
+        optimizer = distmuon.DistMuon(model, process_group=group, **given, **options)
         flops = 0
 
         def counting(matrices: torch.Tensor, *, steps: int, **rest: Any) -> torch.Tensor:
@@ -170,7 +170,7 @@ def _peak(group: dist.ProcessGroup, name: str, way: dict[str, Any]) -> int:
     options = dict(way)
     model, given = build(name)
     model.to(options.pop("param_dtype", torch.float32))
-    optimizer = distmuon.DistMuon(model, **policies(process_group=group, **options, **given))
+    optimizer = distmuon.DistMuon(model, process_group=group, **options, **given)
     for _ in range(2):
         for param in model.parameters():
             param.grad = torch.randn_like(param) if param.requires_grad else None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import distmuon
 from distmuon.comm import group as collectives
-from tests.training import digest, policies, state_tensors, weights
+from tests.training import digest, state_tensors, weights
 
 WARM_UP, TOLERANCE = 100, 1.01
 
@@ -110,9 +110,7 @@ def _stress(group: dist.ProcessGroup, folder: str, steps: int, every: int, leak:
     """Readings each `every` steps, and how many steps were skipped."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     model = Small()
-    optimizer = distmuon.DistMuon(
-        model, **policies(lr=0.01, process_group=group, bucket_mb=0.008, ns_dtype=torch.float32)
-    )
+    optimizer = distmuon.DistMuon(model, lr=0.01, process_group=group, bucket_mb=0.008, ns_dtype=torch.float32)
     assert len(optimizer.layout.buckets) >= 4
     assert sum(placed.straddling for placed in optimizer.layout.matrices) >= 2
     happens, churn, readings = random.Random(0), Churn(rank), list[Reading]()
@@ -185,7 +183,7 @@ def _check(by_rank: list[tuple[list[Reading], int]], *, resident: bool) -> dict[
 def _clipped_nan(group: dist.ProcessGroup, options: dict[str, Any]) -> tuple[list[int], bool]:
     """Steps skipped so far after each of three, the first of which clips a NaN; whether padding is zero again."""
     model = Small()
-    optimizer = distmuon.DistMuon(model, **policies(process_group=group, bucket_mb=0.008, **options))
+    optimizer = distmuon.DistMuon(model, process_group=group, bucket_mb=0.008, **options)
     skipped = []
     for step in range(3):
         (_loss(model, step, True) * (torch.nan if step == 0 and dist.get_rank(group) == 0 else 1.0)).backward()

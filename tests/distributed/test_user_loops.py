@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import distmuon
 from distmuon.step import engine
 from tests.distributed.test_in_flight import slow_peer
-from tests.training import digest, policies, state_tensors, weights
+from tests.training import digest, state_tensors, weights
 
 OPTIONS = {"lr": 0.05, "ns_dtype": torch.float32, "bucket_mb": 0.002}
 
@@ -51,7 +51,7 @@ def _loss(model: nn.Module, step: int, rank: int, **options: Any) -> Tensor:
 
 def _made(group: dist.ProcessGroup | None, **options: Any) -> tuple[Net, Any]:
     model = Net()
-    return model, distmuon.DistMuon(model, **policies(process_group=group, **{**OPTIONS, **options}))
+    return model, distmuon.DistMuon(model, process_group=group, **{**OPTIONS, **options})
 
 
 def _step(model: nn.Module, optimizer: Any, step: int, rank: int) -> None:
@@ -401,9 +401,7 @@ def _reentrant(group: dist.ProcessGroup, way: str) -> list[Any]:
     def both(x: Tensor) -> Tensor:
         return recomputed(nn.Sequential(*parts[1:3]), parts[0](x))
 
-    optimizer = distmuon.DistMuon(
-        model, **policies(process_group=group, **OPTIONS, routes=[distmuon.Route("*weight", "muon")])
-    )
+    optimizer = distmuon.DistMuon(model, process_group=group, **OPTIONS, routes=[distmuon.Route("*weight", "muon")])
     started = []
     for step in range(3):
         x = torch.randn(4, 16, generator=torch.Generator().manual_seed(step + 10 * dist.get_rank(group)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import distmuon
-from tests.training import digest, policies, weights
+from tests.training import digest, weights
 
 BUCKET_MB = 0.002  # four buckets of `Blocks`
 
@@ -37,7 +37,7 @@ class Blocks(nn.Module):
 
 def make_optimizer(model: nn.Module, group: Any, **options: Any) -> distmuon.DistMuon:
     given = {"lr": 0.02, "ns_dtype": torch.float32, "process_group": group, "bucket_mb": BUCKET_MB, **options}
-    return distmuon.DistMuon(model, **policies(**given))
+    return distmuon.DistMuon(model, **given)
 
 
 def train(called: nn.Module, optimizer: Any, group: Any, lengths: list[int], max_norm: float | None = None) -> None:

@@ -22,7 +22,7 @@ from distmuon import Precision, Route, Sharding
 from distmuon.checkpoint.extras import unpacked
 from distmuon.layout.routing import route
 from distmuon.planning.plan import plan
-from tests.training import digest, policies, state_tensors, weights
+from tests.training import digest, state_tensors, weights
 
 FORM = re.compile(r"(?s).+: .+; .+; .+")
 
@@ -34,7 +34,7 @@ def _model() -> nn.Sequential:
 
 def _made(**options: Any) -> tuple[nn.Sequential, distmuon.DistMuon]:
     model = _model()
-    return model, distmuon.DistMuon(model, **policies(**{"routes": [Route("*.weight", "muon")], **options}))
+    return model, distmuon.DistMuon(model, **{"routes": [Route("*.weight", "muon")], **options})
 
 
 def _step(model: nn.Module, optimizer: distmuon.DistMuon) -> None:
@@ -364,7 +364,7 @@ def test_only_the_2_norm_is_clipped_to(value: Any) -> None:
 def test_sparse_gradients(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(9, 6, sparse=True), nn.Linear(6, 4))
-    optimizer = distmuon.DistMuon(model, **policies(**options))
+    optimizer = distmuon.DistMuon(model, **options)
 
     def step() -> None:
         model(torch.tensor([1, 2])).sum().backward()

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 import distmuon
 from distmuon import Route
 from distmuon.layout import memory
-from tests.training import digest, policies, state_tensors, weights
+from tests.training import digest, state_tensors, weights
 from tests.unit.test_errors import refused
 
 
@@ -74,7 +74,7 @@ def test_strides_are_kept_and_change_no_bit(form: str, options: dict[str, Any], 
     before = {fqn: (param.stride(), param.data_ptr()) for fqn, param in model.named_parameters()}
     moved = {fqn for fqn, param in model.named_parameters() if param.is_contiguous()}
     assert len(moved) == 8 - 2 and not model.deep.weight.is_contiguous()
-    optimizers = [distmuon.DistMuon(each, **policies(**options)) for each in (plain, model)]
+    optimizers = [distmuon.DistMuon(each, **options) for each in (plain, model)]
     for seed in range(3):
         for each, optimizer in zip((plain, model), optimizers):
             _step(each, optimizer, seed)

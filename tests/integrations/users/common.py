@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distmuon
 from tests.reference import Gradients, Reference
-from tests.training import Weights, assert_equals_reference, digest, policies
+from tests.training import Weights, assert_equals_reference, digest
 
 RANKS = 2
 LR, DECAY = 0.02, 0.1
@@ -89,7 +89,7 @@ def snapshot(model: nn.Module) -> Weights:
 
 
 def made(model: Any, group: dist.ProcessGroup | None, **options: Any) -> distmuon.DistMuon:
-    return distmuon.DistMuon(model, process_group=group, **policies(**{**EXACT, **options}))
+    return distmuon.DistMuon(model, process_group=group, **{**EXACT, **options})
 
 
 def ways(model: nn.Module, group: dist.ProcessGroup, way: str, **options: Any) -> tuple[nn.Module, distmuon.DistMuon]:

@@ -32,7 +32,7 @@ from tests.integrations.users.common import (
     write,
 )
 from tests.reference import Reference
-from tests.training import Weights, policies
+from tests.training import Weights
 
 LATENT, BATCH, ITERATIONS, CRITIC_STEPS, BOUND, PENALTY = 24, 6, 5, 2, 0.125, 10.0
 
@@ -185,7 +185,7 @@ def test_in_one_process_the_loop_as_it_is_is_adamws(options: dict[str, Any]) -> 
         return torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def ours(model: nn.Module) -> Any:
-        return distmuon.DistMuon(model, lr=LR, weight_decay=0.1, routes="adamw", **policies(**options))
+        return distmuon.DistMuon(model, lr=LR, weight_decay=0.1, routes="adamw", **options)
 
     assert torch.equal(_one_process(adamw), _one_process(ours))
 
