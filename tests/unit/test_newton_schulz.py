@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.newton_schulz import composition, relaxed_cubics
 from distmuon.math import newton_schulz
 from distmuon.math.coefficients import COEFFICIENTS, Triple, checked_bounds, coefficient_schedule
-from distmuon.math.newton_schulz import Form, choose_form, evaluate, flops, orthogonalize
+from distmuon.math.newton_schulz import Form, choose_form, evaluate, flops, orthogonalize, processor_of
 
 TABLES = sorted(COEFFICIENTS)
 STEPS = {name: max(5, table.fewest) for name, table in COEFFICIENTS.items()}
@@ -180,6 +180,30 @@ def test_restarts_keep_the_gram_form_as_exact_as_the_standard_one(table: str) ->
         once = error(evaluate(matrices, triples, dataclasses.replace(chosen, segments=(len(triples),))), wanted)
         never = max(never, once / standard)
     assert never > 1.5 * restarted  # what the restarts are for
+
+
+@pytest.mark.parametrize(
+    ("supported", "allowed", "processor"),
+    [
+        (True, None, "amx"),
+        (True, "AVX512_CORE_AMX", "amx"),
+        (True, "AVX512_CORE_BF16", "cpu"),
+        (False, None, "cpu"),
+    ],
+)
+def test_matrix_tiles_are_asked_for_once_and_may_be_forbidden(
+    monkeypatch: pytest.MonkeyPatch, supported: bool, allowed: str | None, processor: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: supported)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", allowed)
+    newton_schulz._multiplies_tiles.cache_clear()
+    try:
+        assert processor_of(torch.device("cpu")) == processor
+        assert processor_of(torch.device("cuda")) == "cuda"
+    finally:
+        newton_schulz._multiplies_tiles.cache_clear()
 
 
 @pytest.mark.parametrize("table", ["jordan", "you", "deepseek_v4"])
