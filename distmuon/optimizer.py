@@ -312,13 +312,12 @@ class DistMuon(torch.optim.Optimizer):
                 cure="cast, move and shard the model first, then make DistMuon",
             )
         if to_train:
-            fqns, rows = [spec.fqn for spec in self._specs], [local_of(param) for param in self._params]
-            broken = [i for i, fqn in enumerate(fqns) if rows[i].numel() and not bool(rows[i].isfinite().all())]
-            raise_together(
-                self.group,
-                lambda: initial_values.check_finite([fqns[i] for i in broken], f" on rank {self.group.dp_rank}"),
-                stage="comparison of the first values",
-            )
+            rows = [(fqn, local_of(param)) for fqn, param in self._named()]
+            held = [(fqn, local) for fqn, local in rows if local.numel()]
+            broken = initial_values.not_finite([fqn for fqn, _ in held], [local for _, local in held])
+            where = f" on rank {self.group.dp_rank}"
+            stage = "comparison of the first values"
+            raise_together(self.group, lambda: initial_values.check_finite(broken, where), stage=stage)
         self._built_here()
 
     def _built_here(self) -> Engine:

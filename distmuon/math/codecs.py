@@ -241,7 +241,7 @@ def momentum_codec(dtype: torch.dtype) -> MomentumCodec:
 class MasterCodec(Protocol):
     """The format of a float32 master: a tensor `kept` beside the parameter. All tensors of a call have one shape.
 
-    `FlatStorage.masters` decodes the masters of a rank's shard for line 6 of a step (`Bucket.update`), and at its end
+    `BucketStorage.masters` decodes the masters of a rank's shard for line 6 of a step (`Bucket.update`), and at its end
     encodes them, which gives the parameters their bits. Other ranks receive these bits by the all-gather.
     """
 

@@ -57,7 +57,9 @@ _silent: WeakKeyDictionary[Listener, frozenset[int]] = WeakKeyDictionary()  # th
 def manager_of(param: Tensor) -> Listener | None:
     """The optimizer that manages `param`: the newest made for it, if it still exists."""
     silent = [listener for listener, ids in _silent.items() if id(param) in ids]
-    return silent[-1] if silent else _manager_of[param]() if param in _manager_of else None
+    if silent:
+        return silent[-1]
+    return _manager_of[param]() if param in _manager_of else None
 
 
 class Hooks:

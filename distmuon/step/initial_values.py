@@ -160,7 +160,7 @@ def send(holdings: Sequence[Holding], group: DataParallelGroup, via: torch.devic
             group.broadcast(part.data, via)  # hidden from autograd: a backward may be running
 
 
-def not_finite(fqns: Sequence[str], params: Sequence[nn.Parameter]) -> list[str]:
+def not_finite(fqns: Sequence[str], params: Sequence[Tensor]) -> list[str]:
     """The names of `params` that hold NaN or inf. Waits for the device once."""
     if not params:
         return []
