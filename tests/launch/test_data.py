@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from launch.config import Config, DataConfig, ModelConfig
 from launch.data import ShuffledWindows, TokenWindows, open_corpus, rank_part
-from launch.pretrain import validate
+from launch.run import validate
 from launch.ranks import Ranks
 
 
