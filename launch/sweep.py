@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config import as_dict, parse
+from launch.failures import run_program
 from launch.logs import METRICS_FILE, Record, read_records
 
 GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
@@ -119,4 +120,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
