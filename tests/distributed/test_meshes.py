@@ -599,3 +599,71 @@ def test_the_stages_of_a_pipeline_do_not_wait_for_each_other(spawn) -> None:
         got = _assemble(ranks)
         for name, value in got.items():
             torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------- other parts of the model
+
+OTHERS = (("tall", "moe", "table"), ("fused", "wide", "picture"))  # by stage, what the other holds; the bias is tied
+
+
+def _stage_run(group: dist.ProcessGroup, sharded: bool, copies: int, broken: bool) -> Any:
+    """Two stages of two data-parallel ranks; gradients clipped to the norm of both, the tied bias counted once."""
+    mesh = _grid("stage", "data")
+    model: Any = Zoo()
+    for name in OTHERS[group.rank() // 2]:
+        delattr(model, name)
+    if sharded:
+        fully_shard(model, mesh=mesh["data"])
+    here = [name for name, _ in model.named_parameters()]
+    tied = distmuon.Route("bias", "adamw", copies=copies)
+    routes = [
+        tied,
+        *(route for route in ROUTES if any(fnmatch(name, route.pattern) for name in here if name != "bias")),
+    ]
+    routes = routes[:-1] if "table" not in here else routes
+    options: Any = {} if sharded else {"process_group": mesh.get_group("data"), "grad_reduction": "external"}
+    options |= {"model_parallel_group": mesh.get_group("stage"), "max_grad_norm": 3.0, "lr": LR, "routes": routes}
+    optimizer = distmuon.DistMuon(model, bucket_mb=0.001, ns_dtype=torch.float32, **options)
+    for step in range(STEPS):
+        _give(model, _gradients(step))
+        if broken and step == 1 and group.rank() == 3:
+            local_of(model.tall.grad).fill_(float("nan"))
+        optimizer.step()
+    optimizer.synchronize()
+    return _locals(model), optimizer.metrics()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("broken", [False, True])
+def test_norm_and_skip_are_those_of_all_stages(spawn, sharded: bool, broken: bool) -> None:
+    found = spawn(_stage_run, 4, sharded=sharded, copies=2, broken=broken)
+    oracle = _oracle(max_norm=3.0)
+    for step in (0, 2) if broken else range(STEPS):
+        oracle.apply(_gradients(step))
+    norm = float(torch.stack([g.double().square().sum() for g in _gradients(STEPS - 1).values()]).sum().sqrt())
+    for ranks in (found[:2], found[2:]):
+        for name, value in _assemble([held for held, _ in ranks]).items():
+            torch.testing.assert_close(value, oracle.weights[name], rtol=1e-5, atol=1e-6)
+    for _, metrics in found:
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-6)
+        assert metrics["skipped_steps"] == broken
+
+
+@pytest.mark.parametrize(
+    ("copies", "match"),
+    [
+        (3, r"bias: its route says that 3 ranks of model_parallel_group hold it; at most the 2"),
+        (0, r"Route\('bias'\)\.copies: found 0"),
+    ],
+)
+def test_impossible_copies_are_refused(spawn_raises, copies: int, match: str) -> None:
+    spawn_raises(_stage_run, 4, match=match, sharded=False, copies=copies, broken=False)
+
+
+def test_a_fragment_is_no_matrix() -> None:
+    """Megatron marks its plain tensors; orthogonalizing each by itself would train another model than one process."""
+    layer = nn.Linear(8, 8, bias=False)
+    layer.weight.tensor_model_parallel = True  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"weight: a fragment .*parallelize_module"):
+        distmuon.DistMuon(layer, routes=[distmuon.Route("*", "muon")])
+    distmuon.DistMuon(layer, routes="adamw")
