@@ -79,6 +79,13 @@ def _check_objects(accelerator: Any, objects: tuple[Any, ...]) -> None:
             cure="pass model and optimizer in one call; objects without a DistMuon go through accelerator.prepare",
         )
     models = [item for item in (*objects, *accelerator._models) if isinstance(item, nn.Module)]
+    if any(map(is_cut, optimizers)) and accelerator.distributed_type != accelerate.DistributedType.FSDP:
+        raise problem(
+            PREPARE,
+            found=f"the model of a DistMuon that fully_shard has cut, in ({kinds})",
+            needed="accelerate would wrap it in DDP, which averages shards of different rows",
+            cure="pass Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)); it leaves the cut as it is",
+        )
     held = {id(param) for model in models for param in model.parameters()}
     for optimizer in optimizers:
         if any(id(param) not in held for param in params_of(optimizer)):

@@ -1,6 +1,6 @@
 """Runs inside torchrun: FSDP2 under each trainer, next to `fully_shard` and a loop by hand, all in one process.
 
-    torchrun --standalone --nproc_per_node 2 -m tests.integrations.fsdp2_worker FOLDER '{"accelerate": [{...}, ...]}'
+    torchrun --standalone --nproc_per_node 2 -m tests.integrations.fsdp2_worker FOLDER '{"accelerate": [{...}, ...]}' 1
 
 accelerate, and the Trainer through it, take their FSDP plugin on accelerators only; on CPUs they go on without a word.
 `on_cpus` sets what they set there.
@@ -227,15 +227,21 @@ def compared(name: str, case: Case, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    """The facts, if asked for, then each case; rank 0 writes both."""
+    from tests.integrations.fsdp2_facts import FACTS
+
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     faulthandler.enable()
     faulthandler.dump_traceback_later(500, exit=True)  # a hang names its place
     warnings.simplefilter("ignore")  # the trainers' own
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {fact.__name__: fact() for fact in FACTS} if sys.argv[3] == "1" else {})
     results = {name: [compared(name, Case(**case), folder) for case in of_name] for name, of_name in cases.items()}
     if dist.get_rank() == 0:
         torch.save(results, folder / "results.pt")
+        (folder / "facts.json").write_text(json.dumps(everyone))
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
