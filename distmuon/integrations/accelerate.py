@@ -313,7 +313,9 @@ class _Recipe:
             specs=[[spec_of[fqn] for fqn in group["param_names"]] for group in groups],
             entries=[{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in groups],
             defaults=optimizer.defaults,
-            hooks={name: held for name, held in vars(optimizer).items() if name.endswith("_hooks") and name != "_hooks"},
+            hooks={
+                name: held for name, held in vars(optimizer).items() if name.endswith("_hooks") and name != "_hooks"
+            },
             arguments={
                 "sharding": options.sharding,
                 "precision": options.precision,

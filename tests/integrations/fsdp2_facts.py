@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
+import re
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +21,9 @@ from torch.distributed.fsdp import fully_shard
 import distmuon
 from tests.integrations.fsdp2_worker import on_cpus, whole
 from tests.integrations.worker import WithLoss, inputs, options
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 
 
 def accelerator(**plugin: Any) -> Any:
@@ -139,9 +145,24 @@ def refusals() -> dict[str, str]:
         model = small()
         setup(fabric, model, distmuon.DistMuon(model))
 
+    def fabrics_own_setup() -> None:
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies import ModelParallelStrategy
+
+        def parallelize(model: nn.Module, mesh: Any) -> nn.Module:
+            fully_shard(model, mesh=mesh["data_parallel"])
+            return model
+
+        strategy = ModelParallelStrategy(parallelize, data_parallel_size=2, tensor_parallel_size=1)
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+        fabric.launch()
+        model = small()
+        prepared, _ = fabric.setup(model, distmuon.DistMuon(model))
+        prepared(torch.ones(2, 12))
+
     messages = {}
     of_accelerate = (own_prepare, own_prepare_of_pairs, with_state, of_a_part, cut_without_the_plugin, an_option)
-    for trigger in (*of_accelerate, fabrics_setup):
+    for trigger in (*of_accelerate, fabrics_setup, fabrics_own_setup):
         try:
             trigger()
             messages[trigger.__name__] = "nothing was raised"
@@ -199,14 +220,12 @@ def trainers_evaluations() -> dict[str, Any]:
 
     from distmuon.integrations.transformers import attach
 
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(folder)
     data = [{"input_ids": row, "labels": row} for row in torch.randint(64, (16, 8), generator=torch.Generator())]
     with on_cpus():
         hf = transformers.Trainer(
             model=llama(0),
             args=transformers.TrainingArguments(
-                output_dir=folder[0],
+                output_dir=common_folder(),
                 per_device_train_batch_size=2,
                 max_steps=2,
                 learning_rate=0.02,
@@ -243,10 +262,69 @@ def trainers_evaluations() -> dict[str, Any]:
     }
 
 
+def of_the_page() -> dict[str, int]:
+    """The blocks of docs/integrations.md on FSDP2 as they stand there; how many steps DistMuon took in each."""
+    import accelerate
+    import lightning.pytorch
+    import lightning_fabric
+    import transformers
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    class Scalar(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small()
+
+        def forward(self, batch: Tensor) -> Tensor:
+            loss: Tensor = self.net(batch).square().mean()
+            return loss
+
+    rows = torch.utils.data.TensorDataset(torch.ones(4, 12))
+    token_rows = torch.randint(64, (8, 8), generator=torch.Generator())
+    kinds = {
+        "optimizer =": {},
+        "accelerator =": vars(accelerate) | vars(accelerate.utils),
+        "attach": {"Trainer": transformers.Trainer, "TrainingArguments": transformers.TrainingArguments},
+        "fabric =": vars(lightning_fabric) | vars(lightning_fabric.strategies),
+        "class Module": vars(lightning.pytorch.strategies) | {"lightning": lightning.pytorch},
+    }
+    section = PAGE.read_text().partition("\n## FSDP2\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    taken = {}
+    for block in blocks:
+        kind = next(kind for kind in reversed(kinds) if kind in block)
+        steps: list[Any] = []
+        handle = register_optimizer_step_post_hook(lambda optimizer, *_: steps.append(optimizer))
+        given = {
+            "torch": torch,
+            "distmuon": distmuon,
+            "net": Scalar(),
+            "batch": torch.ones(4, 12),
+            "folder": common_folder(),
+        }
+        given |= {
+            "loader": torch.utils.data.DataLoader(rows, 2, collate_fn=lambda rows: torch.stack([r for (r,) in rows]))
+        }
+        given |= {"model": Scalar() if kind != "attach" else llama(0), "fully_shard": fully_shard}
+        given |= {"data": [{"input_ids": row, "labels": row} for row in token_rows]}
+        with on_cpus(), patch.dict(os.environ, ACCELERATE_USE_CPU="true"):
+            exec(block, {**kinds[kind], **given})
+        handle.remove()
+        taken[kind] = sum(isinstance(optimizer, distmuon.DistMuon) for optimizer in steps)
+        _reset()
+    return taken
+
+
+def common_folder() -> str:
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    return folder[0]
+
+
 def _reset() -> None:
     from tests.integrations import worker
 
     worker._reset("accelerate")
 
 
-FACTS: tuple[Callable[[], Any], ...] = (the_same_object, refusals, units_a_layer, trainers_evaluations)
+FACTS: tuple[Callable[[], Any], ...] = (the_same_object, refusals, units_a_layer, trainers_evaluations, of_the_page)

@@ -62,7 +62,10 @@ def by_hand(case: Case, seen: Seen, like: str) -> Run:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         params = params if like in ("fabric", "lightning") else list(model.parameters())
         norm: Any = nn.utils.clip_grad_norm_(params, case.clip or float("inf"))
-        of_dtype = {"rtol": 1e-5 if case.dtype == "float32" else 1e-2, "atol": 0.0}  # torch sums in the gradients' dtype
+        of_dtype = {
+            "rtol": 1e-5 if case.dtype == "float32" else 1e-2,
+            "atol": 0.0,
+        }  # torch sums in the gradients' dtype
         torch.testing.assert_close(norm.full_tensor().double(), true, **of_dtype)
         optimizer.step()
         optimizer.zero_grad()
@@ -208,7 +211,9 @@ def lightning(case: Case, folder: Path, seen: Seen) -> Run:
     return module.net, module.made
 
 
-RUNNERS: dict[str, Callable[[Case, Path, Seen], Run]] = {f.__name__: f for f in (accelerate, trainer, fabric, lightning)}
+RUNNERS: dict[str, Callable[[Case, Path, Seen], Run]] = {
+    f.__name__: f for f in (accelerate, trainer, fabric, lightning)
+}
 
 
 def compared(name: str, case: Case, folder: Path) -> dict[str, Any]:

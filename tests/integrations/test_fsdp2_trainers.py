@@ -129,6 +129,11 @@ def test_evaluations_and_the_best_model_under_the_trainers_fsdp2(found: Found) -
     assert facts[0]["same"] and facts[0]["steps"] == 4
 
 
+def test_the_blocks_of_the_page_train(found: Found) -> None:
+    for rank in found[1]:
+        assert list(rank["of_the_page"].values()) == [1] * 5, rank["of_the_page"]
+
+
 REFUSED = {
     "own_prepare": r"fully_shard was called after DistMuon was made",
     "own_prepare_of_pairs": r"param_groups: they hold 6 parameters that are not the 6 of construction",
@@ -137,6 +142,7 @@ REFUSED = {
     "cut_without_the_plugin": r"prepare: the model of a DistMuon that fully_shard has cut, in \(FSDPSequential, DistMuon\)"
     r".*FullyShardedDataParallelPlugin\(fsdp_version=2\)",
     "an_option": r"sharding\.overlap: set for a model that fully_shard has cut; its default is needed",
+    "fabrics_own_setup": r"fully_shard was called after DistMuon was made, .*call fully_shard\(model\) first",
     "fabrics_setup": r"Fabric: strategy ModelParallelStrategy; .*fabric\.setup_optimizers\(DistMuon\(model\)\), without",
 }
 
