@@ -84,7 +84,8 @@ def _check_objects(accelerator: Any, objects: tuple[Any, ...]) -> None:
             PREPARE,
             found=f"the model of a DistMuon that fully_shard has cut, in ({kinds})",
             needed="accelerate would wrap it in DDP, which averages shards of different rows",
-            cure="pass Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)); it leaves the cut as it is",
+            cure="pass fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2) to the Accelerator, which leaves the "
+            "cut as it is",
         )
     held = {id(param) for model in models for param in model.parameters()}
     for optimizer in optimizers:
@@ -113,7 +114,7 @@ def check(accelerator: Any) -> None:
             "accelerator",
             found="version 1 of FSDP, whose flat parameters have no matrices",
             needed="plain data parallelism or FSDP2 is needed",
-            cure="pass FullyShardedDataParallelPlugin(fsdp_version=2), or TrainingArguments(fsdp_config={'version': 2})",
+            cure="pass FullyShardedDataParallelPlugin(fsdp_version=2), or fsdp_config={'version': 2} to the Trainer",
         )
     if accelerator.distributed_type not in (kinds.NO, kinds.MULTI_CPU, kinds.MULTI_GPU, kinds.FSDP):
         raise problem(
@@ -242,13 +243,14 @@ class _Cutting:
 
     def prepare(self, *objects: Any, device_placement: list[bool] | None = None) -> Any:
         """Prepare `objects`, a DistMuon among them from the parameters that the model has afterwards."""
-        inner = [getattr(item, "optimizer", item) for item in objects]  # of an optimizer that is prepared already
-        found = {index: each for index, each in enumerate(inner) if isinstance(each, DistMuon)}
-        found = {index: each for index, each in found.items() if not isinstance(objects[index], LRScheduler)}
-        if not found or not any(isinstance(item, nn.Module) for item in objects):
+        optimizers = {index: item for index, item in enumerate(objects) if isinstance(item, torch.optim.Optimizer)}
+        inner = {index: getattr(item, "optimizer", item) for index, item in optimizers.items()}  # if it is prepared
+        found = {index: each for index, each in inner.items() if isinstance(each, DistMuon)}
+        models = [item for item in objects if isinstance(item, nn.Module)]
+        if not found or not models:
             return self._class.prepare(self._accelerator, *objects, device_placement=device_placement)
         for optimizer in found.values():
-            _check_whole(next(item for item in objects if isinstance(item, nn.Module)), optimizer)
+            _check_whole(models[0], optimizer)
         schedulers = {index: item for index, item in enumerate(objects) if isinstance(item, LRScheduler)}
         stand_ins = {index: _stand_in(optimizer) for index, optimizer in found.items()}
         uncut = {index: _Recipe.of(optimizer) for index, optimizer in found.items() if not is_cut(optimizer)}
@@ -268,6 +270,7 @@ class _Cutting:
 
 
 def _check_whole(model: nn.Module, optimizer: DistMuon) -> None:
+    """Raise unless `optimizer` trains all trainable parameters of `model`."""
     params = [param for param in model.parameters() if param.requires_grad]
     trained = {id(param) for param in params_of(optimizer)}
     num_foreign = sum(id(param) not in trained for param in params)
@@ -302,7 +305,7 @@ class _Recipe:
             raise problem(
                 "accelerator.prepare",
                 found="a DistMuon that has state",
-                needed="its parameters are cut by prepare, and its state is that of the whole ones",
+                needed="prepare puts other parameters into the model, and no state would follow them",
                 cure="prepare it before the first forward, and load a state afterwards",
             )
         spec_of = {spec.fqn: spec for spec in optimizer.layout.specs}

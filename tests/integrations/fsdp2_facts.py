@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import distmuon
+from tests.integrations import worker
 from tests.integrations.fsdp2_worker import on_cpus, whole
 from tests.integrations.worker import WithLoss, inputs, options
-
 
 PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 
@@ -97,72 +97,88 @@ def the_same_object() -> dict[str, Any]:
     }
 
 
-def refusals() -> dict[str, str]:
-    """By case, what was raised."""
+def own_prepare() -> None:
+    model = small()
+    prepared, _ = accelerator().prepare(model, distmuon.DistMuon(model))
+    prepared(torch.ones(2, 12))
+
+
+def own_prepare_of_pairs() -> None:
+    model = small()
+    optimizer = distmuon.DistMuon(list(model.named_parameters()), routes=[distmuon.Route("*weight", "muon")])
+    prepared, wrapped = accelerator().prepare(model, optimizer)
+    prepared(torch.ones(2, 12)).sum().backward()
+    wrapped.step()
+
+
+def with_state() -> None:
     from distmuon.integrations.accelerate import prepare
 
-    def own_prepare() -> None:
-        model = small()
-        prepared, _ = accelerator().prepare(model, distmuon.DistMuon(model))
-        prepared(torch.ones(2, 12))
+    model = small()
+    optimizer = distmuon.DistMuon(model)
+    model(torch.ones(2, 12)).sum().backward()
+    optimizer.step()
+    prepare(accelerator(), model, optimizer)
 
-    def own_prepare_of_pairs() -> None:
-        model = small()
-        optimizer = distmuon.DistMuon(list(model.named_parameters()), routes=[distmuon.Route("*weight", "muon")])
-        prepared, wrapped = accelerator().prepare(model, optimizer)
-        prepared(torch.ones(2, 12)).sum().backward()
-        wrapped.step()
 
-    def with_state() -> None:
-        model = small()
-        optimizer = distmuon.DistMuon(model)
-        model(torch.ones(2, 12)).sum().backward()
-        optimizer.step()
-        prepare(accelerator(), model, optimizer)
+def of_a_part() -> None:
+    from distmuon.integrations.accelerate import prepare
 
-    def of_a_part() -> None:
-        model = small()
-        prepare(accelerator(), model, distmuon.DistMuon(model[2], routes="adamw"))
+    model = small()
+    prepare(accelerator(), model, distmuon.DistMuon(model[2], routes="adamw"))
 
-    def cut_without_the_plugin() -> None:
-        from accelerate import Accelerator
 
-        model = small()
-        fully_shard(model)
-        prepare(Accelerator(cpu=True), model, distmuon.DistMuon(model))
+def cut_without_the_plugin() -> None:
+    from accelerate import Accelerator
 
-    def an_option() -> None:
-        model = small()
-        prepare(accelerator(), model, distmuon.DistMuon(model, overlap="forward"))
+    from distmuon.integrations.accelerate import prepare
 
-    def fabrics_setup() -> None:
-        from lightning_fabric import Fabric
-        from lightning_fabric.strategies import ModelParallelStrategy
+    model = small()
+    fully_shard(model)
+    prepare(Accelerator(cpu=True), model, distmuon.DistMuon(model))
 
-        from distmuon.integrations.fabric import setup
 
-        fabric = Fabric(accelerator="cpu", devices=2, strategy=ModelParallelStrategy(lambda model, _: model))
-        model = small()
-        setup(fabric, model, distmuon.DistMuon(model))
+def an_option() -> None:
+    from distmuon.integrations.accelerate import prepare
 
-    def fabrics_own_setup() -> None:
-        from lightning_fabric import Fabric
-        from lightning_fabric.strategies import ModelParallelStrategy
+    model = small()
+    prepare(accelerator(), model, distmuon.DistMuon(model, overlap="forward"))
 
-        def parallelize(model: nn.Module, mesh: Any) -> nn.Module:
-            fully_shard(model, mesh=mesh["data_parallel"])
-            return model
 
-        strategy = ModelParallelStrategy(parallelize, data_parallel_size=2, tensor_parallel_size=1)
-        fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
-        fabric.launch()
-        model = small()
-        prepared, _ = fabric.setup(model, distmuon.DistMuon(model))
-        prepared(torch.ones(2, 12))
+def fabrics_setup() -> None:
+    from distmuon.integrations.fabric import setup
 
+    model = small()
+    setup(fabric(), model, distmuon.DistMuon(model))
+
+
+def fabrics_own_setup() -> None:
+    model = small()
+    prepared, _ = fabric().setup(model, distmuon.DistMuon(model))
+    prepared(torch.ones(2, 12))
+
+
+def fabric() -> Any:
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import ModelParallelStrategy
+
+    def parallelize(model: nn.Module, mesh: Any) -> nn.Module:
+        fully_shard(model, mesh=mesh["data_parallel"])
+        return model
+
+    made = Fabric(accelerator="cpu", devices=2, strategy=ModelParallelStrategy(parallelize, 2, 1))
+    made.launch()
+    return made
+
+
+WRONG = (own_prepare, own_prepare_of_pairs, with_state, of_a_part, cut_without_the_plugin, an_option)
+WRONG += (fabrics_setup, fabrics_own_setup)
+
+
+def refusals() -> dict[str, str]:
+    """By case, what was raised."""
     messages = {}
-    of_accelerate = (own_prepare, own_prepare_of_pairs, with_state, of_a_part, cut_without_the_plugin, an_option)
-    for trigger in (*of_accelerate, fabrics_setup, fabrics_own_setup):
+    for trigger in WRONG:
         try:
             trigger()
             messages[trigger.__name__] = "nothing was raised"
@@ -279,7 +295,6 @@ def of_the_page() -> dict[str, int]:
             loss: Tensor = self.net(batch).square().mean()
             return loss
 
-    rows = torch.utils.data.TensorDataset(torch.ones(4, 12))
     token_rows = torch.randint(64, (8, 8), generator=torch.Generator())
     kinds = {
         "optimizer =": {},
@@ -290,28 +305,28 @@ def of_the_page() -> dict[str, int]:
     }
     section = PAGE.read_text().partition("\n## FSDP2\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    steps: list[Any] = []
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: steps.append(optimizer))
     taken = {}
     for block in blocks:
         kind = next(kind for kind in reversed(kinds) if kind in block)
-        steps: list[Any] = []
-        handle = register_optimizer_step_post_hook(lambda optimizer, *_: steps.append(optimizer))
         given = {
             "torch": torch,
             "distmuon": distmuon,
+            "fully_shard": fully_shard,
             "net": Scalar(),
+            "model": llama(0) if kind == "attach" else Scalar(),
             "batch": torch.ones(4, 12),
+            "loader": torch.utils.data.DataLoader(list(torch.ones(4, 12)), 2),
+            "data": [{"input_ids": row, "labels": row} for row in token_rows],
             "folder": common_folder(),
         }
-        given |= {
-            "loader": torch.utils.data.DataLoader(rows, 2, collate_fn=lambda rows: torch.stack([r for (r,) in rows]))
-        }
-        given |= {"model": Scalar() if kind != "attach" else llama(0), "fully_shard": fully_shard}
-        given |= {"data": [{"input_ids": row, "labels": row} for row in token_rows]}
         with on_cpus(), patch.dict(os.environ, ACCELERATE_USE_CPU="true"):
             exec(block, {**kinds[kind], **given})
-        handle.remove()
         taken[kind] = sum(isinstance(optimizer, distmuon.DistMuon) for optimizer in steps)
+        steps.clear()
         _reset()
+    handle.remove()
     return taken
 
 
@@ -322,8 +337,6 @@ def common_folder() -> str:
 
 
 def _reset() -> None:
-    from tests.integrations import worker
-
     worker._reset("accelerate")
 
 

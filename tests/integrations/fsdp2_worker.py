@@ -47,8 +47,8 @@ def whole(tensor: Tensor) -> Tensor:
 def by_hand(case: Case, seen: Seen, like: str) -> Run:
     """From the first step on, so that it shows what a resumed run must end with.
 
-    Lightning's and Fabric's clips sum in the order of the param groups. Lightning shows no norm but the optimizer's, and
-    reduces in each micro-batch.
+    Lightning's and Fabric's clips sum in the order of the param groups. Lightning shows no norm but the optimizer's,
+    and reduces in each micro-batch.
     """
     model: Any = WithLoss(0, case.tied).to(getattr(torch, case.dtype))
     fully_shard(model, **({"mp_policy": ROUNDED} if case.autocast else {}))

@@ -139,11 +139,11 @@ REFUSED = {
     "own_prepare_of_pairs": r"param_groups: they hold 6 parameters that are not the 6 of construction",
     "with_state": r"accelerator\.prepare: a DistMuon that has state; .*prepare it before the first forward",
     "of_a_part": r"Sequential: 4 of 6 trainable parameters are not DistMuon's; .*give DistMuon the whole model",
-    "cut_without_the_plugin": r"prepare: the model of a DistMuon that fully_shard has cut, in \(FSDPSequential, DistMuon\)"
-    r".*FullyShardedDataParallelPlugin\(fsdp_version=2\)",
+    "cut_without_the_plugin": r"the model of a DistMuon that fully_shard has cut, in \(FSDPSequential, DistMuon\); .*"
+    r"FullyShardedDataParallelPlugin\(fsdp_version=2\)",
     "an_option": r"sharding\.overlap: set for a model that fully_shard has cut; its default is needed",
     "fabrics_own_setup": r"fully_shard was called after DistMuon was made, .*call fully_shard\(model\) first",
-    "fabrics_setup": r"Fabric: strategy ModelParallelStrategy; .*fabric\.setup_optimizers\(DistMuon\(model\)\), without",
+    "fabrics_setup": r"Fabric: strategy ModelParallelStrategy; .*setup_optimizers\(DistMuon\(model\)\), instead of",
 }
 
 

@@ -208,7 +208,7 @@ def test_fabric_refuses_another_strategy_values_and_another_order() -> None:
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
     model = _model()
     with pytest.raises(
-        ValueError, match=r"Fabric: strategy SingleDeviceStrategy.*DistMuonStrategy\(\); for FSDP2 pass"
+        ValueError, match=r"Fabric: strategy SingleDeviceStrategy.*DistMuonStrategy\(\); under ModelPar"
     ):
         setup(fabric, model, distmuon.DistMuon(model))
     fabric = lightning.Fabric(accelerator="cpu", devices=1, strategy=DistMuonStrategy())
