@@ -29,7 +29,7 @@ from distmuon.errors import problem
 from distmuon.layout.layout import Layout
 from distmuon.math import rules
 from distmuon.options import Options
-from distmuon.step import initial_values, verdict
+from distmuon.step import cut, initial_values, verdict
 from distmuon.step.bucket import Bucket, Stage, Step
 from distmuon.step.flat_storage import FlatStorage
 from distmuon.step.given_storage import GivenStorage
@@ -133,18 +133,25 @@ class Engine:
         self.storage.absorb_external_writes()
         with self._metrics.stage("finish_reduce_scatter"):
             present = self.source.finish()
-        is_promise = self._options.grad_reduction == "external" and not self.storage.layout.given
-        if is_promise and self._metrics.steps == 0:
-            grads = [p.grad for p in self.storage.params if p.grad is not None]
-            initial_values.agree_on_reduced(grads, self._group)
+        if self._metrics.steps == 0:
+            self._check_promises()
         with self._metrics.stage("guard"):
             shards = [grad for storage in self.storage.buckets for grad in storage.averaged()]
-            shards = shards or [torch.zeros(1, device=self.storage.device)]  # a rank without a row of any parameter
+            shards = shards or [torch.zeros(1, device=self.storage.device)]  # a rank without any element
+            copies = [grad for storage in self.storage.buckets for grad in storage.averaged(replicas=True)]
             squared = [piece.grad for storage in self.storage.buckets for piece in storage.adamw if piece.grad.numel()]
-            self._verdict = verdict.judge(shards, squared, present, self._group, fingerprint)
+            self._verdict = verdict.judge(shards, squared, present, self._group, fingerprint, copies)
         self._clipped = False
         self.grad_norm = self._verdict.total_norm
         return present
+
+    def _check_promises(self) -> None:
+        """Compare the first gradients where others have promised to average them. Collective."""
+        layout, params = self.storage.layout, self.storage.params
+        if layout.given:
+            cut.check_replicated_grads(layout.specs, layout.given, params, self._group)
+        elif self._options.grad_reduction == "external":
+            initial_values.agree_on_reduced([p.grad for p in params if p.grad is not None], self._group)
 
     def ranks_disagree(self) -> bool:
         """Whether hyperparameters or optimizers differed between ranks. Called once a step, on all ranks.

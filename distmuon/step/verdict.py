@@ -108,14 +108,19 @@ def judge(
     present: Sequence[bool],
     group: DataParallelGroup,
     fingerprint: int = 0,
+    replicas: Sequence[Tensor] = (),
 ) -> Verdict:
     """Reach the verdict by an all-reduce. The host waits for the device only if a parameter had no gradient here.
 
     `adamw_grads`: the parts of `grad_shards` that AdamW will square. `fingerprint`: a hash below 2**16 of the values
     that must be equal on all ranks. It is equal if dp_size times the sum of its squares is the square of its sum; these
-    are integers that float64 holds exactly for up to 1,024 ranks.
+    are integers that float64 holds exactly for up to 1,024 ranks. `replicas`: gradients that another rank has among its
+    `grad_shards`; they must be finite, too, and do not add to the norm.
     """
-    squares = (squares_on_cpu if grad_shards[0].device.type == "cpu" else squares_on_device)(grad_shards)
+    squares_of = squares_on_cpu if grad_shards[0].device.type == "cpu" else squares_on_device
+    squares = squares_of(grad_shards)
+    if replicas:
+        squares = squares + 0.0 * squares_of(replicas)  # NaN and inf times 0 are NaN
     flags = torch.ones(len(present), dtype=torch.float64, device=squares.device)
     if not all(present):
         flags.copy_(torch.tensor(present, dtype=torch.float64))
