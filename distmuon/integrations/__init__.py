@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distmuon.errors import problem
 from distmuon.optimizer import DistMuon
-from distmuon.step.given_storage import is_dtensor
+from distmuon.step.dtensors import is_dtensor
 from distmuon.step.hooks import manager_of
 
 # package: (extra, lowest version, first version above) that the integrations were tested with; setup.cfg installs them
