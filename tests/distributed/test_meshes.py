@@ -614,13 +614,10 @@ def _stage_run(group: dist.ProcessGroup, sharded: bool, copies: int, broken: boo
         delattr(model, name)
     if sharded:
         fully_shard(model, mesh=mesh["data"])
-    here = [name for name, _ in model.named_parameters()]
-    tied = distmuon.Route("bias", "adamw", copies=copies)
-    routes = [
-        tied,
-        *(route for route in ROUTES if any(fnmatch(name, route.pattern) for name in here if name != "bias")),
-    ]
-    routes = routes[:-1] if "table" not in here else routes
+    here = [name for name, _ in model.named_parameters() if name != "bias"]
+    routes = [distmuon.Route("bias", "adamw", copies=copies)]
+    routes += [route for route in ROUTES[:-1] if route.pattern in here]
+    routes += [distmuon.Route("table", "adamw")] if "table" in here else []
     options: Any = {} if sharded else {"process_group": mesh.get_group("data"), "grad_reduction": "external"}
     options |= {"model_parallel_group": mesh.get_group("stage"), "max_grad_norm": 3.0, "lr": LR, "routes": routes}
     optimizer = distmuon.DistMuon(model, bucket_mb=0.001, ns_dtype=torch.float32, **options)
