@@ -11,7 +11,8 @@ from accelerate import Accelerator
 
 from distmuon.integrations.accelerate import prepare
 from launch.models import next_token_loss
-from launch.under_trainer import Run, open_run
+from launch.run import Run
+from launch.under_trainer import open_run
 
 
 def train(run: Run) -> None:
@@ -35,6 +36,7 @@ def train(run: Run) -> None:
             total += loss.detach() / len(batches)
         scheduler.step()
         run.record(step, total, optimizer, grad_norm)
+    run.finish(optimizer)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from distmuon import Precision, Sharding
 from distmuon.cli.arguments import dtype_name, import_jsonargparse
+from distmuon.errors import problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,15 +94,63 @@ class TrainConfig:
     verify_every: int = 0
     """The optimizer's: steps between two comparisons of all parameters' bits across ranks; 0: never."""
 
-    def accumulation(self, world_size: int) -> int:
-        """Micro-batches per rank and optimizer step."""
-        sequences = self.micro_batch * world_size
+    def accumulation(self, data_size: int) -> int:
+        """Micro-batches per rank and optimizer step, where `data_size` ranks read different batches."""
+        sequences = self.micro_batch * data_size
         if self.global_batch % sequences:
             raise ValueError(
-                f"train.global_batch: found {self.global_batch} for {world_size} ranks of micro_batch "
+                f"train.global_batch: found {self.global_batch} for {data_size} ranks of micro_batch "
                 f"{self.micro_batch}; a multiple of {sequences} is needed; change one of the two"
             )
         return self.global_batch // sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model lies over the ranks; see `launch.parallel`. A run may change it when it resumes."""
+
+    shard: Literal["zero1", "fsdp2", "hsdp"] = "zero1"
+    """zero1: whole parameters on every rank, state sharded by DistMuon. fsdp2: parameters, gradients and state sharded
+    by torch's `fully_shard` over all ranks. hsdp: the same inside each of `replicas` copies."""
+    replicas: int = 1
+    """hsdp: copies of the model; each is sharded over world size / (replicas * tp) ranks."""
+    tp: int = 1
+    """fsdp2, hsdp: ranks that share each matrix product (tensor parallelism); they read the same batches."""
+
+    def __post_init__(self) -> None:
+        for name in ("replicas", "tp"):
+            if getattr(self, name) < 1:
+                raise problem(
+                    f"parallel.{name}",
+                    found=f"found {getattr(self, name)}",
+                    needed="at least 1 is needed",
+                    cure=f"correct parallel.{name}",
+                )
+        if (self.replicas > 1) != (self.shard == "hsdp"):
+            raise problem(
+                "parallel.replicas",
+                found=f"found {self.replicas} with parallel.shard {self.shard}",
+                needed="hsdp needs at least 2, and the other shardings have no replicas",
+                cure="set parallel.shard hsdp and parallel.replicas 2, or neither",
+            )
+        if self.tp > 1 and self.shard == "zero1":
+            raise problem(
+                "parallel.tp",
+                found=f"found {self.tp} with parallel.shard zero1",
+                needed="tensor parallelism is combined with fsdp2 or hsdp",
+                cure="set parallel.shard fsdp2",
+            )
+
+    def mesh_shape(self, world_size: int) -> tuple[int, int, int]:
+        """(replicas, ranks that shard a replica, tp); their product is the world size."""
+        if world_size % (self.replicas * self.tp):
+            raise problem(
+                "parallel",
+                found=f"found {world_size} ranks for {self.replicas} replicas of tp {self.tp}",
+                needed=f"a multiple of {self.replicas * self.tp} ranks is needed",
+                cure="change --nproc_per_node, parallel.replicas or parallel.tp",
+            )
+        return self.replicas, world_size // (self.replicas * self.tp), self.tp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +224,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import distmuon
 from launch.models import next_token_loss
-from launch.under_trainer import Run, open_run
+from launch.run import Run
+from launch.under_trainer import open_run
 
 
 class Recipe(lightning.LightningModule):
@@ -59,6 +60,9 @@ class Recipe(lightning.LightningModule):
         if (index + 1) % self.run.accumulation == 0:
             self.run.record(batch[0], self.total.clone(), self._muon(), self.grad_norm)
             self.total.zero_()
+
+    def on_train_end(self) -> None:
+        self.run.finish(self._muon())
 
     def _muon(self) -> distmuon.DistMuon:
         """The optimizer inside Lightning's wrapper."""

@@ -50,6 +50,7 @@ FREE = (
     "model.dtype",
     "model.compile",
     "model.gradient_checkpointing",
+    "parallel.",
     "optimizer.sharding.",
     "optimizer.precision.",
 )
@@ -91,7 +92,8 @@ class Checkpoints:
         progress = Progress(**found.extra["progress"])
         self._saved_step = progress.step
         if ranks.rank == 0:
-            sizes = "" if found.dp_size == ranks.world_size else f", saved by {found.dp_size} ranks"
+            same_size = found.dp_size == self._optimizer.group.dp_size
+            sizes = "" if same_size else f", saved by {found.dp_size} ranks"
             print(f"resumed from {found.path}{sizes}", flush=True)
         return progress
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import distmuon
 from launch.config import parse
 from launch.models import build_model, next_token_loss
-from launch.pretrain import optimizer_options
+from launch.run import optimizer_options
 
 CONFIG = ["--config", "configs/quickstart.yaml"]
 
