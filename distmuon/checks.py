@@ -7,20 +7,22 @@ communicates with other ranks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distmuon.errors import problem
 from distmuon.layout import memory
-from distmuon.layout.given import rows_of
+from distmuon.layout.boxes import Box
+from distmuon.layout.routing import ParamSpec
 from distmuon.options import Options
-from distmuon.step.given_storage import is_dtensor, local_of
+from distmuon.step.dtensors import box_of, is_dtensor, local_of
 
 SILENCED = "reduces_nothing_for_distmuon"  # set by `distmuon.integrations.ddp.silence` on its wrapper
 GroupMembers = list[tuple[object, list[int]]]
+Boxes = Sequence[Box | None]
 
 
 def unwrap(params: Any, grad_reduction: str) -> Any:
@@ -131,6 +133,30 @@ def _trainable_since(fqn: str) -> ValueError:
     )
 
 
+def check_fragments(routed: Sequence[tuple[ParamSpec, nn.Parameter]]) -> None:
+    """Raise for a plain tensor that Megatron's tensor parallelism has cut, if Muon is to take it for a matrix."""
+    for spec, param in routed:
+        if spec.rule == "muon" and getattr(param, "tensor_model_parallel", False) and not is_dtensor(param):
+            raise problem(
+                spec.fqn,
+                found=f"a fragment of shape {spec.shape} of a tensor-parallel weight (tensor_model_parallel is set)",
+                needed="Muon needs the whole matrix, or a DTensor that says which part this is",
+                cure="cut the model by torch's parallelize_module, which makes DTensors, or route the weight to adamw",
+            )
+
+
+def check_copies(specs: Sequence[ParamSpec], num_ranks: int) -> None:
+    """Raise for a parameter with more copies than `model_parallel_group` has ranks."""
+    for spec in specs:
+        if spec.copies > num_ranks:
+            raise problem(
+                spec.fqn,
+                found=f"its route says that {spec.copies} ranks of model_parallel_group hold it",
+                needed=f"at most the {num_ranks} ranks of that group are possible",
+                cure="pass model_parallel_group, or correct Route(copies=)",
+            )
+
+
 def check_memory(named: Sequence[tuple[str, nn.Parameter]]) -> None:
     """Raise unless each element of a parameter has its own place in memory that kernels may write.
 
@@ -180,22 +206,18 @@ def _check_not_sharded_since(model: nn.Module) -> None:
             )
 
 
-def sharded(params: Any, named: Sequence[tuple[str, nn.Parameter]]) -> bool:
-    """Whether FSDP2 has cut the trained parameters. Raises, naming the first, for what is neither plain nor cut
-    by rows over one mesh of one dimension.
+def is_cut(params: Any, named: Sequence[tuple[str, nn.Parameter]]) -> bool:
+    """Whether FSDP2, DTensor's parallelism or both have cut the trained parameters.
 
-    `params`: a module, or what else the optimizer was given, `listed`.
+    Raises, naming the first, for a plain parameter that FSDP2 does not hold, and for DTensors that are neither sharded
+    nor replicated, or have no plain memory on the mesh's devices. `params`: a module, or what else the optimizer was
+    given, `listed`.
     """
-    is_module = isinstance(params, nn.Module)
-    of_fsdp2 = [module for module in params.modules() if _is_fsdp2(module)] if is_module else []
-    if not of_fsdp2 and not any(is_dtensor(param) for _, param in named):
+    has_fsdp2 = isinstance(params, nn.Module) and any(_is_fsdp2(module) for module in params.modules())
+    if not has_fsdp2 and not any(is_dtensor(param) for _, param in named):
         return False
-    reached = {id(param) for module in of_fsdp2 for param in module.parameters()}
-    mesh: Any = None
     for fqn, param in named:
-        if not is_dtensor(param) and is_module and not of_fsdp2:
-            continue  # the first DTensor is refused
-        if not is_dtensor(param):
+        if not is_dtensor(param) and (has_fsdp2 or not isinstance(params, nn.Module)):
             raise problem(
                 fqn,
                 found="it is trained and is a plain tensor in a model that fully_shard has cut",
@@ -203,36 +225,23 @@ def sharded(params: Any, named: Sequence[tuple[str, nn.Parameter]]) -> bool:
                 cure="leave it out of ignored_params; if the last forward ended without a backward, call "
                 "model.reshard() before DistMuon is made",
             )
-        placed: Any = param
-        mesh = placed.device_mesh if mesh is None else mesh
-        found = _not_by_rows(placed, mesh)
-        if not found and is_module and id(param) not in reached:
-            found = "a DTensor that fully_shard has not made (tensor parallel?)"
+        found = not_a_cut(param) if is_dtensor(param) else ""
         if found:
             raise problem(
                 fqn,
                 found=f"the parameter is {found}",
-                needed="fully_shard's rows, Shard(0), on one mesh of one dimension are needed",
-                cure="call fully_shard(model, mesh=init_device_mesh(device, (world_size,))) alone, without "
-                "parallelize_module, shard_placement_fn, offloading or a second mesh; a plain model is sharded by "
-                "DistMuon itself",
+                needed="sharded or replicated parameters in plain memory on the mesh's devices are needed",
+                cure="shard the model by fully_shard, parallelize_module or distribute_tensor, without offloading; a "
+                "plain model is sharded by DistMuon itself",
             )
     return True
 
 
-def _not_by_rows(param: Any, mesh: Any) -> str:
-    """How a DTensor is placed, if not by rows over `mesh`, or what its local tensor is instead of plain memory."""
-    from torch.distributed.tensor import Shard
-
-    kinds = [type(placement).__name__ for placement in param.placements]
-    if param.device_mesh.ndim == 2 and kinds == ["Replicate", "Shard"]:
-        return "sharded and replicated over a mesh of two dimensions (HSDP)"
-    if param.device_mesh.ndim != 1:
-        return f"placed {param.placements} over a mesh of {param.device_mesh.ndim} dimensions (tensor parallel, HSDP)"
-    if type(param.placements[0]) is not Shard or param.placements[0].dim != 0:
+def not_a_cut(param: Any) -> str:
+    """How a DTensor is placed, if it is not sharded or replicated, or what its local tensor is instead of plain."""
+    kinds = {type(placement).__name__ for placement in param.placements}
+    if not kinds <= {"Shard", "_StridedShard", "Replicate"}:
         return f"placed {param.placements}"
-    if param.device_mesh != mesh:
-        return "on another mesh than the first parameter"
     local = local_of(param)
     if type(local) is not Tensor:
         return f"a DTensor of {type(local).__name__}"
@@ -241,78 +250,59 @@ def _not_by_rows(param: Any, mesh: Any) -> str:
     return ""
 
 
-def group_of_mesh(param: nn.Parameter, given: Any) -> Any:
-    """The process group of the mesh of a sharded parameter. Raises if the user has `given` other ranks."""
-    placed: Any = param
-    group = placed.device_mesh.get_group()
-    if given is not None:
-        ranks, ours = dist.get_process_group_ranks(given), dist.get_process_group_ranks(group)
-        if ranks != ours:
-            raise problem(
-                "process_group",
-                found=f"ranks {ranks}",
-                needed=f"the ranks of the parameters' mesh, {ours}, are needed",
-                cure="leave process_group out: under FSDP2 it is the mesh's",
-            )
-    return None if group is dist.group.WORLD else group
-
-
-def check_options_when_sharded(options: Options) -> None:
+def check_options_when_cut(options: Options) -> None:
     """Raise for options that FSDP2 decides, or that mean nothing there, unless they are at their default."""
     sharding, precision = options.sharding, options.precision
     for name, value, default, why in (
-        ("sharding.packing", sharding.packing, "balanced", "FSDP2 has cut the parameters"),
+        ("sharding.packing", sharding.packing, "balanced", "others have cut the parameters"),
+        ("sharding.placement", sharding.placement, "owner", "all ranks but one would repeat each matrix"),
         ("sharding.param_gather", sharding.param_gather, "parameters", "FSDP2 gathers parameters by itself"),
         ("sharding.release_grads", sharding.release_grads, False, "FSDP2 holds the gradients"),
         ("sharding.overlap", sharding.overlap == "forward", False, "FSDP2 gathers parameters in its own forward"),
         ("precision.reduce", precision.reduce, torch.float32, "FSDP2 reduces: MixedPrecisionPolicy(reduce_dtype=...)"),
-        ("verify_every", options.verify_every, 0, "no rank holds what another does, so there is nothing to compare"),
+        ("verify_every", options.verify_every, 0, "ranks hold different parts of the parameters"),
     ):
         if value != default:
             raise problem(
                 name,
-                found="set for a model that fully_shard has cut",
+                found="set for a model that FSDP2 or DTensor has cut",
                 needed=f"its default is needed: {why}",
                 cure="leave it out",
             )
     if precision.momentum == torch.int8:
         raise problem(
             "precision.momentum",
-            found="int8 for a model that fully_shard has cut",
+            found="int8 for a model that FSDP2 or DTensor has cut",
             needed="float32 or bfloat16 is needed: scales of blocks have no placement of a DTensor",
             cure="pass Precision(momentum=torch.bfloat16)",
         )
     if precision.master == "remainder":
         raise problem(
             "precision.master",
-            found='"remainder" for a model that fully_shard has cut',
+            found='"remainder" for a model that FSDP2 or DTensor has cut',
             needed="float32 is needed: torch's checkpoints would take the missing 16 bits for a master, and cast them",
             cure='pass Precision(master="float32")',
         )
 
 
 def check_shards(
-    model: nn.Module | None,
-    named: Sequence[tuple[str, nn.Parameter]],
-    shapes: Sequence[tuple[int, ...]],
-    dp_rank: int,
-    dp_size: int,
+    model: nn.Module | None, named: Sequence[tuple[str, nn.Parameter]], shapes: Sequence[tuple[int, ...]], made: Boxes
 ) -> None:
-    """Raise for sharded parameters whose local tensors are not what the layout says, or that are none to train."""
-    for (fqn, param), shape in zip(named, shapes):
+    """Raise for parameters of which this rank does not hold the box for which the layout was `made`, or no real one."""
+    for (fqn, param), shape, box in zip(named, shapes, made):
         local = local_of(param)
-        start, stop = rows_of(shape[0], dp_size, dp_rank)
-        found = "no longer a DTensor" if not is_dtensor(param) else _why_unfit(local, (stop - start, *shape[1:]))
-        if not found and tuple(param.shape) != shape:
-            found = f"of shape {tuple(param.shape)} now, {shape} when the optimizer was made"
+        sizes = (0,) * len(shape) if box is None else box[1]
+        found = _why_unfit(local, sizes if prod(sizes) else tuple(local.shape))
+        if not found and (tuple(param.shape) != shape or box_of(param) != box or prod(sizes) != local.numel()):
+            found = f"of shape {tuple(param.shape)}, box {box_of(param)} now"
         if not found and not local.is_contiguous():
             found = f"of local strides {local.stride()}"
         if found:
             raise problem(
                 fqn,
-                found=f"on rank {dp_rank} the parameter is {found}",
-                needed=f"rows {start} to {stop} of {shape}, real numbers in row-major order, are needed",
-                cure="initialize and cast the model first, and let fully_shard cut it",
+                found=f"on this rank the parameter is {found}",
+                needed=f"box {box} (offsets, sizes) of shape {shape}, real numbers in row-major order, is needed",
+                cure="initialize, cast and shard the model first, then make DistMuon",
             )
     known = {fqn for fqn, _ in named}
     for fqn, param in model.named_parameters() if model is not None else ():

@@ -15,9 +15,10 @@ once, with zero gradients and lr 0, to create its state. If the optimizer has no
 no momentum, no AdamW step, no metrics. A plain `state_dict` builds nothing, since engines that move and cast the model
 afterwards (accelerate) also call it.
 
-[Note: FSDP2] If `fully_shard` has cut the parameters, its hooks gather, reduce and scatter, and DistMuon registers
-none. Gradients arrive averaged in `param.grad`, as shards. State is made at the first step, or on this rank alone when
-state is loaded; all ranks compare their plans before the first step. No values are sent: each rank has its shard.
+[Note: given shards] If FSDP2 or DTensor's parallelism has cut the parameters, its hooks gather, reduce and scatter, and
+DistMuon registers none. Gradients arrive averaged in `param.grad`, as shards. All ranks of the parameters' meshes tell
+their boxes when the optimizer is made. State is made at the first step, or on this rank alone when state is loaded; all
+ranks compare their plans, and replicas their values, before the first step. No values are sent.
 
 [Note: wrappers that subclass] Fabric and Lightning make their wrappers as subclasses of the wrapped optimizer's class,
 without its `__init__`; they forward only attributes that they do not find. DistMuon's methods would run on the wrapper
@@ -62,9 +63,9 @@ from distmuon.options import (
     hyperparameters,
     with_fields,
 )
-from distmuon.step import initial_values
+from distmuon.step import cut, initial_values
+from distmuon.step.dtensors import local_of
 from distmuon.step.engine import Engine
-from distmuon.step.given_storage import local_of
 from distmuon.step.hooks import Hooks
 from distmuon.step.local_state import LocalState
 from distmuon.step.metrics import Metrics
@@ -98,6 +99,9 @@ class DistMuon(torch.optim.Optimizer):
             under FSDP2 the mesh's group.
         exchange_group: a second group of the same ranks for the exchange of matrix pieces, so that on NCCL it does not
             queue behind all-gathers. None: process_group.
+        model_parallel_group: the ranks that hold the other parts of the model, one rank of each (stages of a pipeline;
+            tensor parallelism with plain tensors). The gradient norm, and with it clipping, and skipped steps are then
+            those of the whole model. DTensors need none.
         grad_reduction: "reduce_scatter" (by DistMuon, under backward) or "external" (gradients arrive averaged).
         max_grad_norm: clip every step's averaged gradient to this global norm. None: only on `clip_grad_norm_`.
         verify_every: compare the bits of all parameters across ranks in every n-th step, before it writes; 0: never.
@@ -142,6 +146,7 @@ class DistMuon(torch.optim.Optimizer):
         precision: Precision | None = None,
         process_group: dist.ProcessGroup | None = None,
         exchange_group: dist.ProcessGroup | None = None,
+        model_parallel_group: dist.ProcessGroup | None = None,
         grad_reduction: GradReduction = "reduce_scatter",
         max_grad_norm: float | None = None,
         verify_every: int = 0,
@@ -178,10 +183,10 @@ class DistMuon(torch.optim.Optimizer):
         self._frozen = checks.frozen(params)
         self._specs = tuple(spec for spec, _ in routed)
         self._params = [param for _, param in routed]
-        self._sharded = checks.sharded(params, self._named())
-        if self._sharded:  # see [Note: FSDP2]
-            checks.check_options_when_sharded(self.options)
-            process_group = checks.group_of_mesh(self._params[0], process_group)
+        self._is_cut = checks.is_cut(params, self._named())
+        if self._is_cut:  # see [Note: given shards]
+            checks.check_options_when_cut(self.options)
+            process_group = cut.group_of_meshes(self._params, process_group)
             self.options = replace(self.options, grad_reduction="external")
         groups, self._group_by_param = make_groups(routed, start)
         for group in groups:  # schedulers write into tensors, group by group
@@ -201,6 +206,13 @@ class DistMuon(torch.optim.Optimizer):
             self._exchange_group.check_same_ranks(self.group)
             self._exchange_group.roll = self.group.roll
             self._exchange_group.tells_place = False  # it counts its collectives separately
+        self._model_group: DataParallelGroup | None = None
+        if model_parallel_group is not None:
+            self._model_group = DataParallelGroup(model_parallel_group, self._metrics.count)
+            self._model_group.tells_place = False
+        checks.check_fragments(routed)
+        checks.check_copies(self._specs, self._model_group.dp_size if self._model_group is not None else 1)
+        self._boxes = cut.gather_boxes(self._specs, self._params, self.group) if self._is_cut else None
         self.layout = self._make_layout()
         self._engine: Engine | None = None
         self._sync = True
@@ -213,7 +225,7 @@ class DistMuon(torch.optim.Optimizer):
                 cure="pass the model itself, or Sharding(overlap=True)",
             )
         self._gathers_in_forward = gathers_in_forward and self.group.dp_size > 1
-        self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward, silent=self._sharded)
+        self._hooks = Hooks(self, self._params, self._model, self._gathers_in_forward, silent=self._is_cut)
         self.register_step_pre_hook(_wait_params)  # before the user's hooks, which may read parameters
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -233,7 +245,7 @@ class DistMuon(torch.optim.Optimizer):
         self.group.check_current()
         self.check_parameters()
         stays = [False] * len(self._params)
-        if not self._sharded:
+        if not self._is_cut:
             checks.check_memory(self._named())
             stays = memory.stays(self._params, self._model)
         current = zip(self._specs, self._params, stays)
@@ -243,9 +255,10 @@ class DistMuon(torch.optim.Optimizer):
         return make_layout(
             self._specs,
             self.group.dp_size,
-            packing="given" if self._sharded else sharding.packing,
+            packing=sharding.packing,
             placement=sharding.placement,
             bucket_mb=sharding.bucket_mb,
+            given=self._boxes,
         )
 
     def _build(self, *, values_used: bool, to_train: bool) -> None:
@@ -284,6 +297,7 @@ class DistMuon(torch.optim.Optimizer):
             self._group_by_param,
             self._metrics,
             gathers_in_forward=self._gathers_in_forward,
+            model_group=self._model_group,
         )
         self._local_state = LocalState(self._engine.storage)
         self._local_state.show(self.state)
@@ -292,7 +306,7 @@ class DistMuon(torch.optim.Optimizer):
 
     def _built(self, *, values_used: bool = False, to_train: bool = True) -> Engine:
         self._hooks.check_active(self)
-        if self._sharded and not self._agreed:
+        if self._is_cut and not self._agreed:
             self._agree_on_shards(to_train=to_train)
         if self._engine is None:
             with torch.inference_mode(False):
@@ -318,10 +332,12 @@ class DistMuon(torch.optim.Optimizer):
             where = f" on rank {self.group.dp_rank}"
             stage = "comparison of the first values"
             raise_together(self.group, lambda: initial_values.check_finite(broken, where), stage=stage)
+            assert self._boxes is not None
+            cut.check_replicas(self._specs, self._boxes, self._params, self.group)
         self._built_here()
 
     def _built_here(self) -> Engine:
-        """This rank's state of the shards that it was given; asks no other rank. See [Note: FSDP2]."""
+        """This rank's state of the shards that it was given; asks no other rank. See [Note: given shards]."""
         self._hooks.check_active(self)
         if self._engine is None:
             with torch.inference_mode(False):
@@ -342,8 +358,9 @@ class DistMuon(torch.optim.Optimizer):
     def check_parameters(self) -> None:
         """Raise unless the parameters are those for which the layout was made."""
         shapes = [spec.shape for spec in self._specs]
-        if self._sharded:
-            checks.check_shards(self._model, self._named(), shapes, self.group.dp_rank, self.group.dp_size)
+        if self._boxes is not None:
+            made = [held[self.group.dp_rank] for held in self._boxes]
+            checks.check_shards(self._model, self._named(), shapes, made)
         else:
             checks.check_parameters(self._model, self._named(), shapes)
 
@@ -533,10 +550,10 @@ class DistMuon(torch.optim.Optimizer):
 
     def full_state_dict(self) -> dict[str, Any]:
         """Like `state_dict`, but builds the buffers first if needed. Under FSDP2 too the full state. Collective."""
-        if self._engine is None and not self._sharded:
+        if self._engine is None and not self._is_cut:
             self._meet("full_state_dict")
         self._built(to_train=False)
-        return self._whole_state(self._packed()) if self._sharded else self.state_dict()
+        return self._whole_state(self._packed()) if self._is_cut else self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """Gather the full state of every parameter on the CPU of every rank, in torch.optim's format.
@@ -563,7 +580,7 @@ class DistMuon(torch.optim.Optimizer):
 
     def _packed_state(self) -> dict[str, Any]:
         packed = self._packed()
-        if self._engine is None or self._sharded:
+        if self._engine is None or self._is_cut:
             return packed
         if self._consolidated is not None and not self._consolidated:
             raise problem(
@@ -633,7 +650,7 @@ class DistMuon(torch.optim.Optimizer):
             full_state.load_groups(rerouted["param_groups"], [dict(group) for group in self.param_groups])
             return rerouted, full_state.is_empty(rerouted)
 
-        if self._sharded:
+        if self._is_cut:
             self._load_shards(*check())
             return
         self.group.begin("load_state_dict")
@@ -707,7 +724,7 @@ class DistMuon(torch.optim.Optimizer):
                 needed=f"a rank of the group, 0 to {size - 1}, or None is needed",
                 cure="pass None to keep the state on all ranks",
             )
-        if self._sharded:
+        if self._is_cut:
             raise problem(
                 "consolidate_state_dict",
                 found="called under FSDP2",
@@ -736,7 +753,7 @@ class DistMuon(torch.optim.Optimizer):
     def _build_for_state_helper(self) -> bool:
         """Build; return whether this is, on all ranks, the step of torch's state helpers, which ends here."""
         is_helper_step = self._is_state_helper_step()
-        if is_helper_step and not self._sharded:
+        if is_helper_step and not self._is_cut:
             self._meet("the first step of torch's state_dict helpers")
         self._built(values_used=not is_helper_step and self._has_gradients(), to_train=not is_helper_step)
         if any(float(group["lr"]) != 0.0 for group in self.param_groups):  # building has compared lr between ranks

@@ -17,7 +17,7 @@ from torch import Tensor
 from distmuon.comm.group import DataParallelGroup
 from distmuon.errors import problem
 from distmuon.options import check_groups, is_number, one_of
-from distmuon.step.storage import BucketStorage, Storage
+from distmuon.step.storage import BucketStorage, Storage, elements_of
 
 # Keys of torch.optim's Muon and AdamW and of distmuon; all other keys of a parameter's state belong to the user.
 _KEPT = frozenset({"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "master"})
@@ -44,7 +44,7 @@ def gather_full_state(storage: Storage, group: DataParallelGroup, keep: bool = T
                 if key == "master" or key in storage.keys_of(index):
                     full[index][key] = _assemble(storage, index, flat)
         for piece in bucket.muon + bucket.adamw:
-            if piece.segment.param_offset == 0 and "step" in piece.state:
+            if piece.segment.param_offset == piece.segment.replica == 0 and "step" in piece.state:
                 steps[piece.segment.param] = piece.state["step"]
     group.start_all_reduce(steps, stage="state_dict").wait()
     for index, state in enumerate(full):
@@ -114,8 +114,7 @@ def load_full_state(storage: Storage, by_param: Mapping[int, Mapping[str, Any]])
             for piece in bucket.muon + bucket.adamw:
                 state = by_param.get(piece.segment.param, {})
                 full = {key: value for key, value in state.items() if key != "step"}
-                start = piece.segment.param_offset
-                part = {key: t.reshape(-1)[start : start + piece.segment.length] for key, t in full.items()}
+                part = {key: elements_of(t.reshape(-1), piece.segment).reshape(-1) for key, t in full.items()}
                 if "momentum_buffer" in part:
                     momentum = part["momentum_buffer"].to(storage.device, torch.float32)
                     part.update(storage.momentum.encode(momentum))
@@ -350,8 +349,10 @@ def _shard_of(bucket: BucketStorage, key: str, device: torch.device) -> Tensor |
 
 def _assemble(storage: Storage, index: int, flat: Tensor) -> Tensor:
     shard_size = storage.buckets[storage.layout.bucket_of[index]].spec.shard_size
-    parts = []
+    spec = storage.layout.specs[index]
+    whole = torch.empty(spec.numel, dtype=flat.dtype)
     for segment in storage.layout.segments_of[index]:
         start = segment.rank * shard_size + segment.shard_offset
-        parts.append(flat[start : start + segment.length].cpu())
-    return torch.cat(parts).view(storage.layout.specs[index].shape)
+        place = elements_of(whole, segment)
+        place.copy_(flat[start : start + segment.length].view(place.shape))
+    return whole.view(spec.shape)

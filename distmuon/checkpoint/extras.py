@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distmuon.checkpoint.archives import MAX_NESTING, check_small
-from distmuon.checks import unwrap
+from distmuon.checks import not_a_cut, unwrap
 from distmuon.comm.agreement import bit_sums
 from distmuon.errors import problem
-from distmuon.step.given_storage import cut_alike
+from distmuon.step.dtensors import is_dtensor
 
 _EXTRA = "_extra_state"
 _LOG = logging.getLogger("distmuon")
@@ -73,7 +73,7 @@ class UntrainedTensors:
     `non_dense`: sparse and quantised tensors. `extra`: modules with `get_extra_state`, and its result.
     `unknown`: entries without a parameter, buffer or extra state; a hook or an override of `state_dict` added them.
     `skipped`: tensors that have no values of their own on this rank (meta, DTensor, opaque subclasses); they are not
-    saved. `rows`: DTensors that are cut as the trained parameters are.
+    saved. `cut`: DTensors that are sharded or replicated.
     """
 
     plain: dict[str, Tensor]
@@ -81,11 +81,11 @@ class UntrainedTensors:
     extra: dict[str, tuple[nn.Module, Any]]
     unknown: tuple[str, ...]
     skipped: tuple[str, ...] = ()
-    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    cut: Mapping[str, Tensor] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         """The names of all entries that are saved."""
-        return [*self.plain, *self.non_dense, *self.extra, *self.rows]
+        return [*self.plain, *self.non_dense, *self.extra, *self.cut]
 
 
 def untrained_tensors(model: nn.Module, trained: Sequence[nn.Parameter]) -> UntrainedTensors:
@@ -100,10 +100,10 @@ def untrained_tensors(model: nn.Module, trained: Sequence[nn.Parameter]) -> Untr
     non_dense: dict[str, Tensor] = {}
     extra: dict[str, tuple[nn.Module, Any]] = {}
     skipped: list[str] = []
-    rows: dict[str, Tensor] = {}
+    cut: dict[str, Tensor] = {}
     for fqn, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if id(tensor) not in trained_ids and fqn in state and cut_alike(tensor, trained[0]):
-            rows[fqn] = tensor
+        if id(tensor) not in trained_ids and fqn in state and is_dtensor(tensor) and not not_a_cut(tensor):
+            cut[fqn] = tensor
         elif id(tensor) not in trained_ids and (fqn in state or _address(tensor) in kept_addresses):
             try:
                 parts = dict(plain_parts(fqn, tensor))
@@ -116,7 +116,7 @@ def untrained_tensors(model: nn.Module, trained: Sequence[nn.Parameter]) -> Untr
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             fqn = f"{prefix}.{_EXTRA}" if prefix else _EXTRA
             extra[fqn] = module, state[fqn] if fqn in state else module.get_extra_state()
-    return UntrainedTensors(plain, non_dense, extra, tuple(_unknown(model, state)), tuple(skipped), rows)
+    return UntrainedTensors(plain, non_dense, extra, tuple(_unknown(model, state)), tuple(skipped), cut)
 
 
 def _unknown(model: nn.Module, state: Mapping[str, Any]) -> list[str]:

@@ -177,7 +177,7 @@ class _Load:
         )
         fresh = {spec.fqn for spec in storage.layout.specs if spec.fqn in changed}
         checked.fresh.update(fresh)
-        missing = tensors.missing_from(reader, storage, fresh, self._untrained.plain, self._untrained.rows, rank)
+        missing = tensors.missing_from(reader, storage, fresh, self._untrained.plain, self._untrained.cut, rank)
         if missing:
             raise problem(
                 names(missing),
@@ -211,7 +211,7 @@ class _Load:
             tensors.read_bucket(reader, storage, bucket, fresh)
         for fqn, tensor in self._untrained.plain.items():
             _check_fits(fqn, tensor, tensors.read_untrained(reader, fqn, tensor, rank))
-        tensors.read_rows(reader, storage, self._untrained.rows)
+        tensors.read_cut(reader, self._untrained.cut)
         return checked
 
     def _check_states(self, checked: _Checked) -> None:
@@ -285,8 +285,8 @@ class _Load:
                 tensors.write_value(bucket, piece, key, value)
         for fqn, tensor in self._untrained.plain.items():
             write_untrained(tensor, tensors.read_untrained(checked.reader, fqn, tensor, checked.rank))
-        for rows, value in tensors.read_rows(checked.reader, storage, self._untrained.rows):
-            rows.copy_(value)
+        for elements, value in tensors.read_cut(checked.reader, self._untrained.cut):
+            elements.copy_(value)
         for fqn, tensor in self._untrained.non_dense.items():
             if fqn in checked.states:
                 write_untrained(tensor, checked.states[fqn])
@@ -392,7 +392,7 @@ def _changed_routes(
     saved = {fqn: str(entry["rule"]) for fqn, entry in manifest.parameters.items()}
     for fqn in sorted(held):
         saved.setdefault(fqn, "none")
-    rules = {**dict.fromkeys([*untrained.plain, *untrained.rows], "none"), **{spec.fqn: spec.rule for spec in specs}}
+    rules = {**dict.fromkeys([*untrained.plain, *untrained.cut], "none"), **{spec.fqn: spec.rule for spec in specs}}
     surplus = [fqn for fqn in saved if fqn not in rules]
     if surplus:
         raise problem(

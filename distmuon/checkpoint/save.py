@@ -55,6 +55,7 @@ from distmuon.comm.agreement import raise_together
 from distmuon.errors import names, problem
 from distmuon.optimizer import DistMuon
 from distmuon.options import one_of
+from distmuon.step.dtensors import box_of
 from distmuon.step.initial_values import log_skipped
 
 _LOG = logging.getLogger("distmuon")
@@ -190,7 +191,10 @@ def save_checkpoint(
     saving.all_do(lambda: folder.check_shared(final, save_id))
     staging = folder.staging_folder(final, save_id)
     parts: Iterable[tensors.Part]
-    parts = tensors.parts_of(storage, untrained.plain, untrained.rows, group.dp_size, shared, alike)
+    boxes = group.gather_objects({fqn: box_of(tensor) for fqn, tensor in untrained.cut.items()}, stage="checkpoint")
+    is_first = {fqn: [found[fqn] for found in boxes].index(boxes[rank][fqn]) == rank for fqn in untrained.cut}
+    cut = {fqn: tensor for fqn, tensor in untrained.cut.items() if is_first[fqn]}
+    parts = tensors.parts_of(storage, untrained.plain, cut, group.dp_size, shared, alike)
     trained = {s.fqn: {"shape": s.shape, "dtype": str(s.dtype), "rule": s.rule} for s in storage.layout.specs}
     manifest = Manifest(FORMAT, group.dp_size, versions(), repr(optimizer.options), trained, {})
     if not asynchronous:

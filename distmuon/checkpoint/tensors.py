@@ -1,9 +1,10 @@
 """Shard state <-> boxes of whole tensors, in the files of torch.distributed.checkpoint (DCP).
 
-This module decides which values are saved under which key, and how a flat segment is cut into boxes. It knows no folder
-and no order of saving. A segment is a contiguous range of its flattened parameter; as part of the n-dimensional tensor
-it is a few boxes (`layout.boxes`), which DCP calls chunks. So a file does not depend on dp_size, packing or buckets,
-and any reader can ask for any part of a tensor: distmuon with another layout, or another reader of DCP.
+This module decides which values are saved under which key, and how a segment is cut into boxes. It knows no folder
+and no order of saving. A segment is a contiguous range of its flattened parameter, or columns of it; as part of the
+n-dimensional tensor it is a few boxes (`layout.boxes`), which DCP calls
+chunks. So a file does not depend on dp_size, packing or buckets, and any reader can ask for any part of a tensor:
+distmuon with another layout, or another reader of DCP.
 
     model.<fqn>                      every parameter and module buffer, in its own dtype; rank 0's where ranks differ
     rank.<r>.<fqn>                   the value of rank r instead, for a load at the same number of ranks
@@ -24,6 +25,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from math import prod
 from pathlib import Path
 from typing import IO, Any, cast
@@ -55,10 +57,9 @@ from distmuon.checkpoint.manifest import (
     sum_of,
     table_file,
 )
-from distmuon.layout.boxes import MAX_DIMS, Box, boxes, ranges_of, tiles_exactly
-from distmuon.layout.given import rows_of
+from distmuon.layout.boxes import MAX_DIMS, Box, Runs, boxes_of_runs, runs_of, tiles_exactly
 from distmuon.layout.routing import ParamSpec
-from distmuon.step.given_storage import local_of
+from distmuon.step.dtensors import box_of, local_of
 from distmuon.step.storage import BucketStorage, ShardPiece, Storage
 
 UntrainedTensors = Mapping[str, Tensor]
@@ -97,10 +98,10 @@ def write_value(bucket: BucketStorage, piece: ShardPiece, key: str, value: Tenso
         piece.state[name].copy_(stored)
 
 
-def _views(flat: Tensor, shape: Sequence[int], start: int) -> Iterator[tuple[Box, Tensor]]:
-    """The boxes of a flat segment, each with its elements as a view."""
+def _views(flat: Tensor, part: Part) -> Iterator[tuple[Box, Tensor]]:
+    """The boxes of a part, each with its elements as a view of `flat`."""
     done = 0
-    for box in boxes(shape, start, flat.numel()):
+    for box in boxes_of_runs(part.shape, part.start, flat.numel(), *part.runs):
         size = prod(box[1])
         yield box, flat[done : done + size].view(box[1])
         done += size
@@ -111,25 +112,26 @@ def _views(flat: Tensor, shape: Sequence[int], start: int) -> Iterator[tuple[Box
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A flat range of a tensor that this rank saves. `read` is called only when it is written."""
+    """Elements of a tensor that this rank saves, from `start` on. `read` is called only when they are written."""
 
     name: tuple[str, ...]  # ("model", fqn), ("rank", number, fqn) or ("optimizer", "state", fqn, key)
     shape: tuple[int, ...]
     start: int
     read: Callable[[], Tensor]
+    runs: Runs = (0, 0)
 
 
 def parts_of(
     storage: Storage,
     untrained: UntrainedTensors,
-    rows: UntrainedTensors,
+    cut: UntrainedTensors,
     dp_size: int,
     shared: Sequence[str],
     alike: Collection[str],
 ) -> Iterator[Part]:
     """The parts that this rank saves: its pieces of the trained parameters and their state, and `untrained` tensors.
 
-    Of `rows`, tensors that are not trained and cut as those that are, it saves its rows.
+    Of replicas the first rank saves. `cut`: DTensors that are not trained, of which this rank saves its box.
 
     Of the untrained tensors that are `alike` on all ranks it saves its share, and all of those that are not. `shared`:
     the names that all ranks hold, alike or not, in the same order everywhere. If a shared tensor differs by rank, rank
@@ -137,17 +139,20 @@ def parts_of(
     """
     for bucket in storage.buckets:
         for piece in bucket.muon + bucket.adamw:
-            spec, start = storage.layout.specs[piece.segment.param], piece.segment.param_offset
-            yield Part(("model", spec.fqn), spec.shape, start, _reader(bucket, piece, "param"))
+            segment = piece.segment
+            if segment.replica:
+                continue
+            spec, start, runs = storage.layout.specs[segment.param], segment.param_offset, (segment.run, segment.stride)
+            yield Part(("model", spec.fqn), spec.shape, start, _reader(bucket, piece, "param"), runs)
             for key in keys_of(bucket, piece):
                 name = ("optimizer", "state", spec.fqn, key)
                 if key != "step":
-                    yield Part(name, spec.shape, start, _reader(bucket, piece, key))
+                    yield Part(name, spec.shape, start, _reader(bucket, piece, key), runs)
                 elif start == 0:
                     yield Part(name, (), 0, _reader(bucket, piece, key))
-    for fqn, tensor in rows.items():
-        start, elements = _own_rows(storage, tensor)
-        yield Part(("model", fqn), tuple(tensor.shape), start, _resolver(elements))
+    for fqn, tensor in cut.items():
+        for start, elements, runs in _own_box(tensor):
+            yield Part(("model", fqn), tuple(tensor.shape), start, _resolver(elements), runs)
     dealt = [fqn for fqn in shared if fqn in alike][storage.dp_rank :: dp_size]
     for fqn, tensor in untrained.items():
         if fqn in dealt or (storage.dp_rank == 0 and fqn in shared and fqn not in alike):
@@ -156,18 +161,21 @@ def parts_of(
             yield Part(("rank", str(storage.dp_rank), fqn), tuple(tensor.shape), 0, _resolver(tensor))
 
 
-def _own_rows(storage: Storage, tensor: Tensor) -> tuple[int, Tensor]:
-    """(the first element, this rank's) of a DTensor that is cut as the trained parameters are; a view."""
-    first, _ = rows_of(tensor.shape[0], storage.layout.dp_size, storage.dp_rank)
-    return first * prod(tensor.shape[1:]), local_of(tensor).detach().view(-1)
+def _own_box(tensor: Tensor) -> Iterator[tuple[int, Tensor, Runs]]:
+    """Yield (first element, elements, runs) of this rank's part of a DTensor; the elements are views."""
+    box, local = box_of(tensor), local_of(tensor).detach().view(-1)
+    done = 0
+    for start, length, run, stride in runs_of(tensor.shape, box) if box is not None and local.numel() else ():
+        yield start, local[done : done + length], (run, stride)
+        done += length
 
 
-def read_rows(reader: Reader, storage: Storage, rows: UntrainedTensors) -> list[tuple[Tensor, Tensor]]:
-    """(this rank's rows, what they shall be) of frozen tensors that are cut as the trained parameters are."""
+def read_cut(reader: Reader, cut: UntrainedTensors) -> list[tuple[Tensor, Tensor]]:
+    """(this rank's elements, what they shall be) of DTensors that are not trained."""
     found = []
-    for fqn, tensor in rows.items():
-        start, elements = _own_rows(storage, tensor)
-        found.append((elements, reader.read(f"model.{fqn}", start, elements.numel())))
+    for fqn, tensor in cut.items():
+        for start, elements, runs in _own_box(tensor):
+            found.append((elements, reader.read(f"model.{fqn}", start, elements.numel(), runs)))
     return found
 
 
@@ -183,7 +191,7 @@ def _reader(bucket: BucketStorage, piece: ShardPiece, key: str) -> Callable[[], 
 def copied(parts: Iterable[Part]) -> list[Part]:
     """Read the parts now, to the CPU, so that later training cannot alter them."""
     copies = [(part, part.read().reshape(-1).to("cpu", copy=True)) for part in parts]
-    return [Part(part.name, part.shape, part.start, copy.detach) for part, copy in copies]
+    return [Part(part.name, part.shape, part.start, copy.detach, part.runs) for part, copy in copies]
 
 
 def write_parts(path: Path, parts: Iterable[Part]) -> tuple[FileSum, dict[str, Any]]:
@@ -195,7 +203,7 @@ def write_parts(path: Path, parts: Iterable[Part]) -> tuple[FileSum, dict[str, A
             value = part.read().reshape(-1)
             entry = {"name": part.name, "shape": part.shape, "dtype": str(value.dtype), "boxes": []}
             entry = tensors.setdefault(".".join(part.name), entry)
-            for (offsets, sizes), elements in _views(value, part.shape, part.start):
+            for (offsets, sizes), elements in _views(value, part):
                 at = file.size
                 # Without the copy torch.save would write the whole storage of a view.
                 torch.save(elements.to("cpu", copy=True), cast(IO[bytes], file))
@@ -243,22 +251,30 @@ def metadata_of(tables: Sequence[Mapping[str, Any]]) -> tuple[Metadata, list[lis
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A contiguous range of a flattened tensor, and the place of its archive."""
+    """Elements of a flattened tensor from `start` on, and the place of the archive that has them after `skipped`.
+
+    `end`: the end of a contiguous range; of columns, whose `runs` are not (0, 0), that of their last run.
+    """
 
     start: int
     end: int
     file: str
     at: int
     length: int
+    num_stored: int  # elements in the archive
+    skipped: int = 0
+    runs: Runs = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A tensor of a checkpoint: its boxes as ranges, in order."""
+    """A tensor of a checkpoint: its boxes as ranges, in order, and as columns."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    boxes: list[Box]
     ranges: list[_Stored]
+    columns: list[_Stored]
 
 
 class Reader:
@@ -271,34 +287,44 @@ class Reader:
             table = _table(path / table_file(rank), manifest)
             for name, entry in table["tensors"].items():
                 shape, dtype = tuple(entry["shape"]), _dtype(entry["dtype"])
-                saved = self.tensors.setdefault(name, Saved(shape, dtype, []))
-                places = [(offsets, sizes) for offsets, sizes, _, _ in entry["boxes"]]
-                ranges = ranges_of(shape, places) if (saved.shape, saved.dtype) == (shape, dtype) else None
-                if ranges is None:
+                saved = self.tensors.setdefault(name, Saved(shape, dtype, [], [], []))
+                if (saved.shape, saved.dtype) != (shape, dtype):
                     raise self._not_tiled(name)
-                for (start, end), (_, _, at, length) in zip(ranges, entry["boxes"]):
-                    saved.ranges.append(_Stored(start, end, table["file"], at, length))
+                for offsets, sizes, at, length in entry["boxes"]:
+                    box = (tuple(offsets), tuple(sizes))
+                    if not _is_inside(shape, box):
+                        raise self._not_tiled(name)
+                    saved.boxes.append(box)
+                    for stored in _stored_of(shape, box, table["file"], at, length):
+                        (saved.columns if any(stored.runs) else saved.ranges).append(stored)
         for name, saved in self.tensors.items():
             saved.ranges.sort(key=lambda stored: stored.start)
-            if [*(s.start for s in saved.ranges), prod(saved.shape)] != [0, *(s.end for s in saved.ranges)]:
+            if not saved.columns:
+                whole = [*(s.start for s in saved.ranges), prod(saved.shape)] == [0, *(s.end for s in saved.ranges)]
+            else:
+                whole = tiles_exactly(saved.shape, saved.boxes)
+            if not whole:
                 raise self._not_tiled(name)
 
     def _not_tiled(self, name: str) -> ValueError:
         return damaged(self.path, f"{name}: the boxes in its tables do not cover it exactly once")
 
-    def read(self, name: str, start: int, length: int) -> Tensor:
-        """Elements [start, start + length) of the flattened tensor, (length,) in the dtype of the save, on the CPU."""
+    def read(self, name: str, start: int, length: int, runs: Runs = (0, 0)) -> Tensor:
+        """`length` elements of the flattened tensor from `start` on, in the dtype of the save, on the CPU."""
+        run, stride = runs
+        if run:  # whole rows, of which the columns are taken
+            rows = length // run
+            span = self.read(name, start, (rows - 1) * stride + run)
+            return span.as_strided((rows, run), (stride, 1)).reshape(-1)
         saved = self.tensors[name]
         size = saved.dtype.itemsize
         memory = bytearray(length * size)
+        stop = start + length
         first = bisect_right(saved.ranges, start, key=lambda stored: stored.end)
-        for stored in saved.ranges[first:]:
-            if stored.start >= start + length:
-                break
-            low, high = max(start, stored.start), min(start + length, stored.end)
-            into = memoryview(memory)[(low - start) * size : (high - start) * size]
+        in_range = takewhile(lambda stored: stored.start < stop, saved.ranges[first:])
+        for stored in (*in_range, *(s for s in saved.columns if s.start < stop and s.end > start)):
             try:
-                self._read_into(into, stored, (low - stored.start) * size, (stored.end - stored.start) * size)
+                self._read_into(memory, start, stop, stored, size)
             except Exception as error:  # a bad archive may raise anything
                 found = f"its tensors cannot be read ({type(error).__name__}: {error})"
                 raise damaged(self.path / stored.file, found) from error
@@ -308,16 +334,22 @@ class Reader:
         except RuntimeError as error:  # a quantised dtype, for example
             raise damaged(self.path, f"{name}: {saved.dtype} is not read here") from error
 
-    def _read_into(self, into: memoryview, stored: _Stored, skipped: int, length: int) -> None:
-        """Fill `into` with bytes of a box of `length` bytes, `skipped` bytes after its first."""
+    def _read_into(self, memory: bytearray, start: int, stop: int, stored: _Stored, size: int) -> None:
+        """Fill `memory`, elements [start, stop) of `size` bytes, with those that are `stored`."""
+        run, stride = stored.runs if stored.runs[0] else (stored.end - stored.start, stored.end - stored.start)
+        number = max(0, (start - stored.start - run) // stride + 1)  # of the first run that ends after `start`
         with (self.path / stored.file).open("rb") as file:
             archive = Slice(file, stored.at, stored.length)
             first, found = tensor_in(archive, stored.length)
-            if found != length:
-                raise ValueError(f"{found} bytes of elements, not {length}")
-            archive.seek(first + skipped)
-            if archive.readinto(into) != len(into):
-                raise ValueError("the file ends before them")
+            if found != stored.num_stored * size:
+                raise ValueError(f"{found} bytes of elements, not {stored.num_stored * size}")
+            for begin in range(stored.start + number * stride, min(stop, stored.end), stride):
+                low, high = max(start, begin), min(stop, begin + run)
+                into = memoryview(memory)[(low - start) * size : (high - start) * size]
+                archive.seek(first + (stored.skipped + number * run + low - begin) * size)
+                if archive.readinto(into) != len(into):
+                    raise ValueError("the file ends before them")
+                number += 1
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a tensor; None if the checkpoint does not hold it."""
@@ -341,6 +373,19 @@ class Reader:
     def differing_fqns(self) -> set[str]:
         """The fqns of tensors that were not the same on all ranks."""
         return {name.split(".", 2)[2] for name in self.tensors if name.startswith("rank.")}
+
+
+def _is_inside(shape: Sequence[int], box: Box) -> bool:
+    return all(size > 0 and offset + size <= n for offset, size, n in zip(*box, shape))
+
+
+def _stored_of(shape: Sequence[int], box: Box, file: str, at: int, length: int) -> Iterator[_Stored]:
+    """The elements of a box in the archive of `length` bytes at byte `at` of `file`."""
+    skipped = 0
+    for start, elements, run, stride in runs_of(shape, box):
+        end = start + elements if not run else start + (elements // run - 1) * stride + run
+        yield _Stored(start, end, file, at, length, prod(box[1]), skipped, (run, stride))
+        skipped += elements
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -377,10 +422,10 @@ def _table(path: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def missing_from(
-    reader: Reader, storage: Storage, fresh: set[str], untrained: UntrainedTensors, rows: UntrainedTensors, rank: int
+    reader: Reader, storage: Storage, fresh: set[str], untrained: UntrainedTensors, cut: UntrainedTensors, rank: int
 ) -> list[str]:
     """Describe the tensors that a load needs but that are absent or of another shape. Reads no data."""
-    needed = {f"model.{fqn}": tuple(tensor.shape) for fqn, tensor in rows.items()}
+    needed = {f"model.{fqn}": tuple(tensor.shape) for fqn, tensor in cut.items()}
     needed |= {reader.untrained_key(fqn, rank): tuple(tensor.shape) for fqn, tensor in untrained.items()}
     for bucket in storage.buckets:
         for piece in bucket.muon + bucket.adamw:
@@ -405,7 +450,8 @@ def read_bucket(
     """Values for `write_value`: masters and state of this rank's pieces, zeros for the state of `fresh` parameters."""
     values: list[tuple[ShardPiece, str, Tensor]] = []
     for piece in bucket.muon + bucket.adamw:
-        spec, start = storage.layout.specs[piece.segment.param], piece.segment.param_offset
+        segment = piece.segment
+        spec = storage.layout.specs[segment.param]
         for key in dict.fromkeys(("master", *keys_of(bucket, piece))):
             if key != "master" and _starts_anew(reader, spec, key, fresh):
                 values.append((piece, key, torch.zeros_like(read_value(bucket, piece, key))))
@@ -413,7 +459,8 @@ def read_bucket(
                 values.append((piece, key, reader.read(f"optimizer.state.{spec.fqn}.step", 0, 1).view(())))
             else:
                 name = reader.master_key(spec.fqn) if key == "master" else f"optimizer.state.{spec.fqn}.{key}"
-                values.append((piece, key, reader.read(name, start, piece.segment.length)))
+                elements = reader.read(name, segment.param_offset, segment.length, (segment.run, segment.stride))
+                values.append((piece, key, elements))
     return values
 
 

@@ -61,6 +61,7 @@ _UNUSED_TAG = 0x6D756F6E
 Count = Callable[[str, int], None]
 T = TypeVar("T")
 _control_groups: WeakKeyDictionary[dist.ProcessGroup, Any] = WeakKeyDictionary()
+_made_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 _optimizer_counts: WeakKeyDictionary[dist.ProcessGroup, _OptimizerCounts] = WeakKeyDictionary()
 
 
@@ -394,6 +395,30 @@ class DataParallelGroup:
         finally:
             with suppress(RuntimeError):
                 self.roll.announce_waiting("")
+
+
+def group_of_ranks(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """A process group of these global ranks, this one among them, made at the first call: all of them must call it.
+
+    Other ranks need not: a pipeline's stage makes its group without the other stages. torch then names a group by the
+    number of groups of this process, so the ranks must have made equally many; else this raises on all of them.
+    """
+    known = _made_groups.get(tuple(ranks))
+    if known is not None and known in c10d._world.pg_map:
+        return known
+    store, key = c10d._get_default_store(), f"distmuon/group of {list(ranks)}"
+    store.set(f"{key}/{dist.get_rank()}", str(len(c10d._world.pg_names)))
+    counts = [int(store.get(f"{key}/{rank}")) for rank in ranks]
+    if len(set(counts)) > 1:
+        raise problem(
+            "process_group",
+            found=f"ranks {list(ranks)} hold the parameters and have made {counts} process groups",
+            needed="a group of these ranks, and torch can make one by these ranks alone if they have made equally many",
+            cure="make it by torch.distributed.new_group on all ranks of the run, and pass it as process_group",
+        )
+    made: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
+    _made_groups[tuple(ranks)] = made
+    return made
 
 
 def _different_calls(callers: list[tuple[int, str, int, str]]) -> ValueError:

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import heapify, heappop, heappush
+from itertools import groupby
 from operator import attrgetter
-from typing import Literal
 
 import torch
 
-from distmuon.layout.given import pack_given
+from distmuon.layout.given import HeldBoxes, pack_given
 from distmuon.layout.packing import Item, Loads, Piece, pack_balanced, pack_evenly
 from distmuon.layout.routing import ParamSpec, Unit
 from distmuon.options import Packing, Placement
@@ -32,7 +32,9 @@ _SIZE_DIVISORS = (16, 14, 12, 11, 10, 9, 8.5, 8, 7.5, 7, 6.5, 6, 5.5, 5, 4.5)
 class Segment:
     """`length` elements of parameter `param` from `param_offset` on, at `shard_offset` of the shard of `rank`.
 
-    A segment of a Muon parameter lies inside a single unit (`Unit`).
+    They follow one another, or, in given shards only, are runs of `run` elements, `stride` apart ([Note: runs] in
+    boxes.py). A segment of a Muon parameter lies inside a single unit (`Unit`). Of the ranks that hold the same
+    elements, the first has `replica` 0, the next 1.
     """
 
     param: int
@@ -40,6 +42,9 @@ class Segment:
     length: int
     rank: int
     shard_offset: int
+    run: int = 0
+    stride: int = 0
+    replica: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,10 @@ class BucketSpec:
 
 @dataclass(frozen=True, slots=True)
 class PlacedUnit:
-    """A unit, its pieces, and the ranks that orthogonalize it: its owner, or every holder (`"replicated"`)."""
+    """A unit, its pieces, and the ranks that orthogonalize it: its owner, or every holder (`"replicated"`).
+
+    `sources`: the pieces that the workers gather: of replicas only one.
+    """
 
     index: int
     param: int
@@ -66,6 +74,7 @@ class PlacedUnit:
     bucket: int
     pieces: tuple[Segment, ...]
     workers: tuple[int, ...]
+    sources: tuple[Segment, ...]
 
     @property
     def straddling(self) -> bool:
@@ -80,7 +89,7 @@ class Layout:
     specs: tuple[ParamSpec, ...]
     buckets: tuple[BucketSpec, ...]
     matrices: tuple[PlacedUnit, ...]
-    given: bool = False  # the shards are FSDP2's, see given.py; then no parameter lies in a flat buffer
+    given: tuple[HeldBoxes, ...] = ()  # if others have cut the parameters, see given.py: the boxes of each
 
     @cached_property
     def segments_of(self) -> tuple[tuple[Segment, ...], ...]:
@@ -161,7 +170,7 @@ class Layout:
         """A text that two ranks share exactly if their layouts are equal."""
         return repr(
             (
-                (self.dp_size, self.given),
+                (self.dp_size, bool(self.given)),
                 [(s.fqn, s.shape, str(s.dtype), s.rule, s.matrices) for s in self.specs],
                 self.buckets,
             )
@@ -186,45 +195,51 @@ def make_layout(
     specs: Sequence[ParamSpec],
     dp_size: int,
     *,
-    packing: Packing | Literal["given"] = "balanced",
+    packing: Packing = "balanced",
     placement: Placement = "owner",
     bucket_mb: float | None = None,
+    given: Sequence[HeldBoxes] | None = None,
 ) -> Layout:
-    """Cut `specs` (registration order) for `dp_size` ranks, or with "given" as FSDP2 has. Pure and deterministic.
+    """Cut `specs` (registration order) for `dp_size` ranks, or take the cut that is `given`. Pure and deterministic.
 
     `bucket_mb`: size of a bucket in MiB of float32 gradients. None: the size between a sixteenth and two ninths of the
     model with the best `_score`, but at least 32 MiB; the smaller size wins a tie, since small buckets overlap better.
-    If shards are given: an eighth of the model, since the size then changes neither traffic nor owners.
+    If shards are given: an eighth of the model, since the size then changes neither traffic nor owners. `given`: the
+    boxes of each parameter, by rank.
     """
     if bucket_mb is not None:
         size = max(1, int(min(bucket_mb * (1 << 20) / 4, 1 << 62)))  # inf: one bucket a dtype
-        return _cut(specs, dp_size, packing, placement, _bucket_params(specs, size, size))
+        return _cut(specs, dp_size, packing, placement, _bucket_params(specs, size, size), given)
     total = sum(spec.numel for spec in specs)
     cuts: list[list[list[int]]] = []  # without duplicates: if most experts have their own bucket, sizes hardly matter
-    for parts in _SIZE_DIVISORS if packing != "given" else (8,):
+    for parts in _SIZE_DIVISORS if given is None else (8,):
         cut = _bucket_params(specs, max(_MIN_BUCKET_ELEMENTS, int(total / parts)), _MIN_BUCKET_ELEMENTS)
         if cut not in cuts:
             cuts.append(cut)
-    layouts = (_cut(specs, dp_size, packing, placement, cut) for cut in cuts)
+    layouts = (_cut(specs, dp_size, packing, placement, cut, given) for cut in cuts)
     return next(layouts) if len(cuts) == 1 else min(layouts, key=_score)
 
 
 def _cut(
     specs: Sequence[ParamSpec],
     dp_size: int,
-    packing: Packing | Literal["given"],
+    packing: Packing,
     placement: Placement,
     params_of: list[list[int]],
+    given: Sequence[HeldBoxes] | None,
 ) -> Layout:
     """Make the layout whose buckets hold these parameters."""
     loads = Loads([0] * dp_size, [0] * dp_size)
     buckets = []
     for index, params in enumerate(params_of):
-        shard_size, shards = _pack(specs, params, dp_size, packing, loads)
+        if given is not None:
+            shard_size, shards = pack_given([(p, specs[p].shape, given[p]) for p in params], dp_size)
+        else:
+            shard_size, shards = _pack(specs, params, dp_size, packing, loads)
         segments = tuple(_split_at_units(specs, shards))
         buckets.append(BucketSpec(index, specs[params[0]].dtype, tuple(params), shard_size, segments))
     matrices = _place(specs, buckets, placement, dp_size)
-    return Layout(dp_size, tuple(specs), tuple(buckets), matrices, given=packing == "given")
+    return Layout(dp_size, tuple(specs), tuple(buckets), matrices, tuple(given or ()))
 
 
 def _score(layout: Layout) -> float:
@@ -288,12 +303,10 @@ def _pack(
     specs: Sequence[ParamSpec],
     params: Sequence[int],
     dp_size: int,
-    packing: Packing | Literal["given"],
+    packing: Packing,
     loads: Loads,
 ) -> tuple[int, list[list[Piece]]]:
     """Pack a bucket. A single parameter is cut evenly if that cuts no unit, so that large stacks stay contiguous."""
-    if packing == "given":
-        return pack_given([(param, specs[param].shape) for param in params], dp_size)
     if packing == "contiguous" or len(params) == 1:
         shard_size, shards = pack_evenly([Item(p, 0, specs[p].numel) for p in params], dp_size)
         starts = {piece.offset for shard in shards for piece in shard}
@@ -307,17 +320,31 @@ def _pack(
 def _split_at_units(specs: Sequence[ParamSpec], shards: list[list[Piece]]) -> Iterator[Segment]:
     """Yield segments in (rank, shard_offset) order; a piece that covers several units is cut into one segment each."""
     for rank, shard in enumerate(shards):
-        for param, offset, length, at in shard:
-            units = specs[param].matrices
+        for piece in shard:
+            units = specs[piece.param].matrices
             if not units:
-                yield Segment(param, offset, length, rank, at)
+                yield Segment(piece.param, piece.offset, piece.length, rank, *piece[3:])
                 continue
-            start, end = offset, offset + length
-            number = bisect_right(units, offset, key=_offset) - 1
-            while start < end:
-                stop = min(end, units[number].offset + units[number].numel)
-                yield Segment(param, start, stop - start, rank, at + start - offset)
-                start, number = stop, number + 1
+            at = piece.shard_offset
+            for start, length, run, stride in _cut_at_units(piece, units):
+                yield Segment(piece.param, start, length, rank, at, run, stride, piece.replica)
+                at += length
+
+
+def _cut_at_units(piece: Piece, units: Sequence[Unit]) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (start, length, run, stride) of the parts of `piece`, each inside a single unit."""
+    if piece.stride and piece.stride != units[0].columns:  # rows of each matrix in a stack: one part a matrix
+        for start in range(piece.offset, piece.offset + piece.length // piece.run * piece.stride, piece.stride):
+            yield from _cut_at_units(Piece(piece.param, start, piece.run, 0), units)
+        return
+    run, stride = piece.run or 1, piece.stride or 1
+    start, left = piece.offset, piece.length // run
+    number = bisect_right(units, start, key=_offset) - 1
+    while left:
+        end = units[number].offset + units[number].numel
+        count = min(left, -((start - end) // stride))
+        yield start, count * run, piece.run, piece.stride
+        start, left, number = start + count * stride, left - count, number + 1
 
 
 def _place(
@@ -357,17 +384,30 @@ def _place(
                 load[owner] += costs[index]
                 heappush(queue, (load[owner], owner))
                 workers[index] = (owner,)
-    return tuple(
-        PlacedUnit(
-            index,
-            param,
-            specs[param].matrices[unit],
-            bucket_of[param],
-            tuple(sorted(pieces_of[param, unit], key=lambda piece: piece.param_offset)),
-            workers[index],
+    placed = []
+    for index, (param, unit) in enumerate(units):
+        pieces = tuple(sorted(pieces_of[param, unit], key=attrgetter("param_offset", "replica")))
+        sources = _sources(pieces, workers[index][0])
+        placed.append(
+            PlacedUnit(index, param, specs[param].matrices[unit], bucket_of[param], pieces, workers[index], sources)
         )
-        for index, (param, unit) in enumerate(units)
-    )
+    return tuple(placed)
+
+
+def _sources(pieces: tuple[Segment, ...], owner: int) -> tuple[Segment, ...]:
+    """Of replicas one: the owner's own, or else the one with its number, which lies in the same copy of the model.
+
+    Under HSDP that is the owner's shard group, so that pieces reach the owner inside a node.
+    """
+    if not any(piece.replica for piece in pieces):
+        return pieces
+    number = next((piece.replica for piece in pieces if piece.rank == owner), 0)
+    found = []
+    for _, replicas in groupby(pieces, key=attrgetter("param_offset")):
+        candidates = list(replicas)
+        own = [piece for piece in candidates if piece.rank == owner]
+        found.append(own[0] if own else candidates[min(number, len(candidates) - 1)])
+    return tuple(found)
 
 
 def _unit_at(spec: ParamSpec, segment: Segment) -> int:

@@ -46,12 +46,15 @@ class Item(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A range of a parameter's elements and its place in a shard."""
+    """Elements of a parameter and their place in a shard; `run`, `stride` and `replica` as in `layout.Segment`."""
 
     param: int
     offset: int
     length: int
     shard_offset: int
+    run: int = 0
+    stride: int = 0
+    replica: int = 0
 
 
 @dataclass(slots=True)

@@ -63,14 +63,22 @@ def _blocks(values: Tensor) -> Tensor:
     return (pad(values, (0, missing)) if missing else values).view(-1, BLOCK)
 
 
-def dither(start: int, length: int, step: Tensor) -> Tensor:
+Runs = tuple[int, int]  # (run, stride): elements that do not follow one another, see layout/boxes.py; (0, 0): they do
+
+
+def dither(start: int, length: int, step: Tensor, runs: Runs = (0, 0), skipped: int = 0) -> Tensor:
     """Dice for `length` elements of a parameter from `start` on: (length,) int32, spread evenly over all int32.
 
-    `step`: 0-dim, the number of earlier roundings of these elements, below 2^24; it is read on its device.
+    `step`: 0-dim, the number of earlier roundings of these elements, below 2^24; it is read on its device. `skipped`:
+    the number of elements between `start` and the first.
     """
     first, second = _SPREAD
-    offset = (start * first + 2**31) % 2**32 - 2**31
+    run, stride = runs
+    offset = ((start if run else start + skipped) * first + 2**31) % 2**32 - 2**31
     places = torch.arange(length, dtype=torch.int32, device=step.device)
+    if run:
+        numbers = places.to(torch.int64).add_(skipped)
+        places = (numbers // run).mul_(stride).add_(numbers % run).to(torch.int32)
     spread = torch.add(
         torch.tensor(offset, dtype=torch.int32), places, alpha=first
     )  # wraps on overflow, as do the lines below
@@ -78,7 +86,7 @@ def dither(start: int, length: int, step: Tensor) -> Tensor:
     return spread.add_((step.to(torch.int64) * _GOLDEN).to(torch.int32))
 
 
-def quantize_dithered(values: Tensor, start: int, step: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_dithered(values: Tensor, start: int, step: Tensor, runs: Runs = (0, 0)) -> tuple[Tensor, Tensor]:
     """Quantize like `quantize`, but so that values are right on average; see [Note: dither] and `dither`.
 
     With r = 127 sqrt(|value| / scale) between the codes c and c+1, and y uniform in (-1/2, 1/2), the code is
@@ -92,7 +100,7 @@ def quantize_dithered(values: Tensor, start: int, step: Tensor) -> tuple[Tensor,
         squares = blocks.abs()
         part_scales = squares.amax(dim=1)
         # y stays a little inside (-1/2, 1/2), so that a block's largest value has code 127 and a load finds its scale.
-        y = dither(start + low, part.numel(), step).float().mul_(2.0**-32 * (1 - 2.0**-14))
+        y = dither(start, part.numel(), step, runs, low).float().mul_(2.0**-32 * (1 - 2.0**-14))
         squares.div_(part_scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)).mul_(127.0**2)
         y = _blocks(y)
         roots = squares.addcmul_(y, y).sub_(0.25).clamp_(min=0.0).sqrt_().sub_(y).round_().copysign_(blocks)
@@ -101,11 +109,11 @@ def quantize_dithered(values: Tensor, start: int, step: Tensor) -> tuple[Tensor,
     return codes, scales
 
 
-def bfloat16_dithered(values: Tensor, start: int, step: Tensor) -> Tensor:
+def bfloat16_dithered(values: Tensor, start: int, step: Tensor, runs: Runs = (0, 0)) -> Tensor:
     """Round (n,) float32 to one of the two bfloat16 neighbours, right on average; see [Note: dither] and `dither`."""
     rounded = torch.empty_like(values, dtype=torch.bfloat16)
     for low, part in _parts(values):
-        bits = (dither(start + low, part.numel(), step) >> 16).bitwise_and_(0xFFFF)
+        bits = (dither(start, part.numel(), step, runs, low) >> 16).bitwise_and_(0xFFFF)
         bits.add_(part.view(torch.int32))
         rounded[low : low + part.numel()] = bits.bitwise_and_(-0x10000).view(torch.float32)  # exact as bfloat16
     return rounded
@@ -151,10 +159,12 @@ class MomentumCodec(Protocol):
     def encode(self, momentum: Tensor) -> dict[str, Tensor]:
         """Encode momentum that was loaded or written by a user, (n,) float32, by rounding to the nearest."""
 
-    def encode_step(self, momentum: Tensor, start: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode_step(
+        self, momentum: Tensor, start: int, state: Mapping[str, Tensor], runs: Runs = (0, 0)
+    ) -> dict[str, Tensor]:
         """Encode momentum that a step has computed, (n,) float32, right on average; see [Note: dither].
 
-        `start`: the position of the first element in its parameter.
+        `start`: the position of the first element in its parameter; `runs`: where the next ones lie.
         """
 
     def bytes(self, length: int) -> int:
@@ -175,7 +185,9 @@ class Float32Momentum:
     def encode(self, momentum: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": momentum}
 
-    def encode_step(self, momentum: Tensor, start: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode_step(
+        self, momentum: Tensor, start: int, state: Mapping[str, Tensor], runs: Runs = (0, 0)
+    ) -> dict[str, Tensor]:
         return {"momentum_buffer": momentum}
 
     def bytes(self, length: int) -> int:
@@ -196,9 +208,11 @@ class Bfloat16Momentum:
     def encode(self, momentum: Tensor) -> dict[str, Tensor]:
         return {"momentum_buffer": momentum}
 
-    def encode_step(self, momentum: Tensor, start: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode_step(
+        self, momentum: Tensor, start: int, state: Mapping[str, Tensor], runs: Runs = (0, 0)
+    ) -> dict[str, Tensor]:
         step = state["step"]
-        return {"momentum_buffer": bfloat16_dithered(momentum, start, step), "step": step + 1}
+        return {"momentum_buffer": bfloat16_dithered(momentum, start, step, runs), "step": step + 1}
 
     def bytes(self, length: int) -> int:
         return 2 * length
@@ -219,9 +233,11 @@ class Int8Momentum:
         codes, scales = quantize(momentum)
         return {"momentum_buffer": codes, "momentum_scale": scales}
 
-    def encode_step(self, momentum: Tensor, start: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def encode_step(
+        self, momentum: Tensor, start: int, state: Mapping[str, Tensor], runs: Runs = (0, 0)
+    ) -> dict[str, Tensor]:
         step = state["step"]
-        codes, scales = quantize_dithered(momentum, start, step)
+        codes, scales = quantize_dithered(momentum, start, step, runs)
         return {"momentum_buffer": codes, "momentum_scale": scales, "step": step + 1}
 
     def bytes(self, length: int) -> int:

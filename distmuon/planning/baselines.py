@@ -40,7 +40,8 @@ def whole_matrix_layout(specs: Sequence[ParamSpec], dp_size: int, bucket_mb: flo
                 segments.append(Segment(param, 0, specs[param].numel, rank, height))
                 heapreplace(heights, (height + Item(param, 0, specs[param].numel).blocks * ALIGNMENT, rank))
                 unit = specs[param].matrices[0]
-                matrices.append(PlacedUnit(len(matrices), param, unit, index, (segments[-1],), (rank,)))
+                pieces = (segments[-1],)
+                matrices.append(PlacedUnit(len(matrices), param, unit, index, pieces, (rank,), pieces))
             size = max(heights)[0]
         buckets.append(BucketSpec(index, specs[params[0]].dtype, tuple(params), size, tuple(segments)))
 

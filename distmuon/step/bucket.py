@@ -155,7 +155,9 @@ class Bucket:
             piece.grad, old, momentum=param_group["momentum"], nesterov=param_group["nesterov"], out=out
         )
         if present:
-            for key, value in codec.encode_step(new, piece.segment.param_offset, piece.state).items():
+            segment = piece.segment
+            runs = (segment.run, segment.stride)
+            for key, value in codec.encode_step(new, segment.param_offset, piece.state, runs).items():
                 step.decision.write(piece.state[key], value)
         return update
 

@@ -143,8 +143,8 @@ class FlatStorage:
 
     # --------------------------------------------------------------------------------------------------- gradients
 
-    def averaged(self) -> list[Tensor]:
-        return [self.grad_shard]
+    def averaged(self, *, replicas: bool = False) -> list[Tensor]:
+        return [] if replicas else [self.grad_shard]
 
     def given_grads(self) -> list[Tensor]:
         return [grad for index in self.spec.params if (grad := self._params[index].grad) is not None]

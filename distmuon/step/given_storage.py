@@ -1,14 +1,14 @@
-"""The tensors of one bucket where FSDP2 has put them: this rank's rows of each parameter and of its gradient.
+"""The tensors of one bucket where others have put them: this rank's box of each parameter and of its gradient.
 
 Decides storage only, and moves nothing: pieces are views of the local tensors of the parameters and of `param.grad`.
 State has the parameter's local shape, and `optimizer.state` shows it as DTensors of the parameter's mesh and placement,
-as torch.optim's optimizers have it under FSDP2. This is the only file that knows DTensor.
+as torch.optim's optimizers have it under FSDP2; a plain parameter, a replica on each rank, has plain state.
 
 [Note: local tensors] FSDP2 may put another local tensor under a parameter between steps (`model.to`, `to_empty`), and
 puts a new one under `param.grad` in each backward. So parameters are looked up before each step and each reading of
 state, and gradients when the step begins; after it the gradients' memory is let go.
 
-[Note: ranks without rows] A parameter whose rows do not go round leaves some ranks none. They hold a piece of no
+[Note: ranks without elements] A parameter whose rows do not go round leaves some ranks none. They hold a piece of no
 elements: its state is there for whoever reads the keys, and its ``step`` counts as on the other ranks, because
 torch.distributed.checkpoint saves that of any rank.
 """
@@ -17,45 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distmuon.errors import names, problem
-from distmuon.layout.given import rows_of
 from distmuon.layout.layout import BucketSpec, Layout, Segment
 from distmuon.math.codecs import master_codec, momentum_codec
 from distmuon.options import Options
+from distmuon.step.dtensors import is_dtensor, is_placed_like, like, local_of
 from distmuon.step.storage import Masters, Reduction, ShardPiece, joined, state_keys
 
 
-def is_dtensor(tensor: object) -> bool:
-    """Whether `tensor` is a DTensor, told without an import that takes a second."""
-    return type(tensor).__module__.startswith("torch.distributed.tensor")
-
-
-@torch.no_grad()
-def local_of(tensor: Tensor) -> Tensor:
-    """The local tensor of a DTensor, as a plain one in the same memory; any other tensor as it is."""
-    if not is_dtensor(tensor):
-        return tensor
-    found: Tensor = tensor._local_tensor  # type: ignore[attr-defined]  # `to_local` is a new Parameter each time
-    return found
-
-
-def cut_alike(tensor: Tensor, like: Tensor) -> bool:
-    """Whether `tensor`, which is not trained, is cut over the ranks as the DTensor `like` is."""
-    if not is_dtensor(tensor) or not is_dtensor(like):
-        return False
-    one: Any = tensor
-    other: Any = like
-    return bool(one.device_mesh == other.device_mesh and one.placements == other.placements)
-
-
 class GivenStorage:
-    """One bucket's tensors on this rank, in FSDP2's memory."""
+    """One bucket's tensors on this rank, in the memory of whoever has cut them."""
 
     reduction: Reduction | None = None
 
@@ -67,17 +43,16 @@ class GivenStorage:
         self.label = f"bucket {spec.index} ({names([layout.specs[index].fqn for index in spec.params], 3)})"
         self.momentum = momentum_codec(options.precision.momentum)
         self._master_codec = master_codec(spec.dtype, options.precision.master)
-        self._starts = {index: self._start(index, dp_rank) for index in spec.params}
+        self._starts: dict[int, int] = {}  # where a parameter begins among the elements that this rank holds
+        for segment in spec.segments:
+            if segment.rank == dp_rank:
+                self._starts.setdefault(segment.param, segment.shard_offset)
         self._device = params[spec.params[0]].device
         self._no_grad = torch.empty(0, device=self._device)
         self._copies: list[Tensor] = []  # float32 copies of gradients of 16 bits
         self._look_up()
         self._kept = {index: self._master_codec.make(elements) for index, elements in self._elements.items()}
         self._make_pieces(dp_rank)
-
-    def _start(self, index: int, dp_rank: int) -> int:
-        shape = self._layout.specs[index].shape
-        return rows_of(shape[0], self._layout.dp_size, dp_rank)[0] * prod(shape[1:])
 
     def _look_up(self) -> None:
         """See [Note: local tensors]."""
@@ -87,7 +62,7 @@ class GivenStorage:
         held = [segment for segment in self.spec.segments if segment.rank == dp_rank]
         here = {segment.param for segment in held}
         for index in self.spec.params:
-            if index not in here:  # see [Note: ranks without rows]
+            if index not in here:  # see [Note: ranks without elements]
                 held.append(Segment(index, self._layout.specs[index].numel, 0, dp_rank, 0))
         pieces = [ShardPiece(segment, self._no_grad) for segment in held]
         self.muon = [piece for piece in pieces if self._layout.specs[piece.segment.param].rule == "muon"]
@@ -107,13 +82,14 @@ class GivenStorage:
         """The piece's elements of what is as long as the parameter's local tensor, a view."""
         if not piece.segment.length:
             return elements[:0]
-        start = piece.segment.param_offset - self._starts[piece.segment.param]
+        start = piece.segment.shard_offset - self._starts[piece.segment.param]
         return elements[start : start + piece.segment.length]
 
     # --------------------------------------------------------------------------------------------------- gradients
 
-    def averaged(self) -> list[Tensor]:
-        return [piece.grad for piece in self.muon + self.adamw if piece.grad.numel()]
+    def averaged(self, *, replicas: bool = False) -> list[Tensor]:
+        pieces = [piece for piece in self.muon + self.adamw if piece.grad.numel()]
+        return [piece.grad for piece in pieces if (piece.segment.replica > 0) is replicas]
 
     def given_grads(self) -> list[Tensor]:
         """Both the DTensors and their memory: who writes one does not always count at the other."""
@@ -137,15 +113,19 @@ class GivenStorage:
 
     def _checked(self, index: int, grad: Tensor) -> Tensor:
         local, expected = local_of(grad), local_of(self._params[index])
-        if not is_dtensor(grad) or local.shape != expected.shape or not local.is_contiguous():
-            raise problem(
-                self._layout.specs[index].fqn,
-                found=f"its gradient is a {type(grad).__name__} of local shape {tuple(local.shape)}",
-                needed=f"a DTensor with the parameter's rows on this rank, {tuple(expected.shape)}, is needed",
-                cure="leave to FSDP2 what stands in param.grad, or put distribute_tensor(grad, param.device_mesh, "
-                "param.placements) there",
-            )
-        return local
+        if is_dtensor(grad) and is_placed_like(grad, self._params[index]):
+            return local.contiguous()
+        if not is_dtensor(grad) and not is_dtensor(self._params[index]) and local.shape == expected.shape:
+            return local.contiguous()
+        placed = f" placed {getattr(grad, 'placements', None)}" if is_dtensor(grad) else ""
+        raise problem(
+            self._layout.specs[index].fqn,
+            found=f"its gradient is a {type(grad).__name__}{placed} of local shape {tuple(local.shape)}",
+            needed=f"the gradient's elements on this rank, {tuple(expected.shape)}, placed like the parameter's, are "
+            "needed",
+            cure="leave param.grad as FSDP2 and DTensor make it, or put distribute_tensor(grad, param.device_mesh, "
+            "param.placements) there",
+        )
 
     def let_go_of_grads(self) -> None:
         self._copies = []
@@ -216,28 +196,15 @@ class GivenStorage:
     # ---------------------------------------------------------------------------------------------- what is shown
 
     def shown(self, index: int, views: Sequence[Tensor]) -> Any:
-        """`views` of the pieces' state as a DTensor with the parameter's mesh and placement."""
-        from torch.distributed.tensor import DTensor
-
-        param: Any = self._params[index]
+        """`views` of the pieces' state as a tensor of the parameter's kind."""
         local = joined(views)
         assert isinstance(local, Tensor)
-        return DTensor.from_local(
-            local.view(local_of(param).shape),
-            param.device_mesh,
-            param.placements,
-            run_check=False,
-            shape=param.shape,
-            stride=param.stride(),
-        )
+        return like(self._params[index], local)
 
     def as_shown(self, index: int, value: Tensor) -> Tensor | None:
         if not is_dtensor(value):
             return value
-        given: Any = value
-        param: Any = self._params[index]
-        fits = given.placements == param.placements and given.shape == param.shape
-        return local_of(given) if fits and local_of(given).shape == local_of(param).shape else None
+        return local_of(value) if is_placed_like(value, self._params[index]) else None
 
     @property
     def state_bytes(self) -> int:

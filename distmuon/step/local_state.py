@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distmuon.errors import problem
 from distmuon.options import is_number
-from distmuon.step.storage import BucketStorage, ShardPiece, Storage
+from distmuon.step.storage import BucketStorage, ShardPiece, Storage, elements_of
 
 
 class LocalState:
@@ -36,7 +36,7 @@ class LocalState:
         self._storage = storage
         self._homes: list[list[tuple[BucketStorage, ShardPiece]]] = [[] for _ in storage.params]
         for bucket in storage.buckets:
-            for piece in sorted(bucket.muon + bucket.adamw, key=lambda piece: piece.segment.param_offset):
+            for piece in sorted(bucket.muon + bucket.adamw, key=_place):
                 self._homes[piece.segment.param].append((bucket, piece))
         self._shown = [self._entry(index) for index in range(len(storage.params))]
         self._tensors = [tensor for entry in self._shown for tensor in entry.values()]
@@ -175,10 +175,15 @@ class LocalState:
         segments = [piece.segment for _, piece in self._homes[index]]
         elements, lengths = plain.reshape(-1), [segment.length for segment in segments]
         if tuple(plain.shape) == self._storage.layout.specs[index].shape:
-            return [elements[s.param_offset : s.param_offset + s.length] for s in segments]
+            return [elements_of(elements, s).reshape(-1) for s in segments]
         if elements.numel() != sum(lengths):
             return None
         return list(torch.split(elements, lengths)) if lengths else []
+
+
+def _place(piece: ShardPiece) -> tuple[int, int]:
+    """The sort key of pieces: by parameter, in the order of its elements."""
+    return piece.segment.param, piece.segment.param_offset
 
 
 def _extra(given: object, entry: Mapping[str, Any]) -> dict[str, Any]:

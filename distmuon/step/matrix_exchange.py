@@ -7,9 +7,10 @@ what the caller put into the stacks.
       update pieces (shard) --start_gather--> stacks (B, m, n) on the workers
       pieces (shard)       <--start_scatter-- results (B, m, n)
 
-[Note: routes of pieces] A piece on rank p is sent to every worker of its matrix except p. After the computation p takes
-the piece from its result if it is a worker, else from the first worker, the owner. With `placement="owner"` a matrix
-has one worker. With "replicated", the paper's literal form, every holder is a worker, so nothing is sent back.
+[Note: routes of pieces] A piece on rank p is sent to every worker of its matrix except p; of replicas only one is sent,
+and none if the worker holds one. After the computation p takes the piece from its result if it is a worker, else from
+the first worker, the owner, and so do all replicas. With `placement="owner"` a matrix has one worker. With
+"replicated", the paper's literal form, every holder is a worker, so nothing is sent back.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from distmuon.comm.group import DataParallelGroup, Pending
 from distmuon.layout.layout import PlacedUnit, Segment
+from distmuon.step.storage import elements_of
 
 
 class StackKey(NamedTuple):
@@ -36,9 +38,9 @@ class StackKey(NamedTuple):
 Stacks = dict[StackKey, Tensor]
 
 
-def is_sent_to(piece: Segment, placed: PlacedUnit, rank: int) -> bool:
-    """Whether `piece` is sent to `rank`, which computes its matrix and does not hold the piece."""
-    return rank in placed.workers and rank != piece.rank
+def is_sent_to(source: Segment, placed: PlacedUnit, rank: int) -> bool:
+    """Whether `source`, one of the sources of `placed`, is sent to `rank`, which computes the matrix."""
+    return rank in placed.workers and rank != source.rank
 
 
 def returns_from(piece: Segment, placed: PlacedUnit) -> int | None:
@@ -74,7 +76,7 @@ class MatrixExchange:
         self._place_stacks(units, group_of, me)
         self._list_pieces(units, me, group.dp_size)
         # These are the same on all ranks, so that all make the same collectives.
-        self.has_exchange = any(is_sent_to(p, u, worker) for u in units for p in u.pieces for worker in u.workers)
+        self.has_exchange = any(is_sent_to(s, u, worker) for u in units for s in u.sources for worker in u.workers)
         self._scatters = any(returns_from(p, u) is not None for u in units for p in u.pieces)
 
     def _list_pieces(self, units: Sequence[PlacedUnit], me: int, dp_size: int) -> None:
@@ -85,23 +87,24 @@ class MatrixExchange:
         self._scatter_out: list[list[Segment]] = [[] for _ in range(dp_size)]
         self._scatter_in: list[list[Segment]] = [[] for _ in range(dp_size)]
         for placed in units:
+            for source in placed.sources:
+                if is_sent_to(source, placed, me):
+                    self._gather_in[source.rank].append(source)
+                if source.rank == me:
+                    for worker in placed.workers:
+                        if is_sent_to(source, placed, worker):
+                            self._gather_out[worker].append(source)
             for piece in placed.pieces:
-                if is_sent_to(piece, placed, me):
-                    self._gather_in[piece.rank].append(piece)
                 home = returns_from(piece, placed)
                 if home == me:
                     self._scatter_out[piece.rank].append(piece)
-                if piece.rank == me:
-                    for worker in placed.workers:
-                        if is_sent_to(piece, placed, worker):
-                            self._gather_out[worker].append(piece)
-                    if home is not None:
-                        self._scatter_in[home].append(piece)
+                if piece.rank == me and home is not None:
+                    self._scatter_in[home].append(piece)
 
     def _place_stacks(self, units: Sequence[PlacedUnit], group_of: Sequence[int], me: int) -> None:
         self._places: dict[
             tuple[int, int], tuple[StackKey, int]
-        ] = {}  # by segment: its stack and its first element in it
+        ] = {}  # by segment: its stack, and the element of the parameter with which the stack would begin
         self.stack_sizes: dict[StackKey, int] = {}
         for placed in units:
             if me in placed.workers:
@@ -110,8 +113,7 @@ class MatrixExchange:
                 position = self.stack_sizes.setdefault(key, 0)
                 self.stack_sizes[key] += 1
                 for p in placed.pieces:
-                    start = position * unit.numel + p.param_offset - unit.offset
-                    self._places[p.param, p.param_offset] = (key, start)
+                    self._places[p.param, p.param_offset] = (key, unit.offset - position * unit.numel)
 
     def start_gather(self, updates: Sequence[Tensor]) -> Gathering:
         """Start to gather `updates`, a 1-D tensor for each Muon piece; `wait` returns the stacks of whole matrices."""
@@ -125,7 +127,8 @@ class MatrixExchange:
         }
         for segment, update in zip(self._segments, updates):
             if (segment.param, segment.param_offset) in self._places:
-                self._piece(stacks, segment).copy_(update)
+                place = self._piece(stacks, segment)
+                place.copy_(update.view(place.shape))
         return Gathering(self, pending, stacks)
 
     def start_scatter(self, results: Stacks) -> Scattering:
@@ -140,13 +143,14 @@ class MatrixExchange:
         """Fill `stacks` with the pieces that arrive."""
         if pending is not None:
             for segment, arrived in self._arrived(pending, self._gather_in):
-                self._piece(stacks, segment).copy_(arrived)
+                place = self._piece(stacks, segment)
+                place.copy_(arrived.view(place.shape))
         return stacks
 
     def finish_scatter(self, pending: Pending | None, results: Stacks) -> list[Tensor]:
         """This rank's pieces: those that arrive, and those of its results."""
         back = {} if pending is None else dict(self._arrived(pending, self._scatter_in))
-        return [back[s] if s in back else self._piece(results, s) for s in self._segments]
+        return [back[s] if s in back else self._piece(results, s).reshape(-1) for s in self._segments]
 
     def _start(
         self, outgoing: list[Tensor], out: list[list[Segment]], into: list[list[Segment]], stage: str
@@ -155,7 +159,7 @@ class MatrixExchange:
         receive_counts = [sum(s.length for s in peer) for peer in into]
         sent = torch.empty(sum(send_counts), dtype=self.dtype, device=self._device)
         for place, piece in zip(torch.split(sent, [piece.numel() for piece in outgoing]), outgoing):
-            place.copy_(piece)
+            place.view(piece.shape).copy_(piece)
         received = torch.empty(sum(receive_counts), dtype=self.dtype, device=self._device)
         return self._group.start_all_to_all(received, sent, receive_counts, send_counts, stage=stage, label=self._label)
 
@@ -165,11 +169,11 @@ class MatrixExchange:
         return list(zip(segments, torch.split(pending.wait(), [segment.length for segment in segments])))
 
     def _piece(self, stacks: Stacks, segment: Segment) -> Tensor:
-        """The elements of `segment` inside its matrix in the stacks, as a 1-D view; a rank may have none."""
+        """The elements of `segment` inside its matrix in the stacks, as `elements_of`; a rank may have none."""
         if not segment.length:
             return torch.empty(0, dtype=self.dtype, device=self._device)
-        key, start = self._places[segment.param, segment.param_offset]
-        return stacks[key].view(-1)[start : start + segment.length]
+        key, base = self._places[segment.param, segment.param_offset]
+        return elements_of(stacks[key].view(-1), segment, base)
 
 
 class Gathering:

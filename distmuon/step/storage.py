@@ -1,7 +1,8 @@
 """Where the shard lives: what a bucket, the verdict, state and checkpoints ask of this rank's part of the parameters.
 
 Decides the seam only. `FlatStorage` (flat_storage.py) cuts the parameters itself and moves them into flat memory;
-`GivenStorage` (given_storage.py) takes the shards that FSDP2 has cut, where they are. A bucket cannot tell them apart.
+`GivenStorage` (given_storage.py) takes the shards that others have cut, where they are. A bucket cannot tell the two
+apart.
 """
 
 from __future__ import annotations
@@ -55,6 +56,16 @@ class Reduction:
     shard: Tensor
 
 
+def elements_of(flat: Tensor, segment: Segment, base: int = 0) -> Tensor:
+    """The elements of `segment` in `flat`, which holds its parameter from element `base` on. A view: (length,), or
+    (runs, run) if the segment is columns of a matrix."""
+    start = segment.param_offset - base
+    if not segment.stride:
+        return flat[start : start + segment.length]
+    runs = segment.length // segment.run
+    return flat.as_strided((runs, segment.run), (segment.stride, 1), flat.storage_offset() + start)
+
+
 class BucketStorage(Protocol):
     """One bucket's tensors on this rank. `muon` and `adamw`: its pieces by rule."""
 
@@ -66,8 +77,11 @@ class BucketStorage(Protocol):
     reduction: Reduction | None
     """None where gradients stay in `param.grad`, averaged."""
 
-    def averaged(self) -> list[Tensor]:
-        """The averaged gradient of this rank's shard, flat, each element once."""
+    def averaged(self, *, replicas: bool = False) -> list[Tensor]:
+        """The averaged gradient of this rank's shard, flat, each element once.
+
+        Elements that several ranks hold are those of the first of them; with `replicas` the others' instead.
+        """
 
     def given_grads(self) -> list[Tensor]:
         """The memory of what stands in `param.grad`: the tensors whose versions say that somebody wrote."""
