@@ -192,7 +192,9 @@ class OptimizerConfig:
     """First match wins, before the library's own rules; distmuon only."""
     broadcast_buffers: bool = True
     sharding: Sharding = field(default_factory=lambda: Sharding(overlap="forward"))
-    """All-gathers may run under the next forward, since the recipe's loop leaves parameters alone before it."""
+    """All-gathers may run under the next forward, since the recipe's loop leaves parameters alone before it. Under
+    fsdp2, hsdp and model.compile `overlap: forward` means true: FSDP2 gathers by itself, and waits in every module
+    would break compiled graphs."""
     precision: Precision = field(default_factory=Precision)
 
     def __post_init__(self) -> None:

@@ -274,8 +274,10 @@ def optimizer_options(config: Config) -> dict[str, Any]:
         options["routes"] = "adamw"
     elif given.routes:
         options["routes"] = [distmuon.Route(**asdict(route)) for route in given.routes]
-    if config.parallel.shard != "zero1":  # FSDP2 gathers in its own forward, and reduces as `shard_model` told it to
-        if given.sharding.overlap == "forward":
-            options["sharding"] = replace(given.sharding, overlap=True)
+    sharded = config.parallel.shard != "zero1"
+    if given.sharding.overlap == "forward" and (sharded or config.model.compile):
+        # FSDP2 gathers in its own forward; and waits in every module would break torch.compile's graphs at each
+        options["sharding"] = replace(given.sharding, overlap=True)
+    if sharded:  # FSDP2 reduces as `shard_model` told it to
         options["precision"] = replace(given.precision, reduce=torch.float32)
     return {**options, "verify_every": config.train.verify_every}

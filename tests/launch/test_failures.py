@@ -66,33 +66,46 @@ def test_an_interrupted_program_says_so(capsys: pytest.CaptureFixture[str]) -> N
     assert left.value.code == 130 and capsys.readouterr().err.startswith("interrupted; nothing was saved")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "wanted"),
-    [
-        (["--train.stepz=6"], "error: unrecognized arguments: --train.stepz=6; did you mean train.steps?"),
-        (["--train.global_batch=15"], "error: train.global_batch: found 15 for 2 ranks of micro_batch 2"),
-    ],
-)
-def test_two_ranks_give_the_reason_once(arguments: list[str], wanted: str, tmp_path: Path) -> None:
-    """It was 139 lines for a misspelt key, the reason in lines 49 and 98; nothing of ours but the reason is left."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    command += ["launch.pretrain", *RUN, f"--log.dir={tmp_path}", *arguments]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+WRONG = "--train.stepz=6"
+REASON = "unrecognized arguments: --train.stepz=6; did you mean train.steps?"
+
+
+def _two_ranks(launcher: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", launcher, "--nproc_per_node=2", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_two_ranks_give_the_reason_once_and_torchrun_has_it_too(tmp_path: Path) -> None:
+    """It was 139 lines for a misspelt key, the reason in lines 49 and 98."""
+    done = _two_ranks("torch.distributed.run", tmp_path, "-m", "launch.pretrain", *RUN, WRONG)
     lines = (done.stdout + done.stderr).splitlines()
     assert done.returncode == 1
-    assert [line for line in lines if line.startswith("error:")] == [line for line in lines if wanted in line]
-    assert len([line for line in lines if wanted in line]) == 1
+    assert [line for line in lines if line.startswith("error:")] == [f"error: {REASON}"]
     assert "usage" not in done.stderr and done.stderr.count("Traceback") == 1, "torchrun's own"
-    reason = wanted.removeprefix("error: ")
-    assert any(reason in line and "traceback :" in line for line in lines[-12:]), "torchrun's summary has it too"
+    assert any(REASON in line and "traceback :" in line for line in lines[-12:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "last"),
+    [
+        ((WRONG,), 2, f"error: {REASON}"),
+        (("--train.global_batch=15",), 1, "error: train.global_batch: found 15 for 2 ranks of micro_batch 2"),
+    ],
+)
+def test_our_torchrun_ends_with_the_reason(arguments: tuple[str, ...], status: int, last: str, tmp_path: Path) -> None:
+    """torchrun's own adds 38 lines to it."""
+    given = ("-m", "launch.pretrain", *RUN, f"--log.dir={tmp_path}", *arguments)
+    done = _two_ranks("launch.torchrun", tmp_path, *given)
+    assert done.returncode == status
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(last), done.stderr
+
+
+def test_our_torchrun_names_a_rank_that_ends_without_a_word(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("import os, time\nos.environ['RANK'] == '1' and os.kill(os.getpid(), 9)\ntime.sleep(20)\n")
+    done = _two_ranks("launch.torchrun", tmp_path, str(program))
+    assert done.returncode == 137 and done.stderr.startswith("error: rank 1: Signal 9 (SIGKILL)"), done.stderr
 
 
 def test_a_run_shorter_than_its_warm_up_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
