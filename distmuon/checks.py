@@ -202,7 +202,8 @@ def _check_not_sharded_since(model: nn.Module) -> None:
                 name or "model",
                 found="fully_shard was called after DistMuon was made, and has put other parameters into the model",
                 needed="the optimizer must be made of those",
-                cure="call fully_shard(model) first, then make DistMuon(model, lr=...)",
+                cure="call fully_shard(model) first, then make DistMuon(model, lr=...); accelerate: prepare both by "
+                "distmuon.integrations.accelerate.prepare",
             )
 
 

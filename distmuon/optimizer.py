@@ -206,6 +206,7 @@ class DistMuon(torch.optim.Optimizer):
             self._exchange_group.check_same_ranks(self.group)
             self._exchange_group.roll = self.group.roll
             self._exchange_group.tells_place = False  # it counts its collectives separately
+        self.model_parallel_group = model_parallel_group
         self._model_group: DataParallelGroup | None = None
         if model_parallel_group is not None:
             self._model_group = DataParallelGroup(model_parallel_group, self._metrics.count)

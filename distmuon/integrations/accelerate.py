@@ -326,6 +326,7 @@ class _Recipe:
                 "verify_every": options.verify_every,
                 "process_group": optimizer.group.process_group,
                 "exchange_group": exchange_group if optimizer._exchange_group is not optimizer.group else None,
+                "model_parallel_group": optimizer.model_parallel_group,
             },
         )
         optimizer.release()
@@ -352,7 +353,7 @@ class _Recipe:
 def _route_of(fqn: str, spec: ParamSpec) -> Route:
     """The route that decides for `fqn` what `spec` says, of which the fqn may differ."""
     if spec.rule == "adamw":
-        return Route(escape(fqn), "adamw", options=dict(spec.options))
+        return Route(escape(fqn), "adamw", options=dict(spec.options), copies=spec.copies)
     first = spec.matrices[0]
     if first.column_split:
         return Route(escape(fqn), "muon", first.column_split, 1, dict(spec.options))

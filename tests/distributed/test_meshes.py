@@ -280,6 +280,19 @@ def test_every_cut_equals_the_oracle(spawn, cut: Callable[..., None], size: int)
     assert sent_at_all > 0
 
 
+def _owners_and_sources(group: dist.ProcessGroup) -> Any:
+    _, optimizer = _make(group, hsdp)
+    return [(placed.workers[0], [source.rank for source in placed.sources]) for placed in optimizer.layout.matrices]
+
+
+def test_pieces_reach_the_owner_inside_its_shard_group(spawn) -> None:
+    """Under HSDP the shard group is a node, and owners are in all of them."""
+    found = spawn(_owners_and_sources, 4)[0]
+    assert {owner // 2 for owner, _ in found} == {0, 1}
+    for owner, sources in found:
+        assert {rank // 2 for rank in sources} == {owner // 2}
+
+
 def _planned(layout: Any, rank: int) -> tuple[int, int]:
     """The bytes that `rank` sends in float32, counted from masks of whole parameters, not from segments."""
     there = back = 0
@@ -425,7 +438,9 @@ def _full_run(group: dist.ProcessGroup, cut: Callable[..., None]) -> Any:
     for step in range(STEPS):
         _give(model, _gradients(step))
         optimizer.step()
-    whole = _by_name(optimizer.full_state_dict())
+    full = optimizer.full_state_dict()
+    whole = _by_name(full)
+    assert {float(entry["step"]) for entry in full["state"].values() if "step" in entry} == {float(STEPS)}
     again_model, again = _make(group, cut)
     with torch.no_grad():
         for new, old in zip(again_model.parameters(), model.parameters()):
