@@ -144,6 +144,11 @@ class RunLog:
         self._config, self._steps = config, steps  # None: nothing is written
         self._sinks: list[Sink] = []
 
+    @property
+    def folder(self) -> Path | None:
+        """The run's folder, on the rank that writes there."""
+        return None if self._config is None else Path(self._config.dir)
+
     def begin(self, step: int) -> None:
         """Open the sinks of a run that goes on after `step`; records of another run are moved aside."""
         config = self._config

@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -25,10 +27,13 @@ from launch.data import Corpus, TokenWindows, open_corpus
 from launch.diagnosis import first_not_finite
 from launch.logs import RunLog, StepMeter, duration
 from launch.models import build_model, next_token_loss, num_parameters
+from launch.provenance import provenance
 from launch.ranks import Ranks
 from launch.resume import Checkpoints, Progress, StopRequest
 from launch.schedules import lr_lambda
 
+CONFIG_FILE = "config.yaml"
+ROUTING_FILE = "routing.txt"
 SKIPPED = "No weight has changed; if it goes on, lower optimizer.lr or lengthen train.warmup_steps"
 
 
@@ -81,13 +86,15 @@ class Run:
             trainer=self.trainer,
             world_size=self.ranks.world_size,
             device=self.ranks.device.type,
-            torch=torch.__version__,
+            **provenance(),
             accumulation=self.accumulation,
             num_parameters=count,
             data=self.corpus.about,
             report=report,
             resumed_from=self.progress.step,
         )
+        if self.log.folder is not None:
+            _describe(self.log.folder, self.config, self.model, optimizer)
         self.tell(f"{self.config.model.arch}: {count:,} parameters on {self.ranks.world_size} ranks\n{report}")
         for text in [*self.config.warnings(), *self.corpus.warnings]:
             self.log.write("warning", step=self.progress.step, text=text)
@@ -206,6 +213,7 @@ class Run:
             val_loss=self.progress.val_loss,
             seconds=seconds,
             skipped_steps=self.progress.skipped_steps,
+            peak_bytes=self.ranks.gather(_peak_bytes(self.ranks.device)),
             per_rank=self.ranks.gather({key: metrics[key] for key in ("state_bytes", "bytes", "calls", "ns_matrices")}),
         )
         skipped = f", {self.progress.skipped_steps} steps skipped" if self.progress.skipped_steps else ""
@@ -225,6 +233,18 @@ class Run:
 
     def _mean_loss(self, indices: Sequence[int]) -> float:
         return validate(self.model, self.corpus.val, indices, self.config.train.micro_batch, self.ranks)
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    """The most memory that tensors took on this rank's GPU; None without one."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _describe(folder: Path, config: Config, model: Any, optimizer: distmuon.DistMuon) -> None:
+    """What a later reader needs: a config that runs again, the model's own, and the rule of each parameter."""
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(as_dict(config), sort_keys=False), encoding="utf-8")
+    (folder / ROUTING_FILE).write_text(optimizer.report(full=True) + "\n", encoding="utf-8")
+    model.config.save_pretrained(folder)
 
 
 def make_run(config: Config, ranks: Ranks, log: RunLog, stop: StopRequest, trainer: str) -> Run:

@@ -108,13 +108,18 @@ def test_our_torchrun_names_a_rank_that_ends_without_a_word(tmp_path: Path) -> N
     assert done.returncode == 137 and done.stderr.startswith("error: rank 1: Signal 9 (SIGKILL)"), done.stderr
 
 
-def test_a_run_shorter_than_its_warm_up_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("warmup", [2, 20])
+def test_a_run_no_longer_than_its_warm_up_warns(
+    warmup: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Shortening a run is the first thing one does, and it was refused."""
-    given = ["--train.schedule=cosine", "--train.warmup_steps=20", "--train.steps=2", f"--log.dir={tmp_path}"]
+    given = ["--train.schedule=cosine", f"--train.warmup_steps={warmup}", "--train.steps=2", f"--log.dir={tmp_path}"]
     pretrain.main([*RUN, *given])
-    assert "warning: the run ends in its warm-up: train.steps 2, train.warmup_steps 20" in capsys.readouterr().out
+    assert (
+        f"warning: the run ends in its warm-up: train.steps 2, train.warmup_steps {warmup}" in capsys.readouterr().out
+    )
     rates = [record["lr"]["muon"] for record in records(tmp_path) if record["kind"] == "train"]
-    assert rates == pytest.approx([1e-2 / 20, 2e-2 / 20])
+    assert rates == pytest.approx([1e-2 / warmup, 2e-2 / warmup])
     assert parse([*RUN, "--train.schedule=constant", "--train.warmup_steps=5", "--train.steps=6"]).warnings() == []
 
 
