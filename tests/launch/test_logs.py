@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,21 @@ def test_the_line_has_both_rates_where_they_differ_and_the_skips(
     first, second = capsys.readouterr().out.splitlines()
     assert first == "step     1/1  loss 2.5000  grad nan  lr 2.00e-02 1.00e-03  12,346 tok/s  skipped 3"
     assert second == "warning: look"
+
+
+def test_tensorboard_goes_on_where_the_run_does(tmp_path: Path) -> None:
+    """The steps that a resumed run repeats replace those of the start before it."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = LogConfig(dir=str(tmp_path), jsonl=False, tensorboard=True, progress=False)
+    for begin, losses in ((0, {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}), (2, {3: 3.5})):
+        with open_log(config, rank=0, steps=4) as log:
+            log.begin(begin)
+            for step, loss in losses.items():
+                log.write("train", step=step, loss=loss)
+        time.sleep(1.1)  # event files are ordered by the second of their names
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(1, 5.0), (2, 4.0), (3, 3.5)]
