@@ -111,7 +111,7 @@ def test_each_matrix_is_done_once_and_replicas_hold_all() -> None:
 
 
 def test_fsdp2_itself() -> None:
-    """By hand: layers of 6 x 4 and a root of 5 x 2, two bytes an element, over 4 ranks: the first has 2 rows of each."""
+    """By hand: layers of 6 x 4 and a root of 5 x 2 in 16 bits, over 4 shards: the first has 2 rows of each."""
     specs = [_spec("layers.0.a.weight", 6, 4), _spec("layers.1.a.weight", 6, 4), _spec("head.weight", 5, 2)]
     specs = [ParamSpec(s.fqn, s.shape, torch.bfloat16, s.rule, (), "") for s in specs]
     found = plan(specs, dp_size=8, shard="hsdp", replicas=2, compare=False).given
