@@ -183,7 +183,6 @@ def plan(
     mesh = mesh_of(shard, dp_size, replicas, tp)
     if mesh is not None:
         check_options_when_cut(options)
-        options = replace(options, grad_reduction="external")
     one_of("param_dtype", param_dtype, (None, torch.float32, torch.bfloat16, torch.float16))
     specs = _routed(model, routes)
     specs = specs if param_dtype is None else [replace(spec, dtype=param_dtype) for spec in specs]

@@ -33,7 +33,7 @@ def _torch_boxes(spec: ParamSpec, mesh: Mesh) -> list[Any]:
     tensor: Any = {"rows": Shard(0), "columns": Shard(1), None: Replicate()}[cut]
     shard: Any = _StridedShard(0, split_factor=mesh.tp) if cut == "rows" else Shard(0)
     sizes, found = (mesh.replicas, mesh.shards, mesh.tp), []
-    for place in mesh.coordinates():
+    for place in product(*map(range, sizes)):
         local, offsets = _compute_local_shape_and_global_offset(
             spec.shape, sizes, list(place), [Replicate(), shard, tensor]
         )
@@ -185,7 +185,7 @@ def test_larger_buckets_are_tried() -> None:
     default, auto = (
         plan("llama-1b", dp_size=64, shard="fsdp2", compare=False, auto_bucket=choose) for choose in (False, True)
     )
-    assert default.time and auto.time and auto.time.step_s < 0.8 * default.time.step_s
+    assert default.time and auto.time and auto.time.step_s < 0.5 * default.time.step_s
     assert auto.num_buckets < default.num_buckets and auto.sent == default.sent
 
 
