@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.peers import Peer, System
+from benchmarks.peers import Peer, System, ours
 from benchmarks.setting import Setting, Trainee, rules, shape_groups, split
 
 
@@ -65,13 +65,31 @@ def _deepspeed(trainee: Trainee, setting: Setting) -> System:
     return EngineSystem(trainee, engine, [optimizer])
 
 
-def _fully_shard(trainee: Trainee) -> None:
-    """FSDP2 with the whole model as one unit, so that one backward of given gradients reaches it like any other."""
+def _fully_shard(trainee: Trainee, replicas: int = 1) -> None:
+    """FSDP2 with the whole model as one unit, so that one backward of given gradients reaches it like any other.
+
+    With `replicas`: HSDP, that many copies of the model.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     device = next(trainee.parameters()).device.type
-    fully_shard(trainee, mesh=init_device_mesh(device, (dist.get_world_size(),)), reshard_after_forward=False)
+    size = dist.get_world_size()
+    if replicas == 1:
+        mesh = init_device_mesh(device, (size,))
+    else:
+        mesh = init_device_mesh(device, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+    fully_shard(trainee, mesh=mesh, reshard_after_forward=False)
+
+
+def _distmuon_fsdp2(trainee: Trainee, setting: Setting) -> System:
+    _fully_shard(trainee)
+    return ours()(trainee, setting)
+
+
+def _distmuon_hsdp(trainee: Trainee, setting: Setting) -> System:
+    _fully_shard(trainee, replicas=2)
+    return ours()(trainee, setting)
 
 
 def _muon_fsdp2(trainee: Trainee, setting: Setting) -> System:
@@ -129,6 +147,7 @@ def _muonium(trainee: Trainee, setting: Setting) -> System:
 
 
 _WHOLE = "FSDP2 with the model as one unit: parameters, gradients and state are sharded (ZeRO-3's memory)"
+_OURS = ("distmuon.step.bucket:orthogonalize",)
 SHARDED = (
     Peer(
         name="DeepSpeed ZeRO-1 Muon",
@@ -137,6 +156,8 @@ SHARDED = (
         note="ns_method=standard (bfloat16); its own scale made equal by one lr and decay a shape; its default "
         "clip of 1 off; keeps a float32 copy of its partition also where parameters are float32",
     ),
+    Peer(name="FSDP2 + distmuon", make=_distmuon_fsdp2, note=_WHOLE, counted=_OURS),
+    Peer(name="HSDP + distmuon", make=_distmuon_hsdp, note="as above, in two copies of the model", counted=_OURS),
     Peer(name="FSDP2 + muon-fsdp2", make=_muon_fsdp2, note=_WHOLE, counted=("muon_fsdp2:zeropower_via_newtonschulz5",)),
     Peer(
         name="FSDP2 + torch.optim.Muon",

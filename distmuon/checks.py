@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from distmuon.errors import problem
 from distmuon.layout import memory
 from distmuon.layout.boxes import Box
+from distmuon.layout.routing import ParamSpec
 from distmuon.options import Options
 from distmuon.step.dtensors import box_of, is_dtensor, local_of
 
@@ -132,6 +133,30 @@ def _trainable_since(fqn: str) -> ValueError:
     )
 
 
+def check_fragments(routed: Sequence[tuple[ParamSpec, nn.Parameter]]) -> None:
+    """Raise for a plain tensor that Megatron's tensor parallelism has cut, if Muon is to take it for a matrix."""
+    for spec, param in routed:
+        if spec.rule == "muon" and getattr(param, "tensor_model_parallel", False) and not is_dtensor(param):
+            raise problem(
+                spec.fqn,
+                found=f"a fragment of shape {spec.shape} of a tensor-parallel weight (tensor_model_parallel is set)",
+                needed="Muon needs the whole matrix, or a DTensor that says which part this is",
+                cure="cut the model by torch's parallelize_module, which makes DTensors, or route the weight to adamw",
+            )
+
+
+def check_copies(specs: Sequence[ParamSpec], num_ranks: int) -> None:
+    """Raise for a parameter with more copies than `model_parallel_group` has ranks."""
+    for spec in specs:
+        if spec.copies > num_ranks:
+            raise problem(
+                spec.fqn,
+                found=f"its route says that {spec.copies} ranks of model_parallel_group hold it",
+                needed=f"at most the {num_ranks} ranks of that group are possible",
+                cure="pass model_parallel_group, or correct Route(copies=)",
+            )
+
+
 def check_memory(named: Sequence[tuple[str, nn.Parameter]]) -> None:
     """Raise unless each element of a parameter has its own place in memory that kernels may write.
 
@@ -177,7 +202,8 @@ def _check_not_sharded_since(model: nn.Module) -> None:
                 name or "model",
                 found="fully_shard was called after DistMuon was made, and has put other parameters into the model",
                 needed="the optimizer must be made of those",
-                cure="call fully_shard(model) first, then make DistMuon(model, lr=...)",
+                cure="call fully_shard(model) first, then make DistMuon(model, lr=...); accelerate: prepare both by "
+                "distmuon.integrations.accelerate.prepare",
             )
 
 

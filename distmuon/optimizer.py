@@ -99,6 +99,9 @@ class DistMuon(torch.optim.Optimizer):
             under FSDP2 the mesh's group.
         exchange_group: a second group of the same ranks for the exchange of matrix pieces, so that on NCCL it does not
             queue behind all-gathers. None: process_group.
+        model_parallel_group: the ranks that hold the other parts of the model, one rank of each (stages of a pipeline;
+            tensor parallelism with plain tensors). The gradient norm, and with it clipping, and skipped steps are then
+            those of the whole model. DTensors need none.
         grad_reduction: "reduce_scatter" (by DistMuon, under backward) or "external" (gradients arrive averaged).
         max_grad_norm: clip every step's averaged gradient to this global norm. None: only on `clip_grad_norm_`.
         verify_every: compare the bits of all parameters across ranks in every n-th step, before it writes; 0: never.
@@ -143,6 +146,7 @@ class DistMuon(torch.optim.Optimizer):
         precision: Precision | None = None,
         process_group: dist.ProcessGroup | None = None,
         exchange_group: dist.ProcessGroup | None = None,
+        model_parallel_group: dist.ProcessGroup | None = None,
         grad_reduction: GradReduction = "reduce_scatter",
         max_grad_norm: float | None = None,
         verify_every: int = 0,
@@ -202,6 +206,13 @@ class DistMuon(torch.optim.Optimizer):
             self._exchange_group.check_same_ranks(self.group)
             self._exchange_group.roll = self.group.roll
             self._exchange_group.tells_place = False  # it counts its collectives separately
+        self.model_parallel_group = model_parallel_group
+        self._model_group: DataParallelGroup | None = None
+        if model_parallel_group is not None:
+            self._model_group = DataParallelGroup(model_parallel_group, self._metrics.count)
+            self._model_group.tells_place = False
+        checks.check_fragments(routed)
+        checks.check_copies(self._specs, self._model_group.dp_size if self._model_group is not None else 1)
         self._boxes = cut.gather_boxes(self._specs, self._params, self.group) if self._is_cut else None
         self.layout = self._make_layout()
         self._engine: Engine | None = None
@@ -287,6 +298,7 @@ class DistMuon(torch.optim.Optimizer):
             self._group_by_param,
             self._metrics,
             gathers_in_forward=self._gathers_in_forward,
+            model_group=self._model_group,
         )
         self._local_state = LocalState(self._engine.storage)
         self._local_state.show(self.state)

@@ -344,7 +344,9 @@ class Route:
     """A user's decision that `rule` updates all parameters whose fqn matches `pattern` (shell-style).
 
     `split`: sizes of the logical matrices fused along `split_dim` of the (out, in) weight; their sum must be its size.
-    `options`: param-group entries for these parameters, such as ``{"lr": 1e-4, "weight_decay": 0.0}``.
+    `options`: param-group entries for these parameters, such as ``{"lr": 1e-4, "weight_decay": 0.0}``. `copies`: how
+    many ranks of `model_parallel_group` hold the same parameter (a norm under tensor parallelism with plain tensors, an
+    embedding tied over two stages of a pipeline); the gradient norm counts it once.
     """
 
     pattern: str
@@ -352,6 +354,7 @@ class Route:
     split: Sequence[int] | None = None
     split_dim: int = 0
     options: Mapping[str, object] = field(default_factory=dict)
+    copies: int = 1
 
     def __post_init__(self) -> None:
         split = () if self.split is None else self.split
@@ -364,6 +367,13 @@ class Route:
         ):
             needed = "a string as pattern, whole numbers as split and a dict as options are needed"
             raise problem("Route", found=f"found {self}", needed=needed, cure="correct it")
+        if isinstance(self.copies, bool) or not isinstance(self.copies, int) or self.copies < 1:
+            raise problem(
+                f"Route({self.pattern!r}).copies",
+                found=f"found {self.copies!r}",
+                needed="the number of ranks that hold the parameter, 1 or more, is needed",
+                cure="correct it",
+            )
         one_of(f"Route({self.pattern!r}).rule", self.rule, ("muon", "adamw"))
         one_of(f"Route({self.pattern!r}).split_dim", self.split_dim, (0, 1))
 

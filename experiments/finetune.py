@@ -30,8 +30,9 @@ from launch.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from launch.corpora import BYTE_VOCAB_SIZE, SEPARATOR, is_validation, stdlib_files
 from launch.data import ShuffledWindows, TokenWindows
 from launch.models import build_model, num_parameters
-from launch.pretrain import optimizer_options, train_step, validate
+from launch.pretrain import train_step
 from launch.ranks import Ranks
+from launch.run import optimizer_options, validate
 from launch.schedules import lr_lambda
 
 RESULTS = Path(__file__).parent / "results" / "finetune.json"

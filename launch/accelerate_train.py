@@ -10,8 +10,10 @@ import torch
 from accelerate import Accelerator
 
 from distmuon.integrations.accelerate import prepare
+from launch.failures import run_program
 from launch.models import next_token_loss
-from launch.under_trainer import Run, open_run
+from launch.run import Run
+from launch.under_trainer import open_run
 
 
 def train(run: Run) -> None:
@@ -35,6 +37,7 @@ def train(run: Run) -> None:
             total += loss.detach() / len(batches)
         scheduler.step()
         run.record(step, total, optimizer, grad_norm)
+    run.finish(optimizer)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,4 +47,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 
 from distmuon.integrations.deepspeed import initialize
+from launch.failures import run_program
 from launch.models import next_token_loss
-from launch.under_trainer import Run, open_run
+from launch.run import Run
+from launch.under_trainer import open_run
 
 ENGINE = Path(__file__).parents[1] / "configs" / "deepspeed" / "engine.json"
 
@@ -44,6 +46,7 @@ def train(run: Run) -> None:
             engine.step()
             total += loss.detach() / len(batches)
         run.record(step, total, optimizer, engine.get_global_grad_norm())
+    run.finish(optimizer)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,4 +57,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

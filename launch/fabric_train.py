@@ -13,8 +13,10 @@ import torch
 from lightning_fabric import Fabric
 
 from distmuon.integrations.fabric import DistMuonStrategy, setup
+from launch.failures import run_program
 from launch.models import next_token_loss
-from launch.under_trainer import Run, open_run
+from launch.run import Run
+from launch.under_trainer import open_run
 
 
 def train(run: Run) -> None:
@@ -44,6 +46,7 @@ def train(run: Run) -> None:
         wrapped.zero_grad()
         scheduler.step()
         run.record(step, total, optimizer, grad_norm)
+    run.finish(optimizer)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,4 +56,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 import distmuon
+from launch.failures import run_program
 from launch.models import next_token_loss
-from launch.under_trainer import Run, open_run
+from launch.run import Run
+from launch.under_trainer import open_run
 
 
 class Recipe(lightning.LightningModule):
@@ -59,6 +61,9 @@ class Recipe(lightning.LightningModule):
         if (index + 1) % self.run.accumulation == 0:
             self.run.record(batch[0], self.total.clone(), self._muon(), self.grad_norm)
             self.total.zero_()
+
+    def on_train_end(self) -> None:
+        self.run.finish(self._muon())
 
     def _muon(self) -> distmuon.DistMuon:
         """The optimizer inside Lightning's wrapper."""
@@ -107,4 +112,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import default_pg_timeout
 
 import distmuon
+from launch.config import ParallelConfig
 
 SET_UP_TIMEOUT = timedelta(minutes=5)
 """How long ranks wait for each other at the start; torchrun starts again what gives up."""
@@ -37,7 +38,18 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
+    tp: int = 1
+    """Ranks in a row that share a batch (tensor parallelism)."""
     device: torch.device
+
+    @property
+    def data_rank(self) -> int:
+        """This process among those that read different batches."""
+        return self.rank // self.tp
+
+    @property
+    def data_size(self) -> int:
+        return self.world_size // self.tp
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all ranks, in place; every rank gets it."""
@@ -55,8 +67,10 @@ class Ranks:
 
 
 @contextmanager
-def launched_ranks() -> Iterator[Ranks]:
+def launched_ranks(parallel: ParallelConfig | None = None) -> Iterator[Ranks]:
     """Join the process group `torchrun` describes: NCCL with one GPU a process where there are GPUs, else gloo."""
+    parallel = ParallelConfig() if parallel is None else parallel
+    parallel.mesh_shape(int(os.environ.get("WORLD_SIZE", "1")))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -78,7 +92,7 @@ def launched_ranks() -> Iterator[Ranks]:
     else:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     with distmuon.shared_fate():
-        yield Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+        yield Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), tp=parallel.tp, device=device)
     # Only after success: with one rank dead, leaving in order would wait for it.
     dist.destroy_process_group()
 

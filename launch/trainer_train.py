@@ -16,9 +16,10 @@ import transformers
 from torch import Tensor
 
 from distmuon.integrations.transformers import attach
+from launch.failures import run_program
 from launch.models import next_token_loss
-from launch.pretrain import optimizer_options
-from launch.under_trainer import Run, open_run
+from launch.run import Run, optimizer_options
+from launch.under_trainer import open_run
 
 
 class RecipeTrainer(transformers.Trainer):
@@ -98,6 +99,8 @@ def train(run: Run) -> None:
     trainer.run = run
     attach(trainer, **optimizer_options(run.config))  # they go before the lr, decay and betas of `args`
     trainer.train()
+    optimizer: Any = trainer.optimizer
+    run.finish(getattr(optimizer, "optimizer", optimizer))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -107,4 +110,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from distmuon.errors import problem
 from distmuon.optimizer import DistMuon
+from distmuon.step.dtensors import is_dtensor
 from distmuon.step.hooks import manager_of
 
 # package: (extra, lowest version, first version above) that the integrations were tested with; setup.cfg installs them
@@ -115,3 +116,8 @@ def averaged_model(model: nn.Module) -> bool:
 def params_of(optimizer: DistMuon) -> Iterable[Tensor]:
     """All parameters that `optimizer` trains."""
     return (param for group in optimizer.param_groups for param in group["params"])
+
+
+def is_cut(optimizer: DistMuon) -> bool:
+    """Whether FSDP2 has cut the parameters of `optimizer`."""
+    return any(map(is_dtensor, params_of(optimizer)))

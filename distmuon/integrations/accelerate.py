@@ -9,7 +9,14 @@ The accelerator's `accumulate`, `no_sync`, `clip_grad_norm_`, `save_state`, `loa
 `optimizer_step_was_skipped` keep working; each call goes to the optimizer that manages the parameters. With "fp16" a
 `distmuon.GradScaler` with the same settings replaces the accelerator's scaler.
 
-This module decides which accelerator methods are replaced; it knows no step and no layout.
+This module decides which accelerator methods are replaced; it knows no step.
+
+[Note: FSDP2] Under accelerate's FSDP2 plugin `accelerator.prepare` cuts the model, and writes the new parameters into
+the param groups of the optimizers that it gets. A DistMuon has a layout and a group as well. So it is constructed again
+from the cut model, as the same object: schedulers, step hooks and variables keep their optimizer. In the meantime
+accelerate gets a plain optimizer of the same groups, and the DistMuon holds no parameter: what anything holds is not
+freed when it has been cut, and the whole model would stay on each device. Gradients then stay in `param.grad`, so
+accumulation, clipping and saving are accelerate's own.
 """
 
 from __future__ import annotations
@@ -17,21 +24,27 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from glob import escape
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
+from distmuon.checks import unwrap
 from distmuon.errors import problem
 from distmuon.integrations import (
     averaged_model,
     averaging_managers_of,
+    is_cut,
     need,
     params_of,
     reduced_by,
     reducing_managers_of,
 )
 from distmuon.integrations.grad_scaler import GradScaler
+from distmuon.layout.routing import ParamSpec, Route
 from distmuon.optimizer import DistMuon
 
 accelerate: Any = need("accelerate", "accelerate")
@@ -42,9 +55,9 @@ PREPARE = "distmuon.integrations.accelerate.prepare"
 def prepare(accelerator: Any, *objects: Any, device_placement: list[bool] | None = None) -> Any:
     """Call `accelerator.prepare(*objects)` for any number of models, optimizers, loaders and schedulers.
 
-    Returns them in order. Later objects may go through `accelerator.prepare` as well. Raises `ValueError` for FSDP,
-    Megatron, tensor parallelism, fp8 and `sync_each_batch`; and if the model of a DistMuon is neither among `objects`
-    nor prepared, or is wrapped in DDP already.
+    Returns them in order. Later objects may go through `accelerator.prepare` as well. Raises `ValueError` for FSDP1,
+    Megatron, fp8 and, without FSDP2, `sync_each_batch`; and if the model of a DistMuon is neither among `objects` nor
+    prepared, or is wrapped in DDP already.
     """
     if accelerator.distributed_type == accelerate.DistributedType.DEEPSPEED:
         return _prepare_deepspeed(accelerator, *objects)
@@ -66,6 +79,14 @@ def _check_objects(accelerator: Any, objects: tuple[Any, ...]) -> None:
             cure="pass model and optimizer in one call; objects without a DistMuon go through accelerator.prepare",
         )
     models = [item for item in (*objects, *accelerator._models) if isinstance(item, nn.Module)]
+    if any(map(is_cut, optimizers)) and accelerator.distributed_type != accelerate.DistributedType.FSDP:
+        raise problem(
+            PREPARE,
+            found=f"the model of a DistMuon that fully_shard has cut, in ({kinds})",
+            needed="accelerate would wrap it in DDP, which averages shards of different rows",
+            cure="pass fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2) to the Accelerator, which leaves the "
+            "cut as it is",
+        )
     held = {id(param) for model in models for param in model.parameters()}
     for optimizer in optimizers:
         if any(id(param) not in held for param in params_of(optimizer)):
@@ -88,12 +109,19 @@ def _check_objects(accelerator: Any, objects: tuple[Any, ...]) -> None:
 def check(accelerator: Any) -> None:
     """Raise `ValueError` for an accelerator under which distmuon would train wrongly."""
     kinds = accelerate.DistributedType
-    if accelerator.distributed_type not in (kinds.NO, kinds.MULTI_CPU, kinds.MULTI_GPU):
+    if accelerator.distributed_type == kinds.FSDP and not accelerator.is_fsdp2:
+        raise problem(
+            "accelerator",
+            found="version 1 of FSDP, whose flat parameters have no matrices",
+            needed="plain data parallelism or FSDP2 is needed",
+            cure="pass FullyShardedDataParallelPlugin(fsdp_version=2), or fsdp_config={'version': 2} to the Trainer",
+        )
+    if accelerator.distributed_type not in (kinds.NO, kinds.MULTI_CPU, kinds.MULTI_GPU, kinds.FSDP):
         raise problem(
             "accelerator",
             found=f"distributed_type {accelerator.distributed_type.value}",
-            needed="plain data parallelism is needed: distmuon shards the optimizer itself",
-            cure="launch with torchrun and without an FSDP, Megatron or tensor-parallel plugin",
+            needed="plain data parallelism or FSDP2 is needed",
+            cure="launch with torchrun and without a Megatron plugin",
         )
     if accelerator.mixed_precision not in ("no", "bf16", "fp16"):
         raise problem(
@@ -102,7 +130,8 @@ def check(accelerator: Any) -> None:
             needed="the parameters must stay the same objects",
             cure='use mixed_precision="bf16" or "fp16"',
         )
-    if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+    syncs_each = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+    if syncs_each and accelerator.distributed_type != kinds.FSDP:
         raise problem(
             "accelerator",
             found="sync_each_batch=True, a reduction for every micro-batch",
@@ -117,6 +146,10 @@ def route(accelerator: Any) -> None:
     See [Note: call targets].
     """
     check(accelerator)
+    if accelerator.distributed_type == accelerate.DistributedType.FSDP:
+        if not isinstance(getattr(accelerator.prepare, "__self__", None), _Cutting):
+            accelerator.prepare = _Cutting(accelerator).prepare
+        return
     if accelerator.scaler is not None and not isinstance(accelerator.scaler, _Scaler):
         replaced, accelerator.scaler = accelerator.scaler, _Scaler.in_place_of(accelerator.scaler, accelerator.device)
         for prepared in accelerator._optimizers:  # optimizers that were prepared earlier share the loss scale
@@ -199,6 +232,134 @@ class _Routed:
         for prepared in self._accelerator._optimizers:
             if any(id(param) in wanted for group in prepared.param_groups for param in group["params"]):
                 self._accelerator.unscale_gradients(prepared)
+
+
+class _Cutting:
+    """Replacement for the method of an accelerator that cuts models by FSDP2; see [Note: FSDP2]."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = weakref.proxy(accelerator)
+        self._class = type(accelerator)
+
+    def prepare(self, *objects: Any, device_placement: list[bool] | None = None) -> Any:
+        """Prepare `objects`, a DistMuon among them from the parameters that the model has afterwards."""
+        optimizers = {index: item for index, item in enumerate(objects) if isinstance(item, torch.optim.Optimizer)}
+        inner = {index: getattr(item, "optimizer", item) for index, item in optimizers.items()}  # if it is prepared
+        found = {index: each for index, each in inner.items() if isinstance(each, DistMuon)}
+        models = [item for item in objects if isinstance(item, nn.Module)]
+        if not found or not models:
+            return self._class.prepare(self._accelerator, *objects, device_placement=device_placement)
+        for optimizer in found.values():
+            _check_whole(models[0], optimizer)
+        schedulers = {index: item for index, item in enumerate(objects) if isinstance(item, LRScheduler)}
+        stand_ins = {index: _stand_in(optimizer) for index, optimizer in found.items()}
+        uncut = {index: _Recipe.of(optimizer) for index, optimizer in found.items() if not is_cut(optimizer)}
+        given = {index: item for index, item in enumerate(objects) if index not in schedulers} | stand_ins
+        prepared = dict(zip(given, self._class.prepare(self._accelerator, *given.values())))
+        model = next(item for item in prepared.values() if isinstance(item, nn.Module))
+        for index, optimizer in found.items():
+            self._accelerator._optimizers.remove(prepared[index])
+            if index in uncut:
+                uncut[index].make(optimizer, model, stand_ins[index])
+            prepared[index] = self._accelerator.prepare_optimizer(objects[index])
+        for index, scheduler in schedulers.items():  # they look for their prepared optimizer
+            prepared[index] = self._accelerator.prepare_scheduler(scheduler)
+        for index in (*found, *schedulers):
+            prepared[index]._is_accelerate_prepared = True  # as accelerate marks what its `prepare` returns
+        return tuple(prepared[index] for index in range(len(objects)))
+
+
+def _check_whole(model: nn.Module, optimizer: DistMuon) -> None:
+    """Raise unless `optimizer` trains all trainable parameters of `model`."""
+    params = [param for param in model.parameters() if param.requires_grad]
+    trained = {id(param) for param in params_of(optimizer)}
+    num_foreign = sum(id(param) not in trained for param in params)
+    if num_foreign:
+        raise problem(
+            type(model).__name__,
+            found=f"{num_foreign} of {len(params)} trainable parameters are not DistMuon's",
+            needed="DistMuon is made again from the model that FSDP2 has cut",
+            cure="give DistMuon the whole model (routes decide on AdamW), or freeze the rest",
+        )
+
+
+def _stand_in(optimizer: DistMuon) -> torch.optim.Optimizer:
+    """An optimizer with the groups of `optimizer`, into which accelerate writes the cut parameters."""
+    return torch.optim.SGD([{"params": list(group["params"])} for group in optimizer.param_groups], lr=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """What makes a DistMuon again, of other parameters in the same groups; it holds no parameter."""
+
+    specs: list[list[ParamSpec]]  # by param group
+    entries: list[dict[str, Any]]  # of each param group, as schedulers have left them
+    defaults: dict[str, Any]
+    hooks: dict[str, Any]
+    arguments: dict[str, Any]
+
+    @classmethod
+    def of(cls, optimizer: DistMuon) -> _Recipe:
+        """The recipe of `optimizer`, which lets go of its parameters. Raises `ValueError` if it has state."""
+        if optimizer.state:
+            raise problem(
+                "accelerator.prepare",
+                found="a DistMuon that has state",
+                needed="prepare puts other parameters into the model, and no state would follow them",
+                cure="prepare it before the first forward, and load a state afterwards",
+            )
+        spec_of = {spec.fqn: spec for spec in optimizer.layout.specs}
+        groups = optimizer.param_groups
+        exchange_group = optimizer._exchange_group.process_group
+        options = optimizer.options
+        recipe = cls(
+            specs=[[spec_of[fqn] for fqn in group["param_names"]] for group in groups],
+            entries=[{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in groups],
+            defaults=optimizer.defaults,
+            hooks={
+                name: held for name, held in vars(optimizer).items() if name.endswith("_hooks") and name != "_hooks"
+            },
+            arguments={
+                "sharding": options.sharding,
+                "precision": options.precision,
+                "max_grad_norm": options.max_grad_norm,
+                "verify_every": options.verify_every,
+                "process_group": optimizer.group.process_group,
+                "exchange_group": exchange_group if optimizer._exchange_group is not optimizer.group else None,
+                "model_parallel_group": optimizer.model_parallel_group,
+            },
+        )
+        optimizer.release()
+        del optimizer.layout, optimizer._params, optimizer._frozen, optimizer.param_groups
+        return recipe
+
+    def make(self, optimizer: DistMuon, model: nn.Module, cut: torch.optim.Optimizer) -> None:
+        """Make `optimizer` again, of the parameters of `cut`, which `model` holds."""
+        name_of = {id(param): fqn for fqn, param in unwrap(model, "external").named_parameters()}
+        routes: list[Route] = []
+        entries_of: dict[str, dict[str, Any]] = {}
+        for group, specs, entries in zip(cut.param_groups, self.specs, self.entries):
+            for param, spec in zip(group["params"], specs):
+                fqn = name_of[id(param)]
+                routes.append(_route_of(fqn, spec))
+                entries_of[fqn] = entries
+        DistMuon.__init__(optimizer, model, routes=routes, **self.arguments)
+        vars(optimizer).update(self.hooks)
+        optimizer.defaults.update(self.defaults)
+        for group in optimizer.param_groups:
+            group.update(entries_of[group["param_names"][0]])
+
+
+def _route_of(fqn: str, spec: ParamSpec) -> Route:
+    """The route that decides for `fqn` what `spec` says, of which the fqn may differ."""
+    if spec.rule == "adamw":
+        return Route(escape(fqn), "adamw", options=dict(spec.options), copies=spec.copies)
+    first = spec.matrices[0]
+    if first.column_split:
+        return Route(escape(fqn), "muon", first.column_split, 1, dict(spec.options))
+    is_stack = len(spec.shape) == 3 and sum(unit.rows for unit in spec.matrices) == spec.shape[0] * spec.shape[1]
+    num_parts = len(spec.matrices) // (spec.shape[0] if is_stack else 1)
+    return Route(escape(fqn), "muon", [unit.rows for unit in spec.matrices[:num_parts]], 0, dict(spec.options))
 
 
 def _listed(parameters: Any) -> list[Tensor]:

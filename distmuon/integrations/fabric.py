@@ -5,7 +5,8 @@
 
 Models of other optimizers, and of a DistMuon with grad_reduction="external", are wrapped in DDP as usual.
 `fabric.backward`, `no_backward_sync`, `clip_gradients(max_norm=...)`, `save` and `load` keep working. With "16-mixed" a
-`distmuon.GradScaler` with the same settings replaces the precision plugin's scaler.
+`distmuon.GradScaler` with the same settings replaces the precision plugin's scaler. Fabric's ModelParallelStrategy, for
+FSDP2, needs nothing of this module.
 
 This module decides which models Fabric wraps and which optimizer a call means; it knows no step and no layout.
 
@@ -111,7 +112,8 @@ def setup(fabric: Any, model: nn.Module, *optimizers: Any, **kwargs: Any) -> Any
             "Fabric",
             found=f"strategy {type(fabric.strategy).__name__}",
             needed="distmuon must reduce the gradients",
-            cure="pass strategy=distmuon.integrations.fabric.DistMuonStrategy()",
+            cure="pass strategy=distmuon.integrations.fabric.DistMuonStrategy(); under ModelParallelStrategy (FSDP2) "
+            "call fabric.setup_module(model), then fabric.setup_optimizers(DistMuon(model)), instead of this function",
         )
     distmuons = [optimizer for optimizer in optimizers if isinstance(optimizer, DistMuon)]
     held = {id(param) for param in model.parameters()} if isinstance(model, nn.Module) else set()

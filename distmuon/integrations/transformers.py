@@ -6,7 +6,8 @@
 
 Learning rate, weight decay and betas come from `TrainingArguments`, other options from `attach`. The optimizer is made
 when the Trainer would make its optimizer. `max_grad_norm` clips the averaged gradient; `grad_norm` in the logs is its
-norm. This module decides when the optimizer is made and when all ranks gather its state; `accelerate.py` does the rest.
+norm. With `fsdp=True` FSDP2 shards the model. This module decides when the optimizer is made and when all ranks gather
+its state; `accelerate.py` does the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from distmuon.errors import problem
-from distmuon.integrations import need
+from distmuon.integrations import is_cut, need
 from distmuon.integrations.accelerate import check, route
 from distmuon.optimizer import DistMuon
 
@@ -26,8 +27,8 @@ transformers: Any = need("transformers", "transformers")
 def attach(trainer: Any, **options: Any) -> None:
     """Let `trainer` train with DistMuon. `options`: arguments of `DistMuon`, which override those of the Trainer.
 
-    Raises `ValueError` for `optim_args`, several GPUs in one process, FSDP, DeepSpeed, `save_strategy="best"`, and if
-    the Trainer has an optimizer already.
+    Raises `ValueError` for `optim_args`, several GPUs in one process, FSDP1, DeepSpeed, without FSDP2
+    `save_strategy="best"`, and if the Trainer has an optimizer already.
     """
     args = trainer.args
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
@@ -58,7 +59,8 @@ def attach(trainer: Any, **options: Any) -> None:
             needed="one process a GPU is needed",
             cure="launch with torchrun",
         )
-    if str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
+    saves_best = str(getattr(args.save_strategy, "value", args.save_strategy)) == "best"
+    if saves_best and not trainer.is_fsdp_enabled:
         raise problem(
             "Trainer",
             found='save_strategy="best", which decides on a save after the callbacks',
@@ -94,9 +96,10 @@ def _collective_moments() -> Any:
 
     class CollectiveMoments(transformers.TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-            """Gather the state on all ranks if a save is due, since only the saving rank asks for it."""
-            if control.should_save and not args.save_only_model:
-                getattr(optimizer, "optimizer", optimizer).consolidate_state_dict()
+            """Gather the state on all ranks if a save is due: without FSDP2 only the saving rank asks for it."""
+            inner = getattr(optimizer, "optimizer", optimizer)
+            if control.should_save and not args.save_only_model and not is_cut(inner):
+                inner.consolidate_state_dict()
 
         on_epoch_end = on_step_end
 

@@ -67,6 +67,7 @@ class ParamSpec:
     reason: str
     options: tuple[tuple[str, object], ...] = ()
     stays: bool = False  # whether it keeps its memory, see [Note: parameters that stay] in memory.py
+    copies: int = 1  # how many ranks of the model-parallel group hold it
 
     @property
     def numel(self) -> int:
@@ -109,7 +110,8 @@ def _route(named: Sequence[tuple[str, nn.Parameter]], routes: Sequence[Route], d
         shape = tuple(param.shape)
         matrices = _matrices(fqn, shape, by, defaults.is_convolution(fqn)) if by.rule == "muon" else ()
         reason = f"route {stated.pattern!r}" if stated else by.pattern
-        spec = ParamSpec(fqn, shape, param.dtype, by.rule, matrices, reason, tuple(sorted(by.options.items())))
+        options = tuple(sorted(by.options.items()))
+        spec = ParamSpec(fqn, shape, param.dtype, by.rule, matrices, reason, options, copies=by.copies)
         routed.append((spec, param))
     used = set(chosen.values())
     for unused in (r for r in routes if routed and r not in used):

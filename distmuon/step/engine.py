@@ -46,6 +46,7 @@ class Engine:
     """Runs the buckets of an optimizer.
 
     `group_of`: the param group of each parameter. `gathers_in_forward`: `step` returns before parameters have arrived.
+    `model_group`: the ranks that hold the other parts of the model.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class Engine:
         metrics: Metrics,
         *,
         gathers_in_forward: bool,
+        model_group: DataParallelGroup | None = None,
     ) -> None:
         self._group = group
+        self._model_group = model_group
         self._options = options
         self._metrics = metrics
         # See [Note: when all-gathers start]. At most two messages of updates may be in flight, so none is deferred.
@@ -136,14 +139,29 @@ class Engine:
         if self._metrics.steps == 0:
             self._check_promises()
         with self._metrics.stage("guard"):
-            shards = [grad for storage in self.storage.buckets for grad in storage.averaged()]
-            shards = shards or [torch.zeros(1, device=self.storage.device)]  # a rank without any element
-            copies = [grad for storage in self.storage.buckets for grad in storage.averaged(replicas=True)]
-            squared = [piece.grad for storage in self.storage.buckets for piece in storage.adamw if piece.grad.numel()]
-            self._verdict = verdict.judge(shards, squared, present, self._group, fingerprint, copies)
+            self._verdict = self._judge(present, fingerprint)
         self._clipped = False
         self.grad_norm = self._verdict.total_norm
         return present
+
+    def _judge(self, present: Sequence[bool], fingerprint: int) -> verdict.Verdict:
+        buckets, specs = self.storage.buckets, self.storage.layout.specs
+        shards = [grad for storage in buckets for grad in storage.averaged()]
+        copies: dict[int, list[Tensor]] = {}
+        for piece in (piece for storage in buckets for piece in storage.muon + storage.adamw):
+            number = specs[piece.segment.param].copies
+            if number > 1 and piece.grad.numel() and not piece.segment.replica:
+                copies.setdefault(number, []).append(piece.grad)
+        return verdict.judge(
+            shards or [torch.zeros(1, device=self.storage.device)],  # a rank without any element
+            [piece.grad for storage in buckets for piece in storage.adamw if piece.grad.numel()],
+            present,
+            self._group,
+            fingerprint,
+            replicas=[grad for storage in buckets for grad in storage.averaged(replicas=True)],
+            model_group=self._model_group,
+            copies=copies,
+        )
 
     def _check_promises(self) -> None:
         """Compare the first gradients where others have promised to average them. Collective."""

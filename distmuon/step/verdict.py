@@ -19,7 +19,7 @@ element does not, the step is taken only if clipping has brought the norm below 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import Protocol
@@ -109,18 +109,24 @@ def judge(
     group: DataParallelGroup,
     fingerprint: int = 0,
     replicas: Sequence[Tensor] = (),
+    model_group: DataParallelGroup | None = None,
+    copies: Mapping[int, Sequence[Tensor]] | None = None,
 ) -> Verdict:
     """Reach the verdict by an all-reduce. The host waits for the device only if a parameter had no gradient here.
 
     `adamw_grads`: the parts of `grad_shards` that AdamW will square. `fingerprint`: a hash below 2**16 of the values
     that must be equal on all ranks. It is equal if dp_size times the sum of its squares is the square of its sum; these
     are integers that float64 holds exactly for up to 1,024 ranks. `replicas`: gradients that another rank has among its
-    `grad_shards`; they must be finite, too, and do not add to the norm.
+    `grad_shards`; they must be finite, too, and do not add to the norm. `model_group`: the ranks that hold the other
+    parts of the model, for a second all-reduce, of the norm and of what forbids the step. `copies`: the parts of
+    `grad_shards` that n of those ranks hold, by n.
     """
     squares_of = squares_on_cpu if grad_shards[0].device.type == "cpu" else squares_on_device
     squares = squares_of(grad_shards)
     if replicas:
         squares = squares + 0.0 * squares_of(replicas)  # NaN and inf times 0 are NaN
+    for number, held in (copies or {}).items():
+        squares = squares - (1 - 1 / number) * squares_of(held)
     flags = torch.ones(len(present), dtype=torch.float64, device=squares.device)
     if not all(present):
         flags.copy_(torch.tensor(present, dtype=torch.float64))
@@ -129,12 +135,15 @@ def judge(
     large = _has_large(adamw_grads, squares).to(torch.float64)
     message = torch.cat([torch.stack([squares, large]), fingerprints, flags])
     reduced = group.start_all_reduce(message, stage="guard").wait()
-    total_norm = reduced[0].sqrt()
     if not all(present):
         present = [count > 0 for count in reduced[4:].tolist()]
     disagree = reduced[2].square() != group.dp_size * reduced[3]
-    ok = (total_norm < LARGEST_NORM) & ~disagree
-    return Verdict(total_norm.float(), ok, present, read_on_host(ok), disagree, reduced[1] == 0)
+    whole = torch.stack([reduced[0], reduced[1], disagree.to(torch.float64)])
+    if model_group is not None:
+        whole = model_group.start_all_reduce(whole, stage="model_guard").wait()
+    total_norm = whole[0].sqrt()
+    ok = (total_norm < LARGEST_NORM) & (whole[2] == 0)
+    return Verdict(total_norm.float(), ok, present, read_on_host(ok), disagree, whole[1] == 0)
 
 
 def squares_on_device(shards: Sequence[Tensor]) -> Tensor:

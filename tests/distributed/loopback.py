@@ -16,6 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import distmuon
 from tests.pool import Pool
@@ -60,6 +63,32 @@ def measure_optimizer(group: dist.ProcessGroup, packing: str) -> tuple[int, dict
     return loopback_bytes() - before, counted
 
 
+def measure_exchange(group: dist.ProcessGroup, replicas: int) -> tuple[int, int]:
+    """(bytes on the wire of `STEPS` steps on FSDP2's or HSDP's shards, Muon elements); gradients are given by hand."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)])
+    if replicas > 1:
+        mesh = DeviceMesh("cpu", torch.arange(4).view(replicas, -1), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = DeviceMesh.from_group(group, "cpu")
+    fully_shard(model, mesh=mesh)
+    routes = [distmuon.Route("*weight", "muon"), distmuon.Route("*bias", "adamw")]
+    optimizer = distmuon.DistMuon(model, routes=routes, ns_steps=1, bucket_mb=4.5)
+    params: list[Any] = list(model.parameters())
+    before = 0
+    for step in range(STEPS + 1):
+        if step == 1:
+            dist.barrier(group)
+            before = loopback_bytes()
+            dist.barrier(group)
+        for param in params:
+            local = torch.full_like(param.to_local(), 1.0 + step)
+            param.grad = DTensor.from_local(local, mesh, param.placements, shape=param.shape, stride=param.stride())
+        optimizer.step()
+    dist.barrier(group)
+    return loopback_bytes() - before, sum(param.numel() for param in params if param.ndim == 2)
+
+
 def measure_gloo(group: dist.ProcessGroup) -> tuple[int, int]:
     """(bytes on the wire, the floor's bytes) of torch's own reduce-scatter on gloo, all ranks together."""
     dp_size = dist.get_world_size(group)
@@ -84,7 +113,9 @@ def main() -> None:
             results = pool.spawn(measure_optimizer, dp_size, packing=packing)
             stages = {stage: sum(counted[stage] for _, counted in results) for stage in results[0][1]}
             found[f"optimizer, dp_size {dp_size}, {packing}"] = [results[0][0], sum(stages.values()), stages]
+        found[f"exchange, dp_size {dp_size}"] = list(pool.spawn(measure_exchange, dp_size, replicas=1)[0])
         found[f"gloo, dp_size {dp_size}"] = list(pool.spawn(measure_gloo, dp_size)[0])
+    found["exchange, 2 x 2"] = list(pool.spawn(measure_exchange, 4, replicas=2)[0])
     pool.close(patience_s=0.0)
     print(json.dumps(found))
 

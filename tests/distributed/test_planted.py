@@ -135,8 +135,8 @@ def _without_a_common_verdict(what: str) -> Callable[..., verdict.Verdict]:
     """`verdict.judge` as if this rank were alone in "verdict" or in "presence"."""
     judge = verdict.judge
 
-    def alone(grad_shards: Any, adamw_grads: Any, present: Any, group: Any, *rest: Any) -> verdict.Verdict:
-        judged = judge(grad_shards, adamw_grads, present, group, *rest)
+    def alone(grad_shards: Any, adamw_grads: Any, present: Any, group: Any, *rest: Any, **more: Any) -> verdict.Verdict:
+        judged = judge(grad_shards, adamw_grads, present, group, *rest, **more)
         if what == "presence":
             return replace(judged, present=list(present))
         mine = torch.stack([torch.isfinite(shard).all() for shard in grad_shards]).all()

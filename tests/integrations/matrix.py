@@ -35,6 +35,8 @@ TRAINERS = {
     "Lightning": "lightning",
 }
 ONLY_DEEPSPEED = {trainer: "n/a" for trainer in TRAINERS if trainer != "DeepSpeed"}
+WITHOUT_FSDP2 = {"DDP": "n/a", "DeepSpeed": "n/a"}
+YOUR_FULLY_SHARD = {"Fabric": "your `fully_shard`", "Lightning": "your `fully_shard`"}
 # row -> words for the cells in which there is nothing to test
 FEATURES: dict[str, dict[str, str]] = {
     "weights, state and logged norms bit-equal to the plain loop": {},
@@ -59,7 +61,16 @@ FEATURES: dict[str, dict[str, str]] = {
     "DDP around the model, silenced or averaging by itself": {t: "n/a" for t in TRAINERS if t != "DDP"},
     "DDP around the model, not silenced": {"accelerate": "not wrapped", "Trainer": "not wrapped", "DeepSpeed": "n/a"},
     "clipping by value": {"DDP": "n/a", "Trainer": "n/a", "DeepSpeed": "n/a"},
-    "ZeRO stage >= 1, FSDP": {"DDP": "n/a"},
+    "ZeRO stage >= 1": {"DDP": "n/a", "accelerate": "as DeepSpeed", "Fabric": "n/a", "Lightning": "n/a"},
+    "FSDP1": {"DDP": "n/a", "DeepSpeed": "n/a"},
+    "FSDP2: bit-equal to `fully_shard` and a loop by hand; accumulation, clipping, the true norm": WITHOUT_FSDP2,
+    "FSDP2: save and resume, bit-equal, whole or sharded files": WITHOUT_FSDP2,
+    "FSDP2: the plugin's mixed precision policy": {**WITHOUT_FSDP2, **YOUR_FULLY_SHARD},
+    "FSDP2: a unit a layer, `cpu_ram_efficient_loading`": {**WITHOUT_FSDP2, **YOUR_FULLY_SHARD},
+    "FSDP2: evaluation, best model, `train` called twice": {
+        trainer: "n/a" for trainer in TRAINERS if trainer != "Trainer"
+    },
+    "FSDP2: its own `prepare` or `setup`": {**WITHOUT_FSDP2, "Trainer": "n/a", "Lightning": "n/a"},
     "the trainer's pipelines and expert groups": ONLY_DEEPSPEED,
     "a DeepSpeed engine that a launcher or trainer makes": {"DDP": "n/a", "Fabric": "n/a", "Lightning": "untested"},
     "the `bf16` block of the JSON": {"DDP": "n/a", "Fabric": "n/a", "Lightning": "untested"},

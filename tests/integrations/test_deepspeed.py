@@ -107,7 +107,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.refuses("ZeRO stage >= 1, FSDP", "DeepSpeed", use="stage 0")
+@pytest.mark.refuses("ZeRO stage >= 1", "DeepSpeed", use="stage 0")
 @pytest.mark.refuses("the trainer's pipelines and expert groups", "DeepSpeed", use="the plain engine, expert stacks")
 @pytest.mark.refuses("fp16 with a loss scaler", "DeepSpeed", use="bf16")
 @pytest.mark.parametrize("name", REFUSED)

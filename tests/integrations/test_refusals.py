@@ -57,18 +57,25 @@ def _accelerator(accelerate: Any, **changes: Any) -> Any:
     return SimpleNamespace(**{**seen, **changes})
 
 
-@pytest.mark.refuses("ZeRO stage >= 1, FSDP", "accelerate", use="plain data parallelism")
-def test_accelerate_refuses_sharding_fp8_and_a_reduction_a_micro_batch(accelerate: Any) -> None:
+@pytest.mark.refuses("FSDP1", "accelerate", use="`fsdp_version=2`")
+@pytest.mark.refuses("FSDP1", "Trainer", use="`fsdp_version=2`")
+def test_accelerate_refuses_fsdp1_megatron_fp8_and_a_reduction_a_micro_batch(accelerate: Any) -> None:
+    """The Trainer's `attach` asks the same of its accelerator."""
     from distmuon.integrations.accelerate import check
 
     kinds = accelerate.DistributedType
-    with pytest.raises(ValueError, match="distributed_type FSDP"):
-        check(_accelerator(accelerate, distributed_type=kinds.FSDP))
+    with pytest.raises(
+        ValueError, match=r"version 1 of FSDP, whose flat.*FullyShardedDataParallelPlugin\(fsdp_version=2"
+    ):
+        check(_accelerator(accelerate, distributed_type=kinds.FSDP, is_fsdp2=False))
+    with pytest.raises(ValueError, match="distributed_type MEGATRON_LM"):
+        check(_accelerator(accelerate, distributed_type=kinds.MEGATRON_LM))
     with pytest.raises(ValueError, match="mixed_precision='fp8', which replaces layers"):
         check(_accelerator(accelerate, mixed_precision="fp8"))
     state = SimpleNamespace(plugin_kwargs={"sync_each_batch": True})
     with pytest.raises(ValueError, match="sync_each_batch=True"):
         check(_accelerator(accelerate, gradient_state=state))
+    check(_accelerator(accelerate, gradient_state=state, distributed_type=kinds.FSDP, is_fsdp2=True))
     check(_accelerator(accelerate))
 
 
@@ -156,7 +163,7 @@ def _trainer(accelerate: Any, tmp_path: Any, **changes: Any) -> Any:
     return transformers.Trainer(model=_model(), args=transformers.TrainingArguments(**given))
 
 
-@pytest.mark.refuses("ZeRO stage >= 1, FSDP", "Trainer", use="`register()` and stage 0")
+@pytest.mark.refuses("ZeRO stage >= 1", "Trainer", use="`register()` and stage 0")
 def test_attach_refuses_what_would_train_or_save_wrongly(accelerate: Any, tmp_path: Any) -> None:
     from distmuon.integrations.transformers import attach
 
@@ -194,14 +201,15 @@ def test_attach_takes_the_trainers_hyperparameters(accelerate: Any, tmp_path: An
 
 
 @pytest.mark.refuses("DDP around the model, not silenced", "Fabric", use="`DistMuonStrategy`")
-@pytest.mark.refuses("ZeRO stage >= 1, FSDP", "Fabric", use="`DistMuonStrategy`")
 def test_fabric_refuses_another_strategy_values_and_another_order() -> None:
     lightning = pytest.importorskip("lightning_fabric", reason="pip install distmuon[fabric]")
     from distmuon.integrations.fabric import DistMuonStrategy, setup
 
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
     model = _model()
-    with pytest.raises(ValueError, match="Fabric: strategy SingleDeviceStrategy"):
+    with pytest.raises(
+        ValueError, match=r"Fabric: strategy SingleDeviceStrategy.*DistMuonStrategy\(\); under ModelPar"
+    ):
         setup(fabric, model, distmuon.DistMuon(model))
     fabric = lightning.Fabric(accelerator="cpu", devices=1, strategy=DistMuonStrategy())
     optimizer, other = distmuon.DistMuon(model), _model()
@@ -215,7 +223,7 @@ def test_fabric_refuses_another_strategy_values_and_another_order() -> None:
 # --------------------------------------------------- DeepSpeed, where no engine is needed; others in test_deepspeed.py
 
 
-@pytest.mark.refuses("ZeRO stage >= 1, FSDP", "DeepSpeed", use="stage 0")
+@pytest.mark.refuses("ZeRO stage >= 1", "DeepSpeed", use="stage 0")
 def test_initialize_refuses_stage_1_and_a_config_without_distmuon() -> None:
     pytest.importorskip("deepspeed", reason="pip install distmuon[deepspeed]")
     from distmuon.integrations.deepspeed import initialize

@@ -226,16 +226,19 @@ def plant_fp16(case: Case, accelerator: Any) -> None:
         accelerator.scaler = grad_scaler(case)
 
 
-def accelerate(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistMuon]:
+def accelerate(
+    case: Case, folder: Path, seen: Seen, inner: WithLoss | None = None, **given: Any
+) -> tuple[nn.Module, distmuon.DistMuon]:
+    """`given`: to the accelerator, with a model of its own."""
     from accelerate import Accelerator
 
     from distmuon.integrations.accelerate import prepare
 
     accelerator = Accelerator(
-        cpu=True, gradient_accumulation_steps=case.num_micro, mixed_precision="bf16" if case.autocast else "no"
+        cpu=True, gradient_accumulation_steps=case.num_micro, mixed_precision="bf16" if case.autocast else "no", **given
     )
     plant_fp16(case, accelerator)
-    inner = make_model(case)
+    inner = make_model(case) if inner is None else inner
     optimizer = distmuon.DistMuon(inner, **options())
     model, wrapped = prepare(accelerator, inner, optimizer)
     if case.first:
@@ -255,7 +258,10 @@ def accelerate(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuo
     return inner, optimizer
 
 
-def trainer(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistMuon]:
+def trainer(
+    case: Case, folder: Path, seen: Seen, inner: WithLoss | None = None, **given: Any
+) -> tuple[nn.Module, distmuon.DistMuon]:
+    """`given`: to the Trainer's arguments, with a model of its own."""
     import transformers
     from torch.utils.data import SequentialSampler
 
@@ -286,7 +292,7 @@ def trainer(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.D
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_training_stop |= state.global_step >= case.last
 
-    inner = make_model(case)
+    inner = make_model(case) if inner is None else inner
     args = transformers.TrainingArguments(
         output_dir=str(folder / "trainer"),
         per_device_train_batch_size=1,
@@ -305,6 +311,7 @@ def trainer(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.D
         save_strategy="steps" if case.save else "no",
         save_steps=case.last,
         seed=0,
+        **given,
     )
     hf = InOrder(
         model=inner, args=args, train_dataset=Data(), data_collator=lambda items: items[0], callbacks=[Record()]

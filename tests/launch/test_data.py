@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from launch.config import Config, DataConfig, ModelConfig
 from launch.data import ShuffledWindows, TokenWindows, open_corpus, rank_part
-from launch.pretrain import validate
 from launch.ranks import Ranks
+from launch.run import validate
 
 
 def numbered(num_windows: int, seq_len: int = 4) -> TokenWindows:
