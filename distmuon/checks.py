@@ -18,7 +18,7 @@ from distmuon.layout import memory
 from distmuon.layout.boxes import Box
 from distmuon.layout.routing import ParamSpec
 from distmuon.options import Options
-from distmuon.step.dtensors import box_of, is_dtensor, local_of
+from distmuon.step.dtensors import box_of, is_dtensor, is_fsdp2, local_of
 
 SILENCED = "reduces_nothing_for_distmuon"  # set by `distmuon.integrations.ddp.silence` on its wrapper
 GroupMembers = list[tuple[object, list[int]]]
@@ -190,14 +190,10 @@ def check_memory(named: Sequence[tuple[str, nn.Parameter]]) -> None:
         )
 
 
-def _is_fsdp2(module: nn.Module) -> bool:
-    return any(kind.__module__.startswith("torch.distributed.fsdp") for kind in type(module).__mro__)
-
-
 def _check_not_sharded_since(model: nn.Module) -> None:
     """Raise if `fully_shard` was called after DistMuon was made: the model holds other parameters since."""
     for name, module in model.named_modules():
-        if _is_fsdp2(module):
+        if is_fsdp2(module):
             raise problem(
                 name or "model",
                 found="fully_shard was called after DistMuon was made, and has put other parameters into the model",
@@ -214,7 +210,7 @@ def is_cut(params: Any, named: Sequence[tuple[str, nn.Parameter]]) -> bool:
     nor replicated, or have no plain memory on the mesh's devices. `params`: a module, or what else the optimizer was
     given, `listed`.
     """
-    has_fsdp2 = isinstance(params, nn.Module) and any(_is_fsdp2(module) for module in params.modules())
+    has_fsdp2 = isinstance(params, nn.Module) and any(is_fsdp2(module) for module in params.modules())
     if not has_fsdp2 and not any(is_dtensor(param) for _, param in named):
         return False
     for fqn, param in named:

@@ -44,7 +44,7 @@ def dry_run(config: Config, world_size: int) -> str:
         f"step: {tokens:,} tokens, {accumulation} micro-batches of {train.micro_batch} sequences a rank",
         f"run: {train.steps:,} steps, {train.steps * tokens:,} tokens" + _epochs(config, corpus.about),
         f"validation: {num_val} windows of {config.model.seq_len} tokens",
-        _memory(config, model, shards, tp),
+        _memory(config, model, data_size),
         _folder(Path(config.log.dir), config.checkpoint.every),
         *(f"warning: {text}" for text in [*config.warnings(), *corpus.warnings]),
     ]
@@ -58,11 +58,14 @@ def _epochs(config: Config, about: dict[str, object]) -> str:
     return f", {config.train.steps * config.train.global_batch / windows:.2f} epochs of {windows:,} windows"
 
 
-def _memory(config: Config, model: nn.Module, shards: int, tp: int) -> str:
-    options = optimizer_options(config)
+def _memory(config: Config, model: nn.Module, data_size: int) -> str:
+    options, parallel = optimizer_options(config), config.parallel
     plan = distmuon.plan(
         model,
-        dp_size=shards,
+        dp_size=data_size,
+        shard=parallel.shard,
+        replicas=parallel.replicas,
+        tp=parallel.tp,
         routes=options.get("routes"),
         sharding=options["sharding"],
         precision=options["precision"],
@@ -70,17 +73,10 @@ def _memory(config: Config, model: nn.Module, shards: int, tp: int) -> str:
         compare=False,
     )
     held = plan.fullest
-    if config.parallel.shard == "zero1":
-        parts = f"parameters {held.parameters + held.staged:,}, gradients {held.gradients:,}, state {held.state:,}"
-        return (
-            f"memory of the fullest rank: {held.total / GIB:.3f} GiB without activations (bytes: {parts}, in a step "
-            f"{held.transient:,} more); a rank sends {plan.sent:,} bytes a step"
-        )
-    at_rest = 2 * sum(param.numel() * param.element_size() for param in model.parameters()) / shards + held.state
-    cut = "" if tp == 1 else f" before tp {tp} cuts the large matrices"
+    parts = f"parameters {held.parameters + held.staged:,}, gradients {held.gradients:,}, state {held.state:,}"
     return (
-        f"memory of a rank: about {at_rest / GIB:.3f} GiB of parameters, gradients and state{cut}, without activations "
-        "and the blocks that FSDP2 gathers"
+        f"memory of the fullest rank: {held.total / GIB:.3f} GiB without activations (bytes: {parts}, in a step "
+        f"{held.transient:,} more); the optimizer sends {plan.sent:,} bytes a step from the busiest rank"
     )
 
 

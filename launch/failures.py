@@ -17,6 +17,7 @@ from typing import NoReturn
 import distmuon
 
 OURS = ("launch", "distmuon")
+ALONE_S = 10.0  # a rank that has failed so much earlier than the first rank has failed alone
 
 
 def run_program(main: Callable[[], None]) -> None:
@@ -33,12 +34,26 @@ def run_program(main: Callable[[], None]) -> None:
 
 
 def fail(text: str, *, status: int) -> NoReturn:
-    """Leave with `status`, after `text` on rank 0."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+    """Leave with `status`, after `text` on rank 0, or on this rank if it fails alone.
+
+    torchrun ends all ranks as soon as one has left, so the others wait until rank 0 has said it.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and os.environ.get("LOCAL_RANK", "0") != "0" and not _appears(Path(path).parents[1] / "0" / "error.json"):
+        print(f"error: rank {os.environ.get('RANK')}: {text}", file=sys.stderr, flush=True)
+    say(f"error: {text}")
+    if path:
         details = {"py_callstack": text, "timestamp": str(int(time.time()))}
         Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": details}}), encoding="utf-8")
-    say(f"error: {text}")
     raise SystemExit(status)
+
+
+def _appears(path: Path) -> bool:
+    """Whether torchrun's error file of the first rank of this machine is there within `ALONE_S`."""
+    end = time.monotonic() + ALONE_S
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    return path.exists()
 
 
 def say(text: str) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import distmuon
@@ -279,8 +278,6 @@ def validate(model: nn.Module, windows: TokenWindows, indices: Sequence[int], mi
         loss_and_rows[0] += next_token_loss(model, tokens) * len(counted)
         loss_and_rows[1] += len(counted)
     model.train()
-    if isinstance(model, FSDPModule):  # no backward follows, after which it would put its shards back into the model
-        model.reshard()
     loss, rows = ranks.sum(loss_and_rows).tolist()
     return float(loss / rows)
 

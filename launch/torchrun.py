@@ -25,6 +25,10 @@ def main(argv: list[str] | None = None) -> None:
         run.run(run.parse_args(given if elsewhere else ["--standalone", *given]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        # A rank that torchrun has ended since may stand first, but it has no reason and no status of its own.
+        for other, found in error.failures.items():
+            if found.exitcode > 0 >= failure.exitcode:
+                rank, failure = other, found
         if not isinstance(failure.message, dict):  # it left no reason: no error file
             print(f"error: rank {rank}: {failure.message or f'exit status {failure.exitcode}'}", file=sys.stderr)
         raise SystemExit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode) from None

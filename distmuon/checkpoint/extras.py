@@ -28,7 +28,7 @@ from distmuon.checkpoint.archives import MAX_NESTING, check_small
 from distmuon.checks import not_a_cut, unwrap
 from distmuon.comm.agreement import bit_sums
 from distmuon.errors import problem
-from distmuon.step.dtensors import is_dtensor
+from distmuon.step.dtensors import is_dtensor, reshard
 
 _EXTRA = "_extra_state"
 _LOG = logging.getLogger("distmuon")
@@ -36,6 +36,8 @@ _LOG = logging.getLogger("distmuon")
 
 def check_given(model: object, optimizer: object) -> None:
     """Raise unless `optimizer` is a DistMuon and `model` holds its parameters."""
+    if isinstance(model, nn.Module):
+        reshard(model)
     held = {id(param) for param in model.parameters()} if isinstance(model, nn.Module) else set()
     params = getattr(optimizer, "_params", None) if hasattr(optimizer, "quiesced") else None
     if params is None:

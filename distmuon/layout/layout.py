@@ -204,15 +204,16 @@ def make_layout(
 
     `bucket_mb`: size of a bucket in MiB of float32 gradients. None: the size between a sixteenth and two ninths of the
     model with the best `_score`, but at least 32 MiB; the smaller size wins a tie, since small buckets overlap better.
-    If shards are given: an eighth of the model, since the size then changes neither traffic nor owners. `given`: the
-    boxes of each parameter, by rank.
+    If shards are given, their boxes by parameter and rank: an eighth of the model, or more, so that a bucket has about
+    two matrices a rank: in an exchange only the owners of its matrices have something to send back.
     """
     if bucket_mb is not None:
         size = max(1, int(min(bucket_mb * (1 << 20) / 4, 1 << 62)))  # inf: one bucket a dtype
         return _cut(specs, dp_size, packing, placement, _bucket_params(specs, size, size), given)
     total = sum(spec.numel for spec in specs)
     cuts: list[list[list[int]]] = []  # without duplicates: if most experts have their own bucket, sizes hardly matter
-    for parts in _SIZE_DIVISORS if given is None else (8,):
+    num_units = sum(len(spec.matrices) for spec in specs)
+    for parts in _SIZE_DIVISORS if given is None else (max(1, min(8, round(num_units / (2 * dp_size)))),):
         cut = _bucket_params(specs, max(_MIN_BUCKET_ELEMENTS, int(total / parts)), _MIN_BUCKET_ELEMENTS)
         if cut not in cuts:
             cuts.append(cut)

@@ -18,10 +18,11 @@ def describe(layout: Layout, num_frozen: int = 0) -> str:
         lines.append(f"{label}: {len(specs)} tensors{num_matrices}, {sum(s.numel for s in specs):,} elements")
     lines.append(f"frozen: {num_frozen} tensors")
     if layout.given:
+        held = sum(segment.length for bucket in layout.buckets for segment in bucket.segments)
         lines.append(
-            f"layout: FSDP2's shards on {layout.dp_size} ranks, {len(layout.buckets)} buckets, {layout.num_straddlers} "
-            f"straddlers, Newton-Schulz max/mean {layout.ns_balance:.3f}, "
-            f"fullest rank {layout.padding:.1%} above the mean"
+            f"layout: given shards on {layout.dp_size} ranks, {held / layout.num_elements:.3g} copies of the model, "
+            f"{len(layout.buckets)} buckets, {layout.num_straddlers} matrices on several ranks, Newton-Schulz max/mean "
+            f"{layout.ns_balance:.3f}"
         )
         return "\n".join(lines)
     lines.append(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distmuon.layout.boxes import Box
 
@@ -26,6 +26,18 @@ def local_of(tensor: Tensor) -> Tensor:
         return tensor
     found: Tensor = tensor._local_tensor  # type: ignore[attr-defined]  # `to_local` is a new Parameter each time
     return found
+
+
+def is_fsdp2(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on `module`, told without an import that takes a second."""
+    return any(kind.__module__.startswith("torch.distributed.fsdp") for kind in type(module).__mro__)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 put its shards back into `model`, where an evaluation has left whole parameters. Local."""
+    for module in model.modules():
+        if is_fsdp2(module) and hasattr(module, "reshard"):  # FSDP1 has no such method
+            module.reshard()  # type: ignore[operator]
 
 
 def box_of(tensor: Tensor) -> Box | None:

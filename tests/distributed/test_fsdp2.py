@@ -633,6 +633,23 @@ def _uninterrupted(group: dist.ProcessGroup, dtype: torch.dtype) -> Weights:
     return _held(model, optimizer)
 
 
+def _save_after_evaluation(group: dist.ProcessGroup, folder: str) -> None:
+    """A forward without a backward leaves whole parameters in the root; the save is of the shards all the same."""
+    model, optimizer = _layers(group)
+    _train(model, optimizer, group, range(1))
+    with torch.no_grad():
+        model(_rows(1, dist.get_rank(group)))
+    distmuon.save_checkpoint(folder, model, optimizer)
+    with torch.no_grad():
+        model(_rows(1, dist.get_rank(group)))
+    distmuon.load_checkpoint(folder, model, optimizer)
+    _train(model, optimizer, group, range(1, 2))
+
+
+def test_a_checkpoint_may_follow_an_evaluation(spawn, tmp_path: Path) -> None:
+    spawn(_save_after_evaluation, 2, folder=str(tmp_path / "step-1"))
+
+
 def _same(a: Weights, b: Weights) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 

@@ -131,7 +131,7 @@ def test_a_dry_run_checks_everything_and_leaves_nothing(tmp_path: Path, capsys: 
     assert "llama: 37,024 parameters" in text
     assert "ranks: 4 (1 replicas x 4 shards x tp 1), sharding zero1" in text
     assert "step: 256 tokens, 1 micro-batches of 2 sequences a rank" in text
-    assert "a rank sends" in text and f"log.dir {folder}: a new run" in text
+    assert "the optimizer sends" in text and f"log.dir {folder}: a new run" in text
     assert not folder.exists()
     pretrain.main([*dry, "--parallel.shard=hsdp", "--parallel.replicas=2", "--train.global_batch=16"])
     assert "ranks: 4 (2 replicas x 2 shards x tp 1), sharding hsdp" in capsys.readouterr().out
