@@ -130,13 +130,14 @@ def _route(named: Sequence[tuple[str, nn.Parameter]], routes: Sequence[Route], d
 
 def process_groups(routes: Sequence[Route] | str | None) -> list[Any]:
     """The process groups of `routes`, each once, in order."""
-    return list(dict.fromkeys(r.process_group for r in checked_routes(routes) if r.process_group is not None))
+    found = [r.process_group for r in checked_routes(routes) if r.process_group is not None]
+    return list({id(group): group for group in found}.values())
 
 
 def group_number(fqn: str, routes: Sequence[Route] | str | None) -> int:
     """0 for a parameter or buffer of the optimizer's process group, 1 for that of the first of `process_groups`."""
     found = next((r.process_group for r in checked_routes(routes) if fnmatchcase(fqn, r.pattern)), None)
-    return 0 if found is None else 1 + process_groups(routes).index(found)
+    return 0 if found is None else 1 + [id(group) for group in process_groups(routes)].index(id(found))
 
 
 def route_params(params: nn.Module | Iterable[Any], routes: Sequence[Route] | str | None) -> Routed:
