@@ -2,11 +2,14 @@
 
 python -m benchmarks.layout_table            the table of docs/design.md: fp32 gradients, bf16 parameters
 python -m benchmarks.layout_table --orders   the table of docs/planner.md: estimated steps by order of collectives
+python -m benchmarks.layout_table --shards   the table of docs/sharding.md: memory and traffic under each sharding
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from typing import Any
 
 from distmuon.options import Sharding
 from distmuon.planning.plan import Plan, plan
@@ -30,6 +33,10 @@ TIMES = {
     "kimi-k2-1t": (64, 512),
 }
 
+SHARDED = ("llama-1b", "llama-8b", "llama-70b")
+SHARDED_RANKS = (8, 64, 256)
+NODE = 8  # ranks of a replica under HSDP, and of a tensor-parallel group
+
 
 def layout_row(found: Plan) -> str:
     """Straddlers, traffic, balances, padding and staging of one layout."""
@@ -50,11 +57,54 @@ def order_row(found: Plan) -> str:
     return " | ".join([*(f"{1e3 * cell:.1f}" for cell in cells), *both])
 
 
+def shardings(ranks: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the shardings of `ranks` ranks: label, arguments of `plan`."""
+    yield "zero1", {"dp_size": ranks}
+    yield "fsdp2", {"dp_size": ranks, "shard": "fsdp2"}
+    if ranks > NODE:
+        label = f"hsdp, {ranks // NODE} replicas"
+        yield label, {"dp_size": ranks, "shard": "hsdp", "replicas": ranks // NODE, "hardware": None}
+    label = f"fsdp2 x {ranks // NODE}, tp {NODE}" if ranks > NODE else f"tp {NODE}"
+    yield label, {"dp_size": ranks // NODE, "shard": "fsdp2", "tp": NODE}
+
+
+def shard_row(found: Plan) -> str:
+    """Bytes held and sent on the fullest and on the busiest rank, and its Newton-Schulz."""
+    held = found.fullest
+    if found.given is None:
+        meanwhile, own = held.transient, found.stage_bytes("reduce_scatter") + found.stage_bytes("all_gather")
+    else:  # the optimizer steps when FSDP2's buffers are free
+        meanwhile = max(held.transient, found.given.fsdp2.unsharded_bytes)
+        own = sum(found.given.fsdp2.sent_bytes.values())
+    exchange = max(
+        sum(rank.sent_bytes.get(name, 0) for name in ("guard", "dp_gather", "scatter")) for rank in found.ranks
+    )
+    numbers = (held.total - held.transient, meanwhile, own, exchange)
+    flops = max(rank.ns_flops for rank in found.ranks)
+    return " | ".join([*(f"{n / 1e9:.2f}" for n in numbers), f"{flops / 1e12:.1f}"])
+
+
+def shard_rows(name: str) -> Iterator[str]:
+    """Yield the rows of a model in the table of docs/sharding.md."""
+    for ranks in SHARDED_RANKS:
+        for label, given in shardings(ranks):
+            yield f"| {name} | {ranks} | {label} | {shard_row(plan(name, compare=False, **given))} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--orders", action="store_true")
+    parser.add_argument("--shards", action="store_true")
     parser.add_argument("--hardware", default="h100")
     arguments = parser.parse_args()
+    if arguments.shards:
+        print(
+            "| model | ranks | sharding | held, GB | meanwhile, GB | sharding sends, GB | exchange sends, GB | TFLOP |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
+        for name in SHARDED:
+            print("\n".join(shard_rows(name)))
+        return
     columns = "buckets | largest | straddlers | traffic | NS balance | state balance | padding | staged"
     if arguments.orders:
         columns = "AdamW | Newton-Schulz | one group | exchange group | gathers last"

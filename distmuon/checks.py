@@ -263,7 +263,7 @@ def not_a_cut(param: Any) -> str:
     return ""
 
 
-def check_options_when_cut(options: Options, specs: Sequence[ParamSpec]) -> None:
+def check_options_when_cut(options: Options, specs: Sequence[ParamSpec] = ()) -> None:
     """Raise for options that FSDP2 decides, or that mean nothing there, unless they are at their default."""
     check_one_group(specs, "DTensors", "give experts a mesh of their own, and leave process_group out of the routes")
     sharding, precision = options.sharding, options.precision

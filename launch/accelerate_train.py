@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from distmuon.integrations.accelerate import prepare
+from launch.failures import run_program
 from launch.models import next_token_loss
 from launch.run import Run
 from launch.under_trainer import open_run
@@ -46,4 +47,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

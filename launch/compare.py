@@ -2,9 +2,10 @@
 
     python -m launch.compare runs/quickstart/muon runs/quickstart/adamw --out runs/quickstart
 
-Reads nothing but each run's `metrics.jsonl`. The baseline is the first run whose optimizer is adamw, or else the last
-run; of every other run the table says after how many steps it had the baseline's final validation loss (linear
-between validations) and what share of the baseline's steps that is.
+Reads nothing but each run's `metrics.jsonl`; files among the folders (`runs/sweep/*`) are passed by. The baseline is
+the adamw run with the lowest final validation loss, or else the last run. Of every other run the table says after how
+many steps it had the baseline's final validation loss (linear between validations), what share of the baseline's steps
+that is, and the same in seconds at each run's median step.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from launch.failures import run_program
 from launch.logs import METRICS_FILE, Record, read_records
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def read_run(folder: Path) -> Run:
     records = read_records(path)
     by_kind: dict[str, list[Record]] = {"run": [], "train": [], "val": [], "summary": []}
     for record in records:
-        by_kind[record["kind"]].append(record)
+        by_kind.setdefault(record["kind"], []).append(record)
     if not by_kind["run"] or not by_kind["train"] or not by_kind["summary"]:
         raise ValueError(f"{path}: found {len(records)} records and no summary; the run has not finished; run it again")
     optimizer = by_kind["run"][0]["config"]["optimizer"]
@@ -96,7 +98,7 @@ def steps_to_reach(curve: Curve, loss: float) -> float | None:
 
 def summary_table(runs: list[Run]) -> str:
     """The markdown table, one column a run."""
-    baseline = next((run for run in runs if run.optimizer == "adamw"), runs[-1])
+    baseline = min((run for run in runs if run.optimizer == "adamw"), key=lambda run: run.final_val, default=runs[-1])
     stages = list(dict.fromkeys(stage for run in runs for stage in run.stages))
 
     def reached(run: Run) -> str:
@@ -105,11 +107,19 @@ def summary_table(runs: list[Run]) -> str:
         steps = steps_to_reach(run.val, baseline.final_val)
         return "not reached" if steps is None else f"{steps:.0f} ({steps / baseline.steps:.2f}x)"
 
+    def seconds(run: Run) -> str:
+        steps = run.steps if run is baseline else steps_to_reach(run.val, baseline.final_val)
+        if steps is None:
+            return "not reached"
+        share = steps * run.step_ms / (baseline.steps * baseline.step_ms)
+        return f"{steps * run.step_ms / 1e3:.1f}" + ("" if run is baseline else f" ({share:.2f}x)")
+
     rows = {
         "steps": [str(run.steps) for run in runs],
         "final training loss": [f"{run.final_train:.4f}" for run in runs],
         "final validation loss": [f"{run.final_val:.4f}" for run in runs],
         f"steps to validation loss {baseline.final_val:.4f}": [reached(run) for run in runs],
+        "seconds of steps to that": [seconds(run) for run in runs],
         "median step, ms": [f"{run.step_ms:.1f}" for run in runs],
         "state, bytes a rank": [f"{run.max_over_ranks('state_bytes'):,}" for run in runs],
         **{
@@ -169,7 +179,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of launch.pretrain, in the order to show")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of loss.png and summary.md")
     arguments = parser.parse_args(argv)
-    runs = [read_run(folder) for folder in arguments.runs]
+    runs = [read_run(path) for path in arguments.runs if not path.is_file()]
+    if not runs:
+        raise ValueError(f"runs: found {len(arguments.runs)} files and no folder; at least one run's folder is needed")
     arguments.out.mkdir(parents=True, exist_ok=True)
     draw_losses(runs, arguments.out / "loss.png")
     table = summary_table(runs)
@@ -178,4 +190,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

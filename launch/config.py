@@ -8,15 +8,22 @@ its own classes, `distmuon.Sharding` and `distmuon.Precision`: no field of their
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
 from distmuon import Precision, Sharding
 from distmuon.cli.arguments import dtype_name, import_jsonargparse
 from distmuon.errors import problem
+from distmuon.options import AdjustLrFn
+from launch.failures import fail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +98,8 @@ class TrainConfig:
     """Global batches of validation windows, the same ones every time."""
     seed: int = 0
     """Of the weights and of the order of the data."""
+    max_skipped: int = 10
+    """End the run with an error after this many skipped steps in a row (their gradients were not finite); 0: never."""
     verify_every: int = 0
     """The optimizer's: steps between two comparisons of all parameters' bits across ranks; 0: never."""
 
@@ -174,13 +183,18 @@ class OptimizerConfig:
     momentum: float = 0.95
     nesterov: bool = True
     ns_steps: int = 5
+    ns_coefficients: str = "jordan"
+    adjust_lr_fn: AdjustLrFn = "match_rms_adamw"
     adamw_lr: float | None = None
     adamw_betas: tuple[float, float] = (0.9, 0.95)
+    adamw_weight_decay: float | None = None
     routes: list[RouteConfig] = field(default_factory=list)
     """First match wins, before the library's own rules; distmuon only."""
     broadcast_buffers: bool = True
     sharding: Sharding = field(default_factory=lambda: Sharding(overlap="forward"))
-    """All-gathers may run under the next forward, since the recipe's loop leaves parameters alone before it."""
+    """All-gathers may run under the next forward, since the recipe's loop leaves parameters alone before it. Under
+    fsdp2, hsdp and model.compile `overlap: forward` means true: FSDP2 gathers by itself, and waits in every module
+    would break compiled graphs."""
     precision: Precision = field(default_factory=Precision)
 
     def __post_init__(self) -> None:
@@ -230,6 +244,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        self._check_no_null()
         train, data = self.train, self.data
         positive = {
             "model.seq_len": self.model.seq_len,
@@ -246,6 +261,7 @@ class Config:
                 raise ValueError(f"{name}: found {value}; at least 1 is needed; correct {name}")
         for name, value in {
             "train.verify_every": train.verify_every,
+            "train.max_skipped": train.max_skipped,
             "train.warmup_steps": train.warmup_steps,
             "checkpoint.every": self.checkpoint.every,
             "data.val_documents": data.val_documents,
@@ -267,27 +283,96 @@ class Config:
                 f"train.cooldown_steps: found {train.cooldown_steps} with a rise of {train.cooldown_rise_steps}; "
                 "three_stage needs more steps than the rise takes; set train.cooldown_steps and cooldown_rise_steps"
             )
-        cooldown_steps = train.cooldown_steps if train.schedule == "three_stage" else 0
-        if train.schedule != "constant" and not train.warmup_steps < train.steps - cooldown_steps:
+        if train.schedule == "three_stage" and not train.warmup_steps < train.steps - train.cooldown_steps:
             raise ValueError(
-                f"train.steps: found {train.steps} with {train.warmup_steps} steps of warmup and {cooldown_steps} of "
-                "cooldown; at least one step must lie between; lengthen the run or shorten the stages"
+                f"train.steps: found {train.steps} with {train.warmup_steps} steps of warmup and "
+                f"{train.cooldown_steps} of cooldown; at least one step must lie between; lengthen the run or shorten "
+                "the stages"
             )
         for key in {"bin": ("train", "val"), "hf": ("dataset",)}.get(data.source, ()):
             if not getattr(data, key):
                 raise ValueError(f"data.{key}: found nothing; source {data.source} needs it; set data.{key}")
 
+    def _check_no_null(self) -> None:
+        """Raise for a key that YAML sets to null although it needs a value."""
+        for section in fields(self):
+            held = getattr(self, section.name)
+            hints = get_type_hints(type(held)) if held is not None else {}
+            nulls = [key for key, hint in hints.items() if getattr(held, key) is None and not _takes_none(hint)]
+            if held is None or nulls:
+                raise problem(
+                    ".".join([section.name, *nulls[:1]]),
+                    found="found null",
+                    needed="a value is needed",
+                    cure="leave the key out for its default",
+                )
+
+    def warnings(self) -> list[str]:
+        """What is legal and seldom meant."""
+        train, found = self.train, []
+        if train.schedule != "three_stage" and train.warmup_steps >= train.steps:
+            found.append(
+                f"the run ends in its warm-up: train.steps {train.steps}, train.warmup_steps {train.warmup_steps}; the "
+                "learning rate never falls"
+            )
+        return found
+
+
+def _takes_none(hint: Any) -> bool:
+    return type(None) in get_args(hint)
+
 
 def parse(argv: list[str] | None = None) -> Config:
     """The run that the command line describes; prints the reason and leaves with status 2 if it describes none."""
+    return parse_program(argv)[0]
+
+
+def parse_program(argv: list[str] | None = None) -> tuple[Config, int | None]:
+    """`parse`, and the number of ranks of a `--dry-run`: 0 if it names none, None for a real run."""
     jsonargparse = import_jsonargparse()  # here: a Config can be built without it
+    parser = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a YAML file of the keys below")
+    parser.add_argument(
+        "--dry-run",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="RANKS",
+        help="check config, data, model, routes and memory for that many ranks, print the plan and leave",
+    )
+    parser.add_class_arguments(Config)
     try:
-        config = jsonargparse.auto_cli(Config, args=argv)
-    except ValueError as error:  # from a __post_init__: each key is fine, together they are not
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    assert isinstance(config, Config)
-    return config
+        found = parser.parse_args(argv)
+        dry_run = found.pop("dry_run")
+        found.pop("config")
+        return Config(**vars(parser.instantiate(found))), dry_run
+    except (ValueError, argparse.ArgumentError) as error:  # from a __post_init__, or from a single key
+        fail(_readable(error, sys.argv[1:] if argv is None else argv), status=2)
+
+
+def _readable(error: Exception, argv: list[str]) -> str:
+    """The error in one line, with the key that a misspelt one may have been meant for."""
+    text = " ".join(str(error).split())
+    if text.startswith("Problems parsing config"):  # by YAML, which does not know the file
+        text = f"{' '.join(word for word in argv if Path(word.rpartition('=')[2]).is_file())}: {text}"
+    known = [name for name, _ in leaves(as_dict(Config()))]
+    unknown = re.findall(r"--([\w.]+)", text) if text.startswith("unrecognized arguments") else []
+    unknown += [
+        f"{group}.{option}" for group, option in re.findall(r"Group '([\w.]+)' does not accept option '(\w+)'", text)
+    ]
+    for key in unknown:
+        if close := get_close_matches(key, known, n=1):
+            text += f"; did you mean {close[0]}?"
+    return text if unknown or not text.startswith("unrecognized") else f"{text}; keys begin with --"
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of all values that are no dicts."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def as_dict(config: Config) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from distmuon.errors import names, problem
 from launch.config import DataConfig
 
 TokenArray: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
@@ -70,42 +71,69 @@ def read_stdlib() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
 # ---- token shards
 
 HEADER_INTS = 256
-HEADER_MAGIC = 20240520
-HEADER_VERSION = 1
+# (magic, version) of a header -> tokens behind it, and who writes it
+HEADERS = {
+    (20240520, 1): ("<u2", "llm.c for GPT-2, modded-nanogpt"),
+    (20240801, 7): ("<u4", "llm.c for Llama 3"),
+}
 
 
-def read_shards(pattern: str, key: str) -> list[TokenArray]:
-    """The token shards a glob names, in sorted order, memory-mapped."""
+def shard_paths(pattern: str, key: str) -> list[Path]:
+    """The token shards a glob names, in sorted order."""
     paths = sorted(glob.glob(pattern, recursive=True))
     if not paths:
         raise ValueError(f"{key}: found no file for {pattern!r}; at least one shard is needed; correct the glob")
-    return [read_shard(Path(path)) for path in paths]
+    return [Path(path) for path in paths]
 
 
 def read_shard(path: Path) -> TokenArray:
-    """One shard of uint16 tokens, memory-mapped: raw as nanoGPT writes it, or with modded-nanogpt's header.
+    """One shard of tokens, memory-mapped: raw uint16 as nanoGPT writes it, or behind a header of `HEADERS`.
 
-    The header is 256 int32: magic 20240520, version 1, number of tokens, zeros. A file that does not begin with the
-    magic is raw.
+    A header is 256 int32: magic, version, number of tokens, zeros. A file without one is raw.
     """
     size = path.stat().st_size
-    if size == 0 or size % 2:
-        raise ValueError(f"{path}: found {size} bytes; uint16 tokens take 2 each; this is not a token shard, or torn")
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-    if header[0] != HEADER_MAGIC:
+    if not _is_header(header):
+        if header[:2].tobytes().startswith(b"\x93NUMPY"):
+            raise problem(
+                str(path),
+                found="found an array of NumPy's own format (.npy)",
+                needed="a token shard is needed",
+                cure="write it by tokens.astype(numpy.uint16).tofile(path)",
+            )
+        if size == 0 or size % 2:
+            raise problem(
+                str(path),
+                found=f"found {size} bytes",
+                needed="uint16 tokens take 2 each",
+                cure="this is not a token shard, or torn; copy it again",
+            )
         return np.memmap(path, dtype="<u2", mode="r")
-    version, num_tokens = int(header[1]), int(header[2])
-    if version != HEADER_VERSION:
-        raise ValueError(
-            f"{path}: found shard version {version}; version {HEADER_VERSION} is known; write it with that version"
+    magic, version, num_tokens = (int(number) for number in header[:3])
+    if (magic, version) not in HEADERS:
+        known = ", ".join(f"{magic} version {version} ({writer})" for (magic, version), (_, writer) in HEADERS.items())
+        raise problem(
+            str(path),
+            found=f"found a header of magic {magic}, version {version}",
+            needed=f"{known}, or raw uint16 tokens are needed",
+            cure="write the shard in one of these formats",
         )
-    expected = 4 * HEADER_INTS + 2 * num_tokens
+    dtype = np.dtype(HEADERS[magic, version][0])
+    expected = 4 * HEADER_INTS + dtype.itemsize * num_tokens
     if size != expected:
-        raise ValueError(
-            f"{path}: found {size} bytes; the header promises {num_tokens} tokens, that is {expected} bytes; the file "
-            "is torn, copy it again"
+        raise problem(
+            str(path),
+            found=f"found {size} bytes",
+            needed=f"the header promises {num_tokens} tokens, that is {expected} bytes",
+            cure="the file is torn, copy it again",
         )
-    return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(num_tokens,))
+    return np.memmap(path, dtype=dtype, mode="r", offset=4 * HEADER_INTS, shape=(num_tokens,))
+
+
+def _is_header(start: npt.NDArray[np.int32]) -> bool:
+    """Whether a file begins with a header, known or not: three numbers and zeros, which no text is in tokens."""
+    is_known = len(start) > 0 and int(start[0]) in {magic for magic, _ in HEADERS}
+    return is_known or (len(start) == HEADER_INTS and start[0] != 0 and not start[3:].any())
 
 
 # ---- Hugging Face text
@@ -126,7 +154,15 @@ class TextStream:
         else:
             from transformers import AutoTokenizer  # here: byte-level runs need no tokenizer
 
-            self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+            except (OSError, ValueError) as error:
+                raise problem(
+                    "data.tokenizer",
+                    found=f"found {config.tokenizer!r}, for which transformers says: {_first_line(error)}",
+                    needed='"bytes", a tokenizer\'s name or its local folder is needed',
+                    cure="correct data.tokenizer",
+                ) from error
             self.vocab_size = len(self.tokenizer)
             if self.tokenizer.eos_token_id is None:
                 raise ValueError(
@@ -139,7 +175,7 @@ class TextStream:
         """All validation documents back to back."""
         tokens: list[int] = []
         for example in self._open().take(self.config.val_documents):
-            tokens += self.encode(example[self.config.text_field])
+            tokens += self.encode(self._text(example))
         return np.asarray(tokens, dtype=np.uint32)
 
     def training_documents(self, state: dict[str, Any] | None) -> Iterator[list[int]]:
@@ -147,12 +183,25 @@ class TextStream:
         self._training = self._open().skip(self.config.val_documents)
         if state is not None:
             self._training.load_state_dict(state)
-        return (self.encode(example[self.config.text_field]) for example in self._training)
+        return (self.encode(self._text(example)) for example in self._training)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the iterator of the last `training_documents` call stands: behind the last document it gave."""
         state: dict[str, Any] = self._training.state_dict()
         return state
+
+    def _text(self, example: dict[str, Any]) -> str:
+        text = example.get(self.config.text_field)
+        if not isinstance(text, str):
+            columns = [name for name, value in example.items() if isinstance(value, str)]
+            raise problem(
+                "data.text_field",
+                found=f"found {self.config.text_field!r}, which is "
+                + (f"a {type(text).__name__}" if self.config.text_field in example else "no column of the dataset"),
+                needed=f"a column of text is needed: {names(columns) if columns else 'the dataset has none'}",
+                cure="set data.text_field",
+            )
+        return text
 
     def encode(self, text: str) -> list[int]:
         """Tokens of one document and the separator behind it."""
@@ -169,4 +218,17 @@ class TextStream:
             ) from error
         config = self.config
         split = config.train or "train"
-        return load_dataset(config.dataset, config.subset, data_files=config.files, split=split, streaming=True)
+        try:
+            return load_dataset(config.dataset, config.subset, data_files=config.files, split=split, streaming=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            given = f"found {config.dataset!r}" + (f" with data.files {config.files!r}" if config.files else "")
+            raise problem(
+                "data.dataset",
+                found=f"{given}, split {split!r}, for which datasets says: {_first_line(error)}",
+                needed="a dataset or files that it can open are needed",
+                cure="correct data.dataset, data.subset, data.files or data.train",
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".;")

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -23,8 +24,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from distmuon.errors import names, problem
 from launch.config import Config
-from launch.corpora import BYTE_VOCAB_SIZE, TextStream, TokenArray, read_shards, read_stdlib
+from launch.corpora import BYTE_VOCAB_SIZE, TextStream, TokenArray, read_shard, read_stdlib, shard_paths
 
 State: TypeAlias = dict[str, Any]
 
@@ -41,17 +43,23 @@ class TrainingWindows(Protocol):
 
 
 class TokenWindows:
-    """Random access to the windows of some token arrays; none crosses from one array into the next."""
+    """Random access to the windows of some token arrays; none crosses from one array into the next.
 
-    def __init__(self, arrays: Sequence[TokenArray], seq_len: int) -> None:
+    `vocab_size`, once it is set, bounds the ids: a larger one is named with its file and position.
+    """
+
+    def __init__(self, arrays: Sequence[TokenArray], seq_len: int, files: Sequence[Path] = ()) -> None:
         self.arrays = arrays
         self.seq_len = seq_len
+        self.files = files
+        self.vocab_size: int | None = None
         # starts[i] is the first window of array i; the last entry is the number of windows
         self.starts = [0, *accumulate(max(0, (len(array) - 1) // seq_len) for array in arrays)]
         if len(self) == 0:
             found = sum(map(len, arrays))
+            where = names(files) if files else "data"
             raise ValueError(
-                f"data: found {found} tokens in {len(arrays)} arrays; {seq_len + 1} in a row are needed for one "
+                f"{where}: found {found} tokens in {len(arrays)} arrays; {seq_len + 1} in a row are needed for one "
                 "window; add data or lower model.seq_len"
             )
 
@@ -63,7 +71,23 @@ class TokenWindows:
             raise IndexError(f"window {index} of {len(self)}")
         which = int(np.searchsorted(self.starts, index, side="right")) - 1
         begin = (index - self.starts[which]) * self.seq_len
-        return np.asarray(self.arrays[which][begin : begin + self.seq_len + 1], dtype=np.int64)
+        tokens = np.asarray(self.arrays[which][begin : begin + self.seq_len + 1], dtype=np.int64)
+        if self.vocab_size is not None and tokens.max() >= self.vocab_size:
+            raise problem(
+                str(self.files[which]) if self.files else "data",
+                found=f"found token {tokens.max()} at position {begin + int(tokens.argmax())}",
+                needed=f"the model has a vocabulary of {self.vocab_size}",
+                cure="set model.config.vocab_size to that of the tokenizer that wrote the tokens",
+            )
+        return tokens
+
+    def unread(self) -> list[str]:
+        """The files that are too short for one window."""
+        return [
+            f"{path} ({len(array)} tokens)"
+            for path, array in zip(self.files, self.arrays)
+            if len(array) <= self.seq_len
+        ]
 
     def gather(self, indices: Sequence[int]) -> Tensor:
         """The (len(indices), seq_len + 1) int64 tokens of these windows."""
@@ -191,6 +215,13 @@ class Corpus:
     """None: the shards do not say; the model's own vocabulary then decides."""
     about: dict[str, object]
     """Counts for the log."""
+    warnings: tuple[str, ...] = ()
+
+    def check_ids_below(self, vocab_size: int) -> None:
+        """From now on refuse tokens that a model with this vocabulary does not have, as they are read."""
+        self.val.vocab_size = vocab_size
+        if isinstance(self.train, ShuffledWindows):
+            self.train.windows.vocab_size = vocab_size
 
 
 def rank_part(global_batch: int, rank: int, world_size: int) -> slice:
@@ -212,17 +243,24 @@ def open_corpus(config: Config) -> Corpus:
         about: dict[str, object] = {"source": f"hf {data.dataset}", "val_tokens": sum(map(len, val.arrays))}
         return Corpus(train=StreamedWindows(stream, seq_len), val=val, vocab_size=stream.vocab_size, about=about)
     if data.source == "bin":
-        train_arrays, val_arrays = read_shards(data.train, "data.train"), read_shards(data.val, "data.val")
         vocab_size = None
+        train, val = (_shards(data.train, "data.train", seq_len), _shards(data.val, "data.val", seq_len))
     else:
         train_text, val_text = read_stdlib()
-        train_arrays, val_arrays, vocab_size = [train_text], [val_text], BYTE_VOCAB_SIZE
-    train, val = TokenWindows(train_arrays, seq_len), TokenWindows(val_arrays, seq_len)
+        vocab_size = BYTE_VOCAB_SIZE
+        train, val = TokenWindows([train_text], seq_len), TokenWindows([val_text], seq_len)
     about = {
         "source": data.source,
-        "train_tokens": sum(map(len, train_arrays)),
+        "train_tokens": sum(map(len, train.arrays)),
         "train_windows": len(train),
-        "val_tokens": sum(map(len, val_arrays)),
+        "val_tokens": sum(map(len, val.arrays)),
         "val_windows": len(val),
     }
-    return Corpus(train=ShuffledWindows(train, seed), val=val, vocab_size=vocab_size, about=about)
+    short = [*train.unread(), *val.unread()]
+    warnings = (f"shorter than a window of {seq_len + 1} tokens and never read: {names(short)}",) if short else ()
+    return Corpus(train=ShuffledWindows(train, seed), val=val, vocab_size=vocab_size, about=about, warnings=warnings)
+
+
+def _shards(pattern: str, key: str, seq_len: int) -> TokenWindows:
+    paths = shard_paths(pattern, key)
+    return TokenWindows([read_shard(path) for path in paths], seq_len, paths)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from distmuon.integrations.deepspeed import initialize
+from launch.failures import run_program
 from launch.models import next_token_loss
 from launch.run import Run
 from launch.under_trainer import open_run
@@ -56,4 +57,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -13,6 +13,7 @@ import torch
 from lightning_fabric import Fabric
 
 from distmuon.integrations.fabric import DistMuonStrategy, setup
+from launch.failures import run_program
 from launch.models import next_token_loss
 from launch.run import Run
 from launch.under_trainer import open_run
@@ -55,4 +56,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 import distmuon
+from launch.failures import run_program
 from launch.models import next_token_loss
 from launch.run import Run
 from launch.under_trainer import open_run
@@ -111,4 +112,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -1,7 +1,11 @@
 """What a run leaves behind: one stream of plain records, written to JSONL, to TensorBoard and to the terminal.
 
-A record is a flat dict with a `kind`: `run` once at the start, `train` for every step, `val` for every validation,
-`summary` once at the end (its absence marks an unfinished run). Decides formats only; asks no model and no optimizer.
+A record is a flat dict with a `kind`: `run` once at every start, `train` for every step, `val` for every validation,
+`warning` for what a reader should look at, `summary` once at the end (its absence marks an unfinished run). Decides
+formats only; asks no model and no optimizer.
+
+Nothing that a run has recorded is erased: a run that begins in a folder with the records of another one moves them to
+`metrics.1.jsonl`, the next to `metrics.2.jsonl`. A run that resumes drops the records of the steps that it repeats.
 
 [Note: reading the device] A loss lives on the device, and reading it waits for everything queued before it. So the
 meter keeps the losses and norms of an interval as tensors and reads them in one transfer when the interval closes.
@@ -26,6 +30,7 @@ from launch.config import LogConfig
 
 Record: TypeAlias = dict[str, Any]
 METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
 PLAIN_LINES = 20
 """About this many progress lines a run where there is no terminal."""
 
@@ -39,24 +44,18 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """One JSON object a line, flushed at once. What JSON cannot say (nan, inf) is null."""
+    """One JSON object a line, flushed at once. What JSON cannot say (nan, inf) is null.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("a", encoding="utf-8")
+    Goes on after `step`; what an earlier start recorded later is dropped, for its steps are taken again.
+    """
 
-    def rewind(self, step: int) -> None:
-        """Begin after `step`: what an earlier start recorded later is dropped, everything if `step` is 0."""
-        kept = (
-            [r for r in read_records(self._path) if r["kind"] == "run" or r.get("step", step + 1) <= step]
-            if step
-            else []
-        )
-        self._file.close()
-        whole = self._path.with_suffix(".new")
+    def __init__(self, path: Path, step: int) -> None:
+        known = read_records(path) if path.exists() else []
+        kept = [r for r in known if step and (r["kind"] == "run" or r.get("step", step + 1) <= step)]
+        whole = path.with_suffix(".new")
         whole.write_text("".join(f"{json.dumps(record)}\n" for record in kept), encoding="utf-8")
-        whole.replace(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+        whole.replace(path)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         print(json.dumps(_json_safe(record), allow_nan=False), file=self._file, flush=True)
@@ -66,17 +65,10 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """Every number of the train and val records as a scalar, nested ones as `lr/muon`."""
+    """Every number of the train and val records as a scalar, nested ones as `lr/muon`; goes on after `step`."""
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                "log.tensorboard: found no `tensorboard` package; it writes the events; pip install tensorboard, or "
-                "leave log.tensorboard false"
-            ) from error
-        self._writer = SummaryWriter(str(folder))
+    def __init__(self, folder: Path, step: int) -> None:
+        self._writer = _summary_writer()(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, record: Record) -> None:
         if record["kind"] not in ("train", "val"):
@@ -96,39 +88,50 @@ class TensorBoardSink:
 
 
 class BarSink:
-    """A progress bar for a terminal; validation losses stay above it."""
+    """A progress bar for a terminal; validation losses and warnings stay above it."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, step: int) -> None:
         from tqdm import tqdm  # here: only a terminal needs it
 
-        self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True)
+        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
 
     def write(self, record: Record) -> None:
         if record["kind"] == "train":
             self._bar.set_postfix_str(_train_text(record), refresh=False)
             self._bar.update(record["step"] - self._bar.n)
-        elif record["kind"] == "val":
-            self._bar.write(_val_text(record))
+        elif text := _text_of_its_own(record):
+            self._bar.write(text)
 
     def close(self) -> None:
         self._bar.close()
 
 
 class LineSink:
-    """Plain progress lines: about `PLAIN_LINES` of them, and every validation loss."""
+    """Plain progress lines: about `PLAIN_LINES` of them, and every validation loss and warning.
 
-    def __init__(self, steps: int) -> None:
+    The time left is estimated from this start's own steps, without the first, which builds buffers and kernels.
+    """
+
+    def __init__(self, steps: int, step: int) -> None:
         self._steps = steps
-        self._stride = max(1, steps // PLAIN_LINES)
-        self._start = time.perf_counter()
+        self._stride = max(1, (steps - step) // PLAIN_LINES)
+        self._first: tuple[int, float] | None = None
 
     def write(self, record: Record) -> None:
-        if record["kind"] == "val":
-            print(_val_text(record), flush=True)
-        elif record["kind"] == "train" and record["step"] % self._stride == 0:
-            step = record["step"]
-            left = (time.perf_counter() - self._start) * (self._steps - step) / step
-            print(f"step {step:>5}/{self._steps}  {_train_text(record)}  {left:4.0f} s left", flush=True)
+        if text := _text_of_its_own(record):
+            print(text, flush=True)
+        if record["kind"] != "train":
+            return
+        step, now = record["step"], time.perf_counter()
+        if self._first is None:
+            self._first = step, now
+        first, began = self._first
+        if step % self._stride and step != self._steps:
+            return
+        line = f"step {step:>5}/{self._steps}  {_train_text(record)}"
+        if step > first and now > began:
+            line += f"  {duration((now - began) / (step - first) * (self._steps - step))} left"
+        print(line, flush=True)
 
     def close(self) -> None:
         pass
@@ -137,40 +140,77 @@ class LineSink:
 class RunLog:
     """Hands every record to every sink. On ranks other than 0 there are none."""
 
-    def __init__(self, sinks: list[Sink]) -> None:
-        self._sinks = sinks
+    def __init__(self, config: LogConfig | None = None, steps: int = 0) -> None:
+        self._config, self._steps = config, steps  # None: nothing is written
+        self._sinks: list[Sink] = []
 
-    def rewind(self, step: int) -> None:
-        """The run goes on after `step`: records of later steps were of a start that did not live to save them."""
-        for sink in self._sinks:
-            if isinstance(sink, JsonlSink):
-                sink.rewind(step)
+    @property
+    def folder(self) -> Path | None:
+        """The run's folder, on the rank that writes there."""
+        return None if self._config is None else Path(self._config.dir)
+
+    def begin(self, step: int) -> None:
+        """Open the sinks of a run that goes on after `step`; records of another run are moved aside."""
+        config = self._config
+        if config is None:
+            return
+        folder = Path(config.dir)
+        if step == 0:
+            set_aside(folder)
+        if config.tensorboard:
+            self._sinks.append(TensorBoardSink(folder / TENSORBOARD_FOLDER, step))
+        if config.jsonl:
+            self._sinks.append(JsonlSink(folder / METRICS_FILE, step))
+        if config.progress:
+            kind = BarSink if sys.stdout.isatty() else LineSink
+            self._sinks.append(kind(self._steps, step))
 
     def write(self, kind: str, **fields: Any) -> None:
         for sink in self._sinks:
             sink.write({"kind": kind, **fields})
 
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
 
 @contextmanager
 def open_log(config: LogConfig, *, rank: int, steps: int) -> Iterator[RunLog]:
     """The log of this rank; rank 0 creates the folder."""
-    if rank != 0:
-        yield RunLog([])
-        return
-    folder = Path(config.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    sinks: list[Sink] = []
-    if config.tensorboard:  # first: where the package is missing, an earlier run's metrics stay untouched
-        sinks.append(TensorBoardSink(folder / "tensorboard"))
-    if config.jsonl:
-        sinks.append(JsonlSink(folder / METRICS_FILE))
-    if config.progress:
-        sinks.append(BarSink(steps) if sys.stdout.isatty() else LineSink(steps))
+    if rank == 0:
+        if config.tensorboard:
+            _summary_writer()
+        Path(config.dir).mkdir(parents=True, exist_ok=True)
+    log = RunLog(config if rank == 0 else None, steps)
     try:
-        yield RunLog(sinks)
+        yield log
     finally:
-        for sink in sinks:
-            sink.close()
+        log.close()
+
+
+def set_aside(folder: Path) -> None:
+    """Rename what an earlier run has recorded in `folder`, if it is more than a header, so that another may begin."""
+    path = folder / METRICS_FILE
+    if not path.exists() or all(record["kind"] == "run" for record in read_records(path)):
+        return
+    number = 1
+    while (folder / f"metrics.{number}.jsonl").exists():
+        number += 1
+    path.rename(folder / f"metrics.{number}.jsonl")
+    if (folder / TENSORBOARD_FOLDER).exists():
+        (folder / TENSORBOARD_FOLDER).rename(folder / f"{TENSORBOARD_FOLDER}.{number}")
+    print(f"the records of an earlier run in {folder} are now in metrics.{number}.jsonl", flush=True)
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "log.tensorboard: found no `tensorboard` package; it writes the events; pip install tensorboard, or "
+            "leave log.tensorboard false"
+        ) from error
+    return SummaryWriter
 
 
 class StepMeter:
@@ -188,22 +228,20 @@ class StepMeter:
         self._norms: list[Tensor] = []
         self._start = time.perf_counter()
 
-    def add(self, step: int, *, loss: Tensor, lr: dict[str, float], grad_norm: Tensor | None) -> None:
+    def add(self, step: int, *, loss: Tensor, lr: dict[str, float], grad_norm: Tensor) -> None:
         """One finished step; tensors are 0-dim and stay on their device."""
         self._steps.append((step, lr))
         self._losses.append(loss)
-        if grad_norm is not None:
-            self._norms.append(grad_norm.detach().float())
+        self._norms.append(grad_norm.detach().float())
 
     def flush(self) -> list[Record]:
         """The steps since the last restart as record fields. See [Note: reading the device]."""
         if not self._steps:
             return []
         losses = self._average(torch.stack(self._losses).float())
-        losses_and_norms = torch.cat([losses, torch.stack(self._norms)]) if self._norms else losses
-        numbers: list[float] = losses_and_norms.tolist()
+        numbers: list[float] = torch.cat([losses, torch.stack(self._norms)]).tolist()
         seconds = (time.perf_counter() - self._start) / len(self._steps)
-        norms: list[float | None] = [*numbers[len(self._steps) :]] or [None] * len(self._steps)
+        norms = numbers[len(self._steps) :]
         records = [
             {
                 "step": step,
@@ -233,13 +271,34 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
+def duration(seconds: float) -> str:
+    """A time as a reader says it: 45 s, 12 min, 3 h 5 min, 2 d 4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(minutes / 60)
+    return f"{hours // 24} d {hours % 24} h"
+
+
 def _train_text(record: Record) -> str:
-    lr = next(iter(record["lr"].values()))
-    return f"loss {record['loss']:.4f}  lr {lr:.2e}  {record['tokens_per_s']:,.0f} tok/s"
+    norm = record["grad_norm"]
+    parts = [f"loss {record['loss']:.4f}", f"grad {'-' if norm is None else format(norm, '.3g')}"]
+    parts.append("lr " + " ".join(f"{lr:.2e}" for lr in dict.fromkeys(record["lr"].values())))
+    parts.append(f"{record['tokens_per_s']:,.0f} tok/s")
+    if record["skipped_steps"]:
+        parts.append(f"skipped {record['skipped_steps']}")
+    return "  ".join(parts)
 
 
-def _val_text(record: Record) -> str:
-    return f"validation loss {record['loss']:.4f} at step {record['step']}"
+def _text_of_its_own(record: Record) -> str:
+    """The line of a record that has one whatever its step."""
+    if record["kind"] == "val":
+        return f"validation loss {record['loss']:.4f} at step {record['step']}"
+    return f"warning: {record['text']}" if record["kind"] == "warning" else ""
 
 
 def _json_safe(value: Any) -> Any:

@@ -6,13 +6,15 @@ code, and the caller's seed is the only source of weights.
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from distmuon.errors import names, problem
 from launch.config import ModelConfig
 
 
@@ -25,7 +27,8 @@ def build_model(config: ModelConfig, vocab_size: int | None = None) -> nn.Module
     overrides: dict[str, Any] = {"max_position_embeddings": config.seq_len, "use_cache": False}
     if vocab_size is not None:
         overrides["vocab_size"] = vocab_size
-    hf_config = AutoConfig.for_model(config.arch, **{**overrides, **_known(config)})
+    known = _known(config)
+    hf_config = AutoConfig.for_model(config.arch, **{**overrides, **known})
     if vocab_size is not None and hf_config.vocab_size < vocab_size:
         raise ValueError(
             f"model.config.vocab_size: found {hf_config.vocab_size} for data with {vocab_size} tokens; at least as "
@@ -54,12 +57,24 @@ def num_parameters(model: nn.Module) -> int:
 
 def _known(config: ModelConfig) -> dict[str, Any]:
     """`model.config`, after a look at its keys: transformers takes any and would ignore a misspelt one in silence."""
+    if config.arch not in CONFIG_MAPPING:
+        close = get_close_matches(config.arch, list(CONFIG_MAPPING), n=3)
+        raise problem(
+            "model.arch",
+            found=f"found {config.arch!r}",
+            needed="a model_type of transformers is needed",
+            cure=f"did you mean {' or '.join(close)}?" if close else "llama, gpt2, qwen3, deepseek_v3, ...",
+        )
     default = AutoConfig.for_model(config.arch)
     known = {*default.to_dict(), *default.attribute_map}
     unknown = sorted(config.config.keys() - known)
     if unknown:
-        raise ValueError(
-            f"model.config: found unknown keys {', '.join(unknown)} for arch {config.arch}; it knows "
-            f"{', '.join(sorted(known))}; correct the keys"
+        meant = [get_close_matches(key, known, n=1) for key in unknown]
+        found = [f"{key} (did you mean {near[0]}?)" if near else key for key, near in zip(unknown, meant)]
+        raise problem(
+            "model.config",
+            found=f"found {names(found)} for arch {config.arch}",
+            needed=f"keys of transformers' {type(default).__name__} are needed",
+            cure="correct the keys",
         )
     return config.config

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 import distmuon
 from distmuon.errors import names, problem
-from launch.config import Config
+from launch.config import Config, ParallelConfig
 from launch.ranks import Ranks
 
 STYLES: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
@@ -45,6 +45,14 @@ def shard_model(model: nn.Module, config: Config, ranks: Ranks) -> None:
     for block in transformer_blocks(model):
         fully_shard(block, mesh=over, mp_policy=policy)
     fully_shard(model, mesh=over, mp_policy=policy)
+
+
+def check_model(model: nn.Module, parallel: ParallelConfig) -> None:
+    """Raise unless `model` can be cut as `parallel` says; any device will do."""
+    if parallel.shard != "zero1":
+        transformer_blocks(model)
+    if parallel.tp > 1:
+        tensor_parallel_plan(model, parallel.tp)
 
 
 def reduce_in_backward(model: nn.Module, optimizer: distmuon.DistMuon, last: bool) -> None:

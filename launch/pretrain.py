@@ -5,6 +5,7 @@
         --optimizer.name adamw --optimizer.lr 2e-3 --log.dir runs/adamw
     torchrun --standalone --nproc_per_node=2 -m launch.pretrain --config configs/quickstart.yaml --parallel.shard fsdp2
     python -m launch.pretrain --config configs/quickstart.yaml        # one process, no process group
+    python -m launch.pretrain --config configs/llama_1b_gpu.yaml --dry-run 64    # checks everything, takes no step
 
 With `--checkpoint.every N` the run resumes by itself, at any number of ranks and under any `--parallel.shard`, from the
 newest complete checkpoint in its folder; so `torchrun --max-restarts 3` needs nothing else, and `--nnodes 2:4` what
@@ -18,13 +19,17 @@ together.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from math import inf
 
 import torch
 from torch import Tensor, nn
 
 import distmuon
-from launch.config import parse
+from launch.config import parse_program
+from launch.dry_run import dry_run
+from launch.failures import run_program
 from launch.logs import open_log
 from launch.models import next_token_loss
 from launch.parallel import reduce_in_backward, shard_model
@@ -48,10 +53,10 @@ def train(run: Run) -> None:
 
 def train_step(
     model: nn.Module, optimizer: distmuon.DistMuon, batches: Sequence[Tensor], max_grad_norm: float | None
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """One optimizer step over this rank's micro-batches.
 
-    Returns this rank's mean loss and the global gradient norm (None if clipping is off), both 0-dim and on the device.
+    Returns this rank's mean loss and the global gradient norm before clipping, both 0-dim and on the device.
     """
     total_loss = torch.zeros((), device=batches[0].device)
     for number, tokens in enumerate(batches, start=1):
@@ -59,7 +64,7 @@ def train_step(
         loss = next_token_loss(model, tokens) / len(batches)
         loss.backward()
         total_loss += loss.detach()
-    grad_norm = optimizer.clip_grad_norm_(max_grad_norm) if max_grad_norm is not None else None
+    grad_norm = optimizer.clip_grad_norm_(inf if max_grad_norm is None else max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     return total_loss, grad_norm
@@ -67,7 +72,11 @@ def train_step(
 
 def main(argv: list[str] | None = None) -> None:
     """Run what the command line describes."""
-    config = parse(argv)
+    config, dry = parse_program(argv)
+    if dry is not None:
+        if os.environ.get("RANK", "0") == "0":
+            print(dry_run(config, dry or int(os.environ.get("WORLD_SIZE", "1"))))
+        return
     with (
         launched_ranks(config.parallel) as ranks,
         open_log(config.log, rank=ranks.rank, steps=config.train.steps) as log,
@@ -77,4 +86,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

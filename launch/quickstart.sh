@@ -20,7 +20,7 @@ fi
 pretrain() {  # NAME ARGUMENTS...: one run into $OUT/NAME
     local name="$1"
     shift
-    python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" -m launch.pretrain \
+    python -m launch.torchrun --nproc_per_node="$NPROC" -m launch.pretrain \
         --config configs/quickstart.yaml --log.dir "$OUT/$name" "$@"
 }
 

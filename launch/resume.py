@@ -6,7 +6,9 @@ ones are loaded, is `distmuon`'s business. Works at any number of ranks, so unde
 
 [Note: preemption] SIGTERM reaches ranks at different moments, or only some of them. So the handler only takes note; the
 ranks agree where they read the device anyway (every `log.every` steps), save, and leave together with status 0. That
-takes `log.every` steps and one save; torchrun kills what has not left 30 s after it passed a SIGTERM on.
+takes `log.every` steps and one save; torchrun kills what has not left 30 s after it passed a SIGTERM on. Ctrl-C
+(SIGINT) is the same wish. It reaches a worker twice, from the terminal and from torchrun, so only a Ctrl-C that comes
+later than that interrupts at once.
 
 [Note: an agent joins or leaves] With several agents (`--nnodes MIN:MAX`) torchrun's SIGTERM has a second meaning: each
 agent that notices a newcomer stops its own workers, at its own moment, to start them in the larger world. The ranks
@@ -31,11 +33,15 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 import distmuon
-from launch.config import Config, as_dict
+from distmuon.errors import problem
+from launch.config import Config, as_dict, leaves
 from launch.data import TrainingWindows
 from launch.ranks import Ranks
 
 FOLDER = "checkpoints"
+SIGNALS = ("SIGTERM", "SIGINT")
+SAME_WISH_SECONDS = 3.0
+"""A second SIGINT within this time is the first one, passed on."""
 NEWCOMER_SECONDS = 10.0
 """How long a rank that was not asked to stop waits for its agent to ask: agents look for newcomers once a second."""
 # What may change from one start to the next: how long a run is, how often it is looked at, how it is cut over the ranks
@@ -63,6 +69,7 @@ class Progress:
     step: int = 0
     train_loss: float = float("nan")
     val_loss: float = float("nan")
+    skipped_steps: int = 0
 
 
 class Checkpoints:
@@ -80,14 +87,24 @@ class Checkpoints:
         self._scheduler, self._windows = scheduler, windows
         self.folder = Path(config.log.dir) / FOLDER
         self._saved_step = 0
+        self.saved_train: dict[str, Any] = {}
+        """The keys of `train` under which the loaded checkpoint was saved."""
 
     def resume(self, ranks: Ranks) -> Progress:
         """Load the newest complete checkpoint, if there is one. Collective."""
-        some = ranks.gather(self._config.checkpoint.every > 0 and distmuon.latest_checkpoint(self.folder) is not None)
-        if not some[0]:
+        (newest, *_) = ranks.gather(distmuon.latest_checkpoint(self.folder))  # what rank 0 sees
+        if newest is None:
             return Progress()
+        if self._config.checkpoint.every == 0:
+            raise problem(
+                "checkpoint.every",
+                found=f"found 0, and {newest} is of a run in this log.dir",
+                needed="a run without checkpoints would begin anew among the records of that one",
+                cure="set checkpoint.every to go on with it, or give log.dir another folder",
+            )
         found = distmuon.load_checkpoint(self.folder, self._model, self._optimizer, scheduler=self._scheduler)
         check_same_run(found.extra["config"], as_dict(self._config))
+        self.saved_train = found.extra["config"]["train"]
         self._windows.load_state_dict(found.extra["data"])
         progress = Progress(**found.extra["progress"])
         self._saved_step = progress.step
@@ -124,7 +141,7 @@ class Checkpoints:
 
 def check_same_run(saved: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raise, naming the first key, where this start describes another run than the one in the folder."""
-    theirs, mine = dict(_leaves(saved)), dict(_leaves(ours))
+    theirs, mine = dict(leaves(saved)), dict(leaves(ours))
     for key in sorted(theirs.keys() | mine.keys()):
         if theirs.get(key) != mine.get(key) and not key.startswith(FREE):
             raise ValueError(
@@ -133,46 +150,48 @@ def check_same_run(saved: dict[str, Any], ours: dict[str, Any]) -> None:
             )
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 class StopRequest:
     """Whether somebody asked this run to stop; see [Note: preemption]."""
 
     def __init__(self) -> None:
-        self._received = False
+        self.signal = ""
+        """The name of the signal that asked this rank."""
+        self.agreed_signal = ""
+        """The name of a signal that asked any rank, as of the last `agreed`."""
+        self._since = 0.0
 
     @contextmanager
     def listening(self, active: bool) -> Iterator[StopRequest]:
-        """Take note of SIGTERM inside, if `active`; otherwise it ends the process as ever."""
+        """Take note of SIGTERM and SIGINT inside, if `active`; otherwise they end the process as ever."""
         if not active:
             yield self
             return
-        before = signal.signal(signal.SIGTERM, self._note)
+        before = {signal.Signals[name]: signal.signal(signal.Signals[name], self._note) for name in SIGNALS}
         try:
             yield self
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def _note(self, *_: object) -> None:
-        self._received = True
+    def _note(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.signal and time.monotonic() - self._since > SAME_WISH_SECONDS:
+            raise KeyboardInterrupt
+        if not self.signal:
+            self.signal, self._since = signal.Signals(number).name, time.monotonic()
 
     def agreed(self, ranks: Ranks) -> bool:
         """The same answer on all ranks: whether any of them was asked. Collective; reads the device."""
-        return bool(ranks.sum(torch.tensor(float(self._received), device=ranks.device)) > 0)
+        asked = ranks.sum(torch.tensor([float(self.signal == name) for name in SIGNALS], device=ranks.device))
+        self.agreed_signal = next((name for name, count in zip(SIGNALS, asked.tolist()) if count > 0), "")
+        return self.agreed_signal != ""
 
     def leave(self) -> None:
         """Return where this process is to end with status 0, or exit with 1; see [Note: an agent joins or leaves]."""
         if int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:
             return
         deadline = time.monotonic() + NEWCOMER_SECONDS
-        while not self._received and time.monotonic() < deadline:
+        while not self.signal and time.monotonic() < deadline:
             time.sleep(0.05)
         restarts_left = int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) - int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-        if not self._received and restarts_left > 0:
+        if not self.signal and restarts_left > 0:
             raise SystemExit("stopped because another rank was asked to; this one goes on when torchrun restarts it")

@@ -10,21 +10,31 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import distmuon
-from launch.config import Config, as_dict
+from distmuon.errors import problem
+from launch.config import Config, TrainConfig, as_dict
 from launch.data import Corpus, TokenWindows, open_corpus
-from launch.logs import RunLog, StepMeter
+from launch.diagnosis import first_not_finite
+from launch.logs import RunLog, StepMeter, duration
 from launch.models import build_model, next_token_loss, num_parameters
+from launch.provenance import provenance
 from launch.ranks import Ranks
 from launch.resume import Checkpoints, Progress, StopRequest
 from launch.schedules import lr_lambda
+
+CONFIG_FILE = "config.yaml"
+ROUTING_FILE = "routing.txt"
+SKIPPED = "No weight has changed; if it goes on, lower optimizer.lr or lengthen train.warmup_steps"
 
 
 @dataclass
@@ -45,6 +55,11 @@ class Run:
     """Somebody asked this run to stop, and it has saved."""
     _began: float = 0.0
     _checkpoints: Checkpoints | None = None
+    _batches: Sequence[Tensor] = ()
+    """Those of the step in progress."""
+    _skipped_here: int = 0
+    """Steps skipped since this start."""
+    _skipped_in_a_row: int = 0
 
     @property
     def accumulation(self) -> int:
@@ -62,7 +77,7 @@ class Run:
         """Go on from the newest checkpoint in `log.dir`, if any. Once the trainer has prepared what it wraps."""
         self._checkpoints = Checkpoints(self.config, self.model, optimizer, scheduler, self.corpus.train)
         self.progress = self._checkpoints.resume(self.ranks)
-        self.log.rewind(self.progress.step)
+        self.log.begin(self.progress.step)
         self._began = time.perf_counter()
         count, report = num_parameters(self.model), optimizer.report()
         self.log.write(
@@ -71,16 +86,39 @@ class Run:
             trainer=self.trainer,
             world_size=self.ranks.world_size,
             device=self.ranks.device.type,
-            torch=torch.__version__,
+            **provenance(),
             accumulation=self.accumulation,
             num_parameters=count,
             data=self.corpus.about,
             report=report,
             resumed_from=self.progress.step,
         )
+        if self.log.folder is not None:
+            _describe(self.log.folder, self.config, self.model, optimizer)
         self.tell(f"{self.config.model.arch}: {count:,} parameters on {self.ranks.world_size} ranks\n{report}")
+        for text in [*self.config.warnings(), *self.corpus.warnings]:
+            self.log.write("warning", step=self.progress.step, text=text)
         if self.progress.step == 0:
             self._validate(0)
+            return
+        self._go_on_with_the_schedule(optimizer, self._checkpoints.saved_train)
+        # A validation that fails must not do so hours from now.
+        self._mean_loss(self.corpus.val.spread(self.ranks.data_size))
+        if self.progress.step >= self.config.train.steps:
+            self.tell(f"already at step {self.progress.step} of {self.config.train.steps}; raise train.steps to go on")
+
+    def _go_on_with_the_schedule(self, optimizer: distmuon.DistMuon, saved: dict[str, Any]) -> None:
+        """Let the next step have the learning rate of this start's schedule, and say so if that is a jump."""
+        step = self.progress.step
+        known = {key.name: saved[key.name] for key in fields(TrainConfig) if key.name in saved}
+        ratio, before = lr_lambda(self.config.train)(step), lr_lambda(TrainConfig(**known))(step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * ratio
+        if abs(ratio - before) > 0.01 * max(ratio, before):
+            lr = optimizer.param_groups[0]["initial_lr"]
+            text = f"the learning rate of step {step + 1} is {lr * ratio:.2e}; it was to be {lr * before:.2e} when the "
+            text += f"checkpoint was saved, with train.steps {saved['steps']} instead of {self.config.train.steps}"
+            self.log.write("warning", step=step, text=text)
 
     def batches(self) -> Iterator[tuple[int, Sequence[Tensor]]]:
         """(step, this rank's micro-batches) to the end of the run, or until it is asked to stop."""
@@ -88,23 +126,26 @@ class Run:
         self.meter.restart()
         for step in range(self.progress.step + 1, train.steps + 1):
             rows = self.corpus.train.next_batch(train.global_batch, ranks.data_rank, ranks.data_size)
-            yield step, rows.to(ranks.device).split(train.micro_batch)
+            self._batches = rows.to(ranks.device).split(train.micro_batch)
+            yield step, self._batches
             if self.stopped:
                 return
 
     def record(self, step: int, loss: Tensor, optimizer: distmuon.DistMuon, grad_norm: Tensor | None) -> None:
-        """After a step: records, validations and checkpoints that are due. `loss`: this rank's mean over the step."""
+        """After a step: records, validations and checkpoints that are due. `loss`: this rank's mean over the step.
+
+        `grad_norm`: None where a trainer has not computed it. Raises when too many steps were skipped.
+        """
         train, last = self.config.train, step == self.config.train.steps
+        if grad_norm is None:
+            grad_norm = torch.tensor(optimizer.metrics()["grad_norm"], device=self.ranks.device)
         ratio = lr_lambda(train)(step - 1)  # the schedule has moved on by now
         lr = {group["rule"]: group["initial_lr"] * ratio for group in reversed(optimizer.param_groups)}
         self.meter.add(step, loss=loss, lr=lr, grad_norm=grad_norm)
         validating, stopping = step % train.eval_every == 0 or last, False
         if validating or step % self.config.log.every == 0:
             stopping = self.config.checkpoint.every > 0 and self.stop.agreed(self.ranks)
-            stage_bytes = optimizer.metrics()["bytes"]
-            for record in self.meter.flush():
-                self.progress = replace(self.progress, train_loss=record["loss"])
-                self.log.write("train", **record, bytes=stage_bytes)
+            self._close_interval(step, optimizer)
         if validating:
             self._validate(step)
         self.progress = replace(self.progress, step=step)
@@ -116,22 +157,67 @@ class Run:
         if last or self.stopped:
             self._checkpoints.finish()
 
+    def _close_interval(self, step: int, optimizer: distmuon.DistMuon) -> None:
+        """Read the device; write the records of the steps since the last time, and look for skipped ones."""
+        metrics, records = optimizer.metrics(), self.meter.flush()
+        new = metrics["skipped_steps"] - self._skipped_here
+        first = new > 0 and self._skipped_here == 0
+        self._skipped_here += new
+        skipped = self.progress.skipped_steps + new
+        self.progress = replace(self.progress, train_loss=records[-1]["loss"], skipped_steps=skipped)
+        for record in records:
+            self.log.write("train", **record, skipped_steps=skipped, bytes=metrics["bytes"])
+        if new == len(records):
+            self._skipped_in_a_row += new
+        else:
+            healthy = [isfinite(record["grad_norm"]) for record in reversed(records)]
+            self._skipped_in_a_row = min(new, healthy.index(True)) if True in healthy else new
+        why = self._why_skipped(step, optimizer) if first else ""
+        if first:
+            self.log.write("warning", step=step, text=f"{why}. {SKIPPED}")
+        most = self.config.train.max_skipped
+        if most and self._skipped_in_a_row >= most:
+            raise problem(
+                "train.max_skipped",
+                found=f"the last {self._skipped_in_a_row} steps up to step {step} were skipped",
+                needed="a run learns only from finite gradients",
+                cure="lower optimizer.lr, lengthen train.warmup_steps, or go back to an earlier checkpoint; 0 never "
+                "ends the run",
+            )
+
+    def _why_skipped(self, step: int, optimizer: distmuon.DistMuon) -> str:
+        """Say which of the last interval's steps were skipped, and what was first not finite. Collective."""
+        if not optimizer.overflow:
+            return (
+                f"some of the last {self.config.log.every} steps up to step {step} were skipped: their gradients were "
+                "not finite; log.every 1 names the parameter"
+            )
+        if self.trainer != "pretrain":
+            return f"step {step} was skipped: its gradients were not finite; launch.pretrain names the parameter"
+        found = first_not_finite(self.model, optimizer, self._batches, self.ranks)
+        self.meter.restart()
+        return f"step {step} was skipped: its gradients were not finite, {found}"
+
     def finish(self, optimizer: distmuon.DistMuon) -> None:
         """The last record; or, of a run that was asked to stop, a word on how it goes on."""
         if self.stopped:
-            self.tell(f"stopped after step {self.progress.step}, as SIGTERM asked; the same command goes on from there")
+            step, asked = self.progress.step, self.stop.agreed_signal
+            self.tell(f"stopped after step {step}, as {asked} asked; the same command goes on from there")
             self.stop.leave()
             return
-        metrics = optimizer.metrics()
+        metrics, seconds = optimizer.metrics(), time.perf_counter() - self._began
         self.log.write(
             "summary",
             steps=self.config.train.steps,
             train_loss=self.progress.train_loss,
             val_loss=self.progress.val_loss,
-            seconds=time.perf_counter() - self._began,
-            skipped_steps=metrics["skipped_steps"],
+            seconds=seconds,
+            skipped_steps=self.progress.skipped_steps,
+            peak_bytes=self.ranks.gather(_peak_bytes(self.ranks.device)),
             per_rank=self.ranks.gather({key: metrics[key] for key in ("state_bytes", "bytes", "calls", "ns_matrices")}),
         )
+        skipped = f", {self.progress.skipped_steps} steps skipped" if self.progress.skipped_steps else ""
+        self.tell(f"finished after {duration(seconds)}{skipped}; records in {self.config.log.dir}")
 
     def tell(self, text: str) -> None:
         """Print on rank 0."""
@@ -140,11 +226,25 @@ class Run:
 
     def _validate(self, step: int) -> None:
         train = self.config.train
-        indices = self.corpus.val.spread(train.eval_batches * train.global_batch)
-        loss = validate(self.model, self.corpus.val, indices, train.micro_batch, self.ranks)
+        loss = self._mean_loss(self.corpus.val.spread(train.eval_batches * train.global_batch))
         self.progress = replace(self.progress, val_loss=loss)
         self.log.write("val", step=step, loss=loss)
         self.meter.restart()
+
+    def _mean_loss(self, indices: Sequence[int]) -> float:
+        return validate(self.model, self.corpus.val, indices, self.config.train.micro_batch, self.ranks)
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    """The most memory that tensors took on this rank's GPU; None without one."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _describe(folder: Path, config: Config, model: Any, optimizer: distmuon.DistMuon) -> None:
+    """What a later reader needs: a config that runs again, the model's own, and the rule of each parameter."""
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(as_dict(config), sort_keys=False), encoding="utf-8")
+    (folder / ROUTING_FILE).write_text(optimizer.report(full=True) + "\n", encoding="utf-8")
+    model.config.save_pretrained(folder)
 
 
 def make_run(config: Config, ranks: Ranks, log: RunLog, stop: StopRequest, trainer: str) -> Run:
@@ -152,7 +252,8 @@ def make_run(config: Config, ranks: Ranks, log: RunLog, stop: StopRequest, train
     config.train.accumulation(ranks.data_size)  # raises before anything is read
     torch.manual_seed(config.train.seed)
     corpus = open_corpus(config)
-    model = build_model(config.model, corpus.vocab_size).to(ranks.device)
+    model: Any = build_model(config.model, corpus.vocab_size).to(ranks.device)
+    corpus.check_ids_below(model.config.vocab_size)
     meter = StepMeter(
         tokens_per_step=config.train.global_batch * config.model.seq_len,
         average=lambda losses: ranks.sum(losses) / ranks.world_size,
@@ -193,8 +294,10 @@ def optimizer_options(config: Config) -> dict[str, Any]:
         options["routes"] = "adamw"
     elif given.routes:
         options["routes"] = [distmuon.Route(**asdict(route)) for route in given.routes]
-    if config.parallel.shard != "zero1":  # FSDP2 gathers in its own forward, and reduces as `shard_model` told it to
-        if given.sharding.overlap == "forward":
-            options["sharding"] = replace(given.sharding, overlap=True)
+    sharded = config.parallel.shard != "zero1"
+    if given.sharding.overlap == "forward" and (sharded or config.model.compile):
+        # FSDP2 gathers in its own forward; and waits in every module would break torch.compile's graphs at each
+        options["sharding"] = replace(given.sharding, overlap=True)
+    if sharded:  # FSDP2 reduces as `shard_model` told it to
         options["precision"] = replace(given.precision, reduce=torch.float32)
     return {**options, "verify_every": config.train.verify_every}

@@ -4,7 +4,8 @@ Decides one number per step from the step alone, so that a resumed run needs no 
 every group's own base lr by it, which keeps the ratio between the Muon and the AdamW group. Knows no optimizer.
 
 All of them count steps from 1: step `s` of `steps` trains at `ratio(s)`. The warmup of `w` steps is `s / w`, so that
-step `w` is the first at full height and no step trains at 0.
+step `w` is the first at full height and the first step does not train at 0. A run that is no longer than its warmup
+ends on the way up.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def constant(step: int, *, warmup_steps: int) -> float:
 
 def cosine(step: int, *, steps: int, warmup_steps: int, min_ratio: float) -> float:
     """Linear warmup to 1, then half a cosine that reaches `min_ratio` at the last step."""
-    if step < warmup_steps:
+    if step < warmup_steps or steps <= warmup_steps:
         return step / warmup_steps
     progress = min(1.0, (step - warmup_steps) / (steps - warmup_steps))
     return min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))

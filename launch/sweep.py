@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distmuon.errors import problem
 from launch.config import as_dict, parse
+from launch.failures import run_program
 from launch.logs import METRICS_FILE, Record, read_records
 
 GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
@@ -48,12 +50,21 @@ class Trial:
         return math.inf if loss is None else loss
 
     def run(self, nproc: int) -> None:
-        """Train it. Raises CalledProcessError if it fails; its output goes to `output.txt` in its folder."""
+        """Train it; its output goes to `output.txt` in its folder. Raises ValueError with its last line if it fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-        with (self.folder / "output.txt").open("w", encoding="utf-8") as output:
+        torchrun = [sys.executable, "-m", "launch.torchrun", f"--nproc_per_node={nproc}"]
+        path = self.folder / "output.txt"
+        with path.open("w", encoding="utf-8") as output:
             command = [*torchrun, "-m", "launch.pretrain", *self.arguments]
-            subprocess.run(command, check=True, stdout=output, stderr=subprocess.STDOUT)
+            status = subprocess.run(command, check=False, stdout=output, stderr=subprocess.STDOUT).returncode
+        if status:
+            last = path.read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
+            raise problem(
+                str(self.folder),
+                found=f"found exit status {status}: {last}",
+                needed="every run must end",
+                cure=f"see {path}",
+            )
 
     def _describes(self, run_record: Record, nproc: int) -> bool:
         wanted: dict[str, Any] = as_dict(parse([*self.arguments]))
@@ -66,7 +77,8 @@ def trials(config: Path, lrs: Sequence[float], overrides: Sequence[str], out: Pa
     for optimizer in OPTIMIZERS:
         for lr in lrs:
             folder = out / f"{optimizer}-lr{lr:g}"
-            arguments = ["--config", str(config), *(f"--{override}" for override in overrides)]
+            # a rate at which every step is skipped is an answer here, not an error
+            arguments = ["--config", str(config), "--train.max_skipped=0", *(f"--{override}" for override in overrides)]
             arguments += ["--optimizer.name", optimizer, "--optimizer.lr", repr(lr), "--log.dir", str(folder)]
             grid.append(Trial(optimizer=optimizer, lr=lr, folder=folder, arguments=tuple(arguments)))
     return grid
@@ -92,6 +104,11 @@ def table(losses: dict[tuple[str, float], float | None]) -> str:
 
     lines = ["| lr | " + " | ".join(OPTIMIZERS) + " |", "|---:|" + "---:|" * len(OPTIMIZERS)]
     lines += [f"| {lr:g} | " + " | ".join(cell(optimizer, lr) for optimizer in OPTIMIZERS) + " |" for lr in lrs]
+    for optimizer, loss in best.items():
+        tried = [lr for lr in lrs if losses.get((optimizer, lr)) is not None]
+        at = next((lr for lr in tried if losses[optimizer, lr] == loss), None)
+        if len(tried) == len(lrs) > 1 and at in (lrs[0], lrs[-1]):
+            lines += ["", f"The best of {optimizer}, {at:g}, lies on the edge of the grid: widen it with --lrs."]
     return "Final validation loss; the best of each optimizer in bold.\n\n" + "\n".join(lines) + "\n"
 
 
@@ -106,6 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     grid = trials(options.config, options.lrs, options.overrides, options.out)
+    for trial in grid:
+        parse([*trial.arguments])  # leaves with the reason, before the first run
     options.out.mkdir(parents=True, exist_ok=True)
     for number, trial in enumerate(grid, start=1):
         name = f"[{number}/{len(grid)}] {trial.optimizer} lr {trial.lr:g}"
@@ -119,4 +138,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

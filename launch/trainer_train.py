@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 
 from distmuon.integrations.transformers import attach
+from launch.failures import run_program
 from launch.models import next_token_loss
 from launch.run import Run, optimizer_options
 from launch.under_trainer import open_run
@@ -109,4 +110,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

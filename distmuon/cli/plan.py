@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from distmuon.cli.arguments import import_jsonargparse
 from distmuon.errors import problem
 from distmuon.layout.routing import ParamSpec
 from distmuon.options import Precision, Sharding
-from distmuon.planning.plan import STAGES, Plan, plan
+from distmuon.planning.plan import STAGES, Given, Plan, plan
 from distmuon.planning.shapes import TABLES, shape_table
 from distmuon.planning.step_time import Order
+
+Row = tuple[str, list[str]]  # label, a cell for each way
 
 _ORDERS: dict[Order, str] = {  # labels
     "one_group": "one group",
@@ -135,42 +137,16 @@ def _model(name: str) -> nn.Module | tuple[ParamSpec, ...]:
 
 
 def _text(found: Plan, model: str, ranks: bool) -> str:
+    given = found.given
     title = f"{model}, dp_size {found.dp_size}: {found.num_elements:,} parameters, {found.num_matrices:,} matrices"
-    shape = f"{found.num_buckets} buckets, the largest {found.largest_bucket:.1%}; staged {found.staged:.1%}"
-    lines = [f"{title}; {shape}"]
+    shape = f"{found.num_buckets} buckets, the largest {found.largest_bucket:.1%}"
+    lines = [f"{title}; {shape}" + (f"; staged {found.staged:.1%}" if given is None else "")]
+    lines += _cut_text(given) if given else []
     lines += [f"bucket_mb auto: {found.why}"] if found.why else []
     ways = (found, *found.others)
     lines.append(f"{'':34}" + "".join(f"{way.way:>16}" for way in ways))
-
-    def row(label: str, cells: Sequence[str]) -> None:
-        lines.append(f"{label:34}" + "".join(f"{cell:>16}" for cell in cells))
-
-    for stage in STAGES:
-        row(f"sent, {stage}", [_bytes(way.stage_bytes(stage)) for way in ways])
-    row("sent, busiest rank", [_bytes(way.sent) for way in ways])
-    adamw = next((way.sent for way in found.others if way.way == "adamw"), 0)
-    if adamw:
-        row("  relative to AdamW's own ZeRO-1", [f"{way.sent / adamw:.4f}" for way in ways])
-    for name in ("parameters", "staged", "gradients", "master", "momentum", "moments", "transient"):
-        row(f"held, {name}", [_bytes(getattr(way.fullest, name)) for way in ways])
-    row("held, fullest rank", [_bytes(way.fullest.total) for way in ways])
-    if any(way.fullest.accumulation for way in ways):
-        row("  more while accumulating", [_bytes(way.fullest.accumulation) for way in ways])
-    row("straddlers", [f"{way.straddlers:,}" for way in ways])
-    row("padding", [f"{way.padding:.3%}" for way in ways])
-    row("state, max/mean", [f"{way.state_balance:.3f}" for way in ways])
-    row("Newton-Schulz, max/mean", [f"{way.ns_balance:.3f}" for way in ways])
-    row("Newton-Schulz, busiest, TFLOP", [f"{max(rank.ns_flops for rank in way.ranks) / 1e12:.3f}" for way in ways])
-    times = [way.time for way in ways if way.time]
-    if times:
-        row("estimated ms: step", [f"{1e3 * time.step_s:.2f}" for time in times])
-        row("  Newton-Schulz, slowest rank", [f"{1e3 * time.newton_schulz_s:.2f}" for time in times])
-        row("  elementwise, slowest rank", [f"{1e3 * time.elementwise_s:.2f}" for time in times])
-        row("  exposed communication", [f"{1e3 * time.exposed_s:.2f}" for time in times])
-        row("  all-gathers left to hide", [f"{1e3 * time.left_s:.2f}" for time in times])
-        for order, label in _ORDERS.items() if len(found.orders) > 1 else ():
-            at = [way.orders[order] for way in ways]
-            row(f"step + left, {label}", [f"{1e3 * time.step_s:.2f} + {1e3 * time.left_s:.2f}" for time in at])
+    rows = [*_traffic(ways), *_memory(ways), *_work(ways)]
+    lines += [f"{label:34}" + "".join(f"{cell:>16}" for cell in cells) for label, cells in rows]
     for number, rank in enumerate(found.ranks if ranks else ()):
         sent = ", ".join(f"{stage} {n}" for stage, n in rank.sent_bytes.items())
         lines.append(
@@ -178,6 +154,71 @@ def _text(found: Plan, model: str, ranks: bool) -> str:
             f"{rank.ns_matrices} matrices, {rank.ns_flops} FLOPs"
         )
     return "\n".join(lines)
+
+
+def _traffic(ways: Sequence[Plan]) -> Iterator[Row]:
+    """Yield the rows of bytes sent: by the optimizer, then, if FSDP2 has cut the model, by FSDP2."""
+    given = ways[0].given
+    for stage in STAGES if given is None else ("guard", "dp_gather", "scatter"):
+        yield f"sent, {stage}", [_bytes(way.stage_bytes(stage)) for way in ways]
+    yield "sent, busiest rank", [_bytes(way.sent) for way in ways]
+    if given is not None:
+        for collective, n in given.fsdp2.sent_bytes.items():
+            yield f"sent by FSDP2, {collective}", [_bytes(n)] * len(ways)
+        return
+    adamw = next((way.sent for way in ways if way.way == "adamw"), 0)
+    if adamw:
+        yield "  relative to AdamW's own ZeRO-1", [f"{way.sent / adamw:.4f}" for way in ways]
+
+
+def _memory(ways: Sequence[Plan]) -> Iterator[Row]:
+    """Yield the rows of bytes held."""
+    given = ways[0].given
+    for name in ("parameters", "staged", "gradients", "master", "momentum", "moments", "transient"):
+        if given is None or name != "staged":
+            yield f"held, {name}", [_bytes(getattr(way.fullest, name)) for way in ways]
+    yield "held, fullest rank", [_bytes(way.fullest.total) for way in ways]
+    if given is not None:
+        yield "held by FSDP2 meanwhile, about", [_bytes(given.fsdp2.unsharded_bytes)] * len(ways)
+    if any(way.fullest.accumulation for way in ways):
+        yield "  more while accumulating", [_bytes(way.fullest.accumulation) for way in ways]
+
+
+def _work(ways: Sequence[Plan]) -> Iterator[Row]:
+    """Yield the rows of balance, Newton-Schulz and estimated times."""
+    is_given = ways[0].given is not None
+    yield "straddlers", [f"{way.straddlers:,}" for way in ways]
+    if not is_given:
+        yield "padding", [f"{way.padding:.3%}" for way in ways]
+    yield "state, max/mean", [f"{way.state_balance:.3f}" for way in ways]
+    yield "Newton-Schulz, max/mean", [f"{way.ns_balance:.3f}" for way in ways]
+    yield (
+        "Newton-Schulz, busiest, TFLOP",
+        [f"{max(rank.ns_flops for rank in way.ranks) / 1e12:.3f}" for way in ways],
+    )
+    times = [way.time for way in ways if way.time]
+    if not times:
+        return
+    yield "estimated ms: step", [f"{1e3 * time.step_s:.2f}" for time in times]
+    yield "  Newton-Schulz, slowest rank", [f"{1e3 * time.newton_schulz_s:.2f}" for time in times]
+    yield "  elementwise, slowest rank", [f"{1e3 * time.elementwise_s:.2f}" for time in times]
+    yield "  exposed communication", [f"{1e3 * time.exposed_s:.2f}" for time in times]
+    if is_given:
+        return
+    yield "  all-gathers left to hide", [f"{1e3 * time.left_s:.2f}" for time in times]
+    for order, label in _ORDERS.items() if len(ways[0].orders) > 1 else ():
+        at = [way.orders[order] for way in ways]
+        yield f"step + left, {label}", [f"{1e3 * time.step_s:.2f} + {1e3 * time.left_s:.2f}" for time in at]
+
+
+def _cut_text(given: Given) -> list[str]:
+    """The mesh, what tensor parallelism cuts, and whether one Newton-Schulz for all replicas pays."""
+    mesh = given.mesh
+    lines = [f"FSDP2: {mesh.replicas} replicas x {mesh.shards} shards x tp {mesh.tp} = {mesh.num_ranks} ranks"]
+    for kind, modules in given.tensor_parallel.items():
+        cut = "replicated" if kind == "replicated" else f"cut by {kind}"
+        lines.append(f"tp {mesh.tp}, {cut}: {', '.join(modules) or 'nothing'}")
+    return [*lines, f"Newton-Schulz once for all replicas {given.once}"] if given.once else lines
 
 
 def _bytes(n: int) -> str:

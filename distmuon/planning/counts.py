@@ -25,9 +25,9 @@ class HeldBytes:
     released buffers, which is so much more than `gradients`, until the reduction of each bucket starts.
     """
 
-    parameters: int  # flat buffers, padding included
+    parameters: int  # flat buffers, padding included; if shards are given, those, without padding
     staged: int  # separate storage of parameters that are not views of a flat buffer
-    gradients: int  # flat gradient buffers, padding included
+    gradients: int  # flat gradient buffers, padding included; if shards are given, `param.grad`
     master: int  # this field, `momentum` and `moments` are without padding, as in `metrics()["state_bytes"]`
     momentum: int
     moments: int
@@ -89,6 +89,22 @@ def sent_bytes(layout: Layout, options: Options, rank: int) -> dict[str, int]:
     return plan_rank(layout, options, rank).sent_bytes
 
 
+def between_nodes(layout: Layout, options: Options, node_size: int) -> int:
+    """The bytes that a step's exchanges move between nodes, of the busiest rank in each, for which all others wait."""
+    moved: dict[tuple[int, str], list[int]] = {}  # by exchange: elements sent, then elements received, by rank
+    for placed in layout.matrices:
+        owner = placed.workers[0]
+        there = [(source.rank, owner, source.length) for source in placed.sources]
+        back = [(owner, piece.rank, piece.length) for piece in placed.pieces]
+        for stage, messages in (("gather", there), ("scatter", back)):
+            by_rank = moved.setdefault((placed.bucket, stage), [0] * (2 * layout.dp_size))
+            for sender, receiver, length in messages:
+                if sender // node_size != receiver // node_size:
+                    by_rank[sender] += length
+                    by_rank[layout.dp_size + receiver] += length
+    return options.precision.wire.itemsize * sum(max(by_rank) for by_rank in moved.values())
+
+
 def guard_bytes(layout: Layout) -> int:
     """The bytes that a rank sends in the guard's all-reduce, around a ring.
 
@@ -105,13 +121,13 @@ def _load(layout: Layout, options: Options) -> list[BucketLoad]:
     first_layer = min((min(bucket.params) for bucket in layout.buckets if len(bucket.params) > 1), default=0)
     reduce = options.precision.reduce.itemsize if options.grad_reduction == "reduce_scatter" else 0
     for bucket in layout.buckets:
-        moved = num_peers * bucket.shard_size
-        gathered = bucket.shard_size * bucket.dtype.itemsize
+        moved = 0 if layout.given else num_peers * bucket.shard_size
+        gathered = 0 if layout.given else bucket.shard_size * bucket.dtype.itemsize
         if options.sharding.param_gather == "updates" and num_peers:
             gathered = layout.message_bytes(bucket, options.precision.wire.itemsize)
         load = BucketLoad(layout.dp_size, moved * reduce, num_peers * gathered)
         load.ready_last = min(bucket.params) <= first_layer  # an embedding before it in its own bucket takes no time
-        staged = [param for param in bucket.params if layout.is_staged(param)]
+        staged = [param for param in bucket.params if not layout.given and layout.is_staged(param)]
         load.staged = sum(layout.specs[param].numel for param in staged) * bucket.dtype.itemsize
         for segment in bucket.segments:
             by_rank = load.muon if layout.specs[segment.param].rule == "muon" else load.adamw
@@ -124,14 +140,15 @@ def _load(layout: Layout, options: Options) -> list[BucketLoad]:
             load.ns_matrices[worker] += len(placed.unit.logical_shapes)
             load.stacked[worker] += placed.unit.numel
             load.gather_in[worker] += placed.unit.numel
-        for piece in placed.pieces:
-            works = piece.rank in workers
+        for source in placed.sources:
+            works = source.rank in workers
             num_receivers = len(workers) - 1 if works else len(workers)
             load.gathers = load.gathers or num_receivers > 0
-            load.gather_out[piece.rank] += num_receivers * piece.length
+            load.gather_out[source.rank] += num_receivers * source.length
             if works:
-                load.gather_in[piece.rank] -= piece.length
-            else:
+                load.gather_in[source.rank] -= source.length
+        for piece in placed.pieces:
+            if piece.rank not in workers:
                 load.scatters = True
                 load.scatter_out[workers[0]] += piece.length
                 load.scatter_in[piece.rank] += piece.length
@@ -146,16 +163,15 @@ def _by_rank(loads: Sequence[BucketLoad], name: str) -> list[int]:
 def _held(layout: Layout, options: Options, loads: Sequence[BucketLoad]) -> Iterator[HeldBytes]:
     """Yield the bytes held by each rank. Ranks differ only in state and in transient memory."""
     dp_size = layout.dp_size
+    if layout.given:
+        yield from _held_of_given(layout, options, loads)
+        return
     parameters = dp_size * sum(bucket.shard_size * bucket.dtype.itemsize for bucket in layout.buckets)
     gradients = sum(_gradient_bytes(layout, options, bucket) for bucket in layout.buckets)
     stays = 0 if options.sharding.release_grads else options.precision.reduce.itemsize
     more = torch.float32.itemsize - stays if options.grad_reduction == "reduce_scatter" else 0
     accumulation = more * dp_size * sum(bucket.shard_size for bucket in layout.buckets)
-    momentum = [0] * dp_size
-    codec = momentum_codec(options.precision.momentum)
-    for segment in (s for bucket in layout.buckets for s in bucket.segments):
-        if layout.specs[segment.param].rule == "muon":
-            momentum[segment.rank] += codec.bytes(segment.length)
+    momentum = _momentum_bytes(layout, options)
     staged = sum(load.staged for load in loads)
     master_bytes = [_master_bytes(options, bucket) for bucket in layout.buckets]
     for rank in range(dp_size):
@@ -165,6 +181,30 @@ def _held(layout: Layout, options: Options, loads: Sequence[BucketLoad]) -> Iter
         transient = _transient(layout, loads, options, rank)
         moments = 8 * sum(adamw)
         yield HeldBytes(parameters, staged, gradients, masters, momentum[rank], moments, transient, accumulation)
+
+
+def _held_of_given(layout: Layout, options: Options, loads: Sequence[BucketLoad]) -> Iterator[HeldBytes]:
+    """Yield the bytes held by each rank where others have cut the parameters. FSDP2's own buffers are not counted."""
+    momentum = _momentum_bytes(layout, options)
+    itemsizes = [bucket.dtype.itemsize for bucket in layout.buckets]
+    for rank in range(layout.dp_size):
+        held = [load.muon[rank] + load.adamw[rank] for load in loads]
+        parameters = sum(n * itemsize for n, itemsize in zip(held, itemsizes))
+        masters = sum(n * _master_bytes(options, bucket) for n, bucket in zip(held, layout.buckets))
+        copies = sum(4 * n for n, itemsize in zip(held, itemsizes) if itemsize < 4)  # float32 copies of gradients
+        transient = copies + _transient(layout, loads, options, rank)
+        moments = 8 * sum(load.adamw[rank] for load in loads)
+        yield HeldBytes(parameters, 0, parameters, masters, momentum[rank], moments, transient, 0)
+
+
+def _momentum_bytes(layout: Layout, options: Options) -> list[int]:
+    """The bytes of momentum, by rank."""
+    found = [0] * layout.dp_size
+    codec = momentum_codec(options.precision.momentum)
+    for segment in (s for bucket in layout.buckets for s in bucket.segments):
+        if layout.specs[segment.param].rule == "muon":
+            found[segment.rank] += codec.bytes(segment.length)
+    return found
 
 
 def _master_bytes(options: Options, bucket: BucketSpec) -> int:

@@ -7,21 +7,23 @@ estimates a step. This module decides which layouts are compared; it makes no te
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
-from distmuon.checks import check_one_group
+from distmuon.checks import check_one_group, check_options_when_cut
 from distmuon.errors import problem
 from distmuon.layout import memory
 from distmuon.layout.layout import Layout, imbalance, make_layout
 from distmuon.layout.routing import ParamSpec, Route, route_params
-from distmuon.options import GradReduction, Options, Packing, Placement, Precision, Sharding, one_of
+from distmuon.options import GradReduction, Options, Precision, Sharding, one_of
 from distmuon.planning.baselines import whole_matrix_layout
-from distmuon.planning.counts import HeldBytes, RankPlan, count, guard_bytes, plan_rank, sent_bytes
+from distmuon.planning.counts import HeldBytes, RankPlan, between_nodes, count, guard_bytes, plan_rank, sent_bytes
+from distmuon.planning.meshes import Boxes, Mesh, OwnWork, Shard, boxes_of, cuts, mesh_of, own_work
 from distmuon.planning.shapes import TABLES, shape_table
 from distmuon.planning.step_time import HARDWARE, ORDERS, Hardware, Order, StepTime, estimate
 
@@ -29,18 +31,32 @@ __all__ = ["HARDWARE", "STAGES", "HeldBytes", "Plan", "RankPlan", "plan", "plan_
 
 STAGES = ("reduce_scatter", "guard", "dp_gather", "scatter", "all_gather")
 _AUTO_DIVISORS = (32, 24, 16, 12, 8, 6, 4)  # `auto_bucket` tries the model's size over each of these
+_AUTO_DIVISORS_GIVEN = (16, 8, 6, 4, 3, 2, 1)  # if shards are given: many owners share a large bucket evenly
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The cut of a model by FSDP2 and tensor parallelism, and what FSDP2 itself does."""
+
+    mesh: Mesh
+    fsdp2: OwnWork
+    tensor_parallel: dict[str, tuple[str, ...]]  # by kind of cut, the names of the modules; empty without
+    once: str = ""  # with replicas: whether it pays to orthogonalize once over all of them
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A model on `dp_size` ranks, distributed in one `way`; `others` are the ways that it is compared with."""
+    """A model on `dp_size` ranks, distributed in one `way`; `others` are the ways that it is compared with.
+
+    With tensor parallelism there are `dp_size` * tp ranks.
+    """
 
     way: str
     dp_size: int
     num_elements: int
     num_matrices: int
     num_buckets: int
-    largest_bucket: float  # this field, `padding` and `staged` are shares of the model's elements
+    largest_bucket: float  # this field, `padding` and `staged` (both ZeRO-1's) are shares of the model's elements
     padding: float
     staged: float
     straddlers: int
@@ -49,10 +65,11 @@ class Plan:
     orders: dict[Order, StepTime]  # in each order; a single entry without overlap, none without hardware
     others: tuple[Plan, ...] = ()
     why: str = ""
+    given: Given | None = None  # None: ZeRO-1
 
     @property
     def sent(self) -> int:
-        """The bytes that the busiest rank sends in a step."""
+        """The bytes that the busiest rank sends in a step, in the optimizer's collectives."""
         return max(sum(rank.sent_bytes.values()) for rank in self.ranks)
 
     @property
@@ -80,7 +97,7 @@ class Plan:
 
     def to_dict(self, *, ranks: bool = False) -> dict[str, object]:
         """All values as a dict for JSON; `ranks` adds the long list of each rank's work and memory."""
-        kept = [name for name in self.__slots__ if name not in ("ranks", "others", "time", "orders")]
+        kept = [name for name in self.__slots__ if name not in ("ranks", "others", "time", "orders", "given")]
         found = {name: getattr(self, name) for name in (*kept, "traffic", "ns_balance", "state_balance")}
         found["busiest_sent_bytes"] = {stage: self.stage_bytes(stage) for stage in STAGES} | {"total": self.sent}
         found["fullest_held_bytes"] = asdict(self.fullest) | {"state": self.fullest.state, "total": self.fullest.total}
@@ -88,6 +105,8 @@ class Plan:
         found["time"] = asdict(self.time) if self.time else None
         found["orders"] = {order: asdict(time) for order, time in self.orders.items()}
         found["ranks"] = [asdict(rank) for rank in self.ranks] if ranks else None
+        if self.given:
+            found["given"] = asdict(self.given)
         return found | {"others": [other.to_dict(ranks=ranks) for other in self.others]}
 
 
@@ -95,6 +114,9 @@ def plan(
     model: nn.Module | Iterable[ParamSpec] | str,
     *,
     dp_size: int,
+    shard: Shard = "zero1",
+    replicas: int = 1,
+    tp: int = 1,
     sharding: Sharding | None = None,
     precision: Precision | None = None,
     routes: Sequence[Route] | str | None = None,
@@ -110,7 +132,11 @@ def plan(
 
     Args:
         model: a module (the meta device is enough), `ParamSpec`s, or the name of a table in `shapes.py`.
-        dp_size: data-parallel ranks.
+        dp_size: data-parallel ranks; with tensor parallelism there are `tp` times as many ranks in all.
+        shard: "zero1": `DistMuon` shards a whole model. "fsdp2": `fully_shard` over all data-parallel ranks. "hsdp":
+            `fully_shard` inside each of the `replicas`.
+        replicas: with "hsdp", the copies of the model; each lies on dp_size / replicas data-parallel ranks.
+        tp: with "fsdp2" or "hsdp", tensor-parallel ranks, which cut large weights before `fully_shard` does.
         sharding: as for `DistMuon`.
         precision: as for `DistMuon`.
         routes: as for `DistMuon`; specs and tables are routed already and take only "adamw".
@@ -120,7 +146,8 @@ def plan(
         param_dtype: float32, bfloat16 or float16; None: the parameters' dtype.
         exchange_group: estimate a step in which exchanges have a separate process group.
         hardware: the name of a row of `HARDWARE`, or a row; None: no estimated times.
-        compare: plan also ZeRO-1 AdamW, the paper's placement, and whole matrices in padded shards.
+        compare: plan also ZeRO-1 AdamW, the paper's placement, and whole matrices in padded shards. With "fsdp2" and
+            "hsdp": AdamW, and matrices that every rank, or every replica, orthogonalizes by itself.
 
     Raises:
         ValueError: if `DistMuon` would raise it for the same arguments.
@@ -153,6 +180,9 @@ def plan(
             needed="estimated step times are needed",
             cure="pass hardware, or bucket_mb",
         )
+    mesh = mesh_of(shard, dp_size, replicas, tp)
+    if mesh is not None:
+        check_options_when_cut(options)
     one_of("param_dtype", param_dtype, (None, torch.float32, torch.bfloat16, torch.float16))
     specs = _routed(model, routes)
     specs = specs if param_dtype is None else [replace(spec, dtype=param_dtype) for spec in specs]
@@ -161,47 +191,125 @@ def plan(
             "model", found="no trainable parameter", needed="at least one is needed", cure="pass the whole model"
         )
     size_mb = sum(spec.numel for spec in specs) * 4 / (1 << 20)
-    tried = [None, *(max(32.0, size_mb / part) for part in _AUTO_DIVISORS)] if auto_bucket else [sharding.bucket_mb]
+    divisors = _AUTO_DIVISORS if mesh is None else _AUTO_DIVISORS_GIVEN
+    tried = [None, *(max(32.0, size_mb / part) for part in divisors)] if auto_bucket else [sharding.bucket_mb]
     options.check_dtypes([(spec.fqn, spec.dtype) for spec in specs])
     machine = HARDWARE[hardware] if isinstance(hardware, str) else hardware
 
-    def way(name: str, layout: Layout) -> Plan:
-        return _plan_layout(name, layout, options, ns_steps, machine, exchange_group)
-
-    def cut(specs: Sequence[ParamSpec], packing: Packing, placement: Placement, mb: float | None) -> Layout:
-        return make_layout(specs, dp_size, packing=packing, placement=placement, bucket_mb=mb)
-
+    boxes = None if mesh is None else boxes_of(specs, mesh)
+    way = partial(
+        _plan_layout, options=options, ns_steps=ns_steps, hardware=machine, exchange_group=exchange_group, tp=tp
+    )
+    packing, placement = sharding.packing, sharding.placement
     with _no_garbage_collection():
-        packing, placement = sharding.packing, sharding.placement
-        found = {mb: way("distmuon", cut(specs, packing, placement, mb)) for mb in dict.fromkeys(tried)}
+        found: dict[float | None, Plan] = {}
+        for mb in dict.fromkeys(tried):
+            cut = make_layout(specs, dp_size * tp, packing=packing, placement=placement, bucket_mb=mb, given=boxes)
+            found[mb] = way("distmuon", cut)
         steps = {mb: planned.time.step_s for mb, planned in found.items() if planned.time}
         best = min(steps, key=lambda mb: steps[mb]) if len(steps) > 1 else next(iter(found))
-        others: list[Plan] = []
-        if compare:
-            mb = size_mb / found[best].num_buckets
-            others.append(way("adamw", cut(_all_adamw(specs), "contiguous", "owner", mb)))
-            others.append(way("paper", cut(specs, "contiguous", "replicated", mb)))
-            others.append(way("whole matrices", whole_matrix_layout(specs, dp_size, mb)))
+        chosen = found[best]
+        if mesh is not None and boxes is not None:
+            chosen = _beside_given(chosen, specs, mesh, boxes, options, best, machine, way, compare)
+        elif compare:
+            chosen = replace(chosen, others=_beside_zero1(specs, dp_size, size_mb / chosen.num_buckets, way))
     sizes = {mb: f"{mb:.0f} MiB" if mb else "None" for mb in found}
     why = ", ".join(f"{sizes[mb]} {1e3 * step:.2f} ms" for mb, step in steps.items())
     why = f"{sizes[best]} has the shortest estimated step of {why}" if auto_bucket else ""
-    return replace(found[best], others=tuple(others), why=why)
+    return replace(chosen, why=why)
+
+
+def _beside_zero1(
+    specs: Sequence[ParamSpec], dp_size: int, mb: float, way: Callable[[str, Layout], Plan]
+) -> tuple[Plan, ...]:
+    """The ways that ZeRO-1 is compared with, in buckets of `mb` MiB."""
+    adamw = make_layout(_all_adamw(specs), dp_size, packing="contiguous", bucket_mb=mb)
+    paper = make_layout(specs, dp_size, packing="contiguous", placement="replicated", bucket_mb=mb)
+    return (
+        way("adamw", adamw),
+        way("paper", paper),
+        way("whole matrices", whole_matrix_layout(specs, dp_size, mb)),
+    )
+
+
+def _beside_given(
+    found: Plan,
+    specs: Sequence[ParamSpec],
+    mesh: Mesh,
+    boxes: Boxes,
+    options: Options,
+    mb: float | None,
+    hardware: Hardware | None,
+    way: Callable[[str, Layout], Plan],
+    compare: bool,
+) -> Plan:
+    """`found` with what FSDP2 itself does, and with the ways that it is compared with."""
+    others: list[Plan] = []
+    if compare:
+        others.append(way("adamw", make_layout(_all_adamw(specs), mesh.num_ranks, bucket_mb=mb, given=boxes)))
+    if compare and mesh.replicas == mesh.tp == 1:
+        everywhere = make_layout(specs, mesh.num_ranks, placement="replicated", bucket_mb=mb, given=boxes)
+        others.append(way("every rank", everywhere))
+    once = ""
+    if mesh.replicas > 1:
+        alone = replace(mesh, replicas=1)
+        layout = make_layout(specs, alone.num_ranks, bucket_mb=mb, given=boxes_of(specs, alone))
+        others.append(way("each replica", layout))
+        if hardware is not None:
+            shared = make_layout(specs, mesh.num_ranks, bucket_mb=mb, given=boxes)
+            once = _once_or_in_each(found, shared, others[-1], layout, mesh, options, hardware)
+    given = Given(
+        mesh,
+        own_work(specs, boxes, mesh, options.precision.reduce.itemsize),
+        cuts(specs) if mesh.tp > 1 else {},
+        once,
+    )
+    return replace(found, given=given, others=tuple(others) if compare else ())
+
+
+def _once_or_in_each(
+    once: Plan, shared: Layout, repeated: Plan, alone: Layout, mesh: Mesh, options: Options, hardware: Hardware
+) -> str:
+    """Whether it pays to orthogonalize each matrix once over all replicas: less Newton-Schulz for longer exchanges.
+
+    Bytes count that leave their node, or, if there is a single node, their rank.
+    """
+    assert once.time and repeated.time
+    is_one_node = mesh.num_ranks <= hardware.node_size
+    node_size, link = (1, hardware.nvlink) if is_one_node else (hardware.node_size, hardware.network)
+    more = between_nodes(shared, options, node_size) - between_nodes(alone, options, node_size)
+    saved_ms = 1e3 * (repeated.time.newton_schulz_s - once.time.newton_schulz_s)
+    spent_ms = 1e3 * more / (hardware.link_share * link)
+    verdict = "pays" if saved_ms > spent_ms else "does not pay"
+    where = "inside the node" if is_one_node else "between nodes"
+    return (
+        f"{verdict}: {saved_ms:.2f} ms less Newton-Schulz on the slowest rank than in each of {mesh.replicas} "
+        f"replicas, {abs(spent_ms):.2f} ms {'more' if more > 0 else 'less'} for exchanges {where} "
+        f"({abs(more) / 1e6:.0f} MB)"
+    )
 
 
 def _plan_layout(
-    way: str, layout: Layout, options: Options, ns_steps: int, hardware: Hardware | None, exchange_group: bool = False
+    way: str,
+    layout: Layout,
+    options: Options,
+    ns_steps: int,
+    hardware: Hardware | None,
+    exchange_group: bool,
+    tp: int,
 ) -> Plan:
     ranks, loads = count(layout, options, ns_steps)
     sizes = [spec.numel for spec in layout.specs]
     total = sum(sizes)
     times: dict[Order, StepTime] = {}
     order: Order = "one_group"
+    has_all_gathers = not layout.given
     if options.sharding.overlap and options.sharding.param_gather == "parameters":
-        if exchange_group:
+        if exchange_group and has_all_gathers:
             order = "exchange_group"
         elif options.sharding.overlap == "forward":
             order = "gathers_last"
-    for candidate in ORDERS if options.sharding.overlap else ORDERS[:1]:
+    for candidate in ORDERS if options.sharding.overlap and has_all_gathers else ORDERS[:1]:
         if hardware is not None:
             times[candidate] = estimate(
                 loads,
@@ -216,13 +324,13 @@ def _plan_layout(
             )
     return Plan(
         way=way,
-        dp_size=layout.dp_size,
+        dp_size=layout.dp_size // tp,
         num_elements=total,
         num_matrices=sum(len(placed.unit.logical_shapes) for placed in layout.matrices),
         num_buckets=len(layout.buckets),
         largest_bucket=max(sum(sizes[p] for p in bucket.params) for bucket in layout.buckets) / total,
-        padding=layout.padding,
-        staged=layout.staged,
+        padding=0.0 if layout.given else layout.padding,
+        staged=0.0 if layout.given else layout.staged,
         straddlers=layout.num_straddlers,
         ranks=ranks,
         time=times.get(order),

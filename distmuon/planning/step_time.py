@@ -179,8 +179,8 @@ class _Rates:
         return [n * bytes_per_element / self.memory for n in elements]
 
     def ring_pass(self, sent: int) -> float:
-        """Seconds for a reduce-scatter or all-gather in which every rank sends `sent` bytes."""
-        return sent / self.ring + self.latency
+        """Seconds for a reduce-scatter or all-gather in which every rank sends `sent` bytes; without bytes none."""
+        return sent / self.ring + self.latency if sent else 0.0
 
     def exchange(self, out: Sequence[int], into: Sequence[int]) -> float:
         """Seconds until the busiest rank has sent and received its elements."""

@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -280,6 +287,19 @@ def test_every_cut_equals_the_oracle(spawn, cut: Callable[..., None], size: int)
     assert sent_at_all > 0
 
 
+def _owners_and_sources(group: dist.ProcessGroup) -> Any:
+    _, optimizer = _make(group, hsdp)
+    return [(placed.workers[0], [source.rank for source in placed.sources]) for placed in optimizer.layout.matrices]
+
+
+def test_pieces_reach_the_owner_inside_its_shard_group(spawn) -> None:
+    """Under HSDP the shard group is a node, and owners are in all of them."""
+    found = spawn(_owners_and_sources, 4)[0]
+    assert {owner // 2 for owner, _ in found} == {0, 1}
+    for owner, sources in found:
+        assert {rank // 2 for rank in sources} == {owner // 2}
+
+
 def _planned(layout: Any, rank: int) -> tuple[int, int]:
     """The bytes that `rank` sends in float32, counted from masks of whole parameters, not from segments."""
     there = back = 0
@@ -425,7 +445,9 @@ def _full_run(group: dist.ProcessGroup, cut: Callable[..., None]) -> Any:
     for step in range(STEPS):
         _give(model, _gradients(step))
         optimizer.step()
-    whole = _by_name(optimizer.full_state_dict())
+    full = optimizer.full_state_dict()
+    whole = _by_name(full)
+    assert {float(entry["step"]) for entry in full["state"].values() if "step" in entry} == {float(STEPS)}
     again_model, again = _make(group, cut)
     with torch.no_grad():
         for new, old in zip(again_model.parameters(), model.parameters()):
@@ -452,6 +474,32 @@ def test_state_by_state_dict(spawn, cut: Callable[..., None], size: int) -> None
             for key, value in oracle.state[name].items():
                 if isinstance(value, Tensor) and value.ndim:
                     torch.testing.assert_close(whole[f"{name}.{key}"], value, rtol=1e-5, atol=1e-6)
+
+
+def _dcp_run(group: dist.ProcessGroup, cut: Callable[..., None], path: str) -> bool:
+    """torch's own checkpoint and state helpers, as with torch.optim.AdamW; then the next step of both."""
+    model, optimizer = _make(group, cut)
+    for step in range(STEPS):
+        _give(model, _gradients(step))
+        optimizer.step()
+    optimizer.zero_grad()
+    states = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(states, checkpoint_id=path)
+    again_model, again = _make(group, cut)
+    states = {"model": get_model_state_dict(again_model), "optim": get_optimizer_state_dict(again_model, again)}
+    dcp.load(states, checkpoint_id=path)
+    set_model_state_dict(again_model, states["model"])
+    set_optimizer_state_dict(again_model, again, states["optim"])
+    for one, other in ((model, optimizer), (again_model, again)):
+        _give(one, _gradients(STEPS))
+        other.step()
+    pairs = zip(_locals(model, optimizer).values(), _locals(again_model, again).values(), strict=True)
+    return all(torch.equal(one, other) for (_, one), (_, other) in pairs)
+
+
+@pytest.mark.parametrize("cut", [*ON_FOUR, row_parallel])
+def test_torchs_checkpoints_need_no_adapter(spawn, tmp_path: Path, cut: Callable[..., None]) -> None:
+    assert all(spawn(_dcp_run, 4, cut=cut, path=str(tmp_path)))
 
 
 def _saved(group: dist.ProcessGroup, cut: Callable[..., None] | None, path: str, start: str = "") -> Any:

@@ -57,6 +57,7 @@ def test_the_table_has_the_right_numbers(folders: list[Path]) -> None:
     assert rows["final training loss"] == ["4.6050", "4.6050"]  # steps 39 and 40
     assert rows["final validation loss"] == ["2.0000", "2.5000"]
     assert rows["steps to validation loss 2.5000"] == ["30 (0.75x)", "40"]  # half way from 3.0 at 20 to 2.0 at 40
+    assert rows["seconds of steps to that"] == ["0.4 (0.90x)", "0.4"]  # 30 steps of 12 ms, 40 of 10 ms
     assert rows["median step, ms"] == ["12.0", "10.0"]
     assert rows["state, bytes a rank"] == ["5,120", "5,120"]
     assert rows["all_gather, bytes a rank and step"] == ["2,048", "2,048"]
@@ -74,6 +75,18 @@ def test_the_command_writes_a_picture_and_the_table(
         assert len(image.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 10  # lines, not a blank page
     table = (tmp_path / "out" / "summary.md").read_text()
     assert capsys.readouterr().out == table
+
+
+def test_the_baseline_is_the_best_adamw_and_files_are_passed_by(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was the first one, however badly tuned; and `runs/sweep/*` ended at sweep.md."""
+    better = write_run(tmp_path / "tuned", optimizer="adamw", lr=4e-3, val={0: 5.5, 40: 2.25}, step_ms=[10.0] * 40)
+    (tmp_path / "sweep.md").write_text("a table")
+    compare.main([str(folders[1]), str(tmp_path / "sweep.md"), str(better), "--out", str(tmp_path / "out")])
+    assert "| steps to validation loss 2.2500 | not reached | 40 |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="runs: found 1 files and no folder"):
+        compare.main([str(tmp_path / "sweep.md"), "--out", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,17 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         (["--optimizer.name", "adam"], "optimizer.name"),
         (["--train.steps", "many"], "train.steps"),
         (["--train.steps", "0"], "train.steps: found 0"),
-        (["--train.steps", "20", "--train.warmup_steps", "20"], "found 20 with 20 steps of warmup"),
+        (
+            [
+                "--train.schedule=three_stage",
+                "--train.steps=120",
+                "--train.warmup_steps=19",
+                "--train.cooldown_steps=101",
+            ],
+            "found 120 with 19 steps of warmup and 101 of cooldown",
+        ),
+        (["--train.max_skipped", "-1"], "train.max_skipped: found -1; a count from 0 on is needed; 0 switches it off"),
+        (["--train.step", "5"], "unrecognized arguments: --train.step 5; did you mean train.steps?"),
         (["--train.schedule", "three_stage"], "train.cooldown_steps: found 0 with a rise of 100"),
         (["--data.source", "bin", "--data.train", "x"], "data.val: found nothing"),
         (
@@ -118,7 +128,9 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
 def test_misspelt_model_keys_and_small_vocabularies_are_refused() -> None:
     from launch.config import ModelConfig
 
-    with pytest.raises(ValueError, match="found unknown keys hiden_size for arch llama"):
+    with pytest.raises(
+        ValueError, match=r"model\.config: found hiden_size \(did you mean hidden_size\?\) for arch llama"
+    ):
         build_model(ModelConfig(config={"hiden_size": 64}))
     with pytest.raises(ValueError, match="vocab_size: found 100 for data with 256 tokens"):
         build_model(ModelConfig(config={"vocab_size": 100, "bos_token_id": 0, "eos_token_id": 0}), 256)

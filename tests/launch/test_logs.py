@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from launch.config import LogConfig
-from launch.logs import METRICS_FILE, StepMeter, open_log, read_records
+from launch.logs import METRICS_FILE, StepMeter, duration, open_log, read_records
+
+STEP = {"lr": {"muon": 1e-3, "adamw": 1e-3}, "tokens_per_s": 12345.6, "grad_norm": 0.125, "skipped_steps": 0}
 
 
 def test_an_interval_gives_one_record_a_step() -> None:
@@ -29,14 +32,9 @@ def test_an_interval_gives_one_record_a_step() -> None:
     assert meter.flush() == []
 
 
-def test_without_clipping_the_norm_is_null() -> None:
-    meter = StepMeter(tokens_per_step=1, average=lambda losses: losses)
-    meter.add(1, loss=torch.tensor(1.0), lr={"adamw": 1.0}, grad_norm=None)
-    assert meter.flush()[0]["grad_norm"] is None
-
-
 def test_jsonl_holds_what_was_written_and_null_for_what_json_cannot_say(tmp_path: Path) -> None:
     with open_log(LogConfig(dir=str(tmp_path / "run"), progress=False), rank=0, steps=2) as log:
+        log.begin(0)
         log.write("train", step=1, loss=float("nan"), lr={"muon": 0.5, "adamw": float("inf")})
         log.write("summary", steps=1)
     path = tmp_path / "run" / METRICS_FILE
@@ -54,18 +52,20 @@ def test_jsonl_holds_what_was_written_and_null_for_what_json_cannot_say(tmp_path
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with open_log(LogConfig(dir=str(tmp_path / "run"), tensorboard=True), rank=1, steps=2) as log:
+        log.begin(0)
         log.write("train", step=1)
     assert not (tmp_path / "run").exists()
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_log(LogConfig(dir=str(tmp_path), jsonl=False), rank=0, steps=100) as log:
+        log.begin(0)
         for step in range(1, 101):
-            log.write("train", step=step, loss=2.5, lr={"muon": 1e-3}, tokens_per_s=12345.6)
+            log.write("train", step=step, loss=2.5, **STEP)
         log.write("val", step=100, loss=2.25)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 21
-    assert lines[0].startswith("step     5/100  loss 2.5000  lr 1.00e-03  12,346 tok/s")
+    assert lines[0].startswith("step     5/100  loss 2.5000  grad 0.125  lr 1.00e-03  12,346 tok/s  ")
     assert lines[-1] == "validation loss 2.2500 at step 100"
 
 
@@ -74,9 +74,10 @@ def test_a_bar_on_a_terminal(
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     with open_log(LogConfig(dir=str(tmp_path), jsonl=False), rank=0, steps=2) as log:
+        log.begin(0)
         log.write("val", step=0, loss=3.5)
         for step in (1, 2):
-            log.write("train", step=step, loss=2.5, lr={"muon": 1e-3}, tokens_per_s=12345.6)
+            log.write("train", step=step, loss=2.5, **STEP)
     output = capsys.readouterr()
     assert "validation loss 3.5000 at step 0" in output.out
     assert "2/2" in output.err
@@ -88,8 +89,10 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with open_log(LogConfig(dir=str(tmp_path), jsonl=False, tensorboard=True, progress=False), rank=0, steps=2) as log:
+        log.begin(0)
         log.write("run", config={"a": 1})
-        log.write("train", step=1, loss=2.5, lr={"muon": 0.5, "adamw": 0.25}, grad_norm=None, bytes={"scatter": 8})
+        lr = {"muon": 0.5, "adamw": 0.25}
+        log.write("train", step=1, loss=2.5, lr=lr, grad_norm=None, skipped_steps=2, bytes={"scatter": 8})
         log.write("val", step=1, loss=2.25)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -98,6 +101,7 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
         "train/loss": 2.5,
         "train/lr/muon": 0.5,
         "train/lr/adamw": 0.25,
+        "train/skipped_steps": 2,
         "train/bytes/scatter": 8,
         "val/loss": 2.25,
     }
@@ -111,6 +115,97 @@ def test_a_missing_tensorboard_names_the_cure(tmp_path: Path, monkeypatch: pytes
 
 def test_json_lines_are_json(tmp_path: Path) -> None:
     with open_log(LogConfig(dir=str(tmp_path), progress=False), rank=0, steps=1) as log:
+        log.begin(0)
         log.write("run", report="two\nlines", shape=(1, 2))
     (line,) = (tmp_path / METRICS_FILE).read_text().splitlines()
     assert json.loads(line) == {"kind": "run", "report": "two\nlines", "shape": [1, 2]}
+
+
+def test_a_run_that_begins_among_the_records_of_another_moves_them_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were erased, and TensorBoard showed both as one. A start that took no step leaves nothing to keep."""
+    config = LogConfig(dir=str(tmp_path), tensorboard=True, progress=False)
+    for number in range(3):
+        for begun in (False, True):
+            with open_log(config, rank=0, steps=1) as log:
+                log.begin(0)
+                log.write("run", number=number)
+                if begun:
+                    log.write("train", step=1, loss=1.0, lr={}, bytes={})
+    found = {path.name: read_records(path)[0]["number"] for path in tmp_path.glob("*.jsonl")}
+    assert found == {"metrics.1.jsonl": 0, "metrics.2.jsonl": 1, METRICS_FILE: 2}
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        "tensorboard",
+        "tensorboard.1",
+        "tensorboard.2",
+    }
+    assert "are now in metrics.2.jsonl" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_drops_the_steps_that_it_repeats(tmp_path: Path) -> None:
+    config = LogConfig(dir=str(tmp_path), progress=False)
+    for step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        with open_log(config, rank=0, steps=4) as log:
+            log.begin(step)
+            log.write("run", begin=step)
+            for number in steps:
+                log.write("train", step=number)
+            log.write("summary")
+    kinds = [
+        (record["kind"], record.get("step", record.get("begin"))) for record in read_records(tmp_path / METRICS_FILE)
+    ]
+    assert kinds == [("run", 0), ("train", 1), ("train", 2), ("run", 2), ("train", 3), ("train", 4), ("summary", None)]
+
+
+def test_the_time_left_is_that_of_this_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At step 24 of 60 of a resumed run it said 1 s with 36 steps to go, and the first steps' set-up counted."""
+    now = [0.0]
+    monkeypatch.setattr("launch.logs.time.perf_counter", lambda: now[0])
+    with open_log(LogConfig(dir=str(tmp_path), jsonl=False), rank=0, steps=60) as log:
+        log.begin(20)
+        for step, seconds in ((21, 1000.0), (22, 10.0), (23, 10.0), (24, 10.0)):
+            now[0] += seconds
+            log.write("train", step=step, loss=2.5, **STEP)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("  ")[2] for line in lines] == ["6 min left", "6 min left"]  # steps 22 and 24
+    assert [duration(seconds) for seconds in (0.4, 89, 100, 7000, 90_000)] == [
+        "0 s",
+        "89 s",
+        "2 min",
+        "1 h 57 min",
+        "1 d 1 h",
+    ]
+
+
+def test_the_line_has_both_rates_where_they_differ_and_the_skips(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = {**STEP, "lr": {"muon": 2e-2, "adamw": 1e-3}, "grad_norm": float("nan"), "skipped_steps": 3}
+    with open_log(LogConfig(dir=str(tmp_path), jsonl=False), rank=0, steps=1) as log:
+        log.begin(0)
+        log.write("train", step=1, loss=2.5, **step)
+        log.write("warning", step=1, text="look")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step     1/1  loss 2.5000  grad nan  lr 2.00e-02 1.00e-03  12,346 tok/s  skipped 3"
+    assert second == "warning: look"
+
+
+def test_tensorboard_goes_on_where_the_run_does(tmp_path: Path) -> None:
+    """The steps that a resumed run repeats replace those of the start before it."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = LogConfig(dir=str(tmp_path), jsonl=False, tensorboard=True, progress=False)
+    for begin, losses in ((0, {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}), (2, {3: 3.5})):
+        with open_log(config, rank=0, steps=4) as log:
+            log.begin(begin)
+            for step, loss in losses.items():
+                log.write("train", step=step, loss=loss)
+        time.sleep(1.1)  # event files are ordered by the second of their names
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(1, 5.0), (2, 4.0), (3, 3.5)]

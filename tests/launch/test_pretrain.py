@@ -180,4 +180,4 @@ def test_bfloat16_checkpointing_and_routes(tmp_path: Path) -> None:
     train = [record for record in records(tmp_path) if record["kind"] == "train"]
     assert [record["step"] for record in train] == [1, 2, 3]
     assert train[-1]["loss"] < train[0]["loss"]
-    assert train[0]["grad_norm"] is None
+    assert train[0]["grad_norm"] > 0, "also where it is not clipped"

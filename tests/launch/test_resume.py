@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import distmuon
 from distmuon import Sharding
 from launch import pretrain
 from launch.config import Config, as_dict
+from launch.logs import read_records
 from launch.resume import StopRequest, check_same_run
 from tests.launch.test_pretrain import ROOT, SHORT, TINY, numbers, records
 
@@ -29,6 +31,7 @@ def start(
     nproc: int = 2,
     launcher: tuple[str, ...] = ("--standalone",),
     program: tuple[str, ...] = ("-m", "launch.pretrain"),
+    session: bool = False,
 ) -> subprocess.Popen[str]:
     """torchrun with the tiny run, in the background."""
     command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", *launcher]
@@ -42,6 +45,7 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=session,
     )
 
 
@@ -194,11 +198,96 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert kept == ["step-00000002", "step-00000004"]
 
 
-def test_without_checkpoints_a_run_starts_afresh_and_saves_nothing(tmp_path: Path) -> None:
+def test_without_checkpoints_a_run_starts_afresh_and_erases_nothing(tmp_path: Path) -> None:
     first = alone(tmp_path, "--train.steps=2", "--checkpoint.every=0")
     again = alone(tmp_path, "--train.steps=2", "--checkpoint.every=0")
     assert numbers(again) == numbers(first) and len(again) == len(first)
+    assert read_records(tmp_path / "metrics.1.jsonl") == first
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_without_checkpoints_is_refused_among_those_of_another(tmp_path: Path) -> None:
+    """It erased the records of the run that the checkpoints belong to, which then went on with a history of a few
+    steps."""
+    first = alone(tmp_path, "--train.steps=2")
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.every: found 0, and .*step-00000002 is of a run in this log\.dir"
+    ):
+        alone(tmp_path, "--train.steps=2", "--checkpoint.every=0")
+    assert records(tmp_path) == first
+
+
+def test_a_longer_run_takes_its_own_rate_at_once_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first step after a resume had the old schedule's rate, the second jumped, and nothing was printed."""
+    cosine = ["--train.schedule=cosine", "--optimizer.lr=1e-2"]
+    alone(tmp_path, *cosine, "--train.steps=4")
+    again = alone(tmp_path, *cosine, "--train.steps=4")
+    assert "already at step 4 of 4; raise train.steps to go on" in capsys.readouterr().out
+    assert not any(record["kind"] == "warning" for record in again)
+    run = alone(tmp_path, *cosine, "--train.steps=8")
+    (text,) = (record["text"] for record in run if record["kind"] == "warning")
+    assert "the learning rate of step 5 is 3.78e-03; it was to be 1.00e-03 when the checkpoint was saved" in text
+    rates = [record["lr"]["muon"] for record in run if record["kind"] == "train"][4:]
+    assert rates == pytest.approx([1e-2 * (0.1 + 0.45 * (1 + math.cos(math.pi * s / 8))) for s in (5, 6, 7, 8)])
+
+
+def test_the_rate_of_the_first_step_after_a_resume_is_the_recorded_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    take = pretrain.train_step
+
+    def watched(model: Any, optimizer: Any, *rest: Any) -> Any:
+        seen.append(optimizer.param_groups[0]["lr"])
+        return take(model, optimizer, *rest)
+
+    monkeypatch.setattr(pretrain, "train_step", watched)
+    alone(tmp_path, "--train.schedule=cosine", "--train.steps=4")
+    run = alone(tmp_path, "--train.schedule=cosine", "--train.steps=8")
+    assert seen == [record["lr"]["muon"] for record in run if record["kind"] == "train"]
+
+
+def test_a_validation_that_fails_does_so_at_the_start_of_a_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone(tmp_path, "--train.steps=2")
+
+    def broken(*_: object) -> float:
+        raise ValueError("validation: broken")
+
+    monkeypatch.setattr("launch.run.validate", broken)
+    with pytest.raises(ValueError, match="validation: broken"):
+        alone(tmp_path, "--train.steps=4", "--train.eval_every=1000")
+    assert max(record.get("step", 0) for record in records(tmp_path)) == 2
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """To the whole group of processes, as a terminal does; torchrun passes it on, too. Its own status is then 1."""
+    process = start(tmp_path, "--train.steps=10000", "--checkpoint.every=100000", session=True)
+    wait_for_step(tmp_path, 3, process)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert "as SIGINT asked; the same command goes on from there" in output, output
+    saved = distmuon.latest_checkpoint(tmp_path / "checkpoints")
+    assert saved is not None and "KeyboardInterrupt" not in output
+    assert f"stopped after step {int(saved.name.removeprefix('step-'))}," in output
+
+
+def test_a_second_ctrl_c_interrupts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("launch.resume.time.monotonic", lambda: now[0])
+    stop = StopRequest()
+    with stop.listening(active=True):
+        for seconds in (0.0, 1.0):
+            now[0] = seconds
+            os.kill(os.getpid(), signal.SIGINT)  # torchrun passes the first one on
+        assert stop.signal == "SIGINT"
+        now[0] = 60.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
 
 
 @pytest.mark.promise(
@@ -261,5 +350,5 @@ def test_sigterm_is_noted_only_while_listening() -> None:
         assert signal.getsignal(signal.SIGTERM) is before
     with StopRequest().listening(active=True) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop._received
+        assert stop.signal == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) is before

@@ -69,5 +69,29 @@ def test_a_second_sweep_runs_only_what_is_missing(
     sweep.main(arguments)
     assert ran[4:] == [("adamw", 1e-3)]
     table = (tmp_path / "sweep" / "sweep.md").read_text()
+    assert "The best of distmuon, 0.002, lies on the edge of the grid: widen it with --lrs." in table
+    assert "The best of adamw, 0.001, lies on the edge" in table
     assert "| 0.001 | 2.5000 | **2.7500** |\n| 0.002 | **2.2500** | diverged |\n" in table
     assert table in capsys.readouterr().out
+
+
+def test_the_best_inside_the_grid_is_not_on_its_edge() -> None:
+    losses = {("distmuon", lr): loss for lr, loss in ((1e-3, 3.0), (2e-3, 2.0), (4e-3, 2.5))}
+    assert "edge" not in sweep.table({**losses, ("adamw", 1e-3): 2.0})  # AdamW's grid is not finished
+    assert "edge" in sweep.table({**losses, ("distmuon", 4e-3): 1.0})
+
+
+def test_a_wrong_override_is_told_before_the_first_run(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was a CalledProcessError with the whole command, after the first run had been started."""
+    monkeypatch.setattr(sweep.Trial, "run", lambda *_: pytest.fail("a run was started"))
+    with pytest.raises(SystemExit):
+        sweep.main(["--config", str(config), "--out", str(tmp_path / "sweep"), "--set", "train.stps=20"])
+    assert "unrecognized arguments: --train.stps=20; did you mean train.steps?" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_named_with_its_reason(config: Path, tmp_path: Path) -> None:
+    (trial, *_) = sweep.trials(config, [1e-3], ["data.source=bin", "data.train=none", "data.val=none"], tmp_path)
+    with pytest.raises(ValueError, match=r"distmuon-lr0\.001: found exit status 1: error: data\.train: found no file"):
+        trial.run(1)

@@ -287,6 +287,12 @@ def test_the_step_time_by_hand() -> None:
     assert halved.newton_schulz_s == pytest.approx(8)
 
 
+def test_what_gathers_nothing_waits_for_nothing() -> None:
+    """Where FSDP2 gathers the parameters there is the guard, two latencies, and no all-gather that costs another."""
+    found = _estimate([_load(ns_flops=[4 * 10**12] * 2)] * 3, replace(FLAT, latency_s=1.0), gathers_in_forward=False)
+    assert (found.step_s, found.communication_s, found.left_s) == pytest.approx((2 + 3 * 4, 2, 0))
+
+
 def test_a_wider_wire_takes_longer_and_newton_schulz_does_not() -> None:
     """1 s of exchange at 2 bytes an element; the dtype of Newton-Schulz was taken for that of the wire."""
     load = _load(ns_flops=[10**12] * 2, gathers=True, gather_out=[10**9 // 2, 0], gather_in=[0, 10**9 // 2])

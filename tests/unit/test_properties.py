@@ -27,11 +27,12 @@ from torch import Tensor, nn
 import distmuon
 from distmuon.checkpoint.manifest import FileSum, Manifest, table_file
 from distmuon.checkpoint.tensors import Part, Reader, write_parts
-from distmuon.layout.boxes import boxes, tiles_exactly
-from distmuon.layout.layout import Layout, make_layout, ns_cost
+from distmuon.layout.boxes import Box, boxes, boxes_of_runs, runs_of, tiles_exactly
+from distmuon.layout.layout import Layout, Segment, make_layout, ns_cost
 from distmuon.layout.packing import _fill_level
 from distmuon.layout.routing import Route, route
 from distmuon.options import Options
+from distmuon.step.storage import elements_of
 from tests.standing import Standing, routes
 from tests.unit import test_layout as small
 
@@ -238,9 +239,66 @@ def test_boxes_of_a_cut_make_up_the_tensor_and_no_others_do(shape: tuple[int, ..
             assert not tiles_exactly(shape, [*found[:number], (offsets, resized), *found[number + 1 :]]), "resized"
 
 
+def _grid(data: st.DataObject, shape: tuple[int, ...]) -> list[Box]:
+    """Boxes that tile a tensor, cut along any dimensions."""
+    found: list[Box] = [((0,) * len(shape), shape)]
+    for _ in range(data.draw(st.integers(0, 4)) if shape else 0):
+        number, dim = data.draw(st.integers(0, len(found) - 1)), data.draw(st.integers(0, len(shape) - 1))
+        offsets, sizes = found.pop(number)
+        at = data.draw(st.integers(0, sizes[dim]))
+        halves = ((offsets[dim], at), (offsets[dim] + at, sizes[dim] - at))
+        for offset, size in halves:
+            if size:
+                box = (*offsets[:dim], offset, *offsets[dim + 1 :]), (*sizes[:dim], size, *sizes[dim + 1 :])
+                found.append(box)
+    return found
+
+
+def _inside(whole: Tensor, box: Box) -> Tensor:
+    return whole[tuple(slice(offset, offset + size) for offset, size in zip(*box))].reshape(-1)
+
+
+@settings(FIXED, max_examples=300)
+@given(SHAPES, st.data())
+def test_runs_of_a_box_are_its_elements_in_order(shape: tuple[int, ...], data: st.DataObject) -> None:
+    """And boxes cut along any dimensions tile a tensor only if none is missing or there twice."""
+    whole, grid = torch.arange(prod(shape)).view(shape), _grid(data, shape)
+    assert tiles_exactly(shape, data.draw(st.permutations(grid)))
+    assert not tiles_exactly(shape, grid[1:]) and not tiles_exactly(shape, [*grid, grid[0]])
+    for box in grid:
+        runs = runs_of(shape, box)
+        taken = [elements_of(whole.view(-1), Segment(0, start, n, 0, 0, *how)).reshape(-1) for start, n, *how in runs]
+        assert torch.equal(torch.cat(taken), _inside(whole, box))
+        for (start, length, run, stride), elements in zip(runs, taken):
+            again = [_inside(whole, part) for part in boxes_of_runs(shape, start, length, run, stride)]
+            assert torch.equal(torch.cat(again), elements)
+
+
+@settings(FIXED, max_examples=60)
+@given(SHAPES, st.data())
+def test_what_was_saved_as_one_grid_is_read_as_another(
+    tmp_path_factory: Any, shape: tuple[int, ...], data: st.DataObject
+) -> None:
+    """Columns, as tensor parallelism cuts them, are boxes in the file and are read by rows, columns or elements."""
+    whole = torch.arange(prod(shape), dtype=torch.float32).view(shape)
+    folder = tmp_path_factory.mktemp("grid")
+    parts = []
+    for box in _grid(data, shape):
+        for start, length, run, stride in runs_of(shape, box):
+            held = elements_of(whole.view(-1), Segment(0, start, length, 0, 0, run, stride)).reshape(-1)
+            parts.append(Part(("model", "a"), shape, start, held.clone, (run, stride)))
+    reader = _read_back(folder, [parts])
+    for box in _grid(data, shape):
+        for start, length, run, stride in runs_of(shape, box):
+            wanted = elements_of(whole.view(-1), Segment(0, start, length, 0, 0, run, stride)).reshape(-1)
+            assert torch.equal(reader.read("model.a", start, length, (run, stride)), wanted)
+    for start, length in _cut(data, prod(shape)):
+        assert torch.equal(reader.read("model.a", start, length), whole.view(-1)[start : start + length])
+
+
 def _written(folder: Path, tensors: dict[str, tuple[Tensor, list[tuple[int, int]]]], dp_size: int) -> Reader:
     """As `dp_size` ranks would: piece after piece goes to the next rank."""
-    files = {}
+    by_rank = []
     for rank in range(dp_size):
         parts = [
             Part(
@@ -250,12 +308,20 @@ def _written(folder: Path, tensors: dict[str, tuple[Tensor, list[tuple[int, int]
             for number, (start, length) in enumerate(pieces)
             if number % dp_size == rank
         ]
+        by_rank.append(parts)
+    return _read_back(folder, by_rank)
+
+
+def _read_back(folder: Path, by_rank: list[list[Part]]) -> Reader:
+    """Write the parts of each rank, and open what was written."""
+    files = {}
+    for rank, parts in enumerate(by_rank):
         path = folder / f"__{rank}_0.distcp"
         files[path.name], table = write_parts(path, parts)
         text = json.dumps(table).encode()
         (folder / table_file(rank)).write_bytes(text)
         files[table_file(rank)] = FileSum(len(text), hashlib.sha256(text).hexdigest())
-    return Reader(folder, Manifest(1, dp_size, {}, "", {}, files))
+    return Reader(folder, Manifest(1, len(by_rank), {}, "", {}, files))
 
 
 @pytest.mark.promise("Untrusted checkpoints and bad input", "Any cut of a tensor is read back in any other")
