@@ -157,6 +157,18 @@ def check_copies(specs: Sequence[ParamSpec], num_ranks: int) -> None:
             )
 
 
+def check_one_group(specs: Sequence[ParamSpec], what: str, cure: str) -> None:
+    """Raise for a parameter whose route has a process group, if `what` needs the same parameters on all ranks."""
+    for spec in specs:
+        if spec.group:
+            raise problem(
+                what,
+                found=f"{spec.fqn} has a route with a process_group: other ranks hold other parameters in its place",
+                needed="all ranks must hold the same parameters",
+                cure=cure,
+            )
+
+
 def check_memory(named: Sequence[tuple[str, nn.Parameter]]) -> None:
     """Raise unless each element of a parameter has its own place in memory that kernels may write.
 
@@ -247,8 +259,9 @@ def not_a_cut(param: Any) -> str:
     return ""
 
 
-def check_options_when_cut(options: Options) -> None:
+def check_options_when_cut(options: Options, specs: Sequence[ParamSpec] = ()) -> None:
     """Raise for options that FSDP2 decides, or that mean nothing there, unless they are at their default."""
+    check_one_group(specs, "DTensors", "give experts a mesh of their own, and leave process_group out of the routes")
     sharding, precision = options.sharding, options.precision
     for name, value, default, why in (
         ("sharding.packing", sharding.packing, "balanced", "others have cut the parameters"),

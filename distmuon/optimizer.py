@@ -20,6 +20,13 @@ DistMuon registers none. Gradients arrive averaged in `param.grad`, as shards. A
 their boxes when the optimizer is made. State is made at the first step, or on this rank alone when state is loaded; all
 ranks compare their plans, and replicas their values, before the first step. No values are sent.
 
+[Note: parameters that some ranks hold] With experts in plain tensors, some ranks of the data-parallel group hold other
+parameters than the rest. `Route(process_group=)` names the ranks that hold the same ones, and these groups tile the
+optimizer's group. Each bucket belongs to a group: its reduce-scatter, exchange and all-gather run there, and its
+averaged gradient is the mean over the ranks of that group. Every rank must hold equally many such parameters, of the
+same shapes in the same order: then all ranks have the same layout except for names, and start all collectives in the
+same order. Hyperparameters and the verdict, with norm, clip and skip, are those of the optimizer's group.
+
 [Note: wrappers that subclass] Fabric and Lightning make their wrappers as subclasses of the wrapped optimizer's class,
 without its `__init__`; they forward only attributes that they do not find. DistMuon's methods would run on the wrapper
 and write into it. So in a class with bases other than optimizers, every public method of DistMuon is delegated to the
@@ -34,7 +41,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from types import FunctionType
 from typing import Any
 
@@ -45,12 +52,12 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from distmuon import checks
 from distmuon import state_dict as full_state
-from distmuon.comm.agreement import agree_on_bits, agree_on_plan, raise_together
+from distmuon.comm.agreement import agree_on_bits, agree_on_plan, in_each_group, raise_together
 from distmuon.comm.group import MEETING_S, DataParallelGroup
 from distmuon.errors import problem
 from distmuon.layout import memory, report
-from distmuon.layout.layout import Layout, make_layout
-from distmuon.layout.routing import Route, make_groups, route_params
+from distmuon.layout.layout import Layout, join, make_layout
+from distmuon.layout.routing import Route, group_number, make_groups, process_groups, route_params
 from distmuon.math import rules
 from distmuon.options import (
     AdjustLrFn,
@@ -183,9 +190,10 @@ class DistMuon(torch.optim.Optimizer):
         self._frozen = checks.frozen(params)
         self._specs = tuple(spec for spec, _ in routed)
         self._params = [param for _, param in routed]
+        self._routes = routes
         self._is_cut = checks.is_cut(params, self._named())
         if self._is_cut:  # see [Note: given shards]
-            checks.check_options_when_cut(self.options)
+            checks.check_options_when_cut(self.options, self._specs)
             process_group = cut.group_of_meshes(self._params, process_group)
             self.options = replace(self.options, grad_reduction="external")
         groups, self._group_by_param = make_groups(routed, start)
@@ -206,6 +214,7 @@ class DistMuon(torch.optim.Optimizer):
             self._exchange_group.check_same_ranks(self.group)
             self._exchange_group.roll = self.group.roll
             self._exchange_group.tells_place = False  # it counts its collectives separately
+        self._groups = [self.group, *_groups_inside(self.group, routes)]  # by `ParamSpec.group`
         self.model_parallel_group = model_parallel_group
         self._model_group: DataParallelGroup | None = None
         if model_parallel_group is not None:
@@ -253,14 +262,18 @@ class DistMuon(torch.optim.Optimizer):
         self._specs = tuple(replace(spec, dtype=param.dtype, stays=kept) for spec, param, kept in current)
         self.options.check_dtypes([(spec.fqn, spec.dtype) for spec in self._specs])
         sharding = self.options.sharding
-        return make_layout(
-            self._specs,
-            self.group.dp_size,
-            packing=sharding.packing,
-            placement=sharding.placement,
-            bucket_mb=sharding.bucket_mb,
-            given=self._boxes,
-        )
+        self._layouts = [
+            make_layout(
+                [spec for spec in self._specs if spec.group == number],
+                group.dp_size,
+                packing=sharding.packing,
+                placement=sharding.placement,
+                bucket_mb=sharding.bucket_mb,
+                given=self._boxes,
+            )
+            for number, group in enumerate(self._groups)
+        ]
+        return join(self._specs, self._layouts)
 
     def _build(self, *, values_used: bool, to_train: bool) -> None:
         """Check that the ranks agree, send rank 0's values, make the buffers. Collective; called once.
@@ -269,31 +282,42 @@ class DistMuon(torch.optim.Optimizer):
         training starts with these values, not with those of a checkpoint.
         """
         self._agree()
-        fqns = [spec.fqn for spec in self._specs]
         held = initial_values.held(self._named(), self._model, buffers=self.options.broadcast_buffers)
-        initial_values.agree_on(held, self.group)
-        if any(self.group.gather_objects(values_used, stage="comparison of the plans")):
-            initial_values.agree_on_values(fqns, self._params, self.group)
-        initial_values.send(held, self.group, self._params[0].device)
-        if to_train:
-            initial_values.check_finite(initial_values.not_finite(fqns, self._params))
+        used = any(self.group.gather_objects(values_used, stage="comparison of the plans"))
+
+        def send(number: int, group: DataParallelGroup) -> None:
+            sent = [holding for holding in held if group_number(holding.name, self._routes) == number]
+            initial_values.agree_on(sent, group)
+            fqns = [self._specs[index].fqn for index in self.layout.members(number)]
+            params = [self._params[index] for index in self.layout.members(number)]
+            if used:
+                initial_values.agree_on_values(fqns, params, group)
+            initial_values.send(sent, group, self._params[0].device)
+            if to_train:
+                initial_values.check_finite(initial_values.not_finite(fqns, params))
+
+        in_each_group(self._groups, send, stage="comparison of the first values")
         self._make_engine()
 
     def _agree(self) -> None:
         """Raise on all ranks unless all made the same layout with the same options. Collective, once."""
         self.group.take_number()
         self.layout = raise_together(self.group, self._make_layout, stage="comparison of the plans")
-        lines = [f"{s.fqn} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
+        lines = [f"{s.common_name} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
         agree_on_plan(repr(lines), lines, self.group)
         self.verify_options(also=self.layout.fingerprint())
+        for number, group in enumerate(self._groups[1:], 1):
+            group.check_partition(self.group)
+            fqns = [self._specs[index].fqn for index in self.layout.members(number)]
+            raise_together(self.group, partial(agree_on_plan, repr(fqns), fqns, group), stage="comparison of the plans")
         self._agreed = True
 
     def _make_engine(self) -> None:
         self._engine = Engine(
             self.layout,
             self._params,
-            self.group,
-            self._exchange_group,
+            self._groups,
+            [self._exchange_group, *self._groups[1:]],
             self.options,
             self._group_by_param,
             self._metrics,
@@ -478,7 +502,8 @@ class DistMuon(torch.optim.Optimizer):
         if not self._gathers_in_forward or self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
             self.synchronize()
         self._metrics.close_step()
-        self.group.step = self._exchange_group.step = self._metrics.steps + 1
+        for group in (*self._groups, self._exchange_group):
+            group.step = self._metrics.steps + 1
         return loss
 
     def _check_step(self) -> list[dict[str, Any]]:
@@ -495,9 +520,14 @@ class DistMuon(torch.optim.Optimizer):
 
     def verify_bits(self) -> None:
         """Compare the bits of parameters before the update, which would repair or spread a flipped bit. Collective."""
-        named, _ = initial_values.plain([*self._named(), *self._frozen])
         self._built().finish_reductions()  # on all ranks, even without a backward
-        agree_on_bits(list(named), list(named.values()), self.group, stage="verify")
+
+        def compare(number: int, group: DataParallelGroup) -> None:
+            held = [pair for pair in (*self._named(), *self._frozen) if group_number(pair[0], self._routes) == number]
+            named, _ = initial_values.plain(held)
+            agree_on_bits(list(named), list(named.values()), group, stage="verify")
+
+        in_each_group(self._groups, compare, stage="verify")
 
     def synchronize(self) -> None:
         """Wait for the all-gathers of parameters that `step` left in flight. Forwards do so themselves."""
@@ -544,7 +574,7 @@ class DistMuon(torch.optim.Optimizer):
 
     def report(self, *, full: bool = False) -> str:
         """Summary of routing and layout in a few lines; `full` adds a line for each parameter, with the reason."""
-        text = report.describe(self.layout, len(self._frozen))
+        text = report.describe(self.layout, len(self._frozen), self._layouts)
         return f"{text}\n{report.routing_table(self.layout)}" if full else text
 
     # --------------------------------------------------------------------------------------------------------- state
@@ -607,7 +637,7 @@ class DistMuon(torch.optim.Optimizer):
         assert self._engine is not None
         self._meet(what, limit_s)
         self.group.gather_objects(None, stage="state_dict")  # raises unless all ranks mean the same optimizer
-        full = full_state.gather_full_state(self.quiesced().storage, self.group, keep)
+        full = full_state.gather_full_state(self.quiesced().storage, self._groups, keep)
         return full_state.numbered(self._engine.storage, self.param_groups, full)
 
     def _meet(self, what: str, limit_s: float | None = None) -> None:
@@ -733,6 +763,9 @@ class DistMuon(torch.optim.Optimizer):
                 cure="call full_state_dict() on all ranks, or torch.distributed.checkpoint.state_dict's "
                 "get_optimizer_state_dict",
             )
+        if to is not None:
+            cure = "pass to=None, and save the state of each rank"
+            checks.check_one_group(self._specs, f"consolidate_state_dict(to={to})", cure)
         self._consolidated = None
         if self._engine is None:
             return
@@ -814,6 +847,15 @@ class DistMuon(torch.optim.Optimizer):
     def overflow(self) -> bool:
         """DeepSpeed's name for whether the last step was skipped. Waits for the device."""
         return self._engine is not None and self._engine.last_ok is not None and not bool(self._engine.last_ok)
+
+
+def _groups_inside(group: DataParallelGroup, routes: Sequence[Route] | str | None) -> list[DataParallelGroup]:
+    """The groups of the routes; see [Note: parameters that some ranks hold]."""
+    found = [DataParallelGroup(process_group, group.count) for process_group in process_groups(routes)]
+    for inner in found:
+        inner.check_inside(group)
+        inner.tells_place = False  # it counts its collectives separately
+    return found
 
 
 def _delegate_to_wrapped(cls: type[DistMuon]) -> None:

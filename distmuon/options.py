@@ -346,7 +346,9 @@ class Route:
     `split`: sizes of the logical matrices fused along `split_dim` of the (out, in) weight; their sum must be its size.
     `options`: param-group entries for these parameters, such as ``{"lr": 1e-4, "weight_decay": 0.0}``. `copies`: how
     many ranks of `model_parallel_group` hold the same parameter (a norm under tensor parallelism with plain tensors, an
-    embedding tied over two stages of a pipeline); the gradient norm counts it once.
+    embedding tied over two stages of a pipeline); the gradient norm counts it once. `process_group`: the ranks that
+    hold these parameters, where other ranks of the data-parallel group hold other parameters in their place (experts in
+    plain tensors); gradients are averaged, matrices shared out and parameters gathered over these ranks.
     """
 
     pattern: str
@@ -355,6 +357,7 @@ class Route:
     split_dim: int = 0
     options: Mapping[str, object] = field(default_factory=dict)
     copies: int = 1
+    process_group: Any = None
 
     def __post_init__(self) -> None:
         split = () if self.split is None else self.split

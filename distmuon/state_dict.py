@@ -23,15 +23,19 @@ from distmuon.step.storage import BucketStorage, Storage, elements_of
 _KEPT = frozenset({"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "master"})
 
 
-def gather_full_state(storage: Storage, group: DataParallelGroup, keep: bool = True) -> list[dict[str, Tensor]]:
+def gather_full_state(
+    storage: Storage, groups: Sequence[DataParallelGroup], keep: bool = True
+) -> list[dict[str, Tensor]]:
     """Gather the full state of each parameter, on the CPU of every rank with `keep`. Collective; a bucket at a time.
 
+    `groups`: the process groups that parameters are cut over, by `ParamSpec.group`.
     Keys: ``momentum_buffer`` (muon), and ``step`` if momentum has fewer than 32 bits; ``exp_avg``, ``exp_avg_sq``,
     ``step`` (adamw); ``master`` if the master is not the parameter itself.
     """
     full: list[dict[str, Tensor]] = [{} for _ in storage.params]
     steps = torch.zeros(len(full), dtype=torch.float32, device=storage.params[0].device)
     for bucket in storage.buckets:
+        group = groups[bucket.spec.group]
         for key in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
             if key != "master" and not any(key in storage.keys_of(index) for index in bucket.spec.params):
                 continue
@@ -46,7 +50,9 @@ def gather_full_state(storage: Storage, group: DataParallelGroup, keep: bool = T
         for piece in bucket.muon + bucket.adamw:
             if piece.segment.param_offset == piece.segment.replica == 0 and "step" in piece.state:
                 steps[piece.segment.param] = piece.state["step"]
-    group.start_all_reduce(steps, stage="state_dict").wait()
+    for number, group in enumerate(groups):
+        members = storage.layout.members(number)
+        steps[members] = group.start_all_reduce(steps[members], stage="state_dict").wait()
     for index, state in enumerate(full):
         if "step" in storage.keys_of(index):
             state["step"] = steps[index].cpu()

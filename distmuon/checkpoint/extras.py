@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distmuon.checkpoint.archives import MAX_NESTING, check_small
-from distmuon.checks import not_a_cut, unwrap
+from distmuon.checks import check_one_group, not_a_cut, unwrap
 from distmuon.comm.agreement import bit_sums
 from distmuon.errors import problem
 from distmuon.step.dtensors import is_dtensor, reshard
@@ -54,6 +54,11 @@ def check_given(model: object, optimizer: object) -> None:
             needed="the model that the optimizer was made from is needed",
             cure="pass that model",
         )
+    check_one_group(
+        getattr(optimizer, "_specs", ()),
+        "checkpoint",
+        "call optimizer.state_dict() on all ranks, and save it beside the model's in a file of each rank",
+    )
 
 
 def check_path(path: object, *, new: bool) -> None:

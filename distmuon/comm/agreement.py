@@ -55,6 +55,18 @@ def raise_together(group: DataParallelGroup, action: Callable[[], T], *, stage: 
         del cause  # its traceback keeps this frame alive, and with it all that `action` refers to
 
 
+def in_each_group(
+    groups: Sequence[DataParallelGroup], action: Callable[[int, DataParallelGroup], None], *, stage: str
+) -> None:
+    """Run `action(number, group)` for each of `groups`, which lie inside the first. Blocking.
+
+    What it raises must be raised on all ranks of the group; if there are others, they raise it, too.
+    """
+    action(0, groups[0])
+    for number, group in enumerate(groups[1:], 1):
+        raise_together(groups[0], partial(action, number, group), stage=stage)
+
+
 @contextmanager
 def shared_fate(process_group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """End all ranks, with the same message, when an exception leaves the block on one rank.

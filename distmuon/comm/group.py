@@ -171,6 +171,33 @@ class DataParallelGroup:
                 cure="make both with torch.distributed.new_group(ranks)",
             )
 
+    def _ranks(self) -> list[int]:
+        return list(dist.get_process_group_ranks(self._group()))
+
+    def check_inside(self, group: DataParallelGroup) -> None:
+        """Raise unless all ranks of this group, which is a route's, are ranks of `group`."""
+        outside = set(self._ranks()) - set(group._ranks())
+        if outside:
+            raise problem(
+                "Route(process_group=)",
+                found=f"its ranks are {self._ranks()}, and {sorted(outside)} are not in process_group",
+                needed="the ranks that hold a parameter must be ranks of process_group",
+                cure="pass the data-parallel group of the dense parameters as process_group",
+            )
+
+    def check_partition(self, group: DataParallelGroup) -> None:
+        """Raise on all ranks unless each rank that a rank of `group` names here names the same ranks. Blocking."""
+        named = dict(zip(group._ranks(), group.gather_objects(self._ranks(), stage="comparison of the plans")))
+        for rank, ranks in named.items():
+            for peer in ranks:
+                if named[peer] != ranks:
+                    raise problem(
+                        "Route(process_group=)",
+                        found=f"rank {rank} names the ranks {ranks}, and rank {peer} of them names {named[peer]}",
+                        needed="the ranks of a group must name the same group",
+                        cure="pass the group that this rank is in, on every rank",
+                    )
+
     def _lost(self, stage: str, label: str) -> Callable[[RuntimeError], LostRanks]:
         """Make the error to raise if the collective that starts now fails; see lost_ranks.py, [Note: roll call]."""
         return partial(self.lost, Place(stage, label, self.step))

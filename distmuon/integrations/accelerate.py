@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from distmuon.checks import unwrap
+from distmuon.checks import check_one_group, unwrap
 from distmuon.errors import problem
 from distmuon.integrations import (
     averaged_model,
@@ -308,6 +308,8 @@ class _Recipe:
                 needed="prepare puts other parameters into the model, and no state would follow them",
                 cure="prepare it before the first forward, and load a state afterwards",
             )
+        cure = "place experts by DTensors on a mesh of their own, without process_group in their routes"
+        check_one_group(optimizer.layout.specs, "accelerator.prepare", cure)
         spec_of = {spec.fqn: spec for spec in optimizer.layout.specs}
         groups = optimizer.param_groups
         exchange_group = optimizer._exchange_group.process_group

@@ -8,8 +8,8 @@ The module knows no tensor and no process group.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from heapq import heapify, heappop, heappush
 from itertools import groupby
@@ -51,7 +51,8 @@ class Segment:
 class BucketSpec:
     """The unit of communication: `dp_size` shards of `shard_size` elements, which a single collective moves.
 
-    If shards are given: the parameters that exchange pieces together; `shard_size` is the fullest rank's.
+    `group`: whose ranks hold the shards, by the number of `ParamSpec.group`. If shards are given: the parameters that
+    exchange pieces together; `shard_size` is the fullest rank's.
     """
 
     index: int
@@ -59,6 +60,8 @@ class BucketSpec:
     params: tuple[int, ...]
     shard_size: int
     segments: tuple[Segment, ...]
+    dp_size: int
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,10 @@ class Layout:
         """The index of each parameter's bucket."""
         where = {param: bucket.index for bucket in self.buckets for param in bucket.params}
         return tuple(where[i] for i in range(len(self.specs)))
+
+    def members(self, group: int) -> list[int]:
+        """The parameters that are cut over a process group."""
+        return [index for index, spec in enumerate(self.specs) if spec.group == group]
 
     def unit_of(self, segment: Segment) -> Unit:
         """The unit that a Muon parameter's segment lies in."""
@@ -171,7 +178,7 @@ class Layout:
         return repr(
             (
                 (self.dp_size, bool(self.given)),
-                [(s.fqn, s.shape, str(s.dtype), s.rule, s.matrices) for s in self.specs],
+                [(s.common_name, s.shape, str(s.dtype), s.rule, s.matrices) for s in self.specs],
                 self.buckets,
             )
         )
@@ -238,9 +245,44 @@ def _cut(
         else:
             shard_size, shards = _pack(specs, params, dp_size, packing, loads)
         segments = tuple(_split_at_units(specs, shards))
-        buckets.append(BucketSpec(index, specs[params[0]].dtype, tuple(params), shard_size, segments))
+        buckets.append(BucketSpec(index, specs[params[0]].dtype, tuple(params), shard_size, segments, dp_size))
     matrices = _place(specs, buckets, placement, dp_size)
     return Layout(dp_size, tuple(specs), tuple(buckets), matrices, tuple(given or ()))
+
+
+def join(specs: Sequence[ParamSpec], layouts: Sequence[Layout]) -> Layout:
+    """The layout of all `specs`, made of those of each process group's parameters, by group.
+
+    Backward fills the buckets of all groups in one order, which is the same on all ranks.
+    """
+    if len(layouts) == 1:
+        return layouts[0]
+    members = [[index for index, spec in enumerate(specs) if spec.group == group] for group in range(len(layouts))]
+    cut = [(group, bucket) for group, layout in enumerate(layouts) for bucket in layout.buckets]
+    cut.sort(key=lambda entry: -min(members[entry[0]][param] for param in entry[1].params))
+    number = {(group, bucket.index): index for index, (group, bucket) in enumerate(cut)}
+
+    def renamed(group: int, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+        return tuple(replace(segment, param=members[group][segment.param]) for segment in segments)
+
+    buckets = []
+    for index, (group, bucket) in enumerate(cut):
+        params = tuple(members[group][param] for param in bucket.params)
+        segments = renamed(group, bucket.segments)
+        buckets.append(replace(bucket, index=index, params=params, segments=segments, group=group))
+    matrices: list[PlacedUnit] = []
+    for group, layout in enumerate(layouts):
+        for placed in layout.matrices:
+            changed = replace(
+                placed,
+                index=len(matrices),
+                param=members[group][placed.param],
+                bucket=number[group, placed.bucket],
+                pieces=renamed(group, placed.pieces),
+                sources=renamed(group, placed.sources),
+            )
+            matrices.append(changed)
+    return Layout(layouts[0].dp_size, tuple(specs), tuple(buckets), tuple(matrices))
 
 
 def _score(layout: Layout) -> float:
@@ -386,23 +428,25 @@ def _place(
                 heappush(queue, (load[owner], owner))
                 workers[index] = (owner,)
     placed = []
+    copy_of = {segment.rank: segment.replica for bucket in buckets for segment in bucket.segments}
     for index, (param, unit) in enumerate(units):
         pieces = tuple(sorted(pieces_of[param, unit], key=attrgetter("param_offset", "replica")))
-        sources = _sources(pieces, workers[index][0])
+        sources = _sources(pieces, workers[index][0], copy_of)
         placed.append(
             PlacedUnit(index, param, specs[param].matrices[unit], bucket_of[param], pieces, workers[index], sources)
         )
     return tuple(placed)
 
 
-def _sources(pieces: tuple[Segment, ...], owner: int) -> tuple[Segment, ...]:
-    """Of replicas one: the owner's own, or else the one with its number, which lies in the same copy of the model.
+def _sources(pieces: tuple[Segment, ...], owner: int, copy_of: Mapping[int, int]) -> tuple[Segment, ...]:
+    """Of replicas one: the owner's own, or else the one in the same copy of the model, which has the same number.
 
-    Under HSDP that is the owner's shard group, so that pieces reach the owner inside a node.
+    Under HSDP that is the owner's shard group, so that pieces reach the owner inside a node. `copy_of`: the number by
+    rank, for an owner that holds no piece.
     """
     if not any(piece.replica for piece in pieces):
         return pieces
-    number = next((piece.replica for piece in pieces if piece.rank == owner), 0)
+    number = next((piece.replica for piece in pieces if piece.rank == owner), copy_of.get(owner, 0))
     found = []
     for _, replicas in groupby(pieces, key=attrgetter("param_offset")):
         candidates = list(replicas)

@@ -68,10 +68,16 @@ class ParamSpec:
     options: tuple[tuple[str, object], ...] = ()
     stays: bool = False  # whether it keeps its memory, see [Note: parameters that stay] in memory.py
     copies: int = 1  # how many ranks of the model-parallel group hold it
+    group: int = 0  # the process group that it is cut over, by `group_number`
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @property
+    def common_name(self) -> str:
+        """The name on which all ranks must agree; ranks outside a route's group hold others in its place."""
+        return self.fqn if self.group == 0 else f"(a parameter of the route's process group {self.group})"
 
 
 Routed = list[tuple[ParamSpec, nn.Parameter]]
@@ -122,6 +128,18 @@ def _route(named: Sequence[tuple[str, nn.Parameter]], routes: Sequence[Route], d
     return routed
 
 
+def process_groups(routes: Sequence[Route] | str | None) -> list[Any]:
+    """The process groups of `routes`, each once, in order."""
+    found = [r.process_group for r in checked_routes(routes) if r.process_group is not None]
+    return list({id(group): group for group in found}.values())
+
+
+def group_number(fqn: str, routes: Sequence[Route] | str | None) -> int:
+    """0 for a parameter or buffer of the optimizer's process group, 1 for that of the first of `process_groups`."""
+    found = next((r.process_group for r in checked_routes(routes) if fnmatchcase(fqn, r.pattern)), None)
+    return 0 if found is None else 1 + [id(group) for group in process_groups(routes)].index(id(found))
+
+
 def route_params(params: nn.Module | Iterable[Any], routes: Sequence[Route] | str | None) -> Routed:
     """Route the `params` of an optimizer: a module, (fqn, parameter) pairs, or group dicts of pairs.
 
@@ -129,7 +147,7 @@ def route_params(params: nn.Module | Iterable[Any], routes: Sequence[Route] | st
     `routes="adamw"` the rule may be absent. If a route matches the same parameters, its options override the entries.
     """
     if isinstance(params, nn.Module):
-        return _with_muon(route(params, routes), routes)
+        return _with_groups(_with_muon(route(params, routes), routes), routes)
     pairs: list[tuple[str, nn.Parameter]] = []
     stated: dict[str, Route] = {}
     for entry in params if isinstance(params, Iterable) else (params,):
@@ -162,7 +180,8 @@ def route_params(params: nn.Module | Iterable[Any], routes: Sequence[Route] | st
     given = checked_routes(routes)
     merged = [_merged_route(fqn, dict_route, given) for fqn, dict_route in stated.items()]
     # The given routes follow the merged routes, so that a route that matches no parameter is still an error.
-    return _with_muon(route(pairs, [*merged, *_without_merged(given, stated, pairs)]), routes)
+    routed = route(pairs, [*merged, *_without_merged(given, stated, pairs)])
+    return _with_groups(_with_muon(routed, routes), routes)
 
 
 def _merged_route(fqn: str, dict_route: Route, routes: Sequence[Route]) -> Route:
@@ -215,6 +234,13 @@ def _with_muon(routed: Routed, routes: Sequence[Route] | str | None) -> Routed:
             cure=cure,
         )
     return routed
+
+
+def _with_groups(routed: Routed, routes: Sequence[Route] | str | None) -> Routed:
+    """Return `routed` with the number of each parameter's process group."""
+    if not process_groups(routes):
+        return routed
+    return [(replace(spec, group=group_number(spec.fqn, routes)), param) for spec, param in routed]
 
 
 def make_groups(

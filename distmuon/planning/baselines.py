@@ -43,7 +43,7 @@ def whole_matrix_layout(specs: Sequence[ParamSpec], dp_size: int, bucket_mb: flo
                 pieces = (segments[-1],)
                 matrices.append(PlacedUnit(len(matrices), param, unit, index, pieces, (rank,), pieces))
             size = max(heights)[0]
-        buckets.append(BucketSpec(index, specs[params[0]].dtype, tuple(params), size, tuple(segments)))
+        buckets.append(BucketSpec(index, specs[params[0]].dtype, tuple(params), size, tuple(segments), dp_size))
 
     for dtype in dict.fromkeys(spec.dtype for spec in specs):
         of_dtype = [p for p in reversed(range(len(specs))) if specs[p].dtype == dtype]

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from distmuon.checks import check_options_when_cut
+from distmuon.checks import check_one_group, check_options_when_cut
 from distmuon.errors import problem
 from distmuon.layout import memory
 from distmuon.layout.layout import Layout, imbalance, make_layout
@@ -342,6 +342,8 @@ def _routed(model: nn.Module | Iterable[ParamSpec] | str, routes: Sequence[Route
     """Specs of the parameters as training sees them, in registration order."""
     if isinstance(model, nn.Module):
         routed = route_params(model, routes)
+        cure = "leave process_group out of the routes, and plan the parameters of each group by themselves"
+        check_one_group([spec for spec, _ in routed], "plan", cure)
         stays = memory.stays([param for _, param in routed], model)
         return [replace(spec, stays=kept) for (spec, _), kept in zip(routed, stays)]
     if routes is not None and not (isinstance(routes, str) and routes == "adamw"):

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distmuon.comm.agreement import in_each_group
 from distmuon.comm.group import DataParallelGroup
 from distmuon.errors import problem
 from distmuon.layout.layout import Layout
@@ -45,16 +46,18 @@ LATE_S = 300.0  # how much later than the first rank the last may come to drop g
 class Engine:
     """Runs the buckets of an optimizer.
 
-    `group_of`: the param group of each parameter. `gathers_in_forward`: `step` returns before parameters have arrived.
-    `model_group`: the ranks that hold the other parts of the model.
+    `groups`: the process groups of buckets, by number; the others lie inside the first, where the verdict is reached.
+    `exchange_groups`: the same ranks, for pieces of matrices. `group_of`: the param group of each parameter.
+    `gathers_in_forward`: `step` returns before parameters have arrived. `model_group`: the ranks that hold the other
+    parts of the model.
     """
 
     def __init__(
         self,
         layout: Layout,
         params: Sequence[nn.Parameter],
-        group: DataParallelGroup,
-        exchange_group: DataParallelGroup,
+        groups: Sequence[DataParallelGroup],
+        exchange_groups: Sequence[DataParallelGroup],
         options: Options,
         group_of: Sequence[int],
         metrics: Metrics,
@@ -62,17 +65,18 @@ class Engine:
         gathers_in_forward: bool,
         model_group: DataParallelGroup | None = None,
     ) -> None:
-        self._group = group
+        self._groups = groups
+        self._group = group = groups[0]
         self._model_group = model_group
         self._options = options
         self._metrics = metrics
         # See [Note: when all-gathers start]. At most two messages of updates may be in flight, so none is deferred.
-        one_queue = exchange_group.process_group is group.process_group
+        one_queue = exchange_groups[0].process_group is group.process_group
         self._gathers_last = gathers_in_forward and one_queue and options.sharding.param_gather == "parameters"
         kind = GivenStorage if layout.given else FlatStorage
-        storages = [kind(spec, layout, params, group.dp_rank, options) for spec in layout.buckets]
+        storages = [kind(spec, layout, params, groups[spec.group].dp_rank, options) for spec in layout.buckets]
         self.storage = Storage(layout, params, group.dp_rank, options, storages)
-        self.buckets = [self._make_bucket(storage, exchange_group, group_of) for storage in self.storage.buckets]
+        self.buckets = [self._make_bucket(storage, exchange_groups, group_of) for storage in self.storage.buckets]
         self.source = make_source(self.buckets, self.storage, group)
         self._in_flight: dict[int, Bucket] = {}  # buckets whose all-gather has started, in order
         self._verdict: verdict.Verdict | None = None
@@ -84,7 +88,7 @@ class Engine:
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.storage.device)
 
     def _make_bucket(
-        self, storage: BucketStorage, exchange_group: DataParallelGroup, group_of: Sequence[int]
+        self, storage: BucketStorage, exchange_groups: Sequence[DataParallelGroup], group_of: Sequence[int]
     ) -> Bucket:
         layout, wire = self.storage.layout, self._options.precision.wire
         units = [placed for placed in layout.matrices if placed.bucket == storage.spec.index]
@@ -92,20 +96,22 @@ class Engine:
             units,
             [piece.segment for piece in storage.muon],
             group_of,
-            exchange_group,
+            exchange_groups[storage.spec.group],
             wire,
             self.storage.device,
             storage.label,
         )
         ns_dtype, transport = self._options.precision.newton_schulz, self._transport(storage)
-        return Bucket(storage, exchange, transport, layout, group_of, ns_dtype, self._group, self._metrics)
+        group = self._groups[storage.spec.group]
+        return Bucket(storage, exchange, transport, layout, group_of, ns_dtype, group, self._metrics)
 
     def _transport(self, storage: BucketStorage) -> Transport:
         if not isinstance(storage, FlatStorage):
             return Nothing(storage, self.storage.params)
-        if self._options.sharding.param_gather == "updates" and self._group.dp_size > 1:
-            return Updates(storage, self._group, self.storage.layout, self._options.precision.wire)
-        return Parameters(storage, self._group)
+        group = self._groups[storage.spec.group]
+        if self._options.sharding.param_gather == "updates" and group.dp_size > 1:
+            return Updates(storage, group, self.storage.layout, self._options.precision.wire)
+        return Parameters(storage, group)
 
     # -------------------------------------------------------------------------------------------------- gradients
 
@@ -161,6 +167,7 @@ class Engine:
             replicas=[grad for storage in buckets for grad in storage.averaged(replicas=True)],
             model_group=self._model_group,
             copies=copies,
+            elsewhere=[(group, self.storage.layout.members(n)) for n, group in enumerate(self._groups) if n],
         )
 
     def _check_promises(self) -> None:
@@ -169,7 +176,12 @@ class Engine:
         if layout.given:
             cut.check_replicated_grads(layout.specs, layout.given, params, self._group)
         elif self._options.grad_reduction == "external":
-            initial_values.agree_on_reduced([p.grad for p in params if p.grad is not None], self._group)
+
+            def compare(number: int, group: DataParallelGroup) -> None:
+                grads = [grad for index in layout.members(number) if (grad := params[index].grad) is not None]
+                initial_values.agree_on_reduced(grads, group)
+
+            in_each_group(self._groups, compare, stage="comparison of the first gradients")
 
     def ranks_disagree(self) -> bool:
         """Whether hyperparameters or optimizers differed between ranks. Called once a step, on all ranks.
@@ -321,7 +333,7 @@ class Engine:
     def gather_all(self) -> None:
         """Send the parameters to all ranks after masters have been written. Blocking."""
         flat = [storage for storage in self.storage.buckets if isinstance(storage, FlatStorage)]
-        transports = [Parameters(storage, self._group, "state_dict") for storage in flat]
+        transports = [Parameters(storage, self._groups[storage.spec.group], "state_dict") for storage in flat]
         for transport in transports:
             transport.start()
         for transport in transports:

@@ -52,7 +52,7 @@ class FlatStorage:
         self._params = params
         self._options = options
         self.label = f"bucket {spec.index} ({names([layout.specs[index].fqn for index in spec.params], 3)})"
-        device, numel = params[spec.params[0]].device, layout.dp_size * spec.shard_size
+        device, numel = params[spec.params[0]].device, spec.dp_size * spec.shard_size
         own = slice(dp_rank * spec.shard_size, (dp_rank + 1) * spec.shard_size)
         self._move_params_in(numel, device, dp_rank)
         self.param_shard = self.param_flat[own]

@@ -111,6 +111,7 @@ def judge(
     replicas: Sequence[Tensor] = (),
     model_group: DataParallelGroup | None = None,
     copies: Mapping[int, Sequence[Tensor]] | None = None,
+    elsewhere: Sequence[tuple[DataParallelGroup, list[int]]] = (),
 ) -> Verdict:
     """Reach the verdict by an all-reduce. The host waits for the device only if a parameter had no gradient here.
 
@@ -119,7 +120,9 @@ def judge(
     are integers that float64 holds exactly for up to 1,024 ranks. `replicas`: gradients that another rank has among its
     `grad_shards`; they must be finite, too, and do not add to the norm. `model_group`: the ranks that hold the other
     parts of the model, for a second all-reduce, of the norm and of what forbids the step. `copies`: the parts of
-    `grad_shards` that n of those ranks hold, by n.
+    `grad_shards` that n of those ranks hold, by n. `elsewhere`: the groups inside `group` that hold parameters of their
+    own, with their indices: another rank's parameter of this index is another, so each group counts its gradients. Each
+    element lies on a single rank of `group`, so a single all-reduce sums the squares of all of them.
     """
     squares_of = squares_on_cpu if grad_shards[0].device.type == "cpu" else squares_on_device
     squares = squares_of(grad_shards)
@@ -133,8 +136,11 @@ def judge(
     fingerprints = flags.new_full((2,), fingerprint)
     fingerprints[1:].square_()
     large = _has_large(adamw_grads, squares).to(torch.float64)
+    counts = [other.start_all_reduce(flags[members], stage="guard") for other, members in elsewhere]
     message = torch.cat([torch.stack([squares, large]), fingerprints, flags])
     reduced = group.start_all_reduce(message, stage="guard").wait()
+    for (_, members), count in zip(elsewhere, counts):
+        reduced[4:][members] = count.wait()
     if not all(present):
         present = [count > 0 for count in reduced[4:].tolist()]
     disagree = reduced[2].square() != group.dp_size * reduced[3]

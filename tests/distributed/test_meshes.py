@@ -621,11 +621,13 @@ def test_what_is_no_cut_is_refused(spawn_raises, make: Callable[..., None], matc
 def _two_stages(group: dist.ProcessGroup) -> Any:
     """A pipeline of two stages, each HSDP over two ranks: the process group is the stage's mesh, not the world.
 
-    Two of the pool's processes have made more groups than the others, so each makes as many as are missing.
+    Some of the pool's processes have made more groups than the others, so each makes as many as are missing.
     """
     mesh = DeviceMesh("cpu", torch.arange(4).view(2, 1, 2), mesh_dim_names=("stage", "replicate", "shard"))
     groups: Any = dist.distributed_c10d._world.pg_names
-    while len(groups) < 40:
+    counts: list[Any] = [0] * group.size()
+    dist.all_gather_object(counts, len(groups), group=group)
+    while len(groups) < max(counts):
         dist.new_group([group.rank()], use_local_synchronization=True)
     model: Any = Zoo()
     kept = ROUTES
