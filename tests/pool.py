@@ -56,7 +56,8 @@ class Outcome:
 def _reset(rank: int) -> None:
     """Every run starts from the same state, whatever the one before it left.
 
-    Imports leave 300,000 objects, which would cost each collection 0.1 s: the collector passes them by.
+    Imports leave 300,000 objects, which would cost each collection 0.1 s: the collector passes them by. A run on some
+    ranks may have made optimizers of the default group there alone, which a later run on all ranks would be told.
     """
     global _imported
     gc.collect()
@@ -68,6 +69,10 @@ def _reset(rank: int) -> None:
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(rank)
     random.seed(rank)
+    if "distmuon.comm.group" in sys.modules:
+        for counts in sys.modules["distmuon.comm.group"]._optimizer_counts.values():
+            counts.made = counts.built = 0
+            counts.surplus = []
 
 
 def _worker(rank: int, size: int, folder: str, connection: Connection) -> None:
