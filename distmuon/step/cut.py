@@ -139,7 +139,11 @@ def _shared(boxes: Sequence[HeldBoxes]) -> list[int]:
 
 def _holders(held: HeldBoxes) -> list[list[int]]:
     """The ranks that hold each box."""
-    return [[rank for rank, box in enumerate(held) if box == kind] for kind in replicas_of(held)]
+    found: dict[Box, list[int]] = {}
+    for rank, box in enumerate(held):
+        if box is not None and 0 not in box[1]:
+            found.setdefault(box, []).append(rank)
+    return list(found.values())
 
 
 def _differences(

@@ -78,6 +78,9 @@ class Engine:
         self.storage = Storage(layout, params, group.dp_rank, options, storages)
         self.buckets = [self._make_bucket(storage, exchange_groups, group_of) for storage in self.storage.buckets]
         self.source = make_source(self.buckets, self.storage, group)
+        pieces = [piece for storage in storages for piece in storage.muon + storage.adamw if not piece.segment.replica]
+        copies = [(layout.specs[piece.segment.param].copies, piece) for piece in pieces]
+        self._copied = [(number, piece) for number, piece in copies if number > 1]
         self._in_flight: dict[int, Bucket] = {}  # buckets whose all-gather has started, in order
         self._verdict: verdict.Verdict | None = None
         self._clipped = False
@@ -151,12 +154,11 @@ class Engine:
         return present
 
     def _judge(self, present: Sequence[bool], fingerprint: int) -> verdict.Verdict:
-        buckets, specs = self.storage.buckets, self.storage.layout.specs
+        buckets = self.storage.buckets
         shards = [grad for storage in buckets for grad in storage.averaged()]
         copies: dict[int, list[Tensor]] = {}
-        for piece in (piece for storage in buckets for piece in storage.muon + storage.adamw):
-            number = specs[piece.segment.param].copies
-            if number > 1 and piece.grad.numel() and not piece.segment.replica:
+        for number, piece in self._copied:
+            if piece.grad.numel():
                 copies.setdefault(number, []).append(piece.grad)
         return verdict.judge(
             shards or [torch.zeros(1, device=self.storage.device)],  # a rank without any element
