@@ -2,9 +2,9 @@
 
 This module decides which values are saved under which key, and how a segment is cut into boxes. It knows no folder
 and no order of saving. A segment is a contiguous range of its flattened parameter, or columns of it; as part of the
-n-dimensional tensor it is a few boxes (`layout.boxes`), which DCP calls
-chunks. So a file does not depend on dp_size, packing or buckets, and any reader can ask for any part of a tensor:
-distmuon with another layout, or another reader of DCP.
+n-dimensional tensor it is a few boxes (`layout.boxes`), which DCP calls chunks. So a file does not depend on dp_size,
+packing or buckets, and any reader can ask for any part of a tensor: distmuon with another layout, or another reader of
+DCP.
 
     model.<fqn>                      every parameter and module buffer, in its own dtype; rank 0's where ranks differ
     rank.<r>.<fqn>                   the value of rank r instead, for a load at the same number of ranks
@@ -142,7 +142,8 @@ def parts_of(
             segment = piece.segment
             if segment.replica:
                 continue
-            spec, start, runs = storage.layout.specs[segment.param], segment.param_offset, (segment.run, segment.stride)
+            spec, start = storage.layout.specs[segment.param], segment.param_offset
+            runs = (segment.run, segment.stride)
             yield Part(("model", spec.fqn), spec.shape, start, _reader(bucket, piece, "param"), runs)
             for key in keys_of(bucket, piece):
                 name = ("optimizer", "state", spec.fqn, key)

@@ -387,7 +387,9 @@ def _cut_at_units(piece: Piece, units: Sequence[Unit]) -> Iterator[tuple[int, in
         end = units[number].offset + units[number].numel
         count = min(left, -((start - end) // stride))
         yield start, count * run, piece.run, piece.stride
-        start, left, number = start + count * stride, left - count, number + 1
+        start += count * stride
+        left -= count
+        number += 1
 
 
 def _place(

@@ -49,7 +49,7 @@ class GivenStorage:
                 self._starts.setdefault(segment.param, segment.shard_offset)
         self._device = params[spec.params[0]].device
         self._no_grad = torch.empty(0, device=self._device)
-        self._copies: list[Tensor] = []  # float32 copies of gradients of 16 bits
+        self._copies: list[Tensor] = []  # of gradients that are not float32 in row-major order
         self._look_up()
         self._kept = {index: self._master_codec.make(elements) for index, elements in self._elements.items()}
         self._make_pieces(dp_rank)
@@ -104,9 +104,9 @@ class GivenStorage:
             if grad is None:
                 found[index] = torch.zeros_like(self._elements[index], dtype=torch.float32)
                 continue
-            found[index] = self._checked(index, grad).view(-1)
-            if found[index].dtype != torch.float32:
-                found[index] = found[index].float()
+            local = self._checked(index, grad)
+            found[index] = local.contiguous().view(-1).float()
+            if found[index].data_ptr() != local.data_ptr():
                 self._copies.append(found[index])
         for piece in self.muon + self.adamw:
             piece.grad = self._cut(piece, found[piece.segment.param])
@@ -114,9 +114,9 @@ class GivenStorage:
     def _checked(self, index: int, grad: Tensor) -> Tensor:
         local, expected = local_of(grad), local_of(self._params[index])
         if is_dtensor(grad) and is_placed_like(grad, self._params[index]):
-            return local.contiguous()
+            return local
         if not is_dtensor(grad) and not is_dtensor(self._params[index]) and local.shape == expected.shape:
-            return local.contiguous()
+            return local
         placed = f" placed {getattr(grad, 'placements', None)}" if is_dtensor(grad) else ""
         raise problem(
             self._layout.specs[index].fqn,

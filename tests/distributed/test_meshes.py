@@ -348,10 +348,14 @@ def test_newton_schulz_on_the_shard_is_not_the_oracle(spawn) -> None:
         _check(got, _expected(), scale=100.0)
 
 
-def _clip_run(group: dist.ProcessGroup, cut: Callable[..., None], how: str) -> Any:
+def _clip_run(group: dist.ProcessGroup, cut: Callable[..., None], how: str, transposed: bool = False) -> Any:
     model, optimizer = _make(group, cut, **({"max_grad_norm": 3.0} if how == "option" else {}))
     for step in range(STEPS):
         _give(model, _gradients(step))
+        if transposed:  # as autograd leaves the gradient of a transposed weight
+            grad: Any = model.get_parameter("fused").grad
+            grad._local_tensor = grad._local_tensor.t().contiguous().t()
+            assert not grad._local_tensor.is_contiguous()
         if how == "ours":
             optimizer.clip_grad_norm_(3.0)
         optimizer.step()
@@ -362,6 +366,11 @@ def _clip_run(group: dist.ProcessGroup, cut: Callable[..., None], how: str) -> A
 @pytest.mark.parametrize("cut", ON_FOUR)
 def test_clipping_counts_a_replica_once(spawn, cut: Callable[..., None], how: str) -> None:
     _check(_assemble(spawn(_clip_run, 4, cut=cut, how=how)), _expected(max_norm=3.0))
+
+
+def test_a_gradient_in_column_major_order_is_clipped_too(spawn) -> None:
+    found = spawn(_clip_run, 2, cut=column_parallel, how="ours", transposed=True)
+    _check(_assemble(found), _expected(max_norm=3.0))
 
 
 def _broken_run(group: dist.ProcessGroup, cut: Callable[..., None], broken: int) -> Any:
