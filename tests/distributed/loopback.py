@@ -10,6 +10,7 @@ import json
 import socket
 import struct
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,26 @@ def loopback_bytes() -> int:
     return int(fields[8])
 
 
+def wire_bytes(group: dist.ProcessGroup, one_step: Callable[[int], None]) -> int:
+    """The bytes on the wire of `STEPS` steps, between two barriers; a step before them builds and connects."""
+    one_step(0)
+    dist.barrier(group)
+    before = loopback_bytes()
+    dist.barrier(group)
+    for step in range(1, STEPS + 1):
+        one_step(step)
+    dist.barrier(group)
+    return loopback_bytes() - before
+
+
 def measure_optimizer(group: dist.ProcessGroup, packing: str) -> tuple[int, dict[str, int]]:
     """(bytes on the wire between two barriers, bytes counted by this rank in between, by stage)."""
     torch.manual_seed(0)  # gradients by hand before any forward need the same values on all ranks
     model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)])
     optimizer = distmuon.DistMuon(model, process_group=group, packing=packing, ns_steps=1, bucket_mb=4.5)
     counted: dict[str, int] = {}
-    before = 0
-    for step in range(STEPS + 1):  # the first one builds and connects
-        if step == 1:
-            dist.barrier(group)
-            before = loopback_bytes()
-            dist.barrier(group)
+
+    def one_step(step: int) -> None:
         for param in model.parameters():
             param.grad = torch.randn_like(param)
         optimizer.step()
@@ -59,8 +68,8 @@ def measure_optimizer(group: dist.ProcessGroup, packing: str) -> tuple[int, dict
         if step:
             for stage, sent in optimizer.metrics()["bytes"].items():
                 counted[stage] = counted.get(stage, 0) + sent
-    dist.barrier(group)
-    return loopback_bytes() - before, counted
+
+    return wire_bytes(group, one_step), counted
 
 
 def measure_exchange(group: dist.ProcessGroup, replicas: int) -> tuple[int, int]:
@@ -75,33 +84,25 @@ def measure_exchange(group: dist.ProcessGroup, replicas: int) -> tuple[int, int]
     routes = [distmuon.Route("*weight", "muon"), distmuon.Route("*bias", "adamw")]
     optimizer = distmuon.DistMuon(model, routes=routes, ns_steps=1, bucket_mb=4.5)
     params: list[Any] = list(model.parameters())
-    before = 0
-    for step in range(STEPS + 1):
-        if step == 1:
-            dist.barrier(group)
-            before = loopback_bytes()
-            dist.barrier(group)
+
+    def one_step(step: int) -> None:
         for param in params:
             local = torch.full_like(param.to_local(), 1.0 + step)
             param.grad = DTensor.from_local(local, mesh, param.placements, shape=param.shape, stride=param.stride())
         optimizer.step()
-    dist.barrier(group)
-    return loopback_bytes() - before, sum(param.numel() for param in params if param.ndim == 2)
+
+    return wire_bytes(group, one_step), sum(param.numel() for param in params if param.ndim == 2)
 
 
 def measure_gloo(group: dist.ProcessGroup) -> tuple[int, int]:
     """(bytes on the wire, the floor's bytes) of torch's own reduce-scatter on gloo, all ranks together."""
     dp_size = dist.get_world_size(group)
     source, target = torch.ones(1 << 21), torch.empty((1 << 21) // dp_size)
-    before = 0
-    for step in range(STEPS + 1):
-        if step == 1:
-            dist.barrier(group)
-            before = loopback_bytes()
-            dist.barrier(group)
+
+    def one_step(step: int) -> None:
         dist.reduce_scatter_single(target, source, group=group)
-    dist.barrier(group)
-    return loopback_bytes() - before, STEPS * dp_size * (dp_size - 1) * target.numel() * target.element_size()
+
+    return wire_bytes(group, one_step), STEPS * dp_size * (dp_size - 1) * target.numel() * target.element_size()
 
 
 def main() -> None:

@@ -8,9 +8,7 @@
 from __future__ import annotations
 
 import faulthandler
-import gc
 import json
-import os
 import sys
 import warnings
 from contextlib import nullcontext
@@ -185,14 +183,7 @@ def main() -> None:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, {fact.__name__: fact() for fact in FACTS} if sys.argv[3] == "1" else {})
     results = [worker.compared("engines", case, folder) for case in cases]
-    if dist.get_rank() == 0:
-        torch.save(results, folder / "results.pt")
-        (folder / "facts.json").write_text(json.dumps(everyone))
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # as in worker.py
+    worker.leave(folder, results, everyone)
 
 
 if __name__ == "__main__":

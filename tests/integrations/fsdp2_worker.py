@@ -9,7 +9,6 @@ accelerate, and the Trainer through it, take their FSDP plugin on accelerators o
 from __future__ import annotations
 
 import faulthandler
-import gc
 import json
 import os
 import sys
@@ -141,19 +140,7 @@ def fabric(case: Case, folder: Path, seen: Seen) -> Run:
     optimizer = distmuon.DistMuon(net, **options())
     wrapped = lightning.setup_optimizers(optimizer)
     state = {"model": model, "optimizer": wrapped}
-    if case.first:
-        lightning.load(folder / "fabric.ckpt", state)
-    for step in range(case.first, case.last):
-        for micro in range(case.num_micro):
-            with lightning.no_backward_sync(model, enabled=micro < case.num_micro - 1):
-                loss = model(**inputs(step, micro))["loss"]
-                lightning.backward(loss / case.num_micro)
-        norm = lightning.clip_gradients(model, wrapped, max_norm=case.clip or float("inf"))
-        wrapped.step()
-        wrapped.zero_grad()
-        seen.step(optimizer, norm)
-    if case.save:
-        lightning.save(folder / "fabric.ckpt", state)
+    worker.fabric_loop(lightning, case, folder, seen, state, optimizer)
     return net, optimizer
 
 
@@ -244,14 +231,7 @@ def main() -> None:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, {fact.__name__: fact() for fact in FACTS} if sys.argv[3] == "1" else {})
     results = {name: [compared(name, Case(**case), folder) for case in of_name] for name, of_name in cases.items()}
-    if dist.get_rank() == 0:
-        torch.save(results, folder / "results.pt")
-        (folder / "facts.json").write_text(json.dumps(everyone))
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # as in worker.py
+    worker.leave(folder, results, everyone)
 
 
 if __name__ == "__main__":

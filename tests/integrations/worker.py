@@ -356,6 +356,26 @@ def deepspeed(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon
     return inner, optimizer
 
 
+def fabric_loop(
+    lightning: Any, case: Case, folder: Path, seen: Seen, state: dict[str, Any], optimizer: distmuon.DistMuon
+) -> None:
+    """The user's loop under Fabric, between a load and a save of `state`."""
+    model, wrapped = state["model"], state["optimizer"]
+    if case.first:
+        lightning.load(folder / "fabric.ckpt", state)
+    for step in range(case.first, case.last):
+        for micro in range(case.num_micro):
+            with lightning.no_backward_sync(model, enabled=micro < case.num_micro - 1):
+                loss = model(**inputs(step, micro))["loss"]
+                lightning.backward(loss / case.num_micro)
+        norm = lightning.clip_gradients(model, wrapped, max_norm=case.clip or float("inf"))
+        wrapped.step()
+        wrapped.zero_grad()
+        seen.step(optimizer, norm, getattr(lightning.strategy.precision, "scaler", None))
+    if case.save:
+        lightning.save(folder / "fabric.ckpt", state)
+
+
 def fabric(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.DistMuon]:
     from lightning_fabric import Fabric
     from lightning_fabric.plugins import MixedPrecision
@@ -379,19 +399,7 @@ def fabric(case: Case, folder: Path, seen: Seen) -> tuple[nn.Module, distmuon.Di
         "optimizer": wrapped,
         **({"precision": lightning.strategy.precision} if case.scale else {}),
     }
-    if case.first:
-        lightning.load(folder / "fabric.ckpt", state)
-    for step in range(case.first, case.last):
-        for micro in range(case.num_micro):
-            with lightning.no_backward_sync(model, enabled=micro < case.num_micro - 1):
-                loss = model(**inputs(step, micro))["loss"]
-                lightning.backward(loss / case.num_micro)
-        norm = lightning.clip_gradients(model, wrapped, max_norm=case.clip or float("inf"))
-        wrapped.step()
-        wrapped.zero_grad()
-        seen.step(optimizer, norm, getattr(lightning.strategy.precision, "scaler", None))
-    if case.save:
-        lightning.save(folder / "fabric.ckpt", state)
+    fabric_loop(lightning, case, folder, seen, state, optimizer)
     return inner, optimizer
 
 
@@ -434,8 +442,15 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     results = [compared(name, case, folder) for case in cases]
+    leave(folder, results)
+
+
+def leave(folder: Path, results: Any, facts: list[Any] | None = None) -> None:
+    """Write rank 0's `results`, and the `facts` of all ranks, and end this process."""
     if dist.get_rank() == 0:
         torch.save(results, folder / "results.pt")
+        if facts is not None:
+            (folder / "facts.json").write_text(json.dumps(facts))
     gc.collect()  # trainers keep the optimizer in reference cycles; it must go before the process group does
     dist.barrier()
     dist.destroy_process_group()
