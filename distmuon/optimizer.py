@@ -603,6 +603,14 @@ class DistMuon(torch.optim.Optimizer):
             "state_bytes": built.storage.state_bytes if built is not None else 0,
         }
 
+    def not_finite(self) -> list[str]:
+        """Names of the parameters whose averaged gradient was not finite in the step just taken; [] if all were.
+
+        For a step that was skipped (`overflow`). Call it right after `step`, before `zero_grad` and the next backward.
+        Waits for the device. Collective.
+        """
+        return self._engine.not_finite() if self._engine is not None else []
+
     def telemetry(self) -> dict[str, dict[str, Any]] | None:
         """What the last step did to each parameter, by name, the same on all ranks; None unless it was measured.
 

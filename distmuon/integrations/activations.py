@@ -30,7 +30,7 @@ class AttentionLogits:
     def __init__(self, model: nn.Module, *, watching: bool = True) -> None:
         self.watching = watching
         self.modules = {module: name for name, module in model.named_modules() if registry_of(module) is not None}
-        if not self.modules:
+        if not self.fits(model):
             raise problem(
                 type(model).__name__,
                 found="found no attention module of transformers",
@@ -41,6 +41,11 @@ class AttentionLogits:
         self._replaced: list[tuple[Any, str, Any]] = []
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end, always_call=True, prepend=True)  # the last that came leaves first
+
+    @staticmethod
+    def fits(model: nn.Module) -> bool:
+        """Whether `model` has attention that can be watched."""
+        return any(registry_of(module) is not None for module in model.modules())
 
     def clear(self) -> None:
         self._largest = {}

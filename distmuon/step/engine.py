@@ -32,6 +32,7 @@ from distmuon.math import rules
 from distmuon.options import Options
 from distmuon.step import cut, initial_values, verdict
 from distmuon.step.bucket import Bucket, Stage, Step
+from distmuon.step.dtensors import local_of
 from distmuon.step.flat_storage import FlatStorage
 from distmuon.step.given_storage import GivenStorage
 from distmuon.step.grad_reduce import make_source
@@ -332,6 +333,20 @@ class Engine:
                 scatters_left -= 1
                 while deferred and not scatters_left:
                     self._start_param_gather(deferred.pop(0))
+
+    def not_finite(self) -> list[str]:
+        """The parameters of which the last averaged gradient, where it still is, has elements that are not finite."""
+        found: set[int] = set()
+        for storage in self.storage.buckets:
+            if storage.reduction is not None:
+                held = [(piece.segment.param, piece.grad) for piece in storage.muon + storage.adamw]
+            else:
+                grads = [(index, self.storage.params[index].grad) for index in storage.spec.params]
+                held = [(index, local_of(grad)) for index, grad in grads if grad is not None]
+            found |= {index for index, grad in held if not bool(grad.isfinite().all())}
+        names = [self.storage.layout.specs[index].fqn for index in sorted(found)]
+        by_rank = self._group.gather_objects(names, stage="gradients that are not finite")
+        return list(dict.fromkeys(name for names in by_rank for name in names))
 
     # ------------------------------------------------------------------------------------------------- parameters
 

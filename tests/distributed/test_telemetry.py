@@ -187,6 +187,50 @@ def test_a_parameter_without_a_gradient_has_no_update(spawn, missing: str) -> No
         assert record["fused"]["update_rms"] == pytest.approx(expected["fused"]["update_rms"], rel=1e-4)
 
 
+def _broken(group: dist.ProcessGroup, cut: Any, options: dict[str, Any]) -> Any:
+    """The gradient of one rank is broken, in two parameters; the reduction and the cut spread it."""
+    model, optimizer = _make(group, cut, **options, **({} if cut is not None else {"process_group": group}))
+    found = []
+    for broken in ({}, {"tall": float("nan"), "bias": float("inf")}, {}):
+        if cut is None and options.get("grad_reduction") != "external":
+            loss = torch.zeros(())
+            for name, param in model.named_parameters():
+                grad = _gradients(0)[name]
+                if group.rank() == group.size() - 1 and name in broken:
+                    grad.view(-1)[-1] = broken[name]
+                loss = loss + (param * grad).sum()
+            loss.backward()
+        else:
+            grads = _gradients(0)
+            for name, value in broken.items():
+                grads[name].view(-1)[-1] = value
+            _give(model, grads)
+        optimizer.step()
+        found.append((optimizer.overflow, optimizer.not_finite()))
+        optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cut", "size", "options"),
+    [
+        (None, 1, {}),
+        (None, 2, {}),
+        (None, 3, {"release_grads": True, "packing": "contiguous"}),
+        (None, 2, {"max_grad_norm": 1.0, "reduce_dtype": torch.bfloat16}),
+        (None, 2, {"grad_reduction": "external"}),
+        (fsdp2, 2, {}),
+        (tensor_parallel_and_fsdp2, 4, {}),
+    ],
+)
+def test_gradients_that_are_not_finite_have_a_name(spawn, cut: Any, size: int, options: dict[str, Any]) -> None:
+    for found in spawn(_broken, size, cut=cut, options=options):
+        assert found[0] == found[2] == (False, [])
+        skipped, names = found[1]
+        assert skipped
+        assert sorted(names) == ["bias", "tall"]
+
+
 @pytest.mark.parametrize(
     ("matrix", "entropy", "residual"),
     [
