@@ -24,11 +24,13 @@ from distmuon.errors import problem
 from launch.config import Config, TrainConfig, as_dict
 from launch.data import Corpus, TokenWindows, open_corpus
 from launch.diagnosis import first_not_finite
+from launch.flops import mfu_of_a_token_per_s
 from launch.logs import RunLog, StepMeter, duration
 from launch.models import build_model, next_token_loss, num_parameters
 from launch.provenance import provenance
 from launch.ranks import Ranks
 from launch.resume import Checkpoints, Progress, StopRequest
+from launch.samples import sample
 from launch.schedules import lr_lambda
 
 CONFIG_FILE = "config.yaml"
@@ -164,8 +166,11 @@ class Run:
         self._skipped_here += new
         skipped = self.progress.skipped_steps + new
         self.progress = replace(self.progress, train_loss=records[-1]["loss"], skipped_steps=skipped)
+        peak = _peak_bytes(self.ranks.device)
         for record in records:
-            self.log.write("train", **record, skipped_steps=skipped, bytes=metrics["bytes"])
+            # the times of the stages are those of the last step
+            times = {"stage_ms": metrics["stage_ms"]} if record["step"] == step else {}
+            self.log.write("train", **record, skipped_steps=skipped, peak_bytes=peak, bytes=metrics["bytes"], **times)
         if new == len(records):
             self._skipped_in_a_row += new
         else:
@@ -216,22 +221,33 @@ class Run:
             per_rank=self.ranks.gather({key: metrics[key] for key in ("state_bytes", "bytes", "calls", "ns_matrices")}),
         )
         skipped = f", {self.progress.skipped_steps} steps skipped" if self.progress.skipped_steps else ""
-        self.tell(f"finished after {duration(seconds)}{skipped}; records in {self.config.log.dir}")
+        folder = self.config.log.dir
+        self.tell(
+            f"finished after {duration(seconds)}{skipped}; records in {folder}\n"
+            f"look at it with: python -m launch.report {folder}"
+        )
 
     def tell(self, text: str) -> None:
         """Print on rank 0."""
-        if self.ranks.rank == 0:
-            print(text, flush=True)
+        _tell(self.ranks, text)
 
     def _validate(self, step: int) -> None:
         train = self.config.train
         loss = self._mean_loss(self.corpus.val.spread(train.eval_batches * train.global_batch))
         self.progress = replace(self.progress, val_loss=loss)
         self.log.write("val", step=step, loss=loss)
+        if self.config.log.sample_tokens and self.corpus.tokenizer is not None:
+            text = sample(self.model, self.corpus.tokenizer, self.config, self.ranks)
+            self.log.write("sample", step=step, prompt=self.config.log.sample_prompt, text=text)
         self.meter.restart()
 
     def _mean_loss(self, indices: Sequence[int]) -> float:
         return validate(self.model, self.corpus.val, indices, self.config.train.micro_batch, self.ranks)
+
+
+def _tell(ranks: Ranks, text: str) -> None:
+    if ranks.rank == 0:
+        print(text, flush=True)
 
 
 def _peak_bytes(device: torch.device) -> int | None:
@@ -250,12 +266,15 @@ def make_run(config: Config, ranks: Ranks, log: RunLog, stop: StopRequest, train
     """Model and data of a run, by the seed alone."""
     config.train.accumulation(ranks.data_size)  # raises before anything is read
     torch.manual_seed(config.train.seed)
+    _tell(ranks, f"reading data ({config.data.source}) ...")
     corpus = open_corpus(config)
+    _tell(ranks, f"building the model ({config.model.arch}) ...")
     model: Any = build_model(config.model, corpus.vocab_size).to(ranks.device)
     corpus.check_ids_below(model.config.vocab_size)
     meter = StepMeter(
         tokens_per_step=config.train.global_batch * config.model.seq_len,
         average=lambda losses: ranks.sum(losses) / ranks.world_size,
+        mfu_of_a_token_per_s=mfu_of_a_token_per_s(config.model, corpus.vocab_size, ranks),
     )
     torch.manual_seed(config.train.seed + 1 + ranks.data_rank)  # dropout, if the model has any, differs by batch
     return Run(config, ranks, log, stop, corpus, model, trainer, meter)
