@@ -170,6 +170,7 @@ class RouteConfig:
     rule: Literal["muon", "adamw"]
     split: list[int] | None = None
     split_dim: int = 0
+    heads: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -188,6 +189,7 @@ class OptimizerConfig:
     adamw_lr: float | None = None
     adamw_betas: tuple[float, float] = (0.9, 0.95)
     adamw_weight_decay: float | None = None
+    cautious_weight_decay: bool = False
     routes: list[RouteConfig] = field(default_factory=list)
     """First match wins, before the library's own rules; distmuon only."""
     broadcast_buffers: bool = True
@@ -220,6 +222,8 @@ class LogConfig:
     of the model, on all ranks."""
     sample_prompt: str = ""
     """What that text goes on with; "" is the beginning of a document."""
+    telemetry_every: int = 0
+    """Steps between two measurements of updates, weights and attention (docs/telemetry.md); 0: none."""
     progress: bool = True
     """A bar when stdout is a terminal, plain lines otherwise."""
 
@@ -271,6 +275,7 @@ class Config:
             "checkpoint.every": self.checkpoint.every,
             "data.val_documents": self.data.val_documents,
             "log.sample_tokens": self.log.sample_tokens,
+            "log.telemetry_every": self.log.telemetry_every,
         }.items():
             if value < 0:
                 raise ValueError(f"{name}: found {value}; a count from 0 on is needed; 0 switches it off")

@@ -1,8 +1,8 @@
 """What a run leaves behind: one stream of plain records, written to JSONL, to the terminal and to `launch.sinks`.
 
 A record is a dict with a `kind`: `run` once at every start, `train` for every step, `val` and `sample` for every
-validation, `warning` for what a reader should look at, `summary` once at the end (its absence marks an unfinished run).
-Decides formats only; asks no model and no optimizer.
+validation, `telemetry` every `log.telemetry_every` steps, `warning` for what a reader should look at, `summary` once at
+the end (its absence marks an unfinished run). Decides formats only; asks no model and no optimizer.
 
 Nothing that a run has recorded is erased: a run that begins in a folder with the records of another one moves them to
 `metrics.1.jsonl`, the next to `metrics.2.jsonl`. A run that resumes drops the records of the steps that it repeats.

@@ -32,6 +32,7 @@ from launch.ranks import Ranks
 from launch.resume import Checkpoints, Progress, StopRequest
 from launch.samples import sample
 from launch.schedules import lr_lambda
+from launch.watch import Watch
 
 CONFIG_FILE = "config.yaml"
 ROUTING_FILE = "routing.txt"
@@ -56,6 +57,9 @@ class Run:
     """Somebody asked this run to stop, and it has saved."""
     _began: float = 0.0
     _checkpoints: Checkpoints | None = None
+    _watch: Watch | None = None
+    _steps_here: int = 0
+    """Steps of this start, which the optimizer counts."""
     _batches: Sequence[Tensor] = ()
     """Those of the step in progress."""
     _skipped_here: int = 0
@@ -79,6 +83,7 @@ class Run:
         self._checkpoints = Checkpoints(self.config, self.model, optimizer, scheduler, self.corpus.train)
         self.progress = self._checkpoints.resume(self.ranks)
         self.log.begin(self.progress.step)
+        self._watch = Watch(self.model, self.config.log.telemetry_every, compiled=self.config.model.compile)
         self._began = time.perf_counter()
         count, report = num_parameters(self.model), optimizer.report()
         self.log.write(
@@ -128,6 +133,9 @@ class Run:
         for step in range(self.progress.step + 1, train.steps + 1):
             rows = self.corpus.train.next_batch(train.global_batch, ranks.data_rank, ranks.data_size)
             self._batches = rows.to(ranks.device).split(train.micro_batch)
+            assert self._watch is not None
+            self._steps_here += 1
+            self._watch.begin(self._steps_here)
             yield step, self._batches
             if self.stopped:
                 return
@@ -143,6 +151,9 @@ class Run:
         ratio = lr_lambda(train)(step - 1)  # the schedule has moved on by now
         lr = {group["rule"]: group["initial_lr"] * ratio for group in reversed(optimizer.param_groups)}
         self.meter.add(step, loss=loss, lr=lr, grad_norm=grad_norm)
+        assert self._watch is not None and self._checkpoints is not None
+        if (measured := self._watch.record(optimizer, self.ranks)) is not None:
+            self.log.write("telemetry", step=step, **measured)
         validating, stopping = step % train.eval_every == 0 or last, False
         if validating or step % self.config.log.every == 0:
             stopping = self.config.checkpoint.every > 0 and self.stop.agreed(self.ranks)
@@ -150,7 +161,6 @@ class Run:
         if validating:
             self._validate(step)
         self.progress = replace(self.progress, step=step)
-        assert self._checkpoints is not None
         if self._checkpoints.due(step, stopping):
             self._checkpoints.save(self.progress)
             self.meter.restart()
@@ -316,4 +326,4 @@ def optimizer_options(config: Config) -> dict[str, Any]:
         options["sharding"] = replace(given.sharding, overlap=True)
     if sharded:  # FSDP2 reduces as `shard_model` told it to
         options["precision"] = replace(given.precision, reduce=torch.float32)
-    return {**options, "verify_every": config.train.verify_every}
+    return {**options, "verify_every": config.train.verify_every, "telemetry_every": config.log.telemetry_every}

@@ -25,17 +25,23 @@ def samples(folder: Path) -> list[tuple[int, str]]:
     return [(record["step"], record["text"]) for record in records(folder) if record["kind"] == "sample"]
 
 
-def test_a_run_with_samples_is_the_run_without_bit_for_bit(tmp_path: Path) -> None:
+def test_a_run_with_samples_and_telemetry_is_the_run_without_bit_for_bit(tmp_path: Path) -> None:
     """Dropout draws from the random state that sampling must leave alone."""
     gpt2 = ["--model.arch=gpt2", "--model.config={n_embd: 32, n_layer: 2, n_head: 2, resid_pdrop: 0.3}"]
     arguments = [*SHORT, *gpt2, "--train.steps=4", "--train.eval_every=2"]
     losses = []
     for tokens in (0, 40):
         folder = tmp_path / str(tokens)
-        pretrain.main([*arguments, f"--log.sample_tokens={tokens}", f"--log.dir={folder}", "--log.sample_prompt=if"])
+        given = [f"--log.sample_tokens={tokens}", f"--log.telemetry_every={tokens and 2}", "--log.sample_prompt=if"]
+        pretrain.main([*arguments, *given, f"--log.dir={folder}"])
         losses.append([record["loss"] for record in records(folder) if record["kind"] in ("train", "val")])
     assert losses[0] == losses[1]
     assert samples(tmp_path / "0") == []
+    measured = [record for record in records(tmp_path / "40") if record["kind"] == "telemetry"]
+    assert [record["step"] for record in measured] == [2, 4]
+    assert 0.1 < measured[0]["parameters"]["transformer.h.1.mlp.c_fc.weight"]["update_rms"] < 0.3
+    assert measured[0]["attention_logits"].keys() == {"transformer.h.0.attn", "transformer.h.1.attn"}
+    assert set(measured[0]) == {"kind", "step", "parameters", "attention_logits", "output_rms"}
     assert [step for step, _ in samples(tmp_path / "40")] == [0, 2, 4]
     assert [record["prompt"] for record in records(tmp_path / "40") if record["kind"] == "sample"] == ["if"] * 3
 
