@@ -8,7 +8,6 @@ and the cost of Newton-Schulz beside forward and backward. Status 1: AdamW is ad
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import textwrap
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
+from distmuon.cli.arguments import Parser
 from distmuon.cli.models import HELP, Named, find_model
 from distmuon.cli.route import Table, make_table
 from distmuon.errors import problem
@@ -84,14 +84,13 @@ def main(argv: Sequence[str]) -> int:
     return int(answer == "AdamW")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="distmuon advise",
         description="Whether Muon suits a model and a task: an answer, and the rules behind it with their evidence.",
         epilog="examples: distmuon advise llama-1b --task pretrain --tokens 1000000; distmuon advise "
         "path/to/config.json --task finetune --pretrained-with muon. Exit status: 0; "
         "1 if AdamW is advised; 2 for bad input.",
-        allow_abbrev=False,
     )
     parser.add_argument("model", help=HELP)
     parser.add_argument("--task", choices=get_args(Task), required=True, help="what the model is trained for")

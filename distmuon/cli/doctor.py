@@ -8,7 +8,6 @@ here; values that a user may keep secret are never among them.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -23,13 +22,16 @@ import torch
 import torch.distributed as dist
 
 from distmuon.cli import parity
+from distmuon.cli.arguments import Parser
 from distmuon.cli.recipe import install_line
 from distmuon.integrations import TESTED
 
 RECIPE = ("transformers", "jsonargparse", "matplotlib", "tensorboard", "datasets", "tqdm", "numpy")
-VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "PYTORCH_ALLOC_CONF")
-VARIABLES += ("PYTORCH_CUDA_ALLOC_CONF", "TORCH_DISTRIBUTED_DEBUG", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_DEBUG")
-VARIABLES += ("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "WORLD_SIZE")
+VARIABLES = (
+    *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "PYTORCH_ALLOC_CONF"),
+    *("PYTORCH_CUDA_ALLOC_CONF", "TORCH_DISTRIBUTED_DEBUG", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_DEBUG"),
+    *("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "WORLD_SIZE"),
+)
 LONGEST = 100  # characters of a variable in the form
 
 
@@ -60,13 +62,12 @@ def findings(step: bool = True) -> list[Finding]:
 
 def main(argv: Sequence[str] = ()) -> int:
     """Print the findings; return 1 if any needs a cure, else 0."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="distmuon doctor",
         description="Check this machine: torch, GPUs, threads, the trainers' packages, the recipe's, and two small "
         "steps on two gloo processes against one process.",
         epilog="examples: distmuon doctor; distmuon doctor --report > report.md. Exit status: 0; 1 if a line begins "
         "with FIX; 2 for bad input.",
-        allow_abbrev=False,
     )
     parser.add_argument("--report", action="store_true", help="print the form for a bug report, in Markdown")
     parser.add_argument("--json", action="store_true", help="JSON instead of lines")

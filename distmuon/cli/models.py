@@ -27,7 +27,8 @@ from distmuon.planning.shapes import TABLES, shape_table
 _EXPERTS_PER_TOKEN = {"qwen3-30b-a3b": 8, "moonlight-16b-a3b": 6, "kimi-k2-1t": 8}
 HELP = (
     f"one of {', '.join(TABLES)} (or the beginning of one); a Hugging Face config.json or its folder; a model_type of "
-    "transformers; a YAML of the recipe or the name of a shipped one; module:callable, which returns your model"
+    "transformers; a YAML of the recipe or the name of a shipped one (gpt2.yaml); module:callable, which returns your "
+    "model"
 )
 
 
@@ -41,6 +42,7 @@ class Named:
     options: dict[str, Any] = field(default_factory=dict)  # arguments of `plan` that a recipe's YAML sets
     routes: list[Route] | str | None = None
     tokens: int | None = None  # of a step, on all ranks
+    adjust_lr_fn: str = "match_rms_adamw"
 
 
 def find_model(name: str) -> Named:
@@ -52,10 +54,10 @@ def find_model(name: str) -> Named:
         return Named(name, _call(name, module, attribute))
     path = Path(name)
     config = recipe.find_config(name)
-    if config is not None:
+    if config is not None and name.endswith((".yaml", ".yml")):
         return _recipe(config)
-    if path.exists():
-        return _config(path / "config.json" if path.is_dir() else path)
+    if name and path.exists():
+        return _config(name, path / "config.json" if path.is_dir() else path)
     tables = [table for table in TABLES if table.startswith(name.lower())] if name else []
     if len(tables) == 1:
         return _table(tables[0])
@@ -66,6 +68,8 @@ def find_model(name: str) -> Named:
             needed="a single model is needed",
             cure="write more of its name",
         )
+    if config is not None:
+        return _recipe(config)
     return _model_type(name)
 
 
@@ -100,8 +104,15 @@ def _call(name: str, module: str, attribute: str) -> nn.Module:
     return found
 
 
-def _config(path: Path) -> Named:
+def _config(name: str, path: Path) -> Named:
     """The model of a config.json: of the class that its `architectures` names, else a causal language model."""
+    if not path.is_file():
+        raise problem(
+            str(path.parent),
+            found="found a folder without config.json",
+            needed="a folder of a Hugging Face model is needed",
+            cure="name another folder, or a file",
+        )
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -120,7 +131,7 @@ def _config(path: Path) -> Named:
             needed="a model_type that transformers knows is needed",
             cure="correct it or update transformers",
         )
-    return _build(transformers, str(path), entries)
+    return _build(transformers, name, entries)
 
 
 def _model_type(name: str) -> Named:
@@ -187,7 +198,8 @@ def _recipe(path: Path) -> Named:
         "tp": config.parallel.tp,
     }
     tokens = config.train.global_batch * config.model.seq_len
-    return Named(str(path), model, _experts_of(model.config), options, given.get("routes"), tokens)
+    routes, adjust_lr_fn = given.get("routes"), given["adjust_lr_fn"]
+    return Named(str(path), model, _experts_of(model.config), options, routes, tokens, adjust_lr_fn)
 
 
 def _short(error: Exception) -> str:

@@ -43,11 +43,11 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(name: str) -> Path | None:
-    """The file that `name` names: a path to a YAML file, or a shipped config; None if it is neither."""
+    """The file that `name` names: a path to a YAML file, or a shipped config with or without .yaml; else None."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
-    return shipped_configs().get(name)
+    return shipped_configs().get(name.removesuffix(".yaml"))
 
 
 def module(name: str) -> ModuleType:

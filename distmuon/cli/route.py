@@ -7,7 +7,6 @@ rule that is proposed, and the routes to paste stand below. Status 1: there are 
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import nn
 
+from distmuon.cli.arguments import Parser
 from distmuon.cli.models import HELP, find_model
 from distmuon.layout.routing import ParamSpec, Route, UndecidedWeights, route
 from distmuon.math.rules import lr_scale
@@ -58,7 +58,11 @@ class Table:
 
 
 def make_table(
-    model: nn.Module | Sequence[ParamSpec], routes: Sequence[Route] | str | None = None, *, full: bool = False
+    model: nn.Module | Sequence[ParamSpec],
+    routes: Sequence[Route] | str | None = None,
+    *,
+    full: bool = False,
+    adjust_lr_fn: str = "match_rms_adamw",
 ) -> Table:
     """Route `model`; undecided weights get the proposed rule and are marked. `full`: a row for each parameter."""
     modules: dict[str, str] = {}
@@ -72,13 +76,13 @@ def make_table(
     alike: dict[tuple[object, ...], list[ParamSpec]] = {}
     for spec in specs:
         pattern = spec.fqn if full else re.sub(r"(?<![^.])\d+(?![^.])", "*", spec.fqn)
-        module = modules.get(spec.fqn.rpartition(".")[0], "")
-        alike.setdefault((pattern, module, spec.shape, spec.rule, spec.matrices, spec.reason), []).append(spec)
+        owner = modules.get(spec.fqn.rpartition(".")[0], "")
+        alike.setdefault((pattern, owner, spec.shape, spec.rule, spec.matrices, spec.reason), []).append(spec)
     rows = []
     for (pattern, module, *_), members in alike.items():
         spec = members[0]
         matrices = tuple(shape for unit in spec.matrices for shape in unit.logical_shapes)
-        factors = [lr_scale(m, n, "match_rms_adamw") for m, n in matrices] or [1.0]
+        factors = [lr_scale(m, n, adjust_lr_fn) for m, n in matrices] or [1.0]
         is_open = spec.reason in undecided
         rows.append(
             Row(
@@ -123,13 +127,12 @@ def _with_reasons(specs: Sequence[ParamSpec]) -> list[ParamSpec]:
 
 def main(argv: Sequence[str]) -> int:
     """Print the table of the model that the arguments name; return the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="distmuon route",
         description="Which parameters Muon updates, as which matrices, and why. Makes no tensor and needs no GPU.",
         epilog="examples: distmuon route llama-1b; distmuon route path/to/config.json --full; distmuon route "
         "my_package.models:make_model --json. Exit status: 0; 1 if a weight is undecided or Muon updates none; 2 for "
         "bad input.",
-        allow_abbrev=False,
     )
     parser.add_argument("model", help=HELP)
     parser.add_argument("--full", action="store_true", help="a line for each parameter, also where many are alike")
@@ -137,7 +140,7 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     try:
         named = find_model(given.model)
-        table = make_table(named.model, named.routes, full=given.full)
+        table = make_table(named.model, named.routes, full=given.full, adjust_lr_fn=named.adjust_lr_fn)
     except (ValueError, OSError, ImportError) as error:
         print(f"distmuon route: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -59,9 +59,9 @@ class Verdict:
 
     def to_dict(self) -> dict[str, object]:
         """All answers as a dict for JSON."""
-        names = ("hbm", "fits", "tokens", "tokens_per_rank", "num_ranks", "active_elements", "model_s", "optimizer_s")
-        names += ("adamw_s", "overhead", "sent", "adamw_sent", "traffic", "faster")
-        return {"held_bytes": self.held.total} | {name: getattr(self, name) for name in names}
+        names = [name for name in self.__slots__ if name != "held"]
+        found = {name: getattr(self, name) for name in (*names, "fits", "tokens_per_rank", "overhead", "traffic")}
+        return {"held_bytes": self.held.total, **found}
 
 
 def judge(

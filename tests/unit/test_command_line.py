@@ -159,7 +159,9 @@ def test_what_the_recipe_lacks_is_one_line(
 def test_commands_of_the_pages_exist() -> None:
     """Whatever a page shows as `distmuon COMMAND` or `python -m distmuon COMMAND` is a command."""
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    called = re.compile(r"(?:^|`|\$ |-m )distmuon ([a-z]+)\b", re.MULTILINE)
-    found = {(page.name, name) for page in pages for name in called.findall(page.read_text())}
+    called = re.compile(r"(?:`|\$ |-m |\n)distmuon ([a-z]+)\b")
+    code = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+    shown = {page.name: "\n".join(code.findall(page.read_text())) for page in pages}
+    found = {(page, name) for page, text in shown.items() for name in called.findall(text)}
     assert {name for _, name in found} <= COMMANDS.keys(), sorted(pair for pair in found if pair[1] not in COMMANDS)
     assert len(found) > 4

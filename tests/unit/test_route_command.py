@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -93,9 +94,12 @@ def test_a_config_names_its_class_and_a_recipe_its_routes(capsys: pytest.Capture
     assert status == 0 and "input: first convolution" in out and "output head: called 'classifier'" in out
     recipe = tmp_path / "mine.yaml"
     text = "model: {arch: llama, config: {hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4}}\n"
-    recipe.write_text(text + 'optimizer: {routes: [{pattern: "*.up_proj.weight", rule: adamw}]}\n')
+    recipe.write_text(
+        text + 'optimizer: {adjust_lr_fn: original, routes: [{pattern: "*.up_proj.weight", rule: adamw}]}\n'
+    )
     status, out, _ = run(capsys, str(recipe))
-    assert status == 0 and "AdamW  1.00  route '*.up_proj.weight'" in out and "256x64" in out
+    assert "11008x64  11008x64  Muon   13.11" in out  # sqrt(11008 / 64)
+    assert status == 0 and re.search(r"AdamW +1\.00 +route '\*\.up_proj\.weight'", out)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +107,7 @@ def test_a_config_names_its_class_and_a_recipe_its_routes(capsys: pytest.Capture
     [
         ("llama", "the beginning of llama-1b, llama-8b, llama-70b"),
         ("", "model: found ''"),
+        ("docs", "a folder without config.json"),
         ("no_such_module_here:make", "ModuleNotFoundError"),
         ("tests.unit.test_route_command:absent", "AttributeError"),
         ("tests.unit.test_route_command:fails", "KeyError"),
