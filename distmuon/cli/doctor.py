@@ -23,8 +23,7 @@ import torch.distributed as dist
 
 from distmuon.cli import parity
 from distmuon.cli.arguments import Parser
-from distmuon.cli.recipe import install_line
-from distmuon.integrations import TESTED
+from distmuon.integrations import TESTED, install_line
 
 RECIPE = ("transformers", "jsonargparse", "matplotlib", "tensorboard", "datasets", "tqdm", "numpy")
 VARIABLES = (

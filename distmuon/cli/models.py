@@ -55,7 +55,7 @@ def find_model(name: str) -> Named:
     path = Path(name)
     config = recipe.find_config(name)
     if config is not None and name.endswith((".yaml", ".yml")):
-        return _recipe(config)
+        return _recipe(name, config)
     if name and path.exists():
         return _config(name, path / "config.json" if path.is_dir() else path)
     tables = [table for table in TABLES if table.startswith(name.lower())] if name else []
@@ -69,7 +69,7 @@ def find_model(name: str) -> Named:
             cure="write more of its name",
         )
     if config is not None:
-        return _recipe(config)
+        return _recipe(name, config)
     return _model_type(name)
 
 
@@ -180,7 +180,7 @@ def _experts_of(config: Any) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _recipe(path: Path) -> Named:
+def _recipe(name: str, path: Path) -> Named:
     """The model, options and tokens of a step that a YAML of the recipe describes."""
     parse = recipe.module("config").parse
     models, run = recipe.module("models"), recipe.module("run")
@@ -199,7 +199,7 @@ def _recipe(path: Path) -> Named:
     }
     tokens = config.train.global_batch * config.model.seq_len
     routes, adjust_lr_fn = given.get("routes"), given["adjust_lr_fn"]
-    return Named(str(path), model, _experts_of(model.config), options, routes, tokens, adjust_lr_fn)
+    return Named(name, model, _experts_of(model.config), options, routes, tokens, adjust_lr_fn)
 
 
 def _short(error: Exception) -> str:

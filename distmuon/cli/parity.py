@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,22 +32,33 @@ def compare(seconds: float = 120.0) -> float:
         command = [sys.executable, "-m", "distmuon.cli.parity"]
         paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": environment}
-        ranks = [subprocess.Popen([*command, str(rank), folder], **pipes) for rank in range(RANKS)]  # type: ignore[call-overload]
-        try:
-            errors = [rank.communicate(timeout=seconds)[1] for rank in ranks]
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"no answer within {seconds:.0f} s") from None
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
+        errors: list[str] = []
+        with ExitStack() as stack:
+            ranks = [
+                stack.enter_context(
+                    subprocess.Popen(
+                        [*command, str(rank), folder],
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                        env=environment,
+                    )
+                )
+                for rank in range(RANKS)
+            ]
+            try:
+                errors += [rank.communicate(timeout=seconds)[1] for rank in ranks]
+            except subprocess.TimeoutExpired:
+                raise RuntimeError(f"no answer within {seconds:.0f} s") from None
+            finally:
+                for rank in ranks:
+                    rank.kill()
         for rank, error in zip(ranks, errors):
             if rank.returncode:
                 raise RuntimeError(error.strip().rpartition("\n")[2] or f"exit status {rank.returncode}")
-        found = [torch.load(Path(folder, f"{rank}.pt"), weights_only=True) for rank in range(RANKS)]
+        found = [torch.load(Path(folder, f"{number}.pt"), weights_only=True) for number in range(RANKS)]
     wanted = train(range(RANKS))
-    return max(float((a - b).abs().max()) for ranks_ in found for a, b in zip(ranks_, wanted))
+    return max(float((a - b).abs().max()) for weights in found for a, b in zip(weights, wanted))
 
 
 def train(shares: range) -> list[Tensor]:

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from distmuon.errors import problem
+from distmuon.integrations import install_line
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -68,11 +69,6 @@ def module(name: str) -> ModuleType:
         else:
             found, cure = f"found no package {missing}", install_line("recipes")
         raise problem(name, found=found, needed="the training recipe needs it", cure=cure) from error
-
-
-def install_line(extra: str) -> str:
-    """The line that installs what `extra` names, beside a distmuon that is installed already."""
-    return f'pip install "distmuon[{extra}]"'
 
 
 def run(name: str, arguments: Sequence[str]) -> int:

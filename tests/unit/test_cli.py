@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -205,7 +206,7 @@ def test_a_missing_jsonargparse_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     status, out, err = run(capsys, "gpt2", "--dp", "2")
-    assert status == 2 and out == "" and "pip install distmuon[recipes]" in err and err.count("\n") == 1
+    assert status == 2 and out == "" and 'pip install "distmuon[recipes]"' in err and err.count("\n") == 1
 
 
 def test_a_missing_matplotlib_names_the_cure(
@@ -295,3 +296,11 @@ def test_lines_that_coincide_stay_visible_and_ticks_are_plain(monkeypatch: pytes
     assert [line.get_label() for line in figure.axes[1].lines][-1] == "80 GB"
     monkeypatch.undo()
     pyplot.close(figure)
+
+
+def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its lines are wrapped."""
+    page = (Path(__file__).parents[2] / "docs" / "planner.md").read_text()
+    (command, shown) = re.findall(r"^`distmuon plan (.*?)` prints first.*?\n```\n(.*?)\n```", page, re.M | re.S)[0]
+    status, out, _ = run(capsys, *command.split())
+    assert status == 0 and " ".join(out.partition("\n\n")[0].split()) == " ".join(shown.split())
