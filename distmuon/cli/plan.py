@@ -13,6 +13,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from torch import nn
@@ -182,7 +183,8 @@ def _writable(path: Path) -> Path:
 def _text(found: Plan, verdict: Verdict, model: str, hardware: str, mfu: float, ranks: bool) -> str:
     given = found.given
     title = f"{model}, dp_size {found.dp_size}: {found.num_elements:,} parameters, {found.num_matrices:,} matrices"
-    lines = [f"{title}; {hardware}", *_verdict_text(found, verdict, mfu), ""]
+    answers = [fill(line, 110, subsequent_indent=" " * 9) for line in _verdict_text(found, verdict, mfu)]
+    lines = [f"{title}; {hardware}", *answers, ""]
     shape = f"{found.num_buckets} bucket{'s' * (found.num_buckets > 1)}, the largest {found.largest_bucket:.1%}"
     lines += [shape + (f"; staged {found.staged:.1%}" if given is None else "")]
     lines += _cut_text(given) if given else []
