@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gpu", action="store_true", help="one GPU a worker, and NCCL; else CPUs and gloo")
     parser.add_argument("--max_failures", type=int, default=3, help="how often all workers are started again")
     given, rest = parser.parse_known_args(argv)
-    parse(rest)  # a mistake is found here, not on every worker
+    config = parse(rest)  # a mistake is found here, not on every worker
     variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     ray.init(ignore_reinit_error=True, runtime_env={"env_vars": variables})
     trainer = TorchTrainer(
@@ -57,7 +57,10 @@ def main(argv: list[str] | None = None) -> None:
         train_loop_config={"argv": rest, "folder": os.getcwd()},
         torch_config=TorchConfig(backend="nccl" if given.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(num_workers=given.workers, use_gpu=given.gpu),
-        run_config=ray.train.RunConfig(failure_config=ray.train.FailureConfig(max_failures=given.max_failures)),
+        run_config=ray.train.RunConfig(
+            storage_path=str(Path(config.log.dir, "ray").absolute()),
+            failure_config=ray.train.FailureConfig(max_failures=given.max_failures),
+        ),
     )
     trainer.fit()
 

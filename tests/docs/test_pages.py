@@ -25,7 +25,7 @@ from launch.config import parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-RUN = ["index", "troubleshooting"]
+RUN = ["index", "routing", "troubleshooting"]
 """Pages whose Python blocks run in order, in one namespace, with a model and its optimizer."""
 
 
@@ -37,17 +37,29 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text(page), re.MULTILINE | re.DOTALL)
 
 
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(24, 80)
+        self.router = nn.Linear(24, 12)
+        self.out = nn.Linear(24, 24)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        first: torch.Tensor = self.qkv(hidden)[..., :24] + self.router(hidden).sum(-1, keepdim=True)
+        return hidden + first.relu() + self.out(hidden)
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(40, 24)
-        self.layers = nn.ModuleList([nn.Linear(24, 24), nn.Linear(24, 24)])
+        self.layers = nn.ModuleList([Layer(), Layer()])
         self.head = nn.Linear(24, 40)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         hidden = self.embedding(ids)
         for layer in self.layers:
-            hidden = layer(hidden).relu()
+            hidden = layer(hidden)
         loss: torch.Tensor = nn.functional.cross_entropy(self.head(hidden), ids)
         return loss
 
@@ -84,7 +96,7 @@ def test_the_hook_of_the_page_names_the_parameter(capsys: pytest.CaptureFixture[
     model(torch.arange(8)).backward()
     assert capsys.readouterr().out == ""
     with torch.no_grad():
-        model.layers[1].weight[0, 0] = torch.inf
+        model.head.weight[0, 0] = torch.inf
     model(torch.arange(8)).backward()
     assert capsys.readouterr().out.splitlines()[0].startswith("not finite: head.")
 

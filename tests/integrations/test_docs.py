@@ -53,4 +53,4 @@ def test_the_page_shows_every_integration_and_its_extra() -> None:
     for file in (ROOT / "distmuon" / "integrations").glob("[a-z]*.py"):
         assert {"grad_scaler": "distmuon.GradScaler"}.get(file.stem, f"distmuon.integrations.{file.stem}") in page
         if "need(" in file.read_text():  # the others need nothing but torch
-            assert f"distmuon[{file.stem}]" in page and f"\n{file.stem} =\n" in extras
+            assert f'pip install -e ".[{file.stem}]"' in page and f"\n{file.stem} =\n" in extras
