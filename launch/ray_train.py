@@ -50,7 +50,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_failures", type=int, default=3, help="how often all workers are started again")
     given, rest = parser.parse_known_args(argv)
     config = parse(rest)  # a mistake is found here, not on every worker
-    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    variables = {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it each line that a worker prints arrives twice
+    }
     ray.init(ignore_reinit_error=True, runtime_env={"env_vars": variables})
     trainer = TorchTrainer(
         work,

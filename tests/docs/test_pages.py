@@ -185,6 +185,56 @@ def test_the_table_of_newton_schulz_steps() -> None:
         assert low < found.min() and found.max() < high, (table, steps, found.min(), found.max())
 
 
+def llama_8b(dp_size: int, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The planner's counts for distmuon and for AdamW."""
+    found = distmuon.plan("llama-8b", dp_size=dp_size, **{"param_dtype": torch.bfloat16, **options}).to_dict()
+    (adamw,) = [other for other in found["others"] if other["way"] == "adamw"]
+    return found, adamw
+
+
+def test_the_fullest_ranks_of_the_readme() -> None:
+    said = re.search(
+        r"at 2 ranks\s+\(([\d.]+)\s+against\s+([\d.]+) GB\).*\(([\d.]+) against ([\d.]+)\)",
+        text("README.md"),
+        re.DOTALL,
+    )
+    assert said is not None
+    counted = [way["fullest_held_bytes"]["total"] / 1e9 for ranks in (2, 64) for way in llama_8b(ranks)]
+    assert [float(figure) for figure in said.groups()] == [round(figure, 1) for figure in counted]
+    at_8 = [way["fullest_held_bytes"]["total"] / 1e9 for way in llama_8b(8)]
+    assert at_8[0] == pytest.approx(at_8[1], rel=2e-3)
+
+
+def test_the_table_of_what_options_save() -> None:
+    """docs/options.md, and the gigabytes that docs/troubleshooting.md takes from it."""
+    held, gib = ("parameters", "gradients", "state", "transient", "total"), 2**30
+    names = {"Sharding": distmuon.Sharding, "Precision": distmuon.Precision, "torch": torch}
+    totals = {}
+    rows = re.findall(r"^\| (bf16|fp32) \| (none|`.*?`) \|(.*)\|$", text("docs/options.md"), re.MULTILINE)
+    assert len(rows) == 9
+    for dtype, option, cells in rows:
+        options: dict[str, Any] = {"param_dtype": torch.bfloat16 if dtype == "bf16" else torch.float32}
+        if option != "none":
+            policy = eval(option.strip("`"), names)
+            options[type(policy).__name__.lower()] = policy
+        found, _ = llama_8b(8, **options)
+        counted = [found["fullest_held_bytes"][name] / gib for name in held]
+        counted.append(found["busiest_sent_bytes"]["total"] / gib)
+        figures = [*(f"{figure:.2f}" for figure in counted), f"{found['traffic']:.4f}"]
+        assert [cell.strip() for cell in cells.split("|")] == figures, option
+        totals[dtype, option] = counted[4]
+    for option, saved in re.findall(
+        r"^\| (`(?:Sharding|Precision)\(.*?\)`) \| ([\d.]+)", text("docs/troubleshooting.md"), re.MULTILINE
+    ):
+        if option == "`Sharding(bucket_mb=64)`":
+            smaller, _ = llama_8b(8, sharding=distmuon.Sharding(bucket_mb=64))
+            total = smaller["fullest_held_bytes"]["total"] / gib
+            assert f"{smaller['traffic']:.2f}" == "1.07"
+        else:
+            total = totals["bf16", option]
+        assert float(saved) == pytest.approx(totals["bf16", "none"] - total, abs=0.051), option
+
+
 def test_the_job_for_kubernetes(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun and the recipe read what the pod runs, with the variables that the operator sets."""
     yaml = pytest.importorskip("yaml", reason="pip install distmuon[recipes]")
