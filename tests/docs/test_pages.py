@@ -185,6 +185,17 @@ def test_the_table_of_newton_schulz_steps() -> None:
         assert low < found.min() and found.max() < high, (table, steps, found.min(), found.max())
 
 
+def test_what_pages_repeat_of_the_quickstart() -> None:
+    """Its share of the steps and the length of its steps stand on other pages, too."""
+    for page in ("README.md", "docs/quickstart.md"):
+        (share,) = re.findall(r"\| \d+ \(([\d.]+)x\) \|", text(page))
+        ((muon, adamw),) = re.findall(r"^\| median step, ms \| ([\d.]+) \| ([\d.]+) \|$", text(page), re.MULTILINE)
+        said = re.findall(r"(0\.\d+) of the steps", text("docs/faq.md") + text("docs/should_i.md"))
+        assert len(said) == 2 and set(said) == {share}
+        (longer,) = re.findall(r"(\d+) % longer steps", text("docs/should_i.md"))
+        assert int(longer) == round(100 * (float(muon) / float(adamw) - 1))
+
+
 def llama_8b(dp_size: int, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The planner's counts for distmuon and for AdamW."""
     found = distmuon.plan("llama-8b", dp_size=dp_size, **{"param_dtype": torch.bfloat16, **options}).to_dict()
@@ -203,6 +214,23 @@ def test_the_fullest_ranks_of_the_readme() -> None:
     assert [float(figure) for figure in said.groups()] == [round(figure, 1) for figure in counted]
     at_8 = [way["fullest_held_bytes"]["total"] / 1e9 for way in llama_8b(8)]
     assert at_8[0] == pytest.approx(at_8[1], rel=2e-3)
+
+
+def test_the_table_beside_whole_matrices() -> None:
+    """docs/should_i.md: where the other placement is estimated to be faster, the page says so."""
+    rows = re.findall(
+        r"^\| (\d+) \| (\d+) / (\d+) \| ([\d.]+) / ([\d.]+) \| ([\d.]+) / ([\d.]+) \|$",
+        text("docs/should_i.md"),
+        re.MULTILINE,
+    )
+    assert [row[0] for row in rows] == ["8", "32", "64", "256"]
+    for ranks, *said in rows:
+        found, _ = llama_8b(int(ranks))
+        (whole,) = [other for other in found["others"] if other["way"] == "whole matrices"]
+        counted = [round(1e3 * way["time"]["step_s"]) for way in (found, whole)]
+        counted += [round(way["fullest_held_bytes"]["total"] / 1e9, 1) for way in (found, whole)]
+        counted += [round(way["busiest_sent_bytes"]["total"] / 1e9, 1) for way in (found, whole)]
+        assert [float(figure) for figure in said] == counted, ranks
 
 
 def test_the_table_of_what_options_save() -> None:
