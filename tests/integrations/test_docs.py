@@ -48,7 +48,7 @@ def test_a_mark_that_makes_no_sense_is_refused(
 
 
 def test_the_page_shows_every_integration_and_its_extra() -> None:
-    page = (ROOT / "docs" / "integrations.md").read_text()
+    page = (ROOT / "docs" / "integrations.md").read_text() + (ROOT / "docs" / "telemetry.md").read_text()
     extras = (ROOT / "setup.cfg").read_text()
     for file in (ROOT / "distmuon" / "integrations").glob("[a-z]*.py"):
         assert {"grad_scaler": "distmuon.GradScaler"}.get(file.stem, f"distmuon.integrations.{file.stem}") in page
