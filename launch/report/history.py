@@ -110,10 +110,21 @@ class History:
         skipped = self.skipped
         if skipped:
             text += f"; {skipped:,} {'step was' if skipped == 1 else 'steps were'} skipped"
-        lost = [record["step"] for record in [*self.train, *self.val] if record.get("loss", 0) is None]
-        if lost:
-            text += f"; the loss is not finite from step {min(lost):,}"
+        if self.lost_at is not None:
+            text += f"; the loss is not finite from step {self.lost_at:,}"
         return text
+
+    @property
+    def lost_at(self) -> int | None:
+        """The first step whose loss is null, so was not finite."""
+        return min((r["step"] for r in [*self.train, *self.val] if r.get("loss", 0) is None), default=None)
+
+    @property
+    def tone(self) -> Literal["good", "busy", "bad"]:
+        """How a reader should feel about the verdict."""
+        if self.lost_at is not None or self.state in ("ended", "silent"):
+            return "bad"
+        return "busy" if self.skipped or self.state == "running" else "good"
 
     # ------------------------------------------------------------------------------------------ what stands on x axes
 
@@ -125,13 +136,14 @@ class History:
         return record["step"] * batch * length if batch and length else None
 
     @cached_property
-    def _clock(self) -> dict[int, tuple[int | None, float]]:
+    def _clock(self) -> dict[int, tuple[int | None, float | None]]:
         """(tokens, seconds of steps) by step."""
-        seconds, found = 0.0, {0: (0, 0.0)}
+        seconds = 0.0
+        found: dict[int, tuple[int | None, float | None]] = {0: (0, 0.0)}
         for record in self.train:
             seconds += (record.get("step_ms") or 0.0) / 1e3
-            found[record["step"]] = self.tokens_at(record), seconds  # type: ignore[assignment]
-        return found  # type: ignore[return-value]
+            found[record["step"]] = self.tokens_at(record), seconds if seconds else None
+        return found
 
     def clock(self, step: int) -> tuple[int | None, float | None]:
         """(tokens seen, seconds of steps taken) when `step` was done; None where no train record says so."""

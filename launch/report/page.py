@@ -75,7 +75,7 @@ def render(runs: Sequence[History]) -> str:
             runs=[
                 {
                     "label": run.label,
-                    "state": run.state,
+                    "tone": run.tone,
                     "verdict": run.verdict,
                     "color": color_of(number),
                     "results": results(run),

@@ -76,7 +76,7 @@ class MedianStep:
 def median_step(run: History) -> MedianStep | None:
     """None without stage times. The first step of a start, which builds buffers, does not count."""
     first = {start.get("resumed_from", 0) + 1 for start in run.starts}
-    records = [record for record in run.train if record.get("stage_ms") and record["step"] not in first]
+    records = [r for r in run.train if r.get("stage_ms") and r.get("step_ms") and r["step"] not in first]
     if not records:
         return None
     step_ms = median(record["step_ms"] for record in records)
@@ -200,11 +200,11 @@ def _timeline(typical: MedianStep) -> Chart:
             chart.traces.append(bar)
     start = {span.stage: span.start for span in typical.spans}
     end = {span.stage: span.start + span.length for span in typical.spans}
-    rows = [host]
+    rows, last = [host], max(end.values())
     for key, text, launched, awaited in TRAVELS:
         if typical.sent.get(key):
             begin = 0.0 if launched is None else start.get(launched, 0.0)
-            finish = typical.step_ms if awaited is None else end.get(awaited, typical.step_ms)
+            finish = last if awaited is None else end.get(awaited, last)
             label = f"{typical.sent[key]:,} bytes sent by rank 0"
             if awaited is None:
                 label += "; it may go on under the next forward"
@@ -219,7 +219,12 @@ def _timeline(typical: MedianStep) -> Chart:
         "hovermode": "closest",
         "height": 150 + 42 * len(rows),
     }
-    chart.layout["yaxis"] = {"categoryorder": "array", "categoryarray": rows[::-1], "automargin": True}
+    chart.layout["yaxis"] = {
+        "type": "category",
+        "categoryorder": "array",
+        "categoryarray": rows[::-1],
+        "automargin": True,
+    }
     return chart
 
 
