@@ -25,14 +25,18 @@ class Axis:
     log: bool = False
     range: tuple[float, float] | None = None
     """In the axis's own values."""
+    zero: bool = False
+    """Whether the axis begins at 0."""
 
     @property
     def title(self) -> str:
         return f"{self.quantity} ({self.unit})"
 
     def layout(self) -> dict[str, Any]:
-        kind = {"type": "log", "exponentformat": "power"} if self.log else {"exponentformat": "SI"}
+        kind = {"type": "log", "exponentformat": "power", "nticks": 6} if self.log else {"exponentformat": "SI"}
         found: dict[str, Any] = {"title": {"text": self.title}, "automargin": True, **kind}
+        if self.zero:
+            found["rangemode"] = "tozero"
         if self.range:
             found["range"] = [log10(value) if self.log else value for value in self.range]
         return found

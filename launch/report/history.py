@@ -40,7 +40,7 @@ class History:
     known_state: State | None = None
     """What the run itself says; without it the state is told from the records and their age."""
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
         return dict(self.starts[-1].get("config", {}))
 
@@ -53,7 +53,7 @@ class History:
             value = value[part]
         return value
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """The last step on record."""
         return max((int(record["step"]) for record in [*self.train, *self.val]), default=0)
@@ -66,13 +66,13 @@ class History:
     def optimizer(self) -> str:
         return {"distmuon": "Muon", "adamw": "AdamW"}.get(self.setting("optimizer.name", ""), "optimizer")
 
-    @property
+    @cached_property
     def skipped(self) -> int:
         """Skipped steps, as the run counted them, or else as its records show them."""
         counted = [record["skipped_steps"] for record in [*self.train, self.summary or {}] if "skipped_steps" in record]
         return int(counted[-1]) if counted else len(self.skipped_at)
 
-    @property
+    @cached_property
     def skipped_at(self) -> list[int]:
         """The steps whose gradient was not finite: their norm is null."""
         return [record["step"] for record in self.train if "grad_norm" in record and record["grad_norm"] is None]
@@ -114,7 +114,7 @@ class History:
             text += f"; the loss is not finite from step {self.lost_at:,}"
         return text
 
-    @property
+    @cached_property
     def lost_at(self) -> int | None:
         """The first step whose loss is null, so was not finite."""
         return min((r["step"] for r in [*self.train, *self.val] if r.get("loss", 0) is None), default=None)

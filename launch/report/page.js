@@ -19,12 +19,12 @@ function theme(chart) {
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: color("--text"), family: getComputedStyle(document.body).fontFamily, size: 12 },
     margin: { l: 10, r: 10, t: 10, b: 10 },
-    height: 340,
     hovermode: "x unified",
     hoverlabel: { bgcolor: color("--card"), bordercolor: color("--line"), font: { color: color("--text") } },
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",  // a finger scrolls the page
     ...chart.layout,
+    height: (chart.layout.height || 340) + (narrow.matches ? 18 * Math.min(chart.traces.length, 10) : 0),  // the legend
     shapes,
     xaxis: { ...axis, ...chart.layout.xaxis },
     yaxis: { ...axis, ...chart.layout.yaxis, title: { ...chart.layout.yaxis.title, standoff: narrow.matches ? 4 : 10 } },
@@ -33,7 +33,7 @@ function theme(chart) {
 
 function draw(place) {
   const chart = charts[place.dataset.chart];
-  Plotly.react(place, chart.traces, theme(chart), { responsive: true, displaylogo: false, displayModeBar: false });
+  Plotly.react(place, chart.traces, theme(chart), { displaylogo: false, displayModeBar: false });
 }
 
 function drawAll() {
@@ -82,6 +82,11 @@ function keepFresh() {
 }
 
 document.querySelectorAll(".choices").forEach(offerChoices);
-drawAll();
+// In the next frame: a chart that is drawn changes its own height, which the observer must not see in this one.
+const resized = new ResizeObserver((entries) => requestAnimationFrame(() => entries.forEach(({ target, contentRect }) => {
+  if (target.drawnWidth !== contentRect.width) draw(target);
+  target.drawnWidth = contentRect.width;
+})));
+document.querySelectorAll("[data-chart]").forEach((place) => resized.observe(place));  // draws each for the first time
 dark.addEventListener("change", drawAll);
 keepFresh();

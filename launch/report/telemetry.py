@@ -7,6 +7,7 @@ Only one run at a time, for ten kinds fill a chart.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -58,7 +59,7 @@ def _update_rms(run: History) -> Chart:
         name="update_rms",
         title="Update RMS, Muon",
         about="Root mean square of a step's update before learning rate and decay.",
-        y=Axis("update RMS", "per step and unit of learning rate"),
+        y=Axis("update RMS", "per unit of lr"),
     )
     _by_kind(chart, run, "update_rms", rule="muon")
     if _has_band(run) and chart.traces:
@@ -73,7 +74,7 @@ def _update_rms_adamw(run: History) -> Chart:
         name="update_rms_adamw",
         title="Update RMS, AdamW",
         about="The same for parameters that AdamW trains: Adam's quotient.",
-        y=Axis("update RMS", "per step and unit of learning rate"),
+        y=Axis("update RMS", "per unit of lr"),
     )
     return _by_kind(chart, run, "update_rms", rule="adamw")
 
@@ -111,7 +112,7 @@ def _residual(run: History) -> Chart:
 
 def _entropy(key: str, title: str, about: str) -> Callable[[History], Chart]:
     def make(run: History) -> Chart:
-        chart = Chart(name=key, title=title, about=about, y=Axis("SVD entropy", "share of the largest possible"))
+        chart = Chart(name=key, title=title, about=about, y=Axis("SVD entropy", "share of the maximum"))
         return _by_kind(chart, run, key, rule="muon")
 
     return make
@@ -182,7 +183,9 @@ def _attention(run: History) -> Chart:
     )
     _by_layer(chart, run, "attention_logits")
     if chart.traces:
+        found = [value for trace in chart.traces for value in finite(trace["y"])]
         chart.shapes = [level(LOGIT_ALARM, f"alarm at {LOGIT_ALARM:g}")]
+        chart.y = replace(chart.y, range=(0.8 * min(found), 1.6 * max(*found, LOGIT_ALARM)))
     return chart
 
 

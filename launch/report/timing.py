@@ -21,8 +21,8 @@ from launch.report.table import Table, number
 
 Sort = Literal["model", "work", "wait", "launch"]
 SORTS: dict[Sort, tuple[str, str]] = {
-    "model": ("forward, backward, data, and all else", PALETTE[9]),
-    "work": ("the optimizer's own work", PALETTE[0]),
+    "model": ("forward, backward, data", PALETTE[9]),
+    "work": ("the optimizer's work", PALETTE[0]),
     "wait": ("waiting for other ranks", PALETTE[1]),
     "launch": ("starting collectives", PALETTE[2]),
 }
@@ -40,12 +40,12 @@ STAGES: dict[str, tuple[Sort, str]] = {
     "apply": ("work", "writes the weights, AdamW's too"),
     "start_all_gather": ("launch", "starts sending the parameters"),
 }
-# What travels: its name in `bytes`, and the stages at whose start and end it is launched and waited for.
+# What travels: its name in `bytes` and on the page, the stage that launches it, and the one that waits for it.
 TRAVELS: tuple[tuple[str, str, str | None, str | None], ...] = (
-    ("reduce_scatter", "gradients, reduce-scatter", None, "finish_reduce_scatter"),
-    ("dp_gather", "pieces to owners, all-to-all", "start_dp_gather", "dp_gather"),
-    ("scatter", "pieces home, all-to-all", "start_scatter", "scatter"),
-    ("all_gather", "parameters, all-gather", "start_all_gather", None),
+    ("reduce_scatter", "reduce-scatter", None, "finish_reduce_scatter"),
+    ("dp_gather", "to owners", "start_dp_gather", "dp_gather"),
+    ("scatter", "back home", "start_scatter", "scatter"),
+    ("all_gather", "all-gather", "start_all_gather", None),
 )
 
 

@@ -57,7 +57,7 @@ def _loss(runs: Sequence[History]) -> Chart:
 
         kept = [record for record in run.train if record.get("loss") is not None]
         mean = [value for _, value in smoothed([(record["step"], record["loss"]) for record in kept])]
-        add("training", run.train, [record.get("loss") for record in run.train], width=1, opacity=0.3)
+        add("training", run.train, [record.get("loss") for record in run.train], width=1, opacity=0.45)
         if len(kept) > 20:
             add("training, moving mean", kept, mean, width=1.2, opacity=0.85)
         add("validation", run.val, [record.get("loss") for record in run.val], width=2.5, markers=len(run.val) <= 60)
@@ -109,7 +109,7 @@ def _gradient_norm(runs: Sequence[History]) -> Chart:
         title="Gradient norm",
         about="Over all parameters and before clipping. A step without a finite norm is skipped and changes no weight; "
         "it is marked by a red stroke.",
-        y=Axis("gradient norm", "L2 norm, nats per token and unit of weight", log=True),
+        y=Axis("gradient norm", "L2 norm", log=True),
     )
     for number, run in enumerate(runs):
         steps, norms = column(run.train, lambda record: record.get("grad_norm"))
@@ -133,7 +133,7 @@ def _speed(runs: Sequence[History]) -> Chart:
         name="tokens_per_s",
         title="Speed",
         about="All ranks together. The first step of a start builds buffers and is slow.",
-        y=Axis("speed", "tokens per second"),
+        y=Axis("speed", "tokens per second", zero=True),
     )
     return _of_each_run(chart, runs, "tokens_per_s", "tokens per second")
 
@@ -143,7 +143,7 @@ def _utilization(runs: Sequence[History]) -> Chart:
         name="mfu",
         title="Model FLOPs utilization",
         about="The model's own floating-point work as a share of what the GPUs could do at their peak.",
-        y=Axis("utilization", "share of peak FLOP/s"),
+        y=Axis("utilization", "share of peak FLOP/s", zero=True),
     )
     return _of_each_run(chart, runs, "mfu", "utilization")
 
@@ -153,7 +153,7 @@ def _memory(runs: Sequence[History]) -> Chart:
         name="peak_bytes",
         title="Peak memory",
         about="The most that tensors have taken on rank 0's GPU since the start.",
-        y=Axis("memory", "bytes"),
+        y=Axis("memory", "bytes", zero=True),
     )
     return _of_each_run(chart, runs, "peak_bytes", "peak")
 
