@@ -118,7 +118,7 @@ def trials(config: Path, grids: Sequence[Grid], overrides: Sequence[str], out: P
             settings = dict(zip(grid, values))
             folder = out / ",".join(f"{short(key)}={_file_name(value)}" for key, value in settings.items())
             # a rate at which every step is skipped is an answer here, not an error
-            arguments = ["--config", str(config), "--train.max_skipped=0", "--log.sample_tokens=0"]
+            arguments = ["--config", str(config), "--train.max_skipped=0", "--log.sample_tokens=0", "--log.sinks=[]"]
             arguments += [f"--{override}" for override in overrides]
             arguments += [f"--{key}={_text(value)}" for key, value in settings.items()]
             arguments.append(f"--log.dir={folder}")
