@@ -156,6 +156,7 @@ def packages() -> tuple[Template, str]:
         raise ImportError(
             f"report: found no `{error.name}`; jinja2 and plotly write the page; pip install jinja2 plotly"
         ) from error
-    options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    template = Environment(loader=FileSystemLoader(FOLDER), **options).get_template(TEMPLATE)
-    return template, get_plotlyjs()
+    made = Environment(
+        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return made.get_template(TEMPLATE), get_plotlyjs()
