@@ -38,7 +38,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, wraps
@@ -99,6 +99,7 @@ class DistMuon(torch.optim.Optimizer):
         momentum, nesterov, ns_steps, ns_coefficients, adjust_lr_fn: as in `torch.optim.Muon`; the coefficients are
             the name of a table in `coefficients.COEFFICIENTS` or a triple.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: hyperparameters of AdamW; None: the same as Muon's.
+        cautious_weight_decay: decay an element only where the update shrinks it, too (arXiv 2510.12402); both rules.
         routes: decisions that override the defaults, first match wins; ``"adamw"``: no Muon, on purpose.
         sharding: a `distmuon.Sharding`: how parameters are cut over the ranks, which tensors travel, and when.
         precision: a `distmuon.Precision`: the dtypes in which tensors are kept, computed and sent.
@@ -112,6 +113,8 @@ class DistMuon(torch.optim.Optimizer):
         grad_reduction: "reduce_scatter" (by DistMuon, under backward) or "external" (gradients arrive averaged).
         max_grad_norm: clip every step's averaged gradient to this global norm. None: only on `clip_grad_norm_`.
         verify_every: compare the bits of all parameters across ranks in every n-th step, before it writes; 0: never.
+        telemetry_every: measure every n-th step, see `telemetry`; 0: none. Such a step gathers the weights of matrices
+            to their owners, and takes eigenvalues of three k x k matrices for each.
         broadcast_buffers: send rank 0's module buffers to all ranks once, when DistMuon's buffers are built; unlike
             DDP, later forwards send none. False: each rank keeps its module buffers, and they are not compared.
         fields: a field of either policy by itself: ``overlap=False``, ``ns_dtype=torch.float32``
@@ -148,6 +151,7 @@ class DistMuon(torch.optim.Optimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float | None = None,
+        cautious_weight_decay: bool = False,
         routes: Sequence[Route] | str | None = None,
         sharding: Sharding | None = None,
         precision: Precision | None = None,
@@ -157,6 +161,7 @@ class DistMuon(torch.optim.Optimizer):
         grad_reduction: GradReduction = "reduce_scatter",
         max_grad_norm: float | None = None,
         verify_every: int = 0,
+        telemetry_every: int = 0,
         broadcast_buffers: bool = True,
         **fields: Any,
     ) -> None:
@@ -169,6 +174,7 @@ class DistMuon(torch.optim.Optimizer):
             grad_reduction=grad_reduction,
             max_grad_norm=max_grad_norm,
             verify_every=verify_every,
+            telemetry_every=telemetry_every,
             broadcast_buffers=broadcast_buffers,
         )
         start = Hyperparameters(
@@ -183,6 +189,7 @@ class DistMuon(torch.optim.Optimizer):
             adamw_betas=adamw_betas,
             adamw_eps=adamw_eps,
             adamw_weight_decay=adamw_weight_decay,
+            cautious_weight_decay=cautious_weight_decay,
         )
         params = checks.listed(checks.unwrap(params, grad_reduction))
         self._model = params if isinstance(params, nn.Module) else None
@@ -498,13 +505,34 @@ class DistMuon(torch.optim.Optimizer):
         hyperparameters_now = self._check_step()
         self._consolidated = None
         self.reduce_gradients()
-        engine.update(hyperparameters_now)
+        engine.update(hyperparameters_now, measure=self._is_due(self.options.telemetry_every))
         if not self._gathers_in_forward or self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
             self.synchronize()
         self._metrics.close_step()
         for group in (*self._groups, self._exchange_group):
             group.step = self._metrics.steps + 1
         return loss
+
+    def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
+        """Multiply rows of parameters, by name, by `factors` once, after the update of the next step.
+
+        Each tensor is (rows,), float32, on the parameters' device, the same on all ranks. Masters are scaled in the
+        step, before all-gathers, so nothing more travels. A skipped step drops the factors, a parameter without a
+        gradient is left alone. Raises `ValueError` for an unknown name and for another number of rows.
+        """
+        index_of = {spec.fqn: index for index, spec in enumerate(self._specs)}
+        for fqn, given in factors.items():
+            spec = self._specs[index_of[fqn]] if fqn in index_of else None
+            rows = spec.shape[:1] if spec is not None and spec.shape else None
+            if rows is None or given.shape != rows:
+                raise problem(
+                    f"scale_rows[{fqn!r}]",
+                    found="no trainable parameter of this optimizer" if rows is None else f"{tuple(given.shape)}",
+                    needed=f"a factor for each of {rows[0]} rows is needed" if rows else "a parameter's name is needed",
+                    cure="see optimizer.report(full=True)",
+                )
+        engine = self._built()
+        engine.row_factors.update((index_of[fqn], given.float()) for fqn, given in factors.items())
 
     def _check_step(self) -> list[dict[str, Any]]:
         """Make all checks before a step; return its hyperparameters, with lr as a number."""
@@ -513,10 +541,13 @@ class DistMuon(torch.optim.Optimizer):
         self._local_state.take_back(self.state)
         checks.check_members(self.param_groups, self._members)
         checks.check_frozen(self._frozen)
-        if self.options.verify_every and (self._metrics.steps + 1) % self.options.verify_every == 0:
+        if self._is_due(self.options.verify_every):
             with self._metrics.stage("verify"):
                 self.verify_bits()
         return found
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and (self._metrics.steps + 1) % every == 0
 
     def verify_bits(self) -> None:
         """Compare the bits of parameters before the update, which would repair or spread a flipped bit. Collective."""
@@ -571,6 +602,29 @@ class DistMuon(torch.optim.Optimizer):
             "lr": {group["rule"]: rules.scalar(group["lr"]) for group in reversed(self.param_groups)},
             "state_bytes": built.storage.state_bytes if built is not None else 0,
         }
+
+    def not_finite(self) -> list[str]:
+        """Names of the parameters whose averaged gradient was not finite in the step just taken; [] if all were.
+
+        For a step that was skipped (`overflow`). Call it right after `step`, before `zero_grad` and the next backward.
+        Waits for the device. Collective.
+        """
+        return self._engine.not_finite() if self._engine is not None else []
+
+    def telemetry(self) -> dict[str, dict[str, Any]] | None:
+        """What the last step did to each parameter, by name, the same on all ranks; None unless it was measured.
+
+        Every ``telemetry_every``-th step is, unless it was skipped. Numbers of a parameter:
+
+        - ``rule``, ``shape``
+        - ``update_rms``: of what lr multiplies, without weight decay: ``0.2*sqrt(max(m, n))*O``, or AdamW's quotient.
+        - ``weight_rms``, before the step; ``update_to_weight``: lr * update_rms / weight_rms, None for a zero weight.
+        - Muon's, means over the logical matrices: ``update_singular_values`` and ``weight_singular_values``, of O and
+          W: the smallest, the quartiles, the largest; ``residual``: ``||O O^T - I||_F / sqrt(k)``, k the short side;
+          ``momentum_entropy``, ``update_entropy``, ``weight_entropy``: SVD entropy in [0, 1] of U, O, W
+          (`math/spectra.py`).
+        """
+        return self._engine.telemetry if self._engine is not None else None
 
     def report(self, *, full: bool = False) -> str:
         """Summary of routing and layout in a few lines; `full` adds a line for each parameter, with the reason."""

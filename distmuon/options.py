@@ -129,6 +129,7 @@ class Options:
     grad_reduction: GradReduction = "reduce_scatter"
     max_grad_norm: float | None = None
     verify_every: int = 0
+    telemetry_every: int = 0
     broadcast_buffers: bool = True
 
     def __post_init__(self) -> None:
@@ -144,11 +145,12 @@ class Options:
         one_of("grad_reduction", self.grad_reduction, get_args(GradReduction))
         one_of("broadcast_buffers", self.broadcast_buffers, (False, True))
         positive("max_grad_norm", self.max_grad_norm)
-        if type(self.verify_every) is not int or self.verify_every < 0:
-            found = f"found {self.verify_every!r}"
-            raise problem(
-                "verify_every", found=found, needed="a number of steps is needed", cure="pass 0 to never verify"
-            )
+        for name in ("verify_every", "telemetry_every"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise problem(
+                    name, found=f"found {value!r}", needed="a number of steps is needed", cure="pass 0 for never"
+                )
         if self.sharding.release_grads and self.grad_reduction == "external":
             raise problem(
                 "sharding.release_grads",
@@ -203,9 +205,11 @@ class Hyperparameters:
     adamw_betas: tuple[float, float]
     adamw_eps: float
     adamw_weight_decay: float | None
+    cautious_weight_decay: bool
 
     def group(self, rule: Rule) -> dict[str, object]:
         """The entries of a new param group. Both rules have `momentum`: schedulers that cycle it read every group."""
+        cautious = {CAUTIOUS: self.cautious_weight_decay} if self.cautious_weight_decay is not False else {}
         if rule == "muon":
             return {
                 "rule": rule,
@@ -216,6 +220,7 @@ class Hyperparameters:
                 "ns_steps": self.ns_steps,
                 "ns_coefficients": self.ns_coefficients,
                 "adjust_lr_fn": self.adjust_lr_fn,
+                **cautious,
             }
         return {
             "rule": rule,
@@ -224,9 +229,12 @@ class Hyperparameters:
             "momentum": self.momentum,
             "betas": self.adamw_betas,
             "eps": self.adamw_eps,
+            **cautious,
         }
 
 
+CAUTIOUS = "cautious_weight_decay"
+"""The entry of a param group whose decay is cautious; other groups need not have it."""
 _KEYS: dict[object, tuple[str, ...]] = {
     "muon": ("lr", "weight_decay", "momentum", "nesterov", "ns_steps", "ns_coefficients", "adjust_lr_fn"),
     "adamw": ("lr", "weight_decay", "betas", "eps"),
@@ -238,7 +246,7 @@ def hyperparameters(param_groups: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"param_groups[{number}].{key} = {_plain(group[key])}"
         for number, group in enumerate(param_groups)
-        for key in ("rule", *_KEYS[group["rule"]])
+        for key in ("rule", *_KEYS[group["rule"]], *((CAUTIOUS,) if CAUTIOUS in group else ()))
     ]
 
 
@@ -285,6 +293,7 @@ def _check_group(name: str, group: dict[str, Any]) -> None:
         )
     bound("lr", group["lr"])
     bound("weight_decay", group["weight_decay"])
+    one_of(f"{name}.{CAUTIOUS}", group.get(CAUTIOUS, False), (False, True))
     if group["rule"] == "muon":
         bound("momentum", group["momentum"], 1.0)
         one_of(f"{name}.nesterov", group["nesterov"], (False, True))
@@ -344,6 +353,7 @@ class Route:
     """A user's decision that `rule` updates all parameters whose fqn matches `pattern` (shell-style).
 
     `split`: sizes of the logical matrices fused along `split_dim` of the (out, in) weight; their sum must be its size.
+    `heads`: that many equal parts instead (Muon head by head; `integrations.heads.head_routes` makes such routes).
     `options`: param-group entries for these parameters, such as ``{"lr": 1e-4, "weight_decay": 0.0}``. `copies`: how
     many ranks of `model_parallel_group` hold the same parameter (a norm under tensor parallelism with plain tensors, an
     embedding tied over two stages of a pipeline); the gradient norm counts it once. `process_group`: the ranks that
@@ -358,6 +368,7 @@ class Route:
     options: Mapping[str, object] = field(default_factory=dict)
     copies: int = 1
     process_group: Any = None
+    heads: int | None = None
 
     def __post_init__(self) -> None:
         split = () if self.split is None else self.split
@@ -370,6 +381,13 @@ class Route:
         ):
             needed = "a string as pattern, whole numbers as split and a dict as options are needed"
             raise problem("Route", found=f"found {self}", needed=needed, cure="correct it")
+        if self.heads is not None and (type(self.heads) is not int or self.heads < 1 or self.split is not None):
+            raise problem(
+                f"Route({self.pattern!r}).heads",
+                found=f"found {self.heads!r}" + (" beside split" if self.split is not None else ""),
+                needed="a number of equal parts, 1 or more, is needed, or their sizes",
+                cure="pass heads or split",
+            )
         if isinstance(self.copies, bool) or not isinstance(self.copies, int) or self.copies < 1:
             raise problem(
                 f"Route({self.pattern!r}).copies",

@@ -68,7 +68,10 @@ class Ranks:
 
 @contextmanager
 def launched_ranks(parallel: ParallelConfig | None = None) -> Iterator[Ranks]:
-    """Join the process group `torchrun` describes: NCCL with one GPU a process where there are GPUs, else gloo."""
+    """Join the process group `torchrun` describes: NCCL with one GPU a process where there are GPUs, else gloo.
+
+    A process group that is there already is used, and left.
+    """
     parallel = ParallelConfig() if parallel is None else parallel
     parallel.mesh_shape(int(os.environ.get("WORLD_SIZE", "1")))
     device = torch.device("cpu")
@@ -81,6 +84,10 @@ def launched_ranks(parallel: ParallelConfig | None = None) -> Iterator[Ranks]:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    if dist.is_initialized():  # by Ray Train, which ends it, too
+        with distmuon.shared_fate():
+            yield Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), tp=parallel.tp, device=device)
+        return
     if "RANK" not in os.environ:
         yield Ranks(device=device)
         return

@@ -19,7 +19,7 @@ FAST=(
 
 # DeepSpeed's operators are built when first used, not at installation.
 export DS_BUILD_OPS=0
-install_extras recipes,accelerate,fabric,lightning,deepspeed,peft,dev
+install_extras recipes,accelerate,fabric,lightning,deepspeed,peft,ray,docs,dev
 
 stage "ruff"
 python -m ruff check .

@@ -16,6 +16,7 @@ import torch
 from distmuon.errors import names, problem
 from distmuon.math.coefficients import coefficient_schedule
 from distmuon.optimizer import DistMuon
+from distmuon.options import CAUTIOUS
 
 _MUON = ("lr", "weight_decay", "momentum", "nesterov", "ns_steps", "adjust_lr_fn")
 _ADAMW = ("lr", "weight_decay", "betas", "eps")
@@ -26,8 +27,8 @@ def to_torch_optim(optimizer: DistMuon) -> tuple[dict[str, Any], dict[str, Any]]
 
     Make the two optimizers with the parameters and groups of `optimizer.param_groups` of their rule, in the same order
     (both dicts hold ``param_names``). Raises `ValueError` for parameters that torch.optim.Muon would train differently
-    (stacks, convolutions and fused weights, which distmuon cuts into matrices) and for coefficients that change between
-    iterations.
+    (stacks, convolutions and fused weights, which distmuon cuts into matrices), for coefficients that change between
+    iterations, and for cautious weight decay.
     """
     different = [s.fqn for s in optimizer.layout.specs if s.rule == "muon" and not _is_plain(s)]
     if different:
@@ -83,6 +84,13 @@ def _is_plain(spec: Any) -> bool:
 
 def _to_torch(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
     """A group under torch.optim's keys, and the states of its parameters."""
+    if group.get(CAUTIOUS, False):
+        raise problem(
+            CAUTIOUS,
+            found=f"found True for {names(group['param_names'])}",
+            needed="torch.optim decays all weights",
+            cure=f'set group["{CAUTIOUS}"] = False first, if plain decay is meant from here on',
+        )
     muon = group["rule"] == "muon"
     found: dict[str, Any] = {key: group[key] for key in (_MUON if muon else _ADAMW)}
     found["param_names"] = list(group["param_names"])

@@ -359,12 +359,16 @@ class DataParallelGroup:
         )
         return self._pending(output, (work,), (input,), stage, label)
 
-    def start_all_reduce(self, tensor: Tensor, *, stage: str) -> Pending:
-        """Sum a small `tensor` over ranks, in place. The bytes are counted as a ring's 2*(dp_size-1)/dp_size."""
+    def start_all_reduce(self, tensor: Tensor, *, stage: str, largest: bool = False) -> Pending:
+        """Sum a small `tensor` over ranks, in place; or take the `largest` of each element.
+
+        The bytes are counted as a ring's 2*(dp_size-1)/dp_size.
+        """
         if self.dp_size == 1:
             return Pending(tensor)
         self.count(stage, 2 * (self.dp_size - 1) * tensor.numel() * tensor.element_size() // self.dp_size)
-        work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
+        operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+        work = dist.all_reduce(tensor, operation, group=self.process_group, async_op=True)
         return self._pending(tensor, (work,), (), stage, "")
 
     def broadcast(self, tensor: Tensor, via: torch.device) -> None:

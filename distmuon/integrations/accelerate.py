@@ -326,6 +326,7 @@ class _Recipe:
                 "precision": options.precision,
                 "max_grad_norm": options.max_grad_norm,
                 "verify_every": options.verify_every,
+                "telemetry_every": options.telemetry_every,
                 "process_group": optimizer.group.process_group,
                 "exchange_group": exchange_group if optimizer._exchange_group is not optimizer.group else None,
                 "model_parallel_group": optimizer.model_parallel_group,

@@ -8,6 +8,7 @@ that none of these decides raises: Muon is never guessed. The module knows shape
   (m, n) linear weight            one m x n matrix
   (E, m, n) stack of experts      E matrices
   (out, in, *kernel) convolution  one out x (in * prod(kernel)) matrix
+  heads=n                         n matrices of equal size, cut in the same way
   split=[q, k, v]                 a fused weight cut along its rows (`split_dim=0`), one matrix a part; in a stack each
                                   slice is cut. `split_dim=1` cuts columns, for weights stored (in, out).
 A matrix of rows is a contiguous range of its parameter, and that range is the unit that the layout places. Column
@@ -30,7 +31,7 @@ from torch.nn.parameter import is_lazy
 from distmuon.errors import problem
 from distmuon.layout.ends import ends
 from distmuon.layout.layers import Structure, Use, read_module, read_pairs
-from distmuon.options import Hyperparameters, Rule, checked_routes
+from distmuon.options import CAUTIOUS, Hyperparameters, Rule, checked_routes
 from distmuon.options import Route as Route
 
 _SMALL = 256  # elements; in a smaller matrix Newton-Schulz has nothing to balance, and each launch costs time
@@ -81,6 +82,14 @@ class ParamSpec:
 
 
 Routed = list[tuple[ParamSpec, nn.Parameter]]
+
+
+class UndecidedWeights(ValueError):
+    """Weights that neither module type nor name decides; `routes` are those that the message proposes."""
+
+    def __init__(self, text: str, routes: Sequence[Route] = ()) -> None:
+        super().__init__(text)
+        self.routes = tuple(routes)
 
 
 def route(model: nn.Module | Iterable[tuple[str, nn.Parameter]], routes: Sequence[Route] | str | None = None) -> Routed:
@@ -252,11 +261,11 @@ def make_groups(
         key = _group_key(spec)
         known = start.group(spec.rule)
         for option, _ in spec.options:
-            if option not in known or option == "rule":
+            if (option not in known and option != CAUTIOUS) or option == "rule":
                 raise problem(
                     spec.fqn,
                     found=f"option {option!r} in its route",
-                    needed=f"one of {', '.join([*known][1:])} is needed",
+                    needed=f"one of {', '.join(dict.fromkeys([*[*known][1:], CAUTIOUS]))} is needed",
                     cure="correct the route's options",
                 )
         group = groups.setdefault(key, {**known, **dict(spec.options), "params": []})
@@ -403,12 +412,13 @@ def _undecided(
     cure = f"check and add routes=[{lines}]"
     if not _has_muon(named, [*routes, *added], defaults):
         cure = 'reshape them to matrices, or pass routes="adamw" to use AdamW on purpose'
-    return problem(
+    text = problem(
         ", ".join(texts),
         found=f"{len(undecided)} weights that neither module type nor name decides",
         needed="each weight needs a rule",
         cure=cure if defaults.is_module else f"pass the model itself, whose modules tell more, or {cure}",
     )
+    return UndecidedWeights(str(text), added)
 
 
 def _has_muon(named: Sequence[tuple[str, nn.Parameter]], routes: Sequence[Route], defaults: _Defaults) -> bool:
@@ -448,12 +458,20 @@ def _matrices(fqn: str, shape: tuple[int, ...], chosen: Route, is_conv: bool) ->
             cure='reshape the parameter or route it to "adamw"',
         )
     rows, columns = shape[-2:]
-    split = tuple(chosen.split or ())
-    if split and (sum(split) != (rows, columns)[chosen.split_dim] or min(split) < 1):
+    size = (rows, columns)[chosen.split_dim]
+    if chosen.heads is not None and size % chosen.heads:
+        raise problem(
+            fqn,
+            found=f"heads={chosen.heads} along dimension {chosen.split_dim} of {(rows, columns)}",
+            needed=f"a number of equal parts of {size} is needed",
+            cure="correct the route's heads, or pass the sizes as split",
+        )
+    split = tuple(chosen.split or ()) if chosen.heads is None else (size // chosen.heads,) * chosen.heads
+    if split and (sum(split) != size or min(split) < 1):
         raise problem(
             fqn,
             found=f"split={list(split)} sums to {sum(split)} along dimension {chosen.split_dim} of {(rows, columns)}",
-            needed=f"parts >= 1 that sum to {(rows, columns)[chosen.split_dim]} are needed",
+            needed=f"parts >= 1 that sum to {size} are needed",
             cure="correct the route's split",
         )
     heights, column_split = (split or (rows,), ()) if chosen.split_dim == 0 else ((rows,), split)

@@ -43,15 +43,34 @@ def lr_scale(m: int, n: int, adjust_lr_fn: str) -> float:
     return 0.2 * math.sqrt(max(m, n)) if adjust_lr_fn == "match_rms_adamw" else math.sqrt(max(1.0, m / n))
 
 
+def cautious_decay(weight: Tensor, update: Tensor, *, lr: float, weight_decay: float) -> Tensor:
+    """What `weight` is multiplied by: ``1 - lr*wd`` where `update`, which is subtracted, also shrinks it, else 1.
+
+    Cautious weight decay (arXiv 2510.12402, eq. 2). Only the signs of `update` count.
+    """
+    return torch.where(update.to(weight.dtype) * weight >= 0, 1.0 - lr * weight_decay, 1.0).to(weight.dtype)
+
+
 def muon_weight(
-    master: Tensor, polar_factor: Tensor, *, lr: float, weight_decay: float, scale: float, out: Tensor | None = None
+    master: Tensor,
+    polar_factor: Tensor,
+    *,
+    lr: float,
+    weight_decay: float,
+    scale: float,
+    cautious: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Line 6 of the algorithm: ``W - lr*(scale*O + wd*W)`` in `master`'s dtype (arXiv 2502.16982, eq. 4).
 
+    `cautious`: weight decay as in `cautious_decay`.
     `out` may be `master`. Three kernels round once each: a single kernel might use fused multiply-adds in the vector
     part of its loop only, and the bits must not depend on the position of an element in a tensor.
     """
     step = polar_factor.to(master.dtype, copy=True).mul_(-lr * scale)
+    if cautious:
+        decay = cautious_decay(master, polar_factor, lr=lr, weight_decay=weight_decay)
+        return torch.mul(master, decay, out=out).add_(step)
     return torch.mul(master, 1.0 - lr * weight_decay, out=out).add_(step)
 
 

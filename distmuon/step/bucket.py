@@ -11,7 +11,7 @@ bucket: the engine decides when each line runs. Four interfaces hide the variant
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
@@ -23,10 +23,12 @@ from distmuon.comm.group import DataParallelGroup, Pending
 from distmuon.layout.layout import Layout, Segment
 from distmuon.math import rules
 from distmuon.math.newton_schulz import orthogonalize
+from distmuon.options import CAUTIOUS
 from distmuon.step.matrix_exchange import MatrixExchange, StackKey
 from distmuon.step.metrics import Metrics
 from distmuon.step.param_gather import Transport
-from distmuon.step.storage import BucketStorage, Masters, ShardPiece
+from distmuon.step.storage import BucketStorage, Masters, ShardPiece, elements_of
+from distmuon.step.telemetry import Telemetry
 from distmuon.step.verdict import Decision, Verdict
 
 # When `Bucket.update` yields, pieces are on their way to the owners of their matrices, or back to their holders.
@@ -43,11 +45,17 @@ class Grads(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The values that all buckets of a step share. `param_groups`: the groups, with lr as numbers."""
+    """The values that all buckets of a step share. `param_groups`: the groups, with lr as numbers.
+
+    `row_factors`: by parameter, what each row of the new weight is multiplied by, (rows,) float32. `telemetry`: takes
+    what is measured in this step, if anything is.
+    """
 
     param_groups: Sequence[dict[str, Any]]
     verdict: Verdict
     decision: Decision
+    row_factors: Mapping[int, Tensor]
+    telemetry: Telemetry | None = None
 
 
 class Bucket:
@@ -77,6 +85,7 @@ class Bucket:
         # Matrices of a parameter may differ in scale; a segment has the scale of its unit's first column block.
         applied = storage.spec.segments if transport.has_message else [piece.segment for piece in storage.muon]
         muon = [segment for segment in applied if layout.specs[segment.param].rule == "muon"]
+        self._numels = {param: layout.specs[param].numel for param in self.params}
         self._shapes = {segment: layout.unit_of(segment).logical_shapes[0] for segment in muon}
 
     # ------------------------------------------------------------------ line 1: G = mean over ranks, this rank's shard
@@ -168,6 +177,10 @@ class Bucket:
         self._metrics.ns_matrices += len(blocks) * stack.size(0)
         steps, coefficients = param_group["ns_steps"], param_group["ns_coefficients"]
         polar = [orthogonalize(x, steps=steps, coefficients=coefficients, dtype=self._ns_dtype) for x in blocks]
+        if step.telemetry is not None:
+            for number, placed in enumerate(self.exchange.units[key]):
+                if placed.workers[0] == self._dp_group.dp_rank:
+                    step.telemetry.polar_factor(placed, stack[number], [x[number] for x in polar])
         if key.column_split:
             # `_apply_muon` uses the scale of the first block, so the other blocks get their ratio to it here.
             scales = [rules.lr_scale(key.rows, n, param_group["adjust_lr_fn"]) for n in key.column_split]
@@ -189,14 +202,20 @@ class Bucket:
             lr=param_group["lr"],
             weight_decay=param_group["weight_decay"],
             scale=rules.lr_scale(rows, columns, param_group["adjust_lr_fn"]),
+            cautious=param_group.get(CAUTIOUS, False),
             out=step.decision.scratch(weight),
         )
+        if segment.param in step.row_factors:
+            new = self._scaled(new, segment, step.row_factors[segment.param])
         step.decision.write(weight, new)
 
     def _adamw(self, masters: Masters, step: Step) -> None:
         for number, param_group in enumerate(step.param_groups):
             pieces = [p for p in self.storage.adamw if self._group_of[p.segment.param] == number]
             pieces = [p for p in pieces if step.verdict.present[p.segment.param]]
+            cautious = param_group.get(CAUTIOUS, False)
+            if cautious:
+                self._decay_cautiously(pieces, masters, param_group, step)
             if pieces:
                 rules.adamw_step(
                     [masters(piece) for piece in pieces],
@@ -204,10 +223,30 @@ class Bucket:
                     [piece.state for piece in pieces],
                     step.verdict.ok,
                     lr=param_group["lr"],
-                    weight_decay=param_group["weight_decay"],
+                    weight_decay=0.0 if cautious else param_group["weight_decay"],
                     betas=param_group["betas"],
                     eps=param_group["eps"],
                 )
+        for piece in self.storage.adamw:
+            factors = step.row_factors.get(piece.segment.param)
+            if factors is not None and step.verdict.present[piece.segment.param]:
+                master = masters(piece)
+                step.decision.write(master, self._scaled(master, piece.segment, factors))
+
+    def _decay_cautiously(
+        self, pieces: Sequence[ShardPiece], masters: Masters, param_group: dict[str, Any], step: Step
+    ) -> None:
+        for piece in pieces:
+            master = masters(piece)
+            mean = torch.lerp(piece.state["exp_avg"], piece.grad, 1.0 - param_group["betas"][0])  # as AdamW's will be
+            lr, weight_decay = param_group["lr"], param_group["weight_decay"]
+            step.decision.write(master, master * rules.cautious_decay(master, mean, lr=lr, weight_decay=weight_decay))
+
+    def _scaled(self, weight: Tensor, segment: Segment, factors: Tensor) -> Tensor:
+        """`weight`, the elements of `segment`, each times the factor of its row."""
+        row_size = self._numels[segment.param] // factors.numel()
+        of_elements = factors.repeat_interleave(row_size)
+        return weight * elements_of(of_elements, segment).reshape(weight.shape)
 
     # ---------------------------------------------------------------------------------- line 7: W whole, on all ranks
 

@@ -32,6 +32,7 @@ from distmuon.math import rules
 from distmuon.options import Options
 from distmuon.step import cut, initial_values, verdict
 from distmuon.step.bucket import Bucket, Stage, Step
+from distmuon.step.dtensors import local_of
 from distmuon.step.flat_storage import FlatStorage
 from distmuon.step.given_storage import GivenStorage
 from distmuon.step.grad_reduce import make_source
@@ -39,6 +40,7 @@ from distmuon.step.matrix_exchange import MatrixExchange
 from distmuon.step.metrics import Metrics
 from distmuon.step.param_gather import Nothing, Parameters, Transport, Updates
 from distmuon.step.storage import BucketStorage, Storage
+from distmuon.step.telemetry import Telemetry
 
 LATE_S = 300.0  # how much later than the first rank the last may come to drop gradients
 
@@ -70,6 +72,7 @@ class Engine:
         self._model_group = model_group
         self._options = options
         self._metrics = metrics
+        self._group_of = group_of
         # See [Note: when all-gathers start]. At most two messages of updates may be in flight, so none is deferred.
         one_queue = exchange_groups[0].process_group is group.process_group
         self._gathers_last = gathers_in_forward and one_queue and options.sharding.param_gather == "parameters"
@@ -89,6 +92,8 @@ class Engine:
         self.grad_norm: Tensor | None = None  # of the last step, before clipping
         self.last_ok: Tensor | None = None  # the last step counted; 0-dim bool on the device
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.storage.device)
+        self.telemetry: dict[str, dict[str, Any]] | None = None  # of the last step, by parameter
+        self.row_factors: dict[int, Tensor] = {}  # of the next step, see `Step`
 
     def _make_bucket(
         self, storage: BucketStorage, exchange_groups: Sequence[DataParallelGroup], group_of: Sequence[int]
@@ -278,18 +283,41 @@ class Engine:
 
     # ----------------------------------------------------------------------------------------------------- update
 
-    def update(self, param_groups: Sequence[dict[str, Any]]) -> None:
-        """Update all buckets; all-gathers may stay in flight. `param_groups`: the step's groups, with lr as numbers."""
+    def update(self, param_groups: Sequence[dict[str, Any]], *, measure: bool = False) -> None:
+        """Update all buckets; all-gathers may stay in flight. `param_groups`: the step's groups, with lr as numbers.
+
+        `measure`: leave telemetry of this step in `self.telemetry`, None if it was skipped; waits for the device.
+        """
         judged, self._verdict = self._verdict, None
         assert judged is not None
         judged = judged.final()
+        self.telemetry = None
         if not judged.known_to_skip:  # on a GPU no host knows; there every write is masked, see `OnDevice`
             with torch.autocast(self.storage.device.type, enabled=False):
-                self._update_buckets(Step(param_groups, judged, judged.decision))
+                telemetry = self._measured_weights(param_groups, judged) if measure else None
+                self._update_buckets(Step(param_groups, judged, judged.decision, self.row_factors, telemetry))
+                if telemetry is not None:
+                    self._finish_telemetry(telemetry, judged)
+        self.row_factors = {}
         self.skipped += ~judged.ok
         self.last_ok = judged.ok
         self.source.reset()
         self._stepped = True
+
+    def _measured_weights(self, param_groups: Sequence[dict[str, Any]], judged: verdict.Verdict) -> Telemetry:
+        """Telemetry of the step to come that knows the weights before it."""
+        telemetry = Telemetry(self.storage.layout, param_groups, self._group_of, judged.present, self.storage.device)
+        with self._metrics.stage("telemetry"):
+            for bucket in self.buckets:
+                telemetry.weights(bucket.storage, bucket.exchange, self._groups[bucket.storage.spec.group].dp_rank)
+        return telemetry
+
+    def _finish_telemetry(self, telemetry: Telemetry, judged: verdict.Verdict) -> None:
+        with self._metrics.stage("telemetry"):
+            for bucket in self.buckets:
+                telemetry.adamw_updates(bucket.storage)
+            record = telemetry.record(self._groups)
+        self.telemetry = record if bool(judged.ok) else None
 
     def _update_buckets(self, step: Step) -> None:
         exchanging = [bucket for bucket in self.buckets if bucket.exchange.has_exchange]
@@ -305,6 +333,20 @@ class Engine:
                 scatters_left -= 1
                 while deferred and not scatters_left:
                     self._start_param_gather(deferred.pop(0))
+
+    def not_finite(self) -> list[str]:
+        """The parameters of which the last averaged gradient, where it still is, has elements that are not finite."""
+        found: set[int] = set()
+        for storage in self.storage.buckets:
+            if storage.reduction is not None:
+                held = [(piece.segment.param, piece.grad) for piece in storage.muon + storage.adamw]
+            else:
+                grads = [(index, self.storage.params[index].grad) for index in storage.spec.params]
+                held = [(index, local_of(grad)) for index, grad in grads if grad is not None]
+            found |= {index for index, grad in held if not bool(grad.isfinite().all())}
+        names = [self.storage.layout.specs[index].fqn for index in sorted(found)]
+        by_rank = self._group.gather_objects(names, stage="gradients that are not finite")
+        return list(dict.fromkeys(name for names in by_rank for name in names))
 
     # ------------------------------------------------------------------------------------------------- parameters
 

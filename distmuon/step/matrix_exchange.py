@@ -16,6 +16,7 @@ the first worker, the owner, and so do all replicas. With `placement="owner"` a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -105,25 +106,31 @@ class MatrixExchange:
         self._places: dict[
             tuple[int, int], tuple[StackKey, int]
         ] = {}  # by segment: its stack, and the element of the parameter with which the stack would begin
-        self.stack_sizes: dict[StackKey, int] = {}
+        self.units: dict[StackKey, list[PlacedUnit]] = {}  # the matrices of each stack, in its order
         for placed in units:
             if me in placed.workers:
                 unit = placed.unit
                 key = StackKey(group_of[placed.param], unit.rows, unit.columns, unit.column_split)
-                position = self.stack_sizes.setdefault(key, 0)
-                self.stack_sizes[key] += 1
+                stack = self.units.setdefault(key, [])
                 for p in placed.pieces:
-                    self._places[p.param, p.param_offset] = (key, unit.offset - position * unit.numel)
+                    self._places[p.param, p.param_offset] = (key, unit.offset - len(stack) * unit.numel)
+                stack.append(placed)
 
-    def start_gather(self, updates: Sequence[Tensor]) -> Gathering:
+    def in_dtype(self, dtype: torch.dtype) -> MatrixExchange:
+        """The same routes, with stacks and messages of another dtype."""
+        other = copy(self)
+        other.dtype = dtype
+        return other
+
+    def start_gather(self, updates: Sequence[Tensor], *, stage: str = "dp_gather") -> Gathering:
         """Start to gather `updates`, a 1-D tensor for each Muon piece; `wait` returns the stacks of whole matrices."""
         pending = None
         if self.has_exchange:
             outgoing = [updates[self._number[s.param, s.param_offset]] for peer in self._gather_out for s in peer]
-            pending = self._start(outgoing, self._gather_out, self._gather_in, "dp_gather")
+            pending = self._start(outgoing, self._gather_out, self._gather_in, stage)
         stacks = {
-            key: torch.empty(count, key.rows, key.columns, dtype=self.dtype, device=self._device)
-            for key, count in self.stack_sizes.items()
+            key: torch.empty(len(units), key.rows, key.columns, dtype=self.dtype, device=self._device)
+            for key, units in self.units.items()
         }
         for segment, update in zip(self._segments, updates):
             if (segment.param, segment.param_offset) in self._places:

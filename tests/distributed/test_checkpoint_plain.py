@@ -136,6 +136,9 @@ def test_what_torch_muon_would_train_differently_is_refused_by_name() -> None:
     optimizer = distmuon.DistMuon(model, ns_coefficients="polar_express")
     with pytest.raises(ValueError, match=r"ns_coefficients: \d triples in 5 steps"):
         to_torch_optim(optimizer)
+    optimizer = distmuon.DistMuon(_model(), **OPTIONS, cautious_weight_decay=True)
+    with pytest.raises(ValueError, match=r"cautious_weight_decay: found True for .*; torch.optim decays all weights"):
+        to_torch_optim(optimizer)
 
 
 def test_a_pair_that_lacks_parameters_is_refused_by_name() -> None:

@@ -56,7 +56,7 @@ FEATURES: dict[str, dict[str, str]] = {
         trainer: "n/a" for trainer in TRAINERS if trainer != "Trainer"
     },
     "several models and optimizers": {"DDP": "your own loop", "Trainer": "n/a", "DeepSpeed": "n/a"},
-    "its own `prepare` instead of distmuon's": {trainer: "n/a" for trainer in TRAINERS if trainer != "accelerate"},
+    "its own `prepare`, on two ranks or more": {trainer: "n/a" for trainer in TRAINERS if trainer != "accelerate"},
     'its own `prepare` with grad_reduction="external"': {t: "n/a" for t in TRAINERS if t != "accelerate"},
     "DDP around the model, silenced or averaging by itself": {t: "n/a" for t in TRAINERS if t != "DDP"},
     "DDP around the model, not silenced": {"accelerate": "not wrapped", "Trainer": "not wrapped", "DeepSpeed": "n/a"},

@@ -48,9 +48,9 @@ def test_a_mark_that_makes_no_sense_is_refused(
 
 
 def test_the_page_shows_every_integration_and_its_extra() -> None:
-    page = (ROOT / "docs" / "integrations.md").read_text()
+    page = (ROOT / "docs" / "integrations.md").read_text() + (ROOT / "docs" / "telemetry.md").read_text()
     extras = (ROOT / "setup.cfg").read_text()
     for file in (ROOT / "distmuon" / "integrations").glob("[a-z]*.py"):
         assert {"grad_scaler": "distmuon.GradScaler"}.get(file.stem, f"distmuon.integrations.{file.stem}") in page
         if "need(" in file.read_text():  # the others need nothing but torch
-            assert f"distmuon[{file.stem}]" in page and f"\n{file.stem} =\n" in extras
+            assert f'pip install -e ".[{file.stem}]"' in page and f"\n{file.stem} =\n" in extras

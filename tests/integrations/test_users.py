@@ -57,7 +57,7 @@ def test_resume_from_checkpoint_true_goes_on_bit_for_bit(found: list[dict[str, A
         assert resumed["weights"] == whole["weights"] and resumed["best"] == whole["best"]
 
 
-@pytest.mark.refuses("its own `prepare` instead of distmuon's", "accelerate", use="`integrations.accelerate.prepare`")
+@pytest.mark.refuses("its own `prepare`, on two ranks or more", "accelerate", use="`integrations.accelerate.prepare`")
 def test_accelerates_own_prepare_raises_and_names_the_cure(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert "DistributedDataParallel: it runs the model, and averages" in rank["own prepare"]
