@@ -156,7 +156,6 @@ def packages() -> tuple[Template, str]:
         raise ImportError(
             f"report: found no `{error.name}`; jinja2 and plotly write the page; pip install jinja2 plotly"
         ) from error
-    made = Environment(
-        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = FileSystemLoader(FOLDER)
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return made.get_template(TEMPLATE), get_plotlyjs()
