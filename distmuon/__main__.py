@@ -1,21 +1,10 @@
-"""`python -m distmuon plan` and `python -m distmuon doctor`; each command is a module of `distmuon.cli`."""
+"""`python -m distmuon`: the same program as `distmuon`."""
 
 from __future__ import annotations
 
 import sys
 
-from distmuon.cli import doctor, plan
-
-
-def main(argv: list[str]) -> int:
-    """Run the command that the first argument names; return the exit status."""
-    if argv == ["doctor"]:
-        return doctor.main()
-    if argv[:1] == ["plan"]:
-        return plan.main(argv[1:])
-    print("usage: python -m distmuon plan MODEL --dp N[,N...] (plan --help says more) | doctor", file=sys.stderr)
-    return 2
-
+from distmuon.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

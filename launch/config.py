@@ -170,6 +170,7 @@ class RouteConfig:
     rule: Literal["muon", "adamw"]
     split: list[int] | None = None
     split_dim: int = 0
+    heads: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -188,6 +189,7 @@ class OptimizerConfig:
     adamw_lr: float | None = None
     adamw_betas: tuple[float, float] = (0.9, 0.95)
     adamw_weight_decay: float | None = None
+    cautious_weight_decay: bool = False
     routes: list[RouteConfig] = field(default_factory=list)
     """First match wins, before the library's own rules; distmuon only."""
     broadcast_buffers: bool = True
@@ -210,11 +212,18 @@ class LogConfig:
     """What rank 0 writes."""
 
     dir: str = "runs/pretrain"
-    """Folder of `metrics.jsonl` and of the TensorBoard events."""
+    """Folder of the run; its records are in `metrics.jsonl` there."""
     every: int = 1
     """Steps between two readings of the device; every step is recorded all the same."""
-    jsonl: bool = True
-    tensorboard: bool = False
+    sinks: list[str] = field(default_factory=list)
+    """Where records go besides: tensorboard, wandb, trackio, or package.module.Class; see `launch.sinks`."""
+    sample_tokens: int = 64
+    """Length of the text that is sampled at each validation, if the data are text; 0: none. Each token takes a forward
+    of the model, on all ranks."""
+    sample_prompt: str = ""
+    """What that text goes on with; "" is the beginning of a document."""
+    telemetry_every: int = 0
+    """Steps between two measurements of updates, weights and attention (docs/telemetry.md); 0: none."""
     progress: bool = True
     """A bar when stdout is a terminal, plain lines otherwise."""
 
@@ -245,7 +254,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_no_null()
-        train, data = self.train, self.data
+        train = self.train
         positive = {
             "model.seq_len": self.model.seq_len,
             "train.steps": train.steps,
@@ -264,7 +273,9 @@ class Config:
             "train.max_skipped": train.max_skipped,
             "train.warmup_steps": train.warmup_steps,
             "checkpoint.every": self.checkpoint.every,
-            "data.val_documents": data.val_documents,
+            "data.val_documents": self.data.val_documents,
+            "log.sample_tokens": self.log.sample_tokens,
+            "log.telemetry_every": self.log.telemetry_every,
         }.items():
             if value < 0:
                 raise ValueError(f"{name}: found {value}; a count from 0 on is needed; 0 switches it off")
@@ -288,6 +299,18 @@ class Config:
                 f"train.steps: found {train.steps} with {train.warmup_steps} steps of warmup and "
                 f"{train.cooldown_steps} of cooldown; at least one step must lie between; lengthen the run or shorten "
                 "the stages"
+            )
+        self._check_data()
+
+    def _check_data(self) -> None:
+        """Raise where the source of the data lacks something."""
+        data = self.data
+        if self.log.sample_prompt and data.source == "bin":
+            raise problem(
+                "log.sample_prompt",
+                found=f"found {self.log.sample_prompt!r} with data.source bin",
+                needed="text needs a tokenizer, and shards of tokens do not say which",
+                cure="leave log.sample_prompt out; launch.generate takes a --tokenizer afterwards",
             )
         for key in {"bin": ("train", "val"), "hf": ("dataset",)}.get(data.source, ()):
             if not getattr(data, key):

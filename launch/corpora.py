@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from distmuon.errors import names, problem
 from launch.config import DataConfig
+from launch.tokenizers import first_line, tokenizer_of
 
 TokenArray: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
@@ -148,27 +149,13 @@ class TextStream:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        if config.tokenizer == "bytes":
-            self.tokenizer = None
-            self.vocab_size = BYTE_VOCAB_SIZE
-        else:
-            from transformers import AutoTokenizer  # here: byte-level runs need no tokenizer
-
-            try:
-                self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-            except (OSError, ValueError) as error:
-                raise problem(
-                    "data.tokenizer",
-                    found=f"found {config.tokenizer!r}, for which transformers says: {_first_line(error)}",
-                    needed='"bytes", a tokenizer\'s name or its local folder is needed',
-                    cure="correct data.tokenizer",
-                ) from error
-            self.vocab_size = len(self.tokenizer)
-            if self.tokenizer.eos_token_id is None:
-                raise ValueError(
-                    f"data.tokenizer: found no end-of-text token in {config.tokenizer!r}; one must part the documents; "
-                    "choose a tokenizer with an eos_token"
-                )
+        self.tokenizer: Any = tokenizer_of(config)
+        self.vocab_size = len(self.tokenizer)
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"data.tokenizer: found no end-of-text token in {config.tokenizer!r}; one must part the documents; "
+                "choose a tokenizer with an eos_token"
+            )
         self._open()
 
     def validation_tokens(self) -> npt.NDArray[np.uint32]:
@@ -205,7 +192,7 @@ class TextStream:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of one document and the separator behind it."""
-        if self.tokenizer is None:
+        if self.config.tokenizer == "bytes":
             return list(text.encode().replace(SEPARATOR, b"") + SEPARATOR)
         return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
 
@@ -224,11 +211,7 @@ class TextStream:
             given = f"found {config.dataset!r}" + (f" with data.files {config.files!r}" if config.files else "")
             raise problem(
                 "data.dataset",
-                found=f"{given}, split {split!r}, for which datasets says: {_first_line(error)}",
+                found=f"{given}, split {split!r}, for which datasets says: {first_line(error)}",
                 needed="a dataset or files that it can open are needed",
                 cure="correct data.dataset, data.subset, data.files or data.train",
             ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".;")

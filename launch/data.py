@@ -27,6 +27,7 @@ from torch import Tensor
 from distmuon.errors import names, problem
 from launch.config import Config
 from launch.corpora import BYTE_VOCAB_SIZE, TextStream, TokenArray, read_shard, read_stdlib, shard_paths
+from launch.tokenizers import tokenizer_of
 
 State: TypeAlias = dict[str, Any]
 
@@ -215,6 +216,8 @@ class Corpus:
     """None: the shards do not say; the model's own vocabulary then decides."""
     about: dict[str, object]
     """Counts for the log."""
+    tokenizer: Any | None
+    """Of transformers; None: nobody knows how to read the tokens."""
     warnings: tuple[str, ...] = ()
 
     def check_ids_below(self, vocab_size: int) -> None:
@@ -241,7 +244,13 @@ def open_corpus(config: Config) -> Corpus:
         stream = TextStream(data)
         val = TokenWindows([stream.validation_tokens()], seq_len)
         about: dict[str, object] = {"source": f"hf {data.dataset}", "val_tokens": sum(map(len, val.arrays))}
-        return Corpus(train=StreamedWindows(stream, seq_len), val=val, vocab_size=stream.vocab_size, about=about)
+        return Corpus(
+            train=StreamedWindows(stream, seq_len),
+            val=val,
+            vocab_size=stream.vocab_size,
+            about=about,
+            tokenizer=stream.tokenizer,
+        )
     if data.source == "bin":
         vocab_size = None
         train, val = (_shards(data.train, "data.train", seq_len), _shards(data.val, "data.val", seq_len))
@@ -258,7 +267,14 @@ def open_corpus(config: Config) -> Corpus:
     }
     short = [*train.unread(), *val.unread()]
     warnings = (f"shorter than a window of {seq_len + 1} tokens and never read: {names(short)}",) if short else ()
-    return Corpus(train=ShuffledWindows(train, seed), val=val, vocab_size=vocab_size, about=about, warnings=warnings)
+    return Corpus(
+        train=ShuffledWindows(train, seed),
+        val=val,
+        vocab_size=vocab_size,
+        about=about,
+        tokenizer=tokenizer_of(data),
+        warnings=warnings,
+    )
 
 
 def _shards(pattern: str, key: str, seq_len: int) -> TokenWindows:

@@ -20,6 +20,7 @@ from launch.models import build_model, num_parameters
 from launch.parallel import check_model
 from launch.resume import FOLDER
 from launch.run import optimizer_options
+from launch.sinks import sink_class
 
 GIB = 1 << 30
 
@@ -27,6 +28,8 @@ GIB = 1 << 30
 def dry_run(config: Config, world_size: int) -> str:
     """What the run would be on `world_size` ranks, as a text."""
     train, parallel = config.train, config.parallel
+    for name in config.log.sinks:
+        sink_class(name)
     replicas, shards, tp = parallel.mesh_shape(world_size)
     data_size = replicas * shards
     accumulation = train.accumulation(data_size)

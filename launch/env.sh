@@ -41,7 +41,7 @@ install_extras() {
             "$base" -m venv .venv
         fi
     fi
-    stamp="$1 $(cat setup.cfg pyproject.toml launch/constraints.txt | cksum)"
+    stamp="$1 $(cat setup.py setup.cfg pyproject.toml launch/constraints.txt | cksum)"
     if [[ "$(cat .venv/installed-"$1" 2>/dev/null)" != "$stamp" ]]; then
         stage "install distmuon[$1] into .venv"
         local constraints=(-c launch/constraints.txt)

@@ -2,8 +2,8 @@
 
     python -m launch.export runs/first --out exported/first
 
-Needs one process and the memory of the model with its optimizer state. The run's own folder says which model it is, so
-no data is read.
+The tokenizer goes with it, that of byte-level text included; token shards have none. Needs one process and the memory
+of the model with its optimizer state. The run's own folder says which model it is, so no data is read.
 """
 
 from __future__ import annotations
@@ -11,20 +11,34 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import distmuon
 from distmuon.errors import problem
-from launch.config import ParallelConfig, parse
+from launch.config import Config, ParallelConfig, parse
 from launch.failures import run_program
 from launch.resume import FOLDER
 from launch.run import CONFIG_FILE, optimizer_options
+from launch.tokenizers import tokenizer_of
 
 
 def export(run: Path, out: Path) -> str:
     """Write `out`; return where the weights are from."""
+    model, config, checkpoint = load_run(run)
+    tokenizer = tokenizer_of(config.data)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+        for settings in (model.config, model.generation_config):  # `generate` ends there
+            settings.eos_token_id, settings.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+    model.save_pretrained(out)
+    return str(checkpoint)
+
+
+def load_run(run: Path) -> tuple[Any, Config, Path]:
+    """(model, config, checkpoint) of the newest complete checkpoint of a run."""
     if not (run / CONFIG_FILE).is_file() or distmuon.latest_checkpoint(run / FOLDER) is None:
         raise problem(
             str(run),
@@ -38,10 +52,7 @@ def export(run: Path, out: Path) -> str:
     optimizer = distmuon.DistMuon(model, **optimizer_options(whole))
     found = distmuon.load_checkpoint(run / FOLDER, model, optimizer)
     optimizer.synchronize()
-    model.save_pretrained(out)
-    if config.data.source == "hf" and config.data.tokenizer != "bytes":
-        AutoTokenizer.from_pretrained(config.data.tokenizer).save_pretrained(out)
-    return str(found.path)
+    return model, config, found.path
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,8 +1,8 @@
-"""What a run leaves behind: one stream of plain records, written to JSONL, to TensorBoard and to the terminal.
+"""What a run leaves behind: one stream of plain records, written to JSONL, to the terminal and to `launch.sinks`.
 
-A record is a flat dict with a `kind`: `run` once at every start, `train` for every step, `val` for every validation,
-`warning` for what a reader should look at, `summary` once at the end (its absence marks an unfinished run). Decides
-formats only; asks no model and no optimizer.
+A record is a dict with a `kind`: `run` once at every start, `train` for every step, `val` and `sample` for every
+validation, `telemetry` every `log.telemetry_every` steps, `warning` for what a reader should look at, `summary` once at
+the end (its absence marks an unfinished run). Decides formats only; asks no model and no optimizer.
 
 Nothing that a run has recorded is erased: a run that begins in a folder with the records of another one moves them to
 `metrics.1.jsonl`, the next to `metrics.2.jsonl`. A run that resumes drops the records of the steps that it repeats.
@@ -18,29 +18,23 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from launch.config import LogConfig
+from launch.sinks import TENSORBOARD_FOLDER, Sink, SinkClass, sink_class
+from launch.sinks import Record as Record
 
-Record: TypeAlias = dict[str, Any]
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 PLAIN_LINES = 20
 """About this many progress lines a run where there is no terminal."""
-
-
-class Sink(Protocol):
-    """Somewhere records go."""
-
-    def write(self, record: Record) -> None: ...
-
-    def close(self) -> None: ...
+SAMPLE_WIDTH = 100
+"""Characters of a sample that the terminal shows."""
 
 
 class JsonlSink:
@@ -62,29 +56,6 @@ class JsonlSink:
 
     def close(self) -> None:
         self._file.close()
-
-
-class TensorBoardSink:
-    """Every number of the train and val records as a scalar, nested ones as `lr/muon`; goes on after `step`."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        self._writer = _summary_writer()(str(folder), purge_step=step + 1 if step else None)
-
-    def write(self, record: Record) -> None:
-        if record["kind"] not in ("train", "val"):
-            return
-        numbers = {name: value for name, value in record.items() if name not in ("kind", "step")}
-        for name, value in numbers.items():
-            for tag, number in (
-                ((f"{name}/{part}", number) for part, number in value.items())
-                if isinstance(value, dict)
-                else ((name, value),)
-            ):
-                if number is not None:
-                    self._writer.add_scalar(f"{record['kind']}/{tag}", number, record["step"])
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class BarSink:
@@ -140,9 +111,10 @@ class LineSink:
 class RunLog:
     """Hands every record to every sink. On ranks other than 0 there are none."""
 
-    def __init__(self, config: LogConfig | None = None, steps: int = 0) -> None:
-        self._config, self._steps = config, steps  # None: nothing is written
+    def __init__(self, config: LogConfig | None = None, steps: int = 0, classes: Sequence[SinkClass] = ()) -> None:
+        self._config, self._steps, self._classes = config, steps, classes  # None: nothing is written
         self._sinks: list[Sink] = []
+        self._open = ExitStack()
 
     @property
     def folder(self) -> Path | None:
@@ -151,37 +123,37 @@ class RunLog:
 
     def begin(self, step: int) -> None:
         """Open the sinks of a run that goes on after `step`; records of another run are moved aside."""
-        config = self._config
-        if config is None:
+        config, folder = self._config, self.folder
+        if config is None or folder is None:
             return
-        folder = Path(config.dir)
         if step == 0:
             set_aside(folder)
-        if config.tensorboard:
-            self._sinks.append(TensorBoardSink(folder / TENSORBOARD_FOLDER, step))
-        if config.jsonl:
-            self._sinks.append(JsonlSink(folder / METRICS_FILE, step))
+        self._add(JsonlSink(folder / METRICS_FILE, step))
+        for made_by in self._classes:
+            self._add(made_by(folder, step))
         if config.progress:
             kind = BarSink if sys.stdout.isatty() else LineSink
-            self._sinks.append(kind(self._steps, step))
+            self._add(kind(self._steps, step))
+
+    def _add(self, sink: Sink) -> None:
+        self._open.callback(sink.close)
+        self._sinks.append(sink)
 
     def write(self, kind: str, **fields: Any) -> None:
         for sink in self._sinks:
             sink.write({"kind": kind, **fields})
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+        self._open.close()
 
 
 @contextmanager
 def open_log(config: LogConfig, *, rank: int, steps: int) -> Iterator[RunLog]:
-    """The log of this rank; rank 0 creates the folder."""
+    """The log of this rank; rank 0 creates the folder. A sink that does not exist raises on all ranks."""
+    classes = [sink_class(name) for name in config.sinks]
     if rank == 0:
-        if config.tensorboard:
-            _summary_writer()
         Path(config.dir).mkdir(parents=True, exist_ok=True)
-    log = RunLog(config if rank == 0 else None, steps)
+    log = RunLog(config if rank == 0 else None, steps, classes)
     try:
         yield log
     finally:
@@ -202,23 +174,22 @@ def set_aside(folder: Path) -> None:
     print(f"the records of an earlier run in {folder} are now in metrics.{number}.jsonl", flush=True)
 
 
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "log.tensorboard: found no `tensorboard` package; it writes the events; pip install tensorboard, or "
-            "leave log.tensorboard false"
-        ) from error
-    return SummaryWriter
-
-
 class StepMeter:
-    """Collects steps without reading the device, and turns an interval of them into records at once."""
+    """Collects steps without reading the device, and turns an interval of them into records at once.
 
-    def __init__(self, *, tokens_per_step: int, average: Callable[[Tensor], Tensor]) -> None:
+    `average` is over ranks. `mfu_of_a_token_per_s`: see `launch.flops`; None leaves the utilization out.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens_per_step: int,
+        average: Callable[[Tensor], Tensor],
+        mfu_of_a_token_per_s: float | None = None,
+    ) -> None:
         self._tokens_per_step = tokens_per_step
-        self._average = average  # over ranks
+        self._average = average
+        self._mfu_of_a_token_per_s = mfu_of_a_token_per_s
         self.restart()
 
     def restart(self) -> None:
@@ -241,14 +212,16 @@ class StepMeter:
         losses = self._average(torch.stack(self._losses).float())
         numbers: list[float] = torch.cat([losses, torch.stack(self._norms)]).tolist()
         seconds = (time.perf_counter() - self._start) / len(self._steps)
-        norms = numbers[len(self._steps) :]
+        norms, rate = numbers[len(self._steps) :], self._tokens_per_step / seconds
         records = [
             {
                 "step": step,
                 "loss": loss,
                 "lr": lr,
                 "grad_norm": norm,
-                "tokens_per_s": self._tokens_per_step / seconds,
+                "tokens": step * self._tokens_per_step,
+                "tokens_per_s": rate,
+                "mfu": None if self._mfu_of_a_token_per_s is None else rate * self._mfu_of_a_token_per_s,
                 "step_ms": 1e3 * seconds,
             }
             for (step, lr), loss, norm in zip(self._steps, numbers, norms)
@@ -284,11 +257,23 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
+def amount(count: float) -> str:
+    """A count as a reader says it: 812, 4.1 k, 1.3 M."""
+    power = min(4, max(0, (len(str(int(count))) - 1) // 3))
+    return f"{count / 1000**power:.1f} {'kMGT'[power - 1]}" if power else f"{count:.0f}"
+
+
 def _train_text(record: Record) -> str:
     norm = record["grad_norm"]
     parts = [f"loss {record['loss']:.4f}", f"grad {'-' if norm is None else format(norm, '.3g')}"]
-    parts.append("lr " + " ".join(f"{lr:.2e}" for lr in dict.fromkeys(record["lr"].values())))
+    first, *others = dict.fromkeys(f"{lr:.2e}" for lr in record["lr"].values())
+    parts.append(f"lr {first}" + "".join(f" (adamw {lr})" for lr in others))
+    parts.append(f"{amount(record['tokens'])} tokens")
     parts.append(f"{record['tokens_per_s']:,.0f} tok/s")
+    if record["mfu"] is not None:
+        parts.append(f"mfu {100 * record['mfu']:.1f} %")
+    if record["peak_bytes"] is not None:
+        parts.append(f"peak {record['peak_bytes'] / (1 << 30):.1f} GiB")
     if record["skipped_steps"]:
         parts.append(f"skipped {record['skipped_steps']}")
     return "  ".join(parts)
@@ -298,6 +283,10 @@ def _text_of_its_own(record: Record) -> str:
     """The line of a record that has one whatever its step."""
     if record["kind"] == "val":
         return f"validation loss {record['loss']:.4f} at step {record['step']}"
+    if record["kind"] == "sample":
+        text = record["prompt"] + record["text"]
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return f'sample "{line if len(line) <= SAMPLE_WIDTH else line[:SAMPLE_WIDTH] + "..."}"'
     return f"warning: {record['text']}" if record["kind"] == "warning" else ""
 
 

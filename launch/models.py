@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -28,7 +29,15 @@ def build_model(config: ModelConfig, vocab_size: int | None = None) -> nn.Module
     if vocab_size is not None:
         overrides["vocab_size"] = vocab_size
     known = _known(config)
-    hf_config = AutoConfig.for_model(config.arch, **{**overrides, **known})
+    try:
+        hf_config = AutoConfig.for_model(config.arch, **{**overrides, **known})
+    except StrictDataclassError as error:
+        raise problem(
+            "model.config",
+            found=f"found values for which transformers says: {' '.join(str(error).split()).rstrip('.')}",
+            needed=f"a valid config of arch {config.arch} is needed",
+            cure="correct the values",
+        ) from error
     if vocab_size is not None and hf_config.vocab_size < vocab_size:
         raise ValueError(
             f"model.config.vocab_size: found {hf_config.vocab_size} for data with {vocab_size} tokens; at least as "

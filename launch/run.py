@@ -24,12 +24,15 @@ from distmuon.errors import problem
 from launch.config import Config, TrainConfig, as_dict
 from launch.data import Corpus, TokenWindows, open_corpus
 from launch.diagnosis import first_not_finite
+from launch.flops import mfu_of_a_token_per_s
 from launch.logs import RunLog, StepMeter, duration
 from launch.models import build_model, next_token_loss, num_parameters
 from launch.provenance import provenance
 from launch.ranks import Ranks
 from launch.resume import Checkpoints, Progress, StopRequest
+from launch.samples import sample
 from launch.schedules import lr_lambda
+from launch.watch import Watch
 
 CONFIG_FILE = "config.yaml"
 ROUTING_FILE = "routing.txt"
@@ -54,6 +57,9 @@ class Run:
     """Somebody asked this run to stop, and it has saved."""
     _began: float = 0.0
     _checkpoints: Checkpoints | None = None
+    _watch: Watch | None = None
+    _steps_here: int = 0
+    """Steps of this start, which the optimizer counts."""
     _batches: Sequence[Tensor] = ()
     """Those of the step in progress."""
     _skipped_here: int = 0
@@ -77,6 +83,7 @@ class Run:
         self._checkpoints = Checkpoints(self.config, self.model, optimizer, scheduler, self.corpus.train)
         self.progress = self._checkpoints.resume(self.ranks)
         self.log.begin(self.progress.step)
+        self._watch = Watch(self.model, self.config.log.telemetry_every, compiled=self.config.model.compile)
         self._began = time.perf_counter()
         count, report = num_parameters(self.model), optimizer.report()
         self.log.write(
@@ -126,6 +133,9 @@ class Run:
         for step in range(self.progress.step + 1, train.steps + 1):
             rows = self.corpus.train.next_batch(train.global_batch, ranks.data_rank, ranks.data_size)
             self._batches = rows.to(ranks.device).split(train.micro_batch)
+            assert self._watch is not None
+            self._steps_here += 1
+            self._watch.begin(self._steps_here)
             yield step, self._batches
             if self.stopped:
                 return
@@ -141,6 +151,9 @@ class Run:
         ratio = lr_lambda(train)(step - 1)  # the schedule has moved on by now
         lr = {group["rule"]: group["initial_lr"] * ratio for group in reversed(optimizer.param_groups)}
         self.meter.add(step, loss=loss, lr=lr, grad_norm=grad_norm)
+        assert self._watch is not None and self._checkpoints is not None
+        if (measured := self._watch.record(optimizer, self.ranks)) is not None:
+            self.log.write("telemetry", step=step, **measured)
         validating, stopping = step % train.eval_every == 0 or last, False
         if validating or step % self.config.log.every == 0:
             stopping = self.config.checkpoint.every > 0 and self.stop.agreed(self.ranks)
@@ -148,7 +161,6 @@ class Run:
         if validating:
             self._validate(step)
         self.progress = replace(self.progress, step=step)
-        assert self._checkpoints is not None
         if self._checkpoints.due(step, stopping):
             self._checkpoints.save(self.progress)
             self.meter.restart()
@@ -164,8 +176,11 @@ class Run:
         self._skipped_here += new
         skipped = self.progress.skipped_steps + new
         self.progress = replace(self.progress, train_loss=records[-1]["loss"], skipped_steps=skipped)
+        peak = _peak_bytes(self.ranks.device)
         for record in records:
-            self.log.write("train", **record, skipped_steps=skipped, bytes=metrics["bytes"])
+            # the times of the stages are those of the last step
+            times = {"stage_ms": metrics["stage_ms"]} if record["step"] == step else {}
+            self.log.write("train", **record, skipped_steps=skipped, peak_bytes=peak, bytes=metrics["bytes"], **times)
         if new == len(records):
             self._skipped_in_a_row += new
         else:
@@ -216,22 +231,33 @@ class Run:
             per_rank=self.ranks.gather({key: metrics[key] for key in ("state_bytes", "bytes", "calls", "ns_matrices")}),
         )
         skipped = f", {self.progress.skipped_steps} steps skipped" if self.progress.skipped_steps else ""
-        self.tell(f"finished after {duration(seconds)}{skipped}; records in {self.config.log.dir}")
+        folder = self.config.log.dir
+        self.tell(
+            f"finished after {duration(seconds)}{skipped}; records in {folder}\n"
+            f"look at it with: python -m launch.report {folder}"
+        )
 
     def tell(self, text: str) -> None:
         """Print on rank 0."""
-        if self.ranks.rank == 0:
-            print(text, flush=True)
+        _tell(self.ranks, text)
 
     def _validate(self, step: int) -> None:
         train = self.config.train
         loss = self._mean_loss(self.corpus.val.spread(train.eval_batches * train.global_batch))
         self.progress = replace(self.progress, val_loss=loss)
         self.log.write("val", step=step, loss=loss)
+        if self.config.log.sample_tokens and self.corpus.tokenizer is not None:
+            text = sample(self.model, self.corpus.tokenizer, self.config, self.ranks)
+            self.log.write("sample", step=step, prompt=self.config.log.sample_prompt, text=text)
         self.meter.restart()
 
     def _mean_loss(self, indices: Sequence[int]) -> float:
         return validate(self.model, self.corpus.val, indices, self.config.train.micro_batch, self.ranks)
+
+
+def _tell(ranks: Ranks, text: str) -> None:
+    if ranks.rank == 0:
+        print(text, flush=True)
 
 
 def _peak_bytes(device: torch.device) -> int | None:
@@ -250,12 +276,15 @@ def make_run(config: Config, ranks: Ranks, log: RunLog, stop: StopRequest, train
     """Model and data of a run, by the seed alone."""
     config.train.accumulation(ranks.data_size)  # raises before anything is read
     torch.manual_seed(config.train.seed)
+    _tell(ranks, f"reading data ({config.data.source}) ...")
     corpus = open_corpus(config)
+    _tell(ranks, f"building the model ({config.model.arch}) ...")
     model: Any = build_model(config.model, corpus.vocab_size).to(ranks.device)
     corpus.check_ids_below(model.config.vocab_size)
     meter = StepMeter(
         tokens_per_step=config.train.global_batch * config.model.seq_len,
         average=lambda losses: ranks.sum(losses) / ranks.world_size,
+        mfu_of_a_token_per_s=mfu_of_a_token_per_s(config.model, corpus.vocab_size, ranks),
     )
     torch.manual_seed(config.train.seed + 1 + ranks.data_rank)  # dropout, if the model has any, differs by batch
     return Run(config, ranks, log, stop, corpus, model, trainer, meter)
@@ -297,4 +326,4 @@ def optimizer_options(config: Config) -> dict[str, Any]:
         options["sharding"] = replace(given.sharding, overlap=True)
     if sharded:  # FSDP2 reduces as `shard_model` told it to
         options["precision"] = replace(given.precision, reduce=torch.float32)
-    return {**options, "verify_every": config.train.verify_every}
+    return {**options, "verify_every": config.train.verify_every, "telemetry_every": config.log.telemetry_every}

@@ -6,12 +6,23 @@ declared twice. This module decides how a dtype is written, by its name in torch
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
+from typing import Any, NoReturn
 
 import torch
 
 from distmuon.integrations import need
 from distmuon.options import as_dtype
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, for commands that must work without jsonargparse: no abbreviations, errors in one line."""
+
+    def __init__(self, prog: str, description: str, epilog: str) -> None:
+        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists the arguments\n")
 
 
 def import_jsonargparse() -> Any:

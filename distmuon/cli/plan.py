@@ -1,30 +1,31 @@
-"""`python -m distmuon plan MODEL --dp 8,64,512` prints the traffic, memory and time that training would need.
+"""`distmuon plan MODEL --dp 8,64,512` prints whether training fits, what Muon costs, and all figures behind it.
 
-This module decides only how numbers are printed and how a model is named. The numbers are those of `distmuon.plan`, and
-the flags come from its signature and from the fields of `Sharding` and `Precision`. Bad input gives a line on stderr
-and exit status 2. transformers and matplotlib are imported only if a config or a plot is requested.
+This module decides how numbers are printed. The numbers are those of `distmuon.plan` and `planning/verdict.py`, and the
+flags come from their signatures and from the fields of `Sharding` and `Precision`. Bad input gives a line on stderr and
+exit status 2; with `--hbm`, a model that does not fit gives 1.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
-import torch
 from torch import nn
 
 from distmuon.cli.arguments import import_jsonargparse
+from distmuon.cli.models import HELP, Named, find_model
 from distmuon.errors import problem
-from distmuon.layout.routing import ParamSpec
+from distmuon.layout.routing import route
 from distmuon.options import Precision, Sharding
 from distmuon.planning.plan import STAGES, Given, Plan, plan
-from distmuon.planning.shapes import TABLES, shape_table
-from distmuon.planning.step_time import Order
+from distmuon.planning.step_time import Order, hardware_row
+from distmuon.planning.verdict import MFU, Verdict, active_elements, judge
 
 Row = tuple[str, list[str]]  # label, a cell for each way
 
@@ -35,46 +36,122 @@ _ORDERS: dict[Order, str] = {  # labels
 }
 
 
+TOKENS = 1 << 20  # of a step, where neither the command line nor a recipe says
+
+_PARTS = ("parameters", "staged", "gradients", "master", "momentum", "moments", "transient")
+
+
 def main(argv: Sequence[str]) -> int:
     """Print the plans for the arguments; return the exit status."""
     try:
-        parser = _parser()
-        given = vars(parser.instantiate(parser.parse_args(argv)))
-        name = given.pop("model")
-        ranks = given.pop("ranks")
-        plot = given.pop("plot")
-        as_json = given.pop("json")
-        dp_sizes = _dp_sizes(given.pop("dp"))
-        model = _model(name)
-        plans = [plan(model, dp_size=dp_size, **given) for dp_size in dp_sizes]
-        if plot is not None:
-            _draw(plans, name, Path(plot))
+        given, named = _parse(argv)
+        ranks, plot, as_json, has_limit = (given.pop(key) for key in ("ranks", "plot", "json", "has_limit"))
+        dp_sizes, judged = given.pop("dp"), given.pop("judged")
+        path = None if plot is None else _writable(Path(plot))
+        plans = [plan(named.model, dp_size=dp_size, **given) for dp_size in dp_sizes]
+        verdicts = [judge(found, **judged) for found in plans]
+        hardware = given["hardware"] or "no hardware"
+        if path is not None:
+            from distmuon.cli.plot import draw
+
+            draw(plans, verdicts, f"{named.name}, {hardware}", path)
     except (ArgumentError, ValueError, OSError, ImportError) as error:
         print(f"distmuon plan: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if as_json:
-        print(json.dumps([found.to_dict(ranks=ranks) for found in plans], indent=2))
+        found = [
+            {"model": named.name, **p.to_dict(ranks=ranks), "verdict": v.to_dict()} for p, v in zip(plans, verdicts)
+        ]
+        print(json.dumps(found, indent=2))
     else:
-        print("\n\n".join(_text(found, name, ranks) for found in plans))
-    return 0
+        texts = [_text(p, v, named.name, hardware, judged["mfu"], ranks) for p, v in zip(plans, verdicts)]
+        print("\n\n".join(texts))
+    return int(has_limit and any(verdict.fits is False for verdict in verdicts))
+
+
+def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Named]:
+    """The arguments of `plan` and `judge` with those that only this command has, and the model.
+
+    What a recipe's YAML says stands in for the defaults, so that flags win over it.
+    """
+    parser = _parser()
+    named = find_model(parser.parse_args(argv).model)
+    defaults = dict(named.options)
+    for name in ("sharding", "precision"):
+        if name in defaults:
+            policy = vars(defaults.pop(name))
+            defaults |= {f"{name}.{key}": value for key, value in policy.items()}
+    parser.set_defaults(defaults)
+    given = vars(parser.instantiate(parser.parse_args(argv)))
+    if given["routes"] is None:
+        given["routes"] = named.routes
+    given["dp"] = _dp_sizes(given["dp"])
+    del given["model"]
+    hbm, tokens, experts = given.pop("hbm"), given.pop("tokens"), given.pop("experts_per_token")
+    hardware = given["hardware"]
+    given["judged"] = {
+        "hardware": None if hardware is None else hardware_row(hardware),
+        "tokens": tokens if tokens is not None else named.tokens or TOKENS,
+        "hbm": None if hbm is None else 1e9 * hbm,
+        "mfu": given.pop("mfu"),
+        "active_elements": _active(named, named.experts_per_token if experts is None else experts, given["routes"]),
+    }
+    given["has_limit"] = hbm is not None
+    return given, named
+
+
+def _active(named: Named, experts_per_token: int | None, routes: Any) -> int | None:
+    if experts_per_token is None:
+        return None
+    if experts_per_token < 1:
+        raise problem(
+            "--experts_per_token",
+            found=f"found {experts_per_token}",
+            needed="a positive number is needed",
+            cure="correct it",
+        )
+    muon = None if routes == "adamw" else routes  # the baseline uses as many experts
+    model = named.model
+    specs = [spec for spec, _ in route(model, muon)] if isinstance(model, nn.Module) else model
+    return active_elements(specs, experts_per_token)
 
 
 def _parser() -> Any:
     """Make the parser: the arguments of `distmuon.plan`, and those that only the command line has."""
     parser = import_jsonargparse().ArgumentParser(
-        prog="python -m distmuon plan", description="The traffic, memory and time of a step.", exit_on_error=False
+        prog="distmuon plan",
+        description="Whether training fits, what Muon costs of a step beside AdamW, and the bytes, memory and time "
+        "behind it. Bytes and counts are exact, times are an estimate. Example: distmuon plan llama-8b --dp 8,64 "
+        "--hbm 80 --tokens 4000000. Exit status: 0; 1 if a plan does not fit in --hbm; 2 for bad input.",
+        exit_on_error=False,
+        allow_abbrev=False,
     )
-    tables = f"one of {', '.join(TABLES)} (or the beginning of one)"
-    parser.add_argument(
-        "model", help=f"{tables}; a Hugging Face config.json or its folder; a model_type of transformers"
-    )
+    parser.add_argument("model", help=HELP)
     parser.add_argument("--dp", required=True, metavar="N[,N...]", help="data-parallel ranks, such as 8,64,512")
+    parser.add_argument("--hbm", type=float, metavar="GB", help="memory of a GPU; null: that of the hardware")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help=f"tokens of a step, on all ranks together; null: the recipe's, or {TOKENS:,}",
+    )
+    parser.add_argument(
+        "--mfu", type=float, default=MFU, help="share of the peak that forward and backward are assumed to reach"
+    )
+    parser.add_argument(
+        "--experts_per_token",
+        type=int,
+        metavar="N",
+        help="experts that a token uses, of each stack; null: those of the table or config, else all",
+    )
+    parser.add_argument("--ranks", action="store_true", help="also every single rank")
+    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+    parser.add_argument(
+        "--plot", metavar="PNG", help="draw traffic, memory, balance and time over dp (needs matplotlib)"
+    )
     parser.add_class_arguments(Sharding, "sharding")
     parser.add_class_arguments(Precision, "precision")
     parser.add_function_arguments(plan, skip={"model", "dp_size", "sharding", "precision"})
-    parser.add_argument("--ranks", action="store_true", help="also every single rank")
-    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
-    parser.add_argument("--plot", metavar="PNG", help="draw traffic, balance and time over dp (needs matplotlib)")
     return parser
 
 
@@ -87,60 +164,29 @@ def _dp_sizes(text: str) -> list[int]:
         ) from None
 
 
-def _model(name: str) -> nn.Module | tuple[ParamSpec, ...]:
-    """A shape table, or a causal language model on the meta device. Never uses the network."""
-    try:
-        return shape_table(name)
-    except KeyError:
-        pass
-    needed = f"one of {', '.join(TABLES)}, a config.json or a model_type is needed"
-    try:
-        from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
-    except ImportError:
+def _writable(path: Path) -> Path:
+    """`path`, if a picture can be written there."""
+    if not path.absolute().parent.is_dir() or path.is_dir():
         raise problem(
-            "model", found=f"found {name!r}", needed=needed, cure="pip install transformers for the last two"
-        ) from None
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    path = Path(name)
-    if path.is_dir():
-        path = path / "config.json"
-    if path.is_file():
-        try:
-            entries = json.loads(path.read_text())
-        except ValueError as error:
-            raise problem(
-                str(path), found=f"no JSON ({error})", needed="a config.json is needed", cure="correct the file"
-            ) from error
-        model_type = entries.get("model_type") if isinstance(entries, dict) else None
-        if model_type not in CONFIG_MAPPING:
-            known = "a model_type that transformers knows is needed"
-            raise problem(
-                str(path),
-                found=f"its model_type is {model_type!r}",
-                needed=known,
-                cure="correct it or update transformers",
-            )
-    elif name in CONFIG_MAPPING:
-        entries = {"model_type": name}
-    else:
-        raise problem("model", found=f"found {name!r}", needed=needed, cure="correct the name or the path")
-    build: Any = AutoModelForCausalLM.from_config
-    try:
-        with torch.device("meta"):
-            model: nn.Module = build(AutoConfig.for_model(**entries))
-    except Exception as error:  # a model's code may raise anything for bad values
-        found = f"transformers makes no causal language model of it ({type(error).__name__}: {error})"
+            "--plot",
+            found=f"found {path}, {'a folder' if path.is_dir() else 'whose folder does not exist'}",
+            needed="a file in an existing folder is needed",
+            cure="make the folder, or name another file",
+        )
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise problem(
-            name, found=found.partition("\n")[0][:300], needed="a model's config is needed", cure="correct it"
-        ) from error
-    return model
+            "--plot", found=f"found {path}", needed="a .png, .svg or .pdf is needed", cure="change the file's ending"
+        )
+    return path
 
 
-def _text(found: Plan, model: str, ranks: bool) -> str:
+def _text(found: Plan, verdict: Verdict, model: str, hardware: str, mfu: float, ranks: bool) -> str:
     given = found.given
     title = f"{model}, dp_size {found.dp_size}: {found.num_elements:,} parameters, {found.num_matrices:,} matrices"
-    shape = f"{found.num_buckets} buckets, the largest {found.largest_bucket:.1%}"
-    lines = [f"{title}; {shape}" + (f"; staged {found.staged:.1%}" if given is None else "")]
+    answers = [fill(line, 110, subsequent_indent=" " * 9) for line in _verdict_text(found, verdict, mfu)]
+    lines = [f"{title}; {hardware}", *answers, ""]
+    shape = f"{found.num_buckets} bucket{'s' * (found.num_buckets > 1)}, the largest {found.largest_bucket:.1%}"
+    lines += [shape + (f"; staged {found.staged:.1%}" if given is None else "")]
     lines += _cut_text(given) if given else []
     lines += [f"bucket_mb auto: {found.why}"] if found.why else []
     ways = (found, *found.others)
@@ -154,6 +200,43 @@ def _text(found: Plan, model: str, ranks: bool) -> str:
             f"{rank.ns_matrices} matrices, {rank.ns_flops} FLOPs"
         )
     return "\n".join(lines)
+
+
+def _verdict_text(found: Plan, verdict: Verdict, mfu: float) -> Iterator[str]:
+    """Yield the answers: memory, time, traffic, and, if there is any, the way that would be faster."""
+    held = asdict(verdict.held)
+    largest = sorted(_PARTS, key=lambda part: -held[part])[:3]
+    parts = f"the fullest rank holds {_bytes(verdict.held.total)}, most of it "
+    parts += ", ".join(f"{part} {_bytes(held[part])}" for part in largest if held[part])
+    if verdict.hbm is None:
+        yield f"memory   {parts}; --hbm GB says whether it fits"
+    else:
+        rest = _bytes(round(abs(verdict.hbm - verdict.held.total)))
+        answer = f"{'fits' if verdict.fits else 'does not fit'} in {verdict.hbm / 1e9:g} GB"
+        tail = f"{rest} are left for activations" if verdict.fits else f"{rest} too many"
+        yield f"memory   {answer}: {parts}; {tail}"
+    if verdict.overhead is not None and verdict.model_s and verdict.optimizer_s and verdict.adamw_s:
+        yield (
+            f"time     Muon makes a step {verdict.overhead:+.1%} longer than AdamW (estimate): optimizer "
+            f"{_ms(verdict.optimizer_s)}, AdamW's {_ms(verdict.adamw_s)}, forward and backward {_ms(verdict.model_s)} "
+            f"(6 x {verdict.active_elements:,} parameters x {verdict.tokens_per_rank:,.0f} tokens a rank, "
+            f"{verdict.tokens:,} a step, at {mfu:.0%} of the peak)"
+        )
+    else:
+        yield "time     not estimated: hardware and the comparison with AdamW are needed"
+    own = "" if found.given is None else ", FSDP2's own included"
+    ratio = f", {verdict.traffic:.4f} of AdamW's" if verdict.traffic is not None else ""
+    yield f"traffic  {_bytes(verdict.sent)} a step from the busiest rank{own}{ratio}"
+    faster = next((way for way in found.others if way.way == verdict.faster), None)
+    if faster is not None and faster.time and verdict.optimizer_s:
+        yield (
+            f"faster   by this estimate: {faster.way}, {_ms(faster.time.step_s)} instead of {_ms(verdict.optimizer_s)}"
+            f"; its fullest rank holds {_bytes(faster.fullest.total)}"
+        )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.2f} ms"
 
 
 def _traffic(ways: Sequence[Plan]) -> Iterator[Row]:
@@ -227,36 +310,3 @@ def _bytes(n: int) -> str:
         if n >= size:
             return f"{n / size:.3f} {unit}"
     return f"{n} B"
-
-
-def _draw(plans: Sequence[Plan], model: str, path: Path) -> None:
-    """Plot traffic, balance and time over dp_size, in three panels."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise problem(
-            "--plot", found="matplotlib is not installed", needed="it draws the plot", cure="pip install matplotlib"
-        ) from None
-    figure: Any
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    sizes = [found.dp_size for found in plans]
-    for number, way in enumerate(["distmuon", *(other.way for other in plans[0].others)]):
-        series = [(found, *found.others)[number] for found in plans]
-        axes[0].plot(sizes, [planned.sent / 1e9 for planned in series], "o-", label=way)
-        axes[1].plot(sizes, [planned.ns_balance for planned in series], "o-", label=way)
-        times = [planned.time for planned in series if planned.time]
-        if len(times) == len(series):
-            axes[2].plot(sizes, [1e3 * time.step_s for time in times], "o-", label=way)
-    titles = ("sent by the busiest rank, GB", "Newton-Schulz, max/mean", "estimated step, ms")
-    for axis, title in zip(axes, titles):
-        axis.set_xscale("log", base=2)
-        axis.set_title(title)
-        axis.set_xlabel("dp_size")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.suptitle(model)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -39,8 +39,13 @@ def need(package: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != package.partition(".")[0]:
             raise
-        text = problem(package, found="not installed", needed="it is needed", cure=f"pip install distmuon[{extra}]")
+        text = problem(package, found="not installed", needed="it is needed", cure=install_line(extra))
         raise ImportError(str(text)) from None
+
+
+def install_line(extra: str) -> str:
+    """The line that installs the packages of `extra`. distmuon is on no index; pip takes the one that is installed."""
+    return f'pip install "distmuon[{extra}]"'
 
 
 def managers_of(params: Iterable[Tensor]) -> list[DistMuon | None]:

@@ -16,26 +16,34 @@ def describe(layout: Layout, num_frozen: int = 0, parts: Sequence[Layout] = ()) 
     `parts`: the layouts that it was joined from, one for each process group.
     """
     lines = []
+    total = sum(spec.numel for spec in layout.specs)
     for rule, label in (("muon", "Muon"), ("adamw", "AdamW")):
         specs = [spec for spec in layout.specs if spec.rule == rule]
         matrices = sum(len(m.logical_shapes) for spec in specs for m in spec.matrices)
-        num_matrices = f" ({matrices} matrices)" if rule == "muon" else ""
-        lines.append(f"{label}: {len(specs)} tensors{num_matrices}, {sum(s.numel for s in specs):,} elements")
-    lines.append(f"frozen: {num_frozen} tensors")
+        num_matrices = f" ({_count(matrices, 'matrix', 'matrices')})" if rule == "muon" else ""
+        elements = sum(spec.numel for spec in specs)
+        share = f" ({elements / total:.1%})" if total else ""
+        lines.append(f"{label}: {_count(len(specs), 'tensor')}{num_matrices}, {elements:,} elements{share}")
+    lines.append(f"frozen: {_count(num_frozen, 'tensor')}")
     lines += [_cut(part) for part in parts or (layout,) if part.specs]
     return "\n".join(lines)
 
 
+def _count(number: int, one: str, several: str = "") -> str:
+    return f"{number} {one if number == 1 else several or f'{one}s'}"
+
+
 def _cut(layout: Layout) -> str:
+    buckets = _count(len(layout.buckets), "bucket")
     if layout.given:
         held = sum(segment.length for bucket in layout.buckets for segment in bucket.segments)
         return (
-            f"layout: given shards on {layout.dp_size} ranks, {held / layout.num_elements:.3g} copies of the model, "
-            f"{len(layout.buckets)} buckets, {layout.num_straddlers} matrices on several ranks, Newton-Schulz max/mean "
+            f"layout: given shards on {_count(layout.dp_size, 'rank')}, {held / layout.num_elements:.3g} copies of the "
+            f"model, {buckets}, {layout.num_straddlers} matrices on several ranks, Newton-Schulz max/mean "
             f"{layout.ns_balance:.3f}"
         )
     return (
-        f"layout: dp_size {layout.dp_size}, {len(layout.buckets)} buckets, {layout.num_straddlers} straddlers, "
+        f"layout: dp_size {layout.dp_size}, {buckets}, {_count(layout.num_straddlers, 'straddler')}, "
         f"Newton-Schulz max/mean {layout.ns_balance:.3f}, padding {100 * layout.padding:.3f} %, "
         f"staged {100 * layout.staged:.1f} %"
     )

@@ -84,6 +84,14 @@ class ParamSpec:
 Routed = list[tuple[ParamSpec, nn.Parameter]]
 
 
+class UndecidedWeights(ValueError):
+    """Weights that neither module type nor name decides; `routes` are those that the message proposes."""
+
+    def __init__(self, text: str, routes: Sequence[Route] = ()) -> None:
+        super().__init__(text)
+        self.routes = tuple(routes)
+
+
 def route(model: nn.Module | Iterable[tuple[str, nn.Parameter]], routes: Sequence[Route] | str | None = None) -> Routed:
     """Route every trainable parameter of `model` in registration order; a tied parameter counts once.
 
@@ -404,12 +412,13 @@ def _undecided(
     cure = f"check and add routes=[{lines}]"
     if not _has_muon(named, [*routes, *added], defaults):
         cure = 'reshape them to matrices, or pass routes="adamw" to use AdamW on purpose'
-    return problem(
+    text = problem(
         ", ".join(texts),
         found=f"{len(undecided)} weights that neither module type nor name decides",
         needed="each weight needs a rule",
         cure=cure if defaults.is_module else f"pass the model itself, whose modules tell more, or {cure}",
     )
+    return UndecidedWeights(str(text), added)
 
 
 def _has_muon(named: Sequence[tuple[str, nn.Parameter]], routes: Sequence[Route], defaults: _Defaults) -> bool:

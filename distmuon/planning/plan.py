@@ -25,7 +25,7 @@ from distmuon.planning.baselines import whole_matrix_layout
 from distmuon.planning.counts import HeldBytes, RankPlan, between_nodes, count, guard_bytes, plan_rank, sent_bytes
 from distmuon.planning.meshes import Boxes, Mesh, OwnWork, Shard, boxes_of, cuts, mesh_of, own_work
 from distmuon.planning.shapes import TABLES, shape_table
-from distmuon.planning.step_time import HARDWARE, ORDERS, Hardware, Order, StepTime, estimate
+from distmuon.planning.step_time import HARDWARE, ORDERS, Hardware, Order, StepTime, estimate, hardware_row
 
 __all__ = ["HARDWARE", "STAGES", "HeldBytes", "Plan", "RankPlan", "plan", "plan_rank", "sent_bytes"]
 
@@ -145,7 +145,9 @@ def plan(
         ns_steps: Newton-Schulz iterations.
         param_dtype: float32, bfloat16 or float16; None: the parameters' dtype.
         exchange_group: estimate a step in which exchanges have a separate process group.
-        hardware: the name of a row of `HARDWARE`, or a row; None: no estimated times.
+        hardware: a100, h100, h200, b200 or cpu (rows of `HARDWARE`); a row of one's own, as a `Hardware` or as text:
+            tflops=400,memory_tbs=2,nvlink_gbs=300,network_gbs=25,hbm_gb=80; a name with other entries:
+            h100,network_gbs=25. None: no estimated times.
         compare: plan also ZeRO-1 AdamW, the paper's placement, and whole matrices in padded shards. With "fsdp2" and
             "hsdp": AdamW, and matrices that every rank, or every replica, orthogonalizes by itself.
 
@@ -160,13 +162,14 @@ def plan(
                 needed=f"a whole number from 1 to {most} is needed",
                 cure=f"correct {name}",
             )
-    if not (hardware is None or isinstance(hardware, Hardware) or hardware in [*HARDWARE]):
+    if not isinstance(hardware, str | Hardware | None):
         raise problem(
             "hardware",
             found=f"found {hardware!r}",
             needed=f"one of {', '.join(HARDWARE)} is needed",
             cure="name one, or pass a Hardware",
         )
+    machine = hardware_row(hardware) if isinstance(hardware, str) else hardware
     sharding = Sharding() if sharding is None else sharding
     options = Options(
         sharding=sharding,
@@ -194,7 +197,6 @@ def plan(
     divisors = _AUTO_DIVISORS if mesh is None else _AUTO_DIVISORS_GIVEN
     tried = [None, *(max(32.0, size_mb / part) for part in divisors)] if auto_bucket else [sharding.bucket_mb]
     options.check_dtypes([(spec.fqn, spec.dtype) for spec in specs])
-    machine = HARDWARE[hardware] if isinstance(hardware, str) else hardware
 
     boxes = None if mesh is None else boxes_of(specs, mesh)
     way = partial(

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, inf, log2
 from typing import Literal
+
+from distmuon.errors import problem
 
 # The start of a bucket's all-gather. "one_group": at once, in one queue with the exchanges. "exchange_group": at once,
 # and the exchanges have a separate process group. "gathers_last": after the last scatter of the step has started.
@@ -27,6 +29,7 @@ class Hardware:
     nvlink: float  # bytes a second to the GPUs of the same node
     network: float = 50e9  # bytes a second out of the node: one 400 Gb/s card a GPU, as in DGX H100 and B200
     node_size: int = 8
+    hbm: float | None = None  # bytes of memory; None: not known
     float32_share: float = 0.5  # assumption: share of `flops` if Newton-Schulz is not 16-bit
     flops_share: float = 0.6  # assumption, for stacked matrices with short sides of 1k and more
     memory_share: float = 0.8  # assumption
@@ -34,12 +37,14 @@ class Hardware:
     latency_s: float = 20e-6  # assumption: for a collective in a node, and again for each doubling of the nodes
 
 
-# Source: NVIDIA's data sheets of the SXM modules (H100, H200) and of HGX B200. FLOPs are dense, half of the figures
-# printed with sparsity; NVLink is half of the printed sum of both directions.
+# Source: NVIDIA's data sheets of the SXM modules (A100 80 GB, H100, H200) and of HGX B200; the cards of DGX A100 have
+# 200 Gb/s. FLOPs are dense, half of the figures printed with sparsity; NVLink is half of the printed sum of both
+# directions.
 HARDWARE: Mapping[str, Hardware] = {
-    "h100": Hardware(flops=989e12, memory=3.35e12, nvlink=450e9),
-    "h200": Hardware(flops=989e12, memory=4.8e12, nvlink=450e9),
-    "b200": Hardware(flops=2250e12, memory=8.0e12, nvlink=900e9),
+    "a100": Hardware(flops=312e12, memory=2.039e12, nvlink=300e9, network=25e9, hbm=80e9),
+    "h100": Hardware(flops=989e12, memory=3.35e12, nvlink=450e9, hbm=80e9),
+    "h200": Hardware(flops=989e12, memory=4.8e12, nvlink=450e9, hbm=141e9),
+    "b200": Hardware(flops=2250e12, memory=8.0e12, nvlink=900e9, hbm=180e9),
     # Measured, so without shares: 2 processes of 1 thread on an idle 2-core virtual machine (AMD Zen 5).
     # `python -m benchmarks.hardware` prints the row of a machine; the links are gloo on loopback.
     "cpu": Hardware(
@@ -54,6 +59,65 @@ HARDWARE: Mapping[str, Hardware] = {
         latency_s=3.7e-4,
     ),
 }
+
+# An entry of a row in text: the field, and what a unit of the text is in the field's.
+_ENTRIES: Mapping[str, tuple[str, float]] = {
+    "tflops": ("flops", 1e12),
+    "memory_tbs": ("memory", 1e12),
+    "nvlink_gbs": ("nvlink", 1e9),
+    "network_gbs": ("network", 1e9),
+    "hbm_gb": ("hbm", 1e9),
+    "node_size": ("node_size", 1),
+    "latency_us": ("latency_s", 1e-6),
+    **{name: (name, 1.0) for name in ("flops_share", "memory_share", "link_share", "float32_share")},
+}
+_NEEDED = ("tflops", "memory_tbs", "nvlink_gbs")
+
+
+def hardware_row(text: str) -> Hardware:
+    """The row that `text` describes: the name of a row, entries "tflops=400,memory_tbs=2,nvlink_gbs=300,...", or a name
+    with entries that replace its own: "h100,network_gbs=25".
+    """
+    name, *entries = text.split(",") if "=" not in text.partition(",")[0] else ("", *text.split(","))
+    where, needed = "hardware", f"one of {', '.join(HARDWARE)}, or entries such as tflops=400 are needed"
+    if name and name not in HARDWARE:
+        raise problem(where, found=f"found {name!r}", needed=needed, cure=f"name one, or write {_EXAMPLE}")
+    given: dict[str, float] = {}
+    for entry in entries:
+        key, _, number = entry.partition("=")
+        if key not in _ENTRIES:
+            known = f"one of {', '.join(_ENTRIES)} is needed"
+            raise problem(where, found=f"found {entry!r}", needed=known, cure=f"write {_EXAMPLE}")
+        field_name, unit = _ENTRIES[key]
+        given[field_name] = _positive(entry, number) * unit
+    if "node_size" in given:
+        given["node_size"] = max(1, round(given["node_size"]))
+    missing = [] if name else [key for key in _NEEDED if _ENTRIES[key][0] not in given]
+    if missing:
+        raise problem(
+            where,
+            found=f"found {text!r} without {', '.join(missing)}",
+            needed=f"{', '.join(_NEEDED)} are needed",
+            cure="add them, or begin with the name of a row",
+        )
+    # mypy cannot tell the keys apart
+    return replace(HARDWARE[name], **given) if name else Hardware(**given)  # type: ignore[arg-type]
+
+
+_EXAMPLE = "tflops=400,memory_tbs=2,nvlink_gbs=300,network_gbs=25,hbm_gb=80"
+
+
+def _positive(entry: str, number: str) -> float:
+    try:
+        found = float(number)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < inf:
+        raise problem(
+            "hardware", found=f"found {entry!r}", needed="a positive number is needed", cure="correct the number"
+        )
+    return found
+
 
 # Memory traffic of the rules, bytes an element of the shard, counted from rules.py with fp32 state and bf16 exchange.
 MUON_BEFORE = 42  # two lerps and a commit, 12 each; a copy into the stack, 6

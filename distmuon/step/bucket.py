@@ -228,9 +228,9 @@ class Bucket:
                     eps=param_group["eps"],
                 )
         for piece in self.storage.adamw:
-            if piece.segment.param in step.row_factors:
+            factors = step.row_factors.get(piece.segment.param)
+            if factors is not None and step.verdict.present[piece.segment.param]:
                 master = masters(piece)
-                factors = step.row_factors[piece.segment.param]
                 step.decision.write(master, self._scaled(master, piece.segment, factors))
 
     def _decay_cautiously(

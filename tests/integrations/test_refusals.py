@@ -33,7 +33,7 @@ def test_a_missing_extra_gives_the_line_that_installs_it(name: str, monkeypatch:
                 raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
     monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
-    with pytest.raises(ImportError, match=rf"pip install distmuon\[{name}\]"):
+    with pytest.raises(ImportError, match=rf'pip install "distmuon\[{name}\]"'):
         importlib.import_module(f"distmuon.integrations.{name}")
 
 

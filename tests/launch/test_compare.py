@@ -12,12 +12,16 @@ from PIL import Image
 from launch import compare
 
 
-def write_run(folder: Path, *, optimizer: str, lr: float, val: dict[int, float], step_ms: list[float]) -> Path:
-    """A run of `len(step_ms)` steps whose training loss is 5 - step / 100."""
+def write_run(
+    folder: Path, *, optimizer: str, lr: float, val: dict[int, float], step_ms: list[float], **train: Any
+) -> Path:
+    """A run of `len(step_ms)` steps whose training loss is 5 - step / 100; `train`: keys of its config."""
     folder.mkdir(parents=True)
-    records: list[dict[str, Any]] = [{"kind": "run", "config": {"optimizer": {"name": optimizer, "lr": lr}}}]
+    config = {"model": {"arch": "llama"}, "optimizer": {"name": optimizer, "lr": lr}, "train": {"seed": 0, **train}}
+    records: list[dict[str, Any]] = [{"kind": "run", "config": {**config, "log": {"dir": str(folder)}}}]
     for step, milliseconds in enumerate(step_ms, start=1):
-        records.append({"kind": "train", "step": step, "loss": 5 - step / 100, "step_ms": milliseconds})
+        record = {"kind": "train", "step": step, "loss": 5 - step / 100, "step_ms": milliseconds}
+        records.append({**record, "tokens": 100 * step, "grad_norm": 1 / step, "lr": {"muon": lr, "adamw": lr / 2}})
     records += [{"kind": "val", "step": step, "loss": loss} for step, loss in val.items()]
     stages = {"reduce_scatter": 1000, "all_gather": 2000}
     if optimizer == "distmuon":
@@ -54,6 +58,7 @@ def test_the_table_has_the_right_numbers(folders: list[Path]) -> None:
     }
     assert rows[""] == ["Muon (lr 0.004)", "AdamW (lr 0.002)"]
     assert rows["steps"] == ["40", "40"]
+    assert rows["tokens"] == ["4,000", "4,000"]
     assert rows["final training loss"] == ["4.6050", "4.6050"]  # steps 39 and 40
     assert rows["final validation loss"] == ["2.0000", "2.5000"]
     assert rows["steps to validation loss 2.5000"] == ["30 (0.75x)", "40"]  # half way from 3.0 at 20 to 2.0 at 40
@@ -71,7 +76,7 @@ def test_the_command_writes_a_picture_and_the_table(
     with Image.open(tmp_path / "out" / "loss.png") as image:
         image.load()
         assert image.format == "PNG"
-        assert image.size == (1200, 750)
+        assert image.size == (1800, 1200)
         assert len(image.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 10  # lines, not a blank page
     table = (tmp_path / "out" / "summary.md").read_text()
     assert capsys.readouterr().out == table
@@ -110,3 +115,46 @@ def test_unfinished_and_missing_runs_are_refused(folders: list[Path], tmp_path: 
         compare.read_run(folders[0])
     with pytest.raises(ValueError, match=r"nothing: found no metrics\.jsonl"):
         compare.read_run(tmp_path / "nothing")
+
+
+def test_runs_are_named_by_what_they_differ_in(folders: list[Path], tmp_path: Path) -> None:
+    val = {0: 5.5, 40: 2.25}
+    others = [
+        write_run(tmp_path / str(seed), optimizer="distmuon", lr=4e-3, val=val, step_ms=[1.0] * 40, seed=seed)
+        for seed in (0, 1)
+    ]
+    slower = write_run(tmp_path / "w", optimizer="adamw", lr=2e-3, val=val, step_ms=[1.0] * 40, warmup_steps=9)
+    runs = [compare.read_run(folder) for folder in (*others, slower, folders[1])]
+    assert compare.labels(runs) == [
+        "Muon (lr 0.004, warmup_steps None, seed 0)",
+        "Muon (lr 0.004, warmup_steps None, seed 1)",
+        "AdamW (lr 0.002, warmup_steps 9)",
+        "AdamW (lr 0.002, warmup_steps None)",
+    ]
+
+
+def test_the_picture_has_time_rates_and_norms(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had the losses over steps alone."""
+    from matplotlib import pyplot
+
+    twin = write_run(tmp_path / "twin", optimizer="adamw", lr=2e-3, val={0: 5.5, 40: 2.5}, step_ms=[10.0] * 40, seed=1)
+    monkeypatch.setattr(pyplot, "close", lambda _: None)
+    compare.draw([compare.read_run(folder) for folder in (*folders, twin)], tmp_path / "loss.png")
+    figure = pyplot.gcf()
+    monkeypatch.undo()
+    over_steps, over_time, rates, norms = figure.axes
+    try:
+        assert [line.get_xdata()[-1] for line in over_steps.lines] == [40] * 6
+        seconds = [line.get_xdata()[-1] for line in over_time.lines]
+        assert seconds == pytest.approx([0.9 + 39 * 0.012] * 2 + [0.4] * 4)
+        assert [(line.get_ydata()[0], line.get_linestyle()) for line in rates.lines][:2] == [(4e-3, "-"), (2e-3, "--")]
+        assert [line.get_ydata()[0] for line in norms.lines] == [1.0] * 3
+        legend = [text.get_text() for text in over_steps.get_legend().get_texts()]
+        assert legend == ["Muon (lr 0.004)", "AdamW (lr 0.002, 2 seeds)"]
+        assert len({line.get_color() for line in norms.lines}) == 2
+        assert figure.get_suptitle() == "3 runs of llama, 40 steps, 4.0 k tokens"
+        assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
+    finally:
+        pyplot.close(figure)

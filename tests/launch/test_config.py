@@ -132,5 +132,7 @@ def test_misspelt_model_keys_and_small_vocabularies_are_refused() -> None:
         ValueError, match=r"model\.config: found hiden_size \(did you mean hidden_size\?\) for arch llama"
     ):
         build_model(ModelConfig(config={"hiden_size": 64}))
+    with pytest.raises(ValueError, match=r"model\.config: found values for which transformers says: .*\(64\) is not a"):
+        build_model(ModelConfig(config={"hidden_size": 64, "num_attention_heads": 6}))  # it was 20 lines of theirs
     with pytest.raises(ValueError, match="vocab_size: found 100 for data with 256 tokens"):
         build_model(ModelConfig(config={"vocab_size": 100, "bos_token_id": 0, "eos_token_id": 0}), 256)

@@ -98,14 +98,15 @@ def test_our_torchrun_ends_with_the_reason(arguments: tuple[str, ...], status: i
     given = ("-m", "launch.pretrain", *RUN, f"--log.dir={tmp_path}", *arguments)
     done = _two_ranks("launch.torchrun", tmp_path, *given)
     assert done.returncode == status
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith(last), done.stderr
+    *loading, reason = done.stderr.splitlines()
+    assert loading == ["loading launch.torchrun ...", "loading launch.pretrain ..."] and reason.startswith(last)
 
 
 def test_our_torchrun_names_a_rank_that_ends_without_a_word(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text("import os, time\nos.environ['RANK'] == '1' and os.kill(os.getpid(), 9)\ntime.sleep(20)\n")
     done = _two_ranks("launch.torchrun", tmp_path, str(program))
-    assert done.returncode == 137 and done.stderr.startswith("error: rank 1: Signal 9 (SIGKILL)"), done.stderr
+    assert done.returncode == 137 and "\nerror: rank 1: Signal 9 (SIGKILL)" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("warmup", [2, 20])
@@ -152,3 +153,15 @@ def test_a_dry_run_checks_everything_and_leaves_nothing(tmp_path: Path, capsys: 
 def test_a_dry_run_raises_what_the_run_would(arguments: list[str], named: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=named):
         pretrain.main([*RUN, f"--log.dir={tmp_path}", *arguments, "--dry-run", "4"])
+
+
+def test_the_first_words_come_before_the_imports() -> None:
+    """Ten seconds of imports and building were silent; and a program that imports the package says nothing of it."""
+    command = [sys.executable, "-X", "importtime", "-m", "launch.pretrain", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    lines = done.stderr.splitlines()
+    assert lines.index("loading launch.pretrain ...") < next(n for n, line in enumerate(lines) if "torch" in line)
+    for arguments, environment in ((["-c", "import launch"], {}), (["-m", "launch"], {"RANK": "1"})):
+        command, env = [sys.executable, *arguments], {**os.environ, **environment}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+        assert "loading" not in done.stderr

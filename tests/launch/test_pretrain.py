@@ -30,6 +30,7 @@ SHORT = [
     "--optimizer.lr=1e-2",
     "--train.eval_every=4",
     "--train.eval_batches=1",
+    "--log.sample_tokens=3",
 ]
 
 
@@ -69,7 +70,8 @@ def muon_run(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_two_ranks_leave_a_complete_record_and_the_loss_falls(muon_run: list[dict[str, Any]]) -> None:
     kinds = [record["kind"] for record in muon_run]
-    assert kinds == ["run", "val", *["train"] * 4, "val", *["train"] * 2, "val", "summary"]
+    checked = ["val", "sample"]
+    assert kinds == ["run", *checked, *["train"] * 4, *checked, *["train"] * 2, *checked, "summary"]
     train = [record for record in muon_run if record["kind"] == "train"]
     assert [record["step"] for record in train] == [1, 2, 3, 4, 5, 6]
     assert train[-1]["loss"] < train[0]["loss"] - 0.5
@@ -82,6 +84,9 @@ def test_two_ranks_leave_a_complete_record_and_the_loss_falls(muon_run: list[dic
         assert record["tokens_per_s"] == pytest.approx(8 * 32 * 1e3 / record["step_ms"])
         assert record["bytes"]["reduce_scatter"] > 0
         assert record["bytes"]["all_gather"] > 0
+        assert record["tokens"] == record["step"] * 8 * 32
+        assert record["peak_bytes"] is None and record["mfu"] is None  # no GPU
+        assert 0 < sum(record["stage_ms"].values()) < record["step_ms"]
     summary = muon_run[-1]
     assert summary["val_loss"] == val[-1]
     assert summary["skipped_steps"] == 0
@@ -103,8 +108,8 @@ def test_the_baseline_trains_on_the_same_data_over_the_same_shards(
     train = [record for record in adamw if record["kind"] == "train"]
     assert set(train[0]["lr"]) == {"adamw"}
     assert train[-1]["loss"] < train[0]["loss"] - 0.3
-    assert adamw[1] == muon_run[1]  # validation before the first step
-    assert train[0]["loss"] == muon_run[2]["loss"]  # the same weights, the same batch
+    assert adamw[1:3] == muon_run[1:3]  # validation and sample before the first step
+    assert train[0]["loss"] == muon_run[3]["loss"]  # the same weights, the same batch
     assert sum(rank["ns_matrices"] for rank in adamw[-1]["per_rank"]) == 0
 
 

@@ -35,7 +35,8 @@ def test_the_planners_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     start, arguments = "python -m distmuon plan llama-8b ", spelling("the planner's command line")
     assert arguments.startswith(start)
     assert cli.main(["gpt2", *arguments.removeprefix(start).split(), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == [json.loads(json.dumps(plan("gpt2", dp_size=64, **WANTED).to_dict()))]
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found | json.loads(json.dumps(plan("gpt2", dp_size=64, **WANTED).to_dict())) == found
 
 
 def test_the_recipes_command_line_and_yaml(tmp_path: Path) -> None:
