@@ -101,7 +101,8 @@ class Status:
 
     @property
     def steps(self) -> int | None:
-        return (self.header.get("config") or {}).get("train", {}).get("steps")
+        planned: int | None = (self.header.get("config") or {}).get("train", {}).get("steps")
+        return planned
 
     @property
     def left_s(self) -> float | None:

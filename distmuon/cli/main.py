@@ -45,7 +45,7 @@ RECIPE = (
     Command("report", "one page about one or several runs", "report runs/quickstart/muon"),
     Command("tail", "the newest lines of a run, while it runs", "tail runs/quickstart/muon"),
     Command("export", "a Hugging Face folder from a checkpoint", "export runs/first --out exported/first"),
-    Command("generate", "text from a trained model", "generate runs/first --help"),
+    Command("generate", "text from a trained model", "generate runs/first --prompt 'def main('"),
 )
 COMMANDS = {command.name: command for command in (*LIBRARY, *RECIPE)}
 

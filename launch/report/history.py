@@ -60,7 +60,8 @@ class History:
 
     @property
     def planned_steps(self) -> int | None:
-        return self.setting("train.steps")
+        steps: int | None = self.setting("train.steps")
+        return steps
 
     @property
     def optimizer(self) -> str:

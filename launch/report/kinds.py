@@ -6,6 +6,7 @@ Told from the name alone. A name that no rule knows stands for itself, so that n
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 # First match wins; patterns see the name without layer numbers and without a last ".weight".
 _KINDS: tuple[tuple[str, str], ...] = (
@@ -29,6 +30,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
 )
 
 
+@lru_cache(maxsize=1 << 16)
 def kind(name: str) -> str:
     """The kind of the parameter `name`, equal for all layers."""
     bare = ".".join(part for part in name.split(".") if not part.isdigit()).removesuffix(".weight")

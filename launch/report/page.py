@@ -17,7 +17,7 @@ from launch.report.chart import Chart
 from launch.report.history import History, State, labels, read_history
 from launch.report.table import Table
 from launch.report.telemetry import outside_the_band, telemetry_charts
-from launch.report.timing import stage_table, timing_charts, timing_sentence
+from launch.report.timing import median_step, stage_table, timing_charts, timing_sentence
 from launch.report.traffic import bytes_table, memory_table, plan_of
 from launch.report.training import color_of, training_charts
 
@@ -113,7 +113,8 @@ def _sections_of(run: History, number: int, *, several: bool) -> Iterable[Sectio
             chart.name += key
         return list(charts)
 
-    outside, stages, planned = outside_the_band(run), stage_table(run), plan_of(run)
+    outside, typical, planned = outside_the_band(run), median_step(run), plan_of(run)
+    stages = stage_table(typical)
     counted = [table for table in (bytes_table(run, planned), memory_table(run, planned)) if table]
     yield Section(
         anchor=f"inside{key}",
@@ -124,8 +125,8 @@ def _sections_of(run: History, number: int, *, several: bool) -> Iterable[Sectio
     yield Section(
         anchor=f"time{key}",
         title=f"Time of a step{of}",
-        text=timing_sentence(run),
-        charts=own(timing_charts(run)),
+        text=timing_sentence(run, typical),
+        charts=own(timing_charts(run, typical)),
         tables=[stages] if stages else [],
     )
     yield Section(anchor=f"bytes{key}", title=f"Bytes and memory{of}", tables=counted)
@@ -155,6 +156,6 @@ def packages() -> tuple[Template, str]:
         raise ImportError(
             f"report: found no `{error.name}`; jinja2 and plotly write the page; pip install jinja2 plotly"
         ) from error
-    options = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    template = Environment(loader=FileSystemLoader(FOLDER), **options).get_template(TEMPLATE)
-    return template, get_plotlyjs()
+    loader = FileSystemLoader(FOLDER)
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return made.get_template(TEMPLATE), get_plotlyjs()

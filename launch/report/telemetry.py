@@ -134,7 +134,7 @@ def _spectrum(key: str, title: str, about: str, unit: str, log: bool) -> Callabl
     return make
 
 
-def _latest_spectrum(key: str, title: str, unit: str, log: bool) -> Callable[[History], Chart]:
+def _latest_spectrum(key: str, title: str, unit: str, log: bool) -> Callable[[History], Chart | None]:
     def make(run: History) -> Chart | None:
         last = next((record for record in reversed(run.telemetry) if _values(record, key, None)), None)
         if last is None:
@@ -240,9 +240,9 @@ def _by_layer(chart: Chart, run: History, key: str) -> Chart:
             y = [values.get(name) for values in found]
             chart.traces.append(line(name, steps, y, color=PALETTE[place % len(PALETTE)]))
         return chart
-    for text, place, color in (("greatest", -1, ALARM), ("median", None, PALETTE[0]), ("least", 0, PALETTE[5])):
+    for text, share, color in (("greatest", 1.0, ALARM), ("median", 0.5, PALETTE[0]), ("least", 0.0, PALETTE[5])):
         ranked = [sorted(values.items(), key=lambda item: item[1]) for values in found]
-        chosen = [row[len(row) // 2 if place is None else place] if row else (None, None) for row in ranked]
+        chosen = [row[min(int(share * len(row)), len(row) - 1)] if row else (None, None) for row in ranked]
         trace = line(f"{text} of {len(layers)} layers", steps, [value for _, value in chosen], color=color)
         trace["customdata"] = [chosen[steps.index(step)][0] for step in trace["x"]]
         trace["hovertemplate"] = "%{y:.4~g} (%{customdata})"

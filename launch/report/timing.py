@@ -88,18 +88,16 @@ def median_step(run: History) -> MedianStep | None:
     return MedianStep(step_ms, tuple(spans), records[-1].get("bytes") or {})
 
 
-def timing_charts(run: History) -> list[Chart]:
+def timing_charts(run: History, typical: MedianStep | None) -> list[Chart]:
     """Step times, and where the records have them the stages and the timeline."""
     found = [_step_ms(run)]
-    typical = median_step(run)
     if typical is not None:
         found += [_stage_ms(run), _timeline(typical)]
     return [chart for chart in found if chart.traces]
 
 
-def timing_sentence(run: History) -> str:
+def timing_sentence(run: History, typical: MedianStep | None) -> str:
     """What the medians say."""
-    typical = median_step(run)
     if typical is None:
         return ""
     share = {sort: typical.total(sort) / typical.step_ms for sort in SORTS}
@@ -116,8 +114,7 @@ def timing_sentence(run: History) -> str:
     return text
 
 
-def stage_table(run: History) -> Table | None:
-    typical = median_step(run)
+def stage_table(typical: MedianStep | None) -> Table | None:
     if typical is None:
         return None
     rows = [

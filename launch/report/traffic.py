@@ -54,7 +54,8 @@ def _planned(path: str, config_text: str, model_text: str, world_size: int) -> P
     from launch.run import optimizer_options
 
     replicas, shards, tp = config.parallel.mesh_shape(world_size)
-    with torch.device("meta"):
+    # A run writes its own report: the numbers that its dropout draws must not depend on that.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = build_model(config.model, json.loads(model_text).get("vocab_size"))
     options = optimizer_options(config)
     plan = distmuon.plan(

@@ -97,9 +97,9 @@ def _learning_rate(runs: Sequence[History]) -> Chart:
     for number, run in enumerate(runs):
         with_lr = [record for record in run.train if record.get("lr")]
         for rule in dict.fromkeys(rule for record in with_lr for rule in record["lr"]):
-            steps, values = column(with_lr, lambda record, rule=rule: record["lr"].get(rule))
-            style = {"color": color_of(number), "dash": DASHES.get(rule, "dot")}
-            chart.traces.append(line(named(run, RULES.get(rule, rule), runs), steps, values, **style))
+            steps, values = [record["step"] for record in with_lr], [record["lr"].get(rule) for record in with_lr]
+            name, dash = named(run, RULES.get(rule, rule), runs), DASHES.get(rule, "dot")
+            chart.traces.append(line(name, steps, values, color=color_of(number), dash=dash))
     return chart
 
 
