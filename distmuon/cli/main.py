@@ -89,7 +89,10 @@ def help_text() -> str:
         "",
         "Muon under ZeRO-1 and FSDP2. `distmuon COMMAND --help` says more.",
     ]
-    titles = {"before training:": LIBRARY, "the training recipe (needs the extra `recipes`):": RECIPE}
+    titles = {
+        "before training (plan needs the extra `recipes`):": LIBRARY,
+        "the training recipe (needs the extra `recipes`):": RECIPE,
+    }
     for title, commands in titles.items():
         lines += ["", title]
         for command in commands:
