@@ -241,7 +241,13 @@ def draw(runs: list[Run], path: Path) -> None:
         axes.set_xlabel(across)
         axes.set_ylabel(up)
         axes.grid(alpha=0.25)
-    over_steps.legend(frameon=False, title="bold: validation, faint: training")
+    figure.legend(
+        handles=[line for line in over_steps.lines if not str(line.get_label()).startswith("_")],
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        title="bold: validation, faint: training",
+    )
     norms.set_yscale("log")
     figure.suptitle(_title(runs))
     figure.savefig(path, dpi=150)

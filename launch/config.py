@@ -215,8 +215,9 @@ class LogConfig:
     """Folder of the run; its records are in `metrics.jsonl` there."""
     every: int = 1
     """Steps between two readings of the device; every step is recorded all the same."""
-    sinks: list[str] = field(default_factory=list)
-    """Where records go besides: tensorboard, wandb, trackio, or package.module.Class; see `launch.sinks`."""
+    sinks: list[str] = field(default_factory=lambda: ["report"])
+    """Where records go besides: report (report.html in that folder), tensorboard, wandb, trackio, or
+    package.module.Class; see `launch.sinks`."""
     sample_tokens: int = 64
     """Length of the text that is sampled at each validation, if the data are text; 0: none. Each token takes a forward
     of the model, on all ranks."""

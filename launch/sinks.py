@@ -1,10 +1,10 @@
 """Where the records of a run go besides its `metrics.jsonl`: `log.sinks` names what this module finds.
 
-A sink is any class with the constructor and the two methods of `Sink`. `tensorboard`, `wandb` and `trackio` are names
-of the classes below; a class of your own is named as Python imports it:
+A sink is any class with the constructor and the two methods of `Sink`. `KNOWN` has the names of those that are here; a
+class of your own is named as Python imports it:
 
     log:
-      sinks: [tensorboard, my_package.sinks.Mine]
+      sinks: [report, tensorboard, my_package.sinks.Mine]
 
 The first record is of kind `run` and has the whole config; `launch.logs` lists the other kinds. Sinks live on rank 0
 alone. What a sink raises ends the run.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import html
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -133,16 +133,32 @@ class TrackioSink:
             self._run.finish()
 
 
-KNOWN: dict[str, SinkClass] = {"tensorboard": TensorBoardSink, "wandb": WandbSink, "trackio": TrackioSink}
-"""Each name is that of the package, too."""
+def _report(folder: Path, step: int) -> Sink:
+    from launch.report import ReportSink
+
+    return ReportSink(folder, step)
+
+
+KNOWN: dict[str, tuple[SinkClass, Sequence[str]]] = {
+    "report": (_report, ("jinja2", "plotly")),
+    "tensorboard": (TensorBoardSink, ("tensorboard",)),
+    "wandb": (WandbSink, ("wandb",)),
+    "trackio": (TrackioSink, ("trackio",)),
+}
+"""Each with the packages that it needs."""
 
 
 def sink_class(name: str) -> SinkClass:
     """The class that `log.sinks` names. Raises ValueError if there is none, ImportError if its package is missing."""
     if name in KNOWN:
-        if find_spec(name) is None:
-            raise ImportError(f"log.sinks: found no `{name}` package; it gets the records; pip install {name}")
-        return KNOWN[name]
+        made, packages = KNOWN[name]
+        missing = [package for package in packages if find_spec(package) is None]
+        if missing:
+            raise ImportError(
+                f"log.sinks: found no `{missing[0]}` package; {name} needs it; pip install {' '.join(packages)}, or "
+                f"leave {name} out of log.sinks"
+            )
+        return made
     module, _, attribute = name.rpartition(".")
     found: Any = None
     try:
@@ -160,8 +176,8 @@ def sink_class(name: str) -> SinkClass:
             "metrics.jsonl is written in any case",
             cure="correct log.sinks; the class must be importable from the working directory",
         )
-    made: SinkClass = found
-    return made
+    own: SinkClass = found
+    return own
 
 
 def numbers(record: Record) -> Iterator[tuple[str, float]]:

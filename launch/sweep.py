@@ -118,7 +118,7 @@ def trials(config: Path, grids: Sequence[Grid], overrides: Sequence[str], out: P
             settings = dict(zip(grid, values))
             folder = out / ",".join(f"{short(key)}={_file_name(value)}" for key, value in settings.items())
             # a rate at which every step is skipped is an answer here, not an error
-            arguments = ["--config", str(config), "--train.max_skipped=0", "--log.sample_tokens=0"]
+            arguments = ["--config", str(config), "--train.max_skipped=0", "--log.sample_tokens=0", "--log.sinks=[]"]
             arguments += [f"--{override}" for override in overrides]
             arguments += [f"--{key}={_text(value)}" for key, value in settings.items()]
             arguments.append(f"--log.dir={folder}")
@@ -145,7 +145,7 @@ def run_missing(grid: Sequence[Trial], nproc: int, jobs: int, gpus: Sequence[str
     def run(trial: Trial) -> None:
         slot = slots.get()
         try:
-            print(f"{trial.label}: running", flush=True)
+            print(f"{trial.label}: running\n", end="", flush=True)  # one write: lines of threads must not mix
             trial.run(nproc, environment(slot, nproc=nproc, jobs=jobs, gpus=gpus))
         finally:
             slots.put(slot)
@@ -312,6 +312,8 @@ def draw(found: Sequence[Setting], path: Path) -> None:
         axes.plot(xs[lowest], means[lowest], "o", markersize=13, fillstyle="none", color=line.get_color())
     if min(tried[across]) > 0 and max(tried[across]) >= 8 * min(tried[across]):
         axes.set_xscale("log")
+        axes.set_xticks(sorted(tried[across]), labels=[f"{value:g}" for value in sorted(tried[across])])
+        axes.minorticks_off()
     axes.set_xlabel(across)
     axes.set_ylabel("final validation loss, nats a token")
     axes.set_title("The best of each curve has a ring")
@@ -440,7 +442,7 @@ def main(argv: list[str] | None = None) -> None:
         failed += [reason] if reason else []
         loss = trial.final_val(options.nproc)
         what = reason or (f"validation loss {loss:.4f}" if loss is not None else "stopped before its end")
-        print(f"[{done}/{len(grid)}, {duration(time.monotonic() - start)}] {trial.label}: {what}", flush=True)
+        print(f"[{done}/{len(grid)}, {duration(time.monotonic() - start)}] {trial.label}: {what}\n", end="", flush=True)
         write(grid, options.nproc, options.out)
     print(write(grid, options.nproc, options.out), end="")
     if failed:

@@ -25,7 +25,10 @@ from distmuon.cli import parity
 from distmuon.cli.arguments import Parser
 from distmuon.integrations import TESTED, install_line
 
-RECIPE = ("transformers", "jsonargparse", "matplotlib", "tensorboard", "datasets", "tqdm", "numpy")
+RECIPE = (
+    *("jsonargparse", "transformers", "numpy", "matplotlib", "tensorboard"),
+    *("datasets", "tqdm", "jinja2", "plotly", "rich"),
+)
 VARIABLES = (
     *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "PYTORCH_ALLOC_CONF"),
     *("PYTORCH_CUDA_ALLOC_CONF", "TORCH_DISTRIBUTED_DEBUG", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "NCCL_DEBUG"),

@@ -45,7 +45,7 @@ RECIPE = (
     Command("report", "one page about one or several runs", "report runs/quickstart/muon"),
     Command("tail", "the newest lines of a run, while it runs", "tail runs/quickstart/muon"),
     Command("export", "a Hugging Face folder from a checkpoint", "export runs/first --out exported/first"),
-    Command("generate", "text from a trained model", "generate runs/first --help"),
+    Command("generate", "text from a trained model", "generate runs/first --prompt 'def main('"),
 )
 COMMANDS = {command.name: command for command in (*LIBRARY, *RECIPE)}
 
@@ -89,7 +89,10 @@ def help_text() -> str:
         "",
         "Muon under ZeRO-1 and FSDP2. `distmuon COMMAND --help` says more.",
     ]
-    titles = {"before training:": LIBRARY, "the training recipe (needs the extra `recipes`):": RECIPE}
+    titles = {
+        "before training (plan needs the extra `recipes`):": LIBRARY,
+        "the training recipe (needs the extra `recipes`):": RECIPE,
+    }
     for title, commands in titles.items():
         lines += ["", title]
         for command in commands:

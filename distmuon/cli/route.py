@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,7 +74,7 @@ def make_table(
     else:
         specs = _with_reasons(model)
     undecided = {f"route {r.pattern!r}" for r in proposed}
-    alike: dict[tuple[object, ...], list[ParamSpec]] = {}
+    alike: dict[tuple[Any, ...], list[ParamSpec]] = {}
     for spec in specs:
         pattern = spec.fqn if full else re.sub(r"(?<![^.])\d+(?![^.])", "*", spec.fqn)
         owner = modules.get(spec.fqn.rpartition(".")[0], "")
@@ -86,9 +87,9 @@ def make_table(
         is_open = spec.reason in undecided
         rows.append(
             Row(
-                parameter=str(pattern) if len(members) > 1 else spec.fqn,
+                parameter=pattern if len(members) > 1 else spec.fqn,
                 count=len(members),
-                module=str(module),
+                module=module,
                 shape=spec.shape,
                 matrices=matrices,
                 rule=spec.rule,

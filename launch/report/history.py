@@ -159,7 +159,7 @@ def read_history(folder: Path, *, label: str | None = None, known_state: State |
             str(folder),
             found=f"found no {METRICS_FILE}",
             needed="the folder of a run is needed",
-            cure="name its log.dir; the run writes the file unless log.jsonl is false",
+            cure="name its log.dir; every run of the recipe writes the file",
         )
     by_kind: dict[str, list[Record]] = {}
     summary: Record | None = None

@@ -54,6 +54,14 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
         assert not re.search(r"""(?:url\(|@import )["']?(?:https?:)?//""", style.read_text()), style.name
 
 
+def test_no_list_or_table_is_left_as_text(site: Path) -> None:
+    """The site's Markdown wants four spaces before what belongs to an item of a list, where forges take two."""
+    raw = re.compile(r"<(?:p|li)>(?:(?!</?(?:p|li|ul|ol|table)>).)*?\n\s*(?:\||- |\d+\. |```)", re.DOTALL)
+    for page in site.glob("*.html"):
+        shown = re.sub(r"<pre.*?</pre>|<code.*?</code>", "", page.read_text(), flags=re.DOTALL)
+        assert (found := raw.search(shown)) is None, (page.name, found[0])
+
+
 def test_the_search_finds_what_a_reader_types(site: Path) -> None:
     index = (site / "search" / "search_index.json").read_text()
     for word in ("NaN", "out of memory", "straddler", "clip_grad_norm_", "PyTorchJob"):

@@ -29,7 +29,6 @@ def _run(folder: Path, site: Path, *arguments: str) -> subprocess.CompletedProce
 @pytest.mark.slow
 def test_the_wheel_is_enough(tmp_path: Path) -> None:
     """Nothing of the clone is on the path: the folder is empty, and the wheel lies elsewhere."""
-    pytest.importorskip("transformers")
     source, site, work = (tmp_path / name for name in ("source", "site", "work"))
     for name in ("distmuon", "launch", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -46,8 +45,9 @@ def test_the_wheel_is_enough(tmp_path: Path) -> None:
     # setup.py lists packages by itself; a module that it misses would be missed here
     for part, at in (("distmuon", "distmuon"), ("launch", "distmuon/_recipe/launch")):
         assert {f"{at}/{file.relative_to(ROOT / part)}" for file in (ROOT / part).rglob("*.py")} <= names
-    for file in (ROOT / "configs").rglob("*.*"):
-        assert f"distmuon/_recipe/configs/{file.relative_to(ROOT / 'configs')}" in names
+    for part, pattern in (("configs", "*.*"), ("launch", "*.jinja"), ("launch", "*.css"), ("launch", "*.js")):
+        for file in (ROOT / part).rglob(pattern):
+            assert f"distmuon/_recipe/{file.relative_to(ROOT)}" in names
     assert {name.partition("/")[0] for name in names if not name.startswith("distmuon-")} == {"distmuon"}
 
     work.mkdir()
@@ -55,5 +55,7 @@ def test_the_wheel_is_enough(tmp_path: Path) -> None:
     assert planned.returncode == 0 and json.loads(planned.stdout)[0]["model"] == "llama_1b_gpu", planned.stderr
     trained = _run(work, site, "pretrain", "--config", "quickstart", *SHORT.split())
     assert trained.returncode == 0 and (work / "run" / "metrics.jsonl").is_file(), trained.stderr
-    swept = _run(work, site, "sweep", "--config=quickstart", "--lrs=1e-2", "--nproc=1", "--set=train.global_batch=0")
+    shown = _run(work, site, "report", "run", "--out=run.html")
+    assert shown.returncode == 0 and (work / "run.html").is_file(), shown.stderr
+    swept = _run(work, site, "sweep", "--config=quickstart", "--nproc=1", "--set", "train.global_batch=0")
     assert swept.returncode == 2 and "train.global_batch: found 0" in swept.stderr

@@ -151,7 +151,7 @@ def test_the_picture_has_time_rates_and_norms(
         assert seconds == pytest.approx([0.9 + 39 * 0.012] * 2 + [0.4] * 4)
         assert [(line.get_ydata()[0], line.get_linestyle()) for line in rates.lines][:2] == [(4e-3, "-"), (2e-3, "--")]
         assert [line.get_ydata()[0] for line in norms.lines] == [1.0] * 3
-        legend = [text.get_text() for text in over_steps.get_legend().get_texts()]
+        legend = [text.get_text() for text in figure.legends[0].get_texts()]
         assert legend == ["Muon (lr 0.004)", "AdamW (lr 0.002, 2 seeds)"]
         assert len({line.get_color() for line in norms.lines}) == 2
         assert figure.get_suptitle() == "3 runs of llama, 40 steps, 4.0 k tokens"

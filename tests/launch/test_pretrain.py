@@ -31,6 +31,7 @@ SHORT = [
     "--train.eval_every=4",
     "--train.eval_batches=1",
     "--log.sample_tokens=3",
+    "--log.sinks=[]",
 ]
 
 

@@ -11,10 +11,11 @@ import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch import dry_run
+from launch import dry_run, pretrain
 from launch.config import LogConfig, parse
 from launch.logs import METRICS_FILE, RunLog, open_log, read_records
 from launch.sinks import sink_class
+from tests.launch.test_pretrain import ROOT, SHORT, TINY
 
 TRAIN = {"loss": 2.5, "lr": {"muon": 0.5, "adamw": 0.25}, "grad_norm": None, "bytes": {"scatter": 8}, "mfu": None}
 SCALARS = {
@@ -94,6 +95,15 @@ def test_wandb_without_an_account_names_the_cure(tmp_path: Path, monkeypatch: py
         log.write("run", config={})
 
 
+def test_a_run_leaves_a_report_of_itself(tmp_path: Path) -> None:
+    assert parse([]).log.sinks == ["report"]
+    folder = tmp_path / "run"
+    given = ["--config", str(ROOT / "configs/quickstart.yaml"), *TINY, *SHORT, "--train.steps=2", f"--log.dir={folder}"]
+    pretrain.main([*given, "--log.sinks=[report]"])
+    page = (folder / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and "llama" in page
+
+
 class Mine:
     """A sink of a user's own."""
 
@@ -125,7 +135,7 @@ def test_a_class_of_ones_own_gets_all_records_after_an_error_too(tmp_path: Path)
 @pytest.mark.parametrize("name", ["tensorbord", "no_such_package.Mine", f"{__name__}.mine", f"{__name__}.TRAIN"])
 def test_a_wrong_name_is_refused_on_all_ranks_and_by_a_dry_run(name: str, tmp_path: Path) -> None:
     with (
-        pytest.raises(ValueError, match=rf"log\.sinks: found '{name}'.*tensorboard, wandb, trackio or package"),
+        pytest.raises(ValueError, match=rf"log\.sinks: found '{name}'.*report, tensorboard, wandb, trackio or package"),
         open_log(LogConfig(dir=str(tmp_path), sinks=[name]), rank=1, steps=1),
     ):
         pass
@@ -140,10 +150,13 @@ def test_what_the_module_of_a_sink_needs_is_not_hidden(tmp_path: Path, monkeypat
         sink_class("my_sinks.Mine")
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_missing_package_names_the_cure(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=f"pip install {name}"):
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("tensorboard", "tensorboard"), ("wandb", "wandb"), ("trackio", "trackio"), ("report", "plotly")],
+)
+def test_a_missing_package_names_the_cure(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"found no `{package}` package; .*pip install .*leave {name} out of"):
         sink_class(name)
 
 
