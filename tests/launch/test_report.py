@@ -161,6 +161,8 @@ def test_the_timeline_holds_the_medians_end_to_end(whole: tuple[list[Record], st
     assert typical.spans[-1].start + typical.spans[-1].length == pytest.approx(step_ms)
     assert typical.waited == 3.0 + 1.0 + 1.5 + 0.75
     assert "waits for other ranks 6.25 ms (15.2%)" in html
+    short = median_step(read_history(write(tmp_path / "short", [header(2), train(1), train(2)])))
+    assert short is not None and short.step_ms == 42.0
     charts = charts_of(html)
     travels = trace(charts, "timeline", "to owners")
     begin = {span.stage: span.start for span in typical.spans}
