@@ -231,11 +231,9 @@ class Run:
             per_rank=self.ranks.gather({key: metrics[key] for key in ("state_bytes", "bytes", "calls", "ns_matrices")}),
         )
         skipped = f", {self.progress.skipped_steps} steps skipped" if self.progress.skipped_steps else ""
-        folder = self.config.log.dir
-        self.tell(
-            f"finished after {duration(seconds)}{skipped}; records in {folder}\n"
-            f"look at it with: python -m launch.report {folder}"
-        )
+        folder, sinks = self.config.log.dir, self.config.log.sinks
+        look = f"look at {folder}/report.html" if "report" in sinks else f"see it: python -m distmuon report {folder}"
+        self.tell(f"finished after {duration(seconds)}{skipped}; records in {folder}\n{look}")
 
     def tell(self, text: str) -> None:
         """Print on rank 0."""

@@ -19,6 +19,17 @@ from tests.launch.test_pretrain import ROOT, SHORT, TINY, records
 RUN = ["--config", str(ROOT / "configs/quickstart.yaml"), *TINY, *SHORT, "--train.steps=2", "--checkpoint.every=2"]
 
 
+@pytest.mark.parametrize(
+    ("sinks", "last"), [("[]", "see it: python -m distmuon report {}"), ("[report]", "look at {}/report.html")]
+)
+def test_the_end_of_a_run_says_where_to_look(
+    sinks: str, last: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain.main([*RUN[:-1], "--train.steps=1", f"--log.sinks={sinks}", f"--log.dir={tmp_path}"])
+    assert capsys.readouterr().out.splitlines()[-1] == last.format(tmp_path)
+    assert (tmp_path / "report.html").exists() == (sinks == "[report]")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("run")
