@@ -21,6 +21,10 @@ UPDATE_RMS, TOLERANCE = 0.2, 0.1
 """Muon's updates at match_rms_adamw: 0.2 is the RMS of AdamW's updates that its scale is made for (2502.16982)."""
 LOGIT_ALARM = 100.0
 """Attention logits above it announce that attention saturates (2507.20534)."""
+BELOW = (
+    "Jordan's coefficients leave singular values from 0.7 to 1.2, so 0.15 to 0.2 is usual; much less says that "
+    "many directions of the momentum are too weak for them."
+)
 MOST_LAYERS = 8
 QUANTILES = ("least", "25 %", "median", "75 %", "greatest")
 
@@ -45,6 +49,7 @@ def outside_the_band(run: History) -> Table | None:
         return None
     caption = f"{len(outside)} of {len(found)} Muon parameters had an update RMS outside {UPDATE_RMS} +- "
     caption += f"{TOLERANCE:.0%} at step {last['step']:,}" + ("; the 10 farthest" if len(outside) > 10 else "")
+    caption += f". {BELOW}"
     rows = [[name, kind(name), number(rms)] for _, name, rms in outside[:10]]
     return Table(("parameter", "kind", "update RMS"), rows, caption)
 
@@ -63,8 +68,7 @@ def _update_rms(run: History) -> Chart:
     )
     _by_kind(chart, run, "update_rms", rule="muon")
     if _has_band(run) and chart.traces:
-        chart.about += f" The band is {UPDATE_RMS} +- {TOLERANCE:.0%}, where match_rms_adamw aims; below it, "
-        chart.about += "Newton-Schulz has left small singular values."
+        chart.about += f" The band is {UPDATE_RMS} +- {TOLERANCE:.0%}, where match_rms_adamw aims. {BELOW}"
         chart.shapes = [band(UPDATE_RMS * (1 - TOLERANCE), UPDATE_RMS * (1 + TOLERANCE), PALETTE[2])]
     return chart
 
@@ -264,6 +268,11 @@ _CHARTS: tuple[Callable[[History], Chart | None], ...] = (
         False,
     ),
     _latest_spectrum("update_singular_values", "Singular values of the updates by kind", "ratio", False),
+    _entropy(
+        "momentum_entropy",
+        "SVD entropy of the momentum",
+        "Before Newton-Schulz. Low: a few directions dominate, and the rest of the update amplifies weak ones.",
+    ),
     _entropy(
         "update_entropy",
         "SVD entropy of the updates",

@@ -72,6 +72,7 @@ def telemetry(step: int, layers: int = 3) -> Record:
                 "residual": 0.1 + 0.01 * layer,
                 "update_singular_values": [0.6 - 0.01 * layer, 0.8, 0.9, 1.0, 1.1 + 0.01 * layer],
                 "weight_singular_values": [0.01, 0.2, 0.5, 1.0, 2.0 + step / 100],
+                "momentum_entropy": 0.4,
                 "update_entropy": 0.99,
                 "weight_entropy": 0.95 - step / 10_000,
             }

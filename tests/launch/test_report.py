@@ -113,7 +113,15 @@ def test_the_facts_are_the_records(whole: tuple[list[Record], str]) -> None:
 def test_telemetry_is_the_mean_over_a_kind_with_its_extremes(whole: tuple[list[Record], str]) -> None:
     recorded, html = whole
     charts, last = charts_of(html), of_kind(recorded, "telemetry")[-1]
-    for key in ("update_rms", "update_to_weight", "weight_rms", "residual", "update_entropy", "weight_entropy"):
+    for key in (
+        "update_rms",
+        "update_to_weight",
+        "weight_rms",
+        "residual",
+        "momentum_entropy",
+        "update_entropy",
+        "weight_entropy",
+    ):
         for matrix, name in zip(MATRICES, ("q", "o", "down")):
             values = [fields[key] for parameter, fields in last["parameters"].items() if matrix in parameter]
             drawn = trace(charts, key, name)
@@ -336,7 +344,7 @@ def test_several_runs_side_by_side(tmp_path: Path) -> None:
 
 def test_every_axis_has_a_unit(whole: tuple[list[Record], str]) -> None:
     charts = charts_of(whole[1])
-    assert len(charts) == 22
+    assert len(charts) == 23
     for name, chart in charts.items():
         for axis in ("xaxis", "yaxis"):
             if chart["layout"][axis].get("type") != "category":
@@ -489,5 +497,5 @@ def test_a_browser_draws_every_chart_without_complaint(look: str, width: int, tm
         check=True,
     )
     assert "CONSOLE" not in done.stderr, done.stderr
-    assert done.stdout.count('class="plot-container') == 22
-    assert done.stdout.count('<svg class="main-svg"') >= 22
+    assert done.stdout.count('class="plot-container') == 23
+    assert done.stdout.count('<svg class="main-svg"') >= 23
