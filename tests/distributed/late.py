@@ -71,9 +71,9 @@ class _LateDist:
         mine = dist.get_group_rank(rest["group"], dist.get_rank()) == rest["group_src"]
         return LateWork(lambda t: dist.broadcast(t, **rest), (tensor,), () if mine else (tensor,))
 
-    def all_reduce(self, tensor: Tensor, *, group: Any, async_op: bool) -> LateWork:
+    def all_reduce(self, tensor: Tensor, op: Any, *, group: Any, async_op: bool) -> LateWork:
         self.started += 1
-        return LateWork(lambda t: dist.all_reduce(t, group=group), (tensor,), ())
+        return LateWork(lambda t: dist.all_reduce(t, op, group=group), (tensor,), ())
 
 
 @contextmanager
