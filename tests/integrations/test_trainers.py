@@ -149,8 +149,8 @@ def test_the_counter_sees_an_all_reduce_by_ddp() -> None:
         with seen.watching():
             model(torch.ones(1, 64)).sum().backward()
         assert seen.all_reduces > 0
-        # DDP must not be the last holder of the group: torch then destroys it under the GIL, for which gloo's thread may
-        # be waiting to drop the all-reduce, and hangs. That thread gets its turn here.
+        # DDP must not be the last holder of the group: torch would destroy it under the GIL, for which gloo's thread
+        # may be waiting to drop the all-reduce, and both would wait forever. That thread gets its turn here.
         del model
         time.sleep(0.2)
     finally:
