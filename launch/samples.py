@@ -24,7 +24,8 @@ def sample(model: nn.Module, tokenizer: Any, config: Config, ranks: Ranks) -> st
 
     Each token is a forward of all before it, without a cache: those that training uses have none.
     """
-    log, seq_len, end = config.log, config.model.seq_len, tokenizer.eos_token_id
+    log, seq_len = config.log, config.model.seq_len
+    end = tokenizer.eos_token_id
     generator = torch.Generator().manual_seed(config.train.seed)
     prompt = tokenizer.encode(log.sample_prompt, add_special_tokens=False) or [end]
     tokens = list(prompt)

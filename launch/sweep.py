@@ -435,11 +435,15 @@ def main(argv: list[str] | None = None) -> None:
     grid = trials(options.config, [{**grid, **varied} for grid in grids], options.overrides, options.out)
     gpus = visible_gpus(options.nproc, options.jobs)
     options.out.mkdir(parents=True, exist_ok=True)
-    done, failed, start = sum(trial.summary(options.nproc) is not None for trial in grid), [], time.monotonic()
+    done = sum(trial.summary(options.nproc) is not None for trial in grid)
+    failed: list[str] = []
+    start = time.monotonic()
     print(f"{len(grid)} trials, {done} of them finished before", flush=True)
     for trial, reason in run_missing(grid, options.nproc, options.jobs, gpus):
-        done += not reason
-        failed += [reason] if reason else []
+        if reason:
+            failed.append(reason)
+        else:
+            done += 1
         loss = trial.final_val(options.nproc)
         what = reason or (f"validation loss {loss:.4f}" if loss is not None else "stopped before its end")
         print(f"[{done}/{len(grid)}, {duration(time.monotonic() - start)}] {trial.label}: {what}\n", end="", flush=True)

@@ -45,7 +45,9 @@ def main(argv: Sequence[str]) -> int:
     """Print the plans for the arguments; return the exit status."""
     try:
         given, named = _parse(argv)
-        ranks, plot, as_json, has_limit = (given.pop(key) for key in ("ranks", "plot", "json", "has_limit"))
+        ranks, as_json = given.pop("ranks"), given.pop("json")
+        plot = given.pop("plot")
+        has_limit = given.pop("has_limit")
         dp_sizes, judged = given.pop("dp"), given.pop("judged")
         path = None if plot is None else _writable(Path(plot))
         plans = [plan(named.model, dp_size=dp_size, **given) for dp_size in dp_sizes]
@@ -87,7 +89,9 @@ def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], Named]:
         given["routes"] = named.routes
     given["dp"] = _dp_sizes(given["dp"])
     del given["model"]
-    hbm, tokens, experts = given.pop("hbm"), given.pop("tokens"), given.pop("experts_per_token")
+    hbm = given.pop("hbm")
+    tokens = given.pop("tokens")
+    experts = given.pop("experts_per_token")
     hardware = given["hardware"]
     given["judged"] = {
         "hardware": None if hardware is None else hardware_row(hardware),

@@ -227,7 +227,7 @@ class Bucket:
                     betas=param_group["betas"],
                     eps=param_group["eps"],
                 )
-        for piece in self.storage.adamw:
+        for piece in self.storage.adamw if step.row_factors else ():
             factors = step.row_factors.get(piece.segment.param)
             if factors is not None and step.verdict.present[piece.segment.param]:
                 master = masters(piece)

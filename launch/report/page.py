@@ -113,8 +113,10 @@ def _sections_of(run: History, number: int, *, several: bool) -> Iterable[Sectio
             chart.name += key
         return list(charts)
 
-    outside, typical, planned = outside_the_band(run), median_step(run), plan_of(run)
+    outside = outside_the_band(run)
+    typical = median_step(run)
     stages = stage_table(typical)
+    planned = plan_of(run)
     counted = [table for table in (bytes_table(run, planned), memory_table(run, planned)) if table]
     yield Section(
         anchor=f"inside{key}",

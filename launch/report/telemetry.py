@@ -73,51 +73,13 @@ def _update_rms(run: History) -> Chart:
     return chart
 
 
-def _update_rms_adamw(run: History) -> Chart:
-    chart = Chart(
-        name="update_rms_adamw",
-        title="Update RMS, AdamW",
-        about="The same for parameters that AdamW trains: Adam's quotient.",
-        y=Axis("update RMS", "per unit of lr"),
-    )
-    return _by_kind(chart, run, "update_rms", rule="adamw")
+def _of_kinds(
+    key: str, title: str, about: str, y: Axis, *, rule: str | None = None, name: str = ""
+) -> Callable[[History], Chart]:
+    """A chart of the field `key`, with a curve for each kind of parameter of the rule; `name`: if not the key."""
 
-
-def _update_to_weight(run: History) -> Chart:
-    chart = Chart(
-        name="update_to_weight",
-        title="Update-to-weight ratio",
-        about="RMS of what a step adds, by the RMS of the weights. It follows the learning rate. Parameters of AdamW "
-        "are dashed.",
-        y=Axis("update by weight", "ratio per step", log=True),
-    )
-    return _by_kind(chart, run, "update_to_weight")
-
-
-def _weight_rms(run: History) -> Chart:
-    chart = Chart(
-        name="weight_rms",
-        title="Weight RMS",
-        about="Weight decay bounds it. Steady growth costs bfloat16 precision.",
-        y=Axis("weight RMS", "units of weight", log=True),
-    )
-    return _by_kind(chart, run, "weight_rms")
-
-
-def _residual(run: History) -> Chart:
-    chart = Chart(
-        name="residual",
-        title="Distance from orthogonal",
-        about="Of Newton-Schulz's result O: the norm of O O^T - I by the root of its short side; 0 is orthogonal.",
-        y=Axis("residual", "ratio", log=True),
-    )
-    return _by_kind(chart, run, "residual", rule="muon")
-
-
-def _entropy(key: str, title: str, about: str) -> Callable[[History], Chart]:
     def make(run: History) -> Chart:
-        chart = Chart(name=key, title=title, about=about, y=Axis("SVD entropy", "share of the maximum"))
-        return _by_kind(chart, run, key, rule="muon")
+        return _by_kind(Chart(name=name or key, title=title, about=about, y=y), run, key, rule)
 
     return make
 
@@ -254,12 +216,37 @@ def _by_layer(chart: Chart, run: History, key: str) -> Chart:
     return chart
 
 
+_ENTROPY = Axis("SVD entropy", "share of the maximum")
 _CHARTS: tuple[Callable[[History], Chart | None], ...] = (
     _update_rms,
-    _update_rms_adamw,
-    _update_to_weight,
-    _weight_rms,
-    _residual,
+    _of_kinds(
+        "update_rms",
+        "Update RMS, AdamW",
+        "The same for parameters that AdamW trains: Adam's quotient.",
+        Axis("update RMS", "per unit of lr"),
+        rule="adamw",
+        name="update_rms_adamw",
+    ),
+    _of_kinds(
+        "update_to_weight",
+        "Update-to-weight ratio",
+        "RMS of what a step adds, by the RMS of the weights. It follows the learning rate. Parameters of AdamW are "
+        "dashed.",
+        Axis("update by weight", "ratio per step", log=True),
+    ),
+    _of_kinds(
+        "weight_rms",
+        "Weight RMS",
+        "Weight decay bounds it. Steady growth costs bfloat16 precision.",
+        Axis("weight RMS", "units of weight", log=True),
+    ),
+    _of_kinds(
+        "residual",
+        "Distance from orthogonal",
+        "Of Newton-Schulz's result O: the norm of O O^T - I by the root of its short side; 0 is orthogonal.",
+        Axis("residual", "ratio", log=True),
+        rule="muon",
+    ),
     _spectrum(
         "update_singular_values",
         "Singular values of the updates",
@@ -268,15 +255,19 @@ _CHARTS: tuple[Callable[[History], Chart | None], ...] = (
         False,
     ),
     _latest_spectrum("update_singular_values", "Singular values of the updates by kind", "ratio", False),
-    _entropy(
+    _of_kinds(
         "momentum_entropy",
         "SVD entropy of the momentum",
         "Before Newton-Schulz. Low: a few directions dominate, and the rest of the update amplifies weak ones.",
+        _ENTROPY,
+        rule="muon",
     ),
-    _entropy(
+    _of_kinds(
         "update_entropy",
         "SVD entropy of the updates",
         "1: all directions of the matrix move alike.",
+        _ENTROPY,
+        rule="muon",
     ),
     _spectrum(
         "weight_singular_values",
@@ -286,10 +277,12 @@ _CHARTS: tuple[Callable[[History], Chart | None], ...] = (
         True,
     ),
     _latest_spectrum("weight_singular_values", "Singular values of the weights by kind", "units of weight", True),
-    _entropy(
+    _of_kinds(
         "weight_entropy",
         "SVD entropy of the weights",
         "1: all directions carry alike; a fall says that the weights lose rank.",
+        _ENTROPY,
+        rule="muon",
     ),
     _attention,
     _output_rms,
