@@ -267,6 +267,22 @@ def test_a_skipped_step_drops_the_factors(bad: float) -> None:
     assert torch.equal(model.bias, before.bias)
 
 
+@pytest.mark.parametrize("missing", ["weight", "bias"])
+def test_a_parameter_without_a_gradient_is_not_scaled(missing: str) -> None:
+    """Under Muon and under AdamW; the other one is scaled, once."""
+    model = nn.Linear(20, 20)
+    before = copy.deepcopy(model)
+    optimizer = distmuon.DistMuon(model, lr=0.0)
+    optimizer.scale_rows({"weight": torch.full((20,), 0.5), "bias": torch.full((20,), 0.5)})
+    for _ in range(2):
+        model(torch.ones(20)).sum().backward()
+        model.get_parameter(missing).grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, param in model.named_parameters():
+        assert torch.equal(param, before.get_parameter(name) * (1.0 if name == missing else 0.5)), name
+
+
 @pytest.mark.parametrize("precision", [{}, {"master": "remainder"}])
 def test_masters_are_scaled_not_their_rounded_copies(precision: Any) -> None:
     """Scaled three times by 0.9, a bfloat16 weight is the rounded product, not a product rounded three times."""
