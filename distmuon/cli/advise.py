@@ -147,7 +147,7 @@ def _task_rules(facts: Facts) -> Iterator[Rule]:
             "Pretraining",
             "Use Muon for pretraining from random weights, if the time or compute of training is what limits you.",
             "about half of AdamW's training FLOPs for the same loss, models up to 16B parameters (arXiv 2502.16982, "
-            "section 3). Here only a byte-level Llama of 1.9 M parameters was trained: 88 steps where AdamW took 200, "
+            "section 3). Here only a byte-level Llama of 1.9 M parameters was trained: 89 steps where AdamW took 200, "
             "each at its best learning rate (docs/quickstart.md).",
             "paper",
         )
