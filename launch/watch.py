@@ -29,7 +29,8 @@ class Watch:
     def begin(self, number: int) -> None:
         """Step `number`, counted from 1 at the optimizer's first, begins."""
         for watcher in self._watchers.values():
-            watcher.watching = self._every > 0 and number % self._every == 0
+            watcher.watching = number % self._every == 0
+            watcher.clear()  # a measured step that was skipped has left its forwards
 
     def record(self, optimizer: distmuon.DistMuon, ranks: Ranks) -> dict[str, Any] | None:
         """The fields of the step's record; None unless it was measured. Collective."""

@@ -134,7 +134,7 @@ def largest_logits(
 
 
 class OutputRms:
-    """The root mean square of the outputs of `model`'s blocks, of all forwards since the last `read`.
+    """The root mean square of the outputs of `model`'s blocks, of all forwards since the last `clear`.
 
     Blocks are the members of every `nn.ModuleList` of two modules or more that return a tensor, or a tuple that begins
     with one. A size that grows from step to step is the paper's sign of missing weight decay (arXiv 2502.16982, 2.2),
@@ -158,10 +158,13 @@ class OutputRms:
 
         return see
 
-    def read(self) -> dict[str, float]:
-        """This rank's RMS of each block, by name, and begin anew. Waits for the device."""
-        found = {name: float(torch.stack(squares).mean().sqrt()) for name, squares in self._squares.items()}
+    def clear(self) -> None:
         self._squares = {}
+
+    def read(self) -> dict[str, float]:
+        """This rank's RMS of each block, by name, and clear. Waits for the device."""
+        found = {name: float(torch.stack(squares).mean().sqrt()) for name, squares in self._squares.items()}
+        self.clear()
         return found
 
 

@@ -143,7 +143,7 @@ def _attention(run: History) -> Chart:
     chart = Chart(
         name="attention_logits",
         title="Largest attention logit",
-        about=f"The largest magnitude in a forward, by layer. Above {LOGIT_ALARM:g} attention saturates: lower the "
+        about=f"The largest before the softmax, by layer. Above {LOGIT_ALARM:g} attention saturates: lower the "
         "learning rate, or clip the query and key weights.",
         y=Axis("attention logit", "nats", log=True),
     )
