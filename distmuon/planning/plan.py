@@ -249,6 +249,13 @@ def plan(
     return replace(chosen, why=why)
 
 
+def plan_blind(name: str, dp_size: int, hardware: str, sharding: Sharding) -> Plan:
+    """A table's plan by the layout that knows no nodes, counted and priced over the nodes that there are."""
+    row = hardware_row(hardware)
+    layout = make_layout(shape_table(name), dp_size, bucket_mb=sharding.bucket_mb)
+    return _plan_layout("nodes not known", layout, Options(sharding=sharding), 5, row, row.node_size, False, 1)
+
+
 def _beside_zero1(specs: Sequence[ParamSpec], chosen: Layout, way: Callable[[str, Layout], Plan]) -> tuple[Plan, ...]:
     """The ways that ZeRO-1 is compared with: two in the chosen buckets, and one in buckets of an eighth or smaller."""
     adamw = recut(_all_adamw(specs), chosen, "contiguous", "owner")

@@ -22,7 +22,7 @@ from distmuon.layout.routing import ParamSpec, route
 from distmuon.options import Options, Precision, Sharding
 from distmuon.planning.baselines import whole_matrix_layout
 from distmuon.planning.counts import count, plan_rank, sent_bytes
-from distmuon.planning.plan import _plan_layout, plan
+from distmuon.planning.plan import plan, plan_blind
 from distmuon.planning.shapes import TABLES, shape_table
 from distmuon.planning.step_time import HARDWARE, BucketLoad, Hardware, Order, StepTime, estimate
 from tests.standing import Standing, routes
@@ -193,16 +193,7 @@ NODES = [
 def test_over_several_nodes_a_step_is_no_longer_than_with_whole_matrices(name: str, dp_size: int) -> None:
     """Nor than with the layout that knows no nodes; from 256 ranks on also with what is left for the forward."""
     found = plan(name, dp_size=dp_size, sharding=Sharding(overlap="forward"))
-    blind = _plan_layout(
-        "blind",
-        make_layout(shape_table(name), dp_size),
-        options=Options(sharding=Sharding(overlap="forward")),
-        ns_steps=5,
-        hardware=HARDWARE["h100"],
-        node_size=8,
-        exchange_group=False,
-        tp=1,
-    )
+    blind = plan_blind(name, dp_size, "h100", Sharding(overlap="forward"))
     whole = found.others[2]
     assert found.time and whole.time and blind.time
     assert found.time.step_s <= min(whole.time.step_s, blind.time.step_s)
