@@ -110,7 +110,7 @@ class Sharding:
                 "sharding.gpus_per_node",
                 found=f"found {self.gpus_per_node!r}",
                 needed='a whole number from 1, "all" or None is needed',
-                cure="pass the number of GPUs of a node, or leave it to the launcher's environment",
+                cure="correct sharding.gpus_per_node",
             )
 
 
