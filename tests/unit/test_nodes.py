@@ -22,7 +22,7 @@ from distmuon.comm.nodes import agreed_per_node, consecutive, launched_per_node,
         (range(2, 8), 4, 0),  # of two and of four
         (range(0, 16, 2), 8, 4),  # tensor parallelism over neighbours
         (range(0, 16, 8), 8, 1),  # over whole nodes
-        ([0, 4, 1, 5], 4, 0),  # a group that jumps to and fro
+        ([0, 4, 1, 5], 4, 0),  # a group that goes back and forth
         ([2, 3, 4, 5, 6, 7, 8, 9], 4, 0),  # begins in the middle of a node
     ],
 )
