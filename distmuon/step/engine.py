@@ -295,7 +295,7 @@ class Engine:
         if not judged.known_to_skip:  # on a GPU no host knows; there every write is masked, see `OnDevice`
             with torch.autocast(self.storage.device.type, enabled=False):
                 telemetry = self._measured_weights(param_groups, judged) if measure else None
-                self._update_buckets(Step(param_groups, judged, judged.decision, self.row_factors, telemetry))
+                self._update_buckets(Step(param_groups, judged.decisions(), self.row_factors, telemetry))
                 if telemetry is not None:
                     self._finish_telemetry(telemetry, judged)
         self.row_factors = {}
@@ -306,7 +306,8 @@ class Engine:
 
     def _measured_weights(self, param_groups: Sequence[dict[str, Any]], judged: verdict.Verdict) -> Telemetry:
         """Telemetry of the step to come that knows the weights before it."""
-        telemetry = Telemetry(self.storage.layout, param_groups, self._group_of, judged.present, self.storage.device)
+        present, device = judged.present_on_host(), self.storage.device
+        telemetry = Telemetry(self.storage.layout, param_groups, self._group_of, present, device)
         with self._metrics.stage("telemetry"):
             for bucket in self.buckets:
                 telemetry.weights(bucket.storage, bucket.exchange, self._groups[bucket.storage.spec.group].dp_rank)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from distmuon.comm.group import DataParallelGroup, Pending
 from distmuon.layout.layout import Layout, Segment
 from distmuon.step.flat_storage import FlatStorage
-from distmuon.step.storage import BucketStorage, Masters
+from distmuon.step.storage import BucketStorage, Masters, runs_of
 
 ApplyMuon = Callable[[Segment, Tensor, Tensor], None]  # line 6 on one segment: (segment, weight, polar factor)
 
@@ -123,6 +123,9 @@ class Updates:
         self._group = group
         self._layout = layout
         self._dtype = dtype
+        block = storage.momentum.block
+        by_rank = [[s for s in storage.spec.segments if s.rank == rank] for rank in range(group.dp_size)]
+        self._runs = [runs_of(segments, layout, block) for segments in by_rank]
         self._polar: Sequence[Tensor] = ()
         self._apply_muon: ApplyMuon | None = None
         self._flight: _Flight | None = None
@@ -158,9 +161,8 @@ class Updates:
     def _take(self, messages: Tensor) -> None:
         """Compute line 6 on the shards of all ranks, and copy AdamW's elements of the other ranks."""
         assert self._apply_muon is not None
-        spec, size = self._storage.spec, self._group.dp_size
-        for rank, message in enumerate(messages.view(size, -1)):
-            segments = [segment for segment in spec.segments if segment.rank == rank]
+        spec = self._storage.spec
+        for rank, (message, segments) in enumerate(zip(messages.view(self._group.dp_size, -1), self._runs)):
             muon = [s for s in segments if self._layout.specs[s.param].rule == "muon"]
             adamw = [s for s in segments if self._layout.specs[s.param].rule == "adamw"]
             for segment, elements in zip(adamw + muon, self._places(message, adamw, muon)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +28,8 @@ def state_keys(rule: str, momentum: MomentumCodec) -> tuple[str, ...]:
 
 @dataclass(slots=True)
 class ShardPiece:
-    """A segment of this rank: a view of the gradient shard, and its optimizer state (keys as in torch.optim).
+    """A segment of this rank, or a run of them, see `runs_of`: a view of the gradient shard, and its optimizer state
+    (keys as in torch.optim).
 
     The codec decides the format of momentum: int8 also has scales, ``momentum_scale``, and formats of fewer than 32
     bits count their roundings, ``step``; see [Note: dither] in math/codecs.py.
@@ -41,6 +42,36 @@ class ShardPiece:
     def cut(self, shard: Tensor) -> Tensor:
         """This piece's elements of a (shard_size,) tensor, a view."""
         return shard[self.segment.shard_offset : self.segment.shard_offset + self.segment.length]
+
+
+def runs_of(segments: Sequence[Segment], layout: Layout, block: int) -> list[Segment]:
+    """`segments` of a rank, in order, with neighbours joined: whole matrices of one shape, one after another in their
+    parameter and in the shard (experts in a stack). So a line of the algorithm runs once for all of them.
+
+    Matrices that several ranks hold stay apart, since another of them may be the worker. `block`: a matrix whose
+    elements it does not divide stays apart.
+    """
+    found: list[Segment] = []
+    held_once = {p for p in {s.param for s in segments} if not any(s.replica for s in layout.segments_of[p])}
+    for segment in segments:
+        last = found[-1] if found and segment.param in held_once else None
+        if last is not None and _continues(last, segment, layout, block):
+            found[-1] = replace(last, length=last.length + segment.length)
+        else:
+            found.append(segment)
+    return found
+
+
+def _continues(last: Segment, segment: Segment, layout: Layout, block: int) -> bool:
+    if (last.param, last.rank) != (segment.param, segment.rank) or segment.stride or last.stride:
+        return False
+    if layout.specs[segment.param].rule != "muon":
+        return False
+    first, unit = layout.unit_of(last), layout.unit_of(segment)
+    alike = (first.rows, first.columns, first.column_split) == (unit.rows, unit.columns, unit.column_split)
+    whole = segment.length == unit.numel and last.param_offset == first.offset and not last.length % unit.numel
+    neighbours = segment.param_offset - last.param_offset == segment.shard_offset - last.shard_offset == last.length
+    return alike and whole and neighbours and not unit.numel % block
 
 
 Masters = Callable[[ShardPiece], Tensor]  # (length,) float32: the master of a piece, to read and write
