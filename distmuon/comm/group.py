@@ -292,11 +292,14 @@ class DataParallelGroup:
         except RuntimeError as error:
             raise self._lost(stage, "")(error) from error
 
-    def start_reduce_scatter(self, output: Tensor, input: Tensor, *, stage: str, label: str = "") -> Pending:
+    def start_reduce_scatter(
+        self, output: Tensor, input: Tensor, *, stage: str, label: str = "", kept: Tensor | None = None
+    ) -> Pending:
         """Write this rank's slice of the mean over ranks of `input` (dp_size * n,) into `output` (n,), float32.
 
-        `output` may be that slice of `input`. `input` must not change before `wait`. 16-bit inputs are summed in
-        float32, in rank order, on every backend: a ring would round each partial sum to 16 bits.
+        `output` may be that slice of `input`. `input` must not change before `wait`. `kept`: memory like `input`'s in
+        which the slices may arrive; None: new memory. 16-bit inputs are summed in float32, in rank order, on every
+        backend: a ring would round each partial sum to 16 bits.
         """
         if self.dp_size == 1:
             return Pending(output.copy_(input) if output.data_ptr() != input.data_ptr() else output)
@@ -306,7 +309,7 @@ class DataParallelGroup:
                 output, input, op=dist.ReduceOp.AVG, group=self.process_group, async_op=True
             )
             return self._pending(output, (work,), (input,), stage, label)
-        received = torch.empty_like(input)
+        received = torch.empty_like(input) if kept is None else kept
         work = dist.all_to_all_single(received, input, group=self.process_group, async_op=True)
 
         def sum_in_rank_order() -> None:

@@ -65,6 +65,8 @@ _PANEL_WORK = {torch.bfloat16: 5e7, torch.float32: 1.1e7}
 _ALONE = 32
 # Matrices of at most so many elements have their norm computed in float64.
 _SMALL = 2**16
+# Matrices of fewer elements are transposed as a stack.
+_TILED = 60 * 60
 # X is updated in place in panels of about so many columns, whose old values stay in cache.
 _COLUMNS = 1024
 
@@ -121,9 +123,9 @@ def orthogonalize(
 ) -> Tensor:
     """Orthogonalize (B, m, n) matrices: each U S V^T becomes U p(S / |S|) V^T, in `dtype` (None: bfloat16).
 
-    The input is never written; the result is new memory, for m > n a transposed view of it. The input's scale, 1e-20 to
-    1e20, does not matter; a matrix of zeros gives zeros. A matrix gives the same bits in a stack as alone (k >= 16 in
-    float32 and bfloat16; for smaller k a library may use another kernel for batches, and the last bit may differ).
+    The input is never written; the result is new memory, contiguous. The input's scale, 1e-20 to 1e20, does not matter;
+    a matrix of zeros gives zeros. A matrix gives the same bits in a stack as alone (k >= 16 in float32 and bfloat16;
+    for smaller k a library may use another kernel for batches, and the last bit may differ).
     Raises ValueError like `coefficient_schedule`, and for input that is not a floating-point stack.
     """
     if matrices.dim() != 3 or not matrices.is_floating_point():
@@ -144,7 +146,8 @@ def evaluate(matrices: Tensor, triples: tuple[Triple, ...], form: Form) -> Tenso
     unit = _normalized_on_gpu(matrices, wide, form.dtype) if form.on_gpu else _normalized(matrices, wide)
     whole = form.on_gpu and max(form.segments) == 1  # a GPU multiplies either layout equally fast
     tall = unit.size(1) > unit.size(2) and not whole  # then the contiguous transpose is used below
-    x = (unit.mT if tall else unit).to(form.dtype, memory_format=torch.contiguous_format).contiguous()  # (B, k, l)
+    x = unit.to(form.dtype)
+    x = _transposed(x) if tall else x  # (B, k, l)
     if form.stacked:
         alone = x.size(0) == 1 and x.size(1) >= _ALONE
         x = x[0] if alone else x
@@ -154,7 +157,21 @@ def evaluate(matrices: Tensor, triples: tuple[Triple, ...], form: Form) -> Tenso
         old = x.new_empty(x.size(1), -(-x.size(2) // -(-x.size(2) // _COLUMNS)))
         for matrix in x:  # (k, l), in place
             _segmented(matrix, old, triples, form)
-    return x.mT if tall else x
+    return _transposed(x) if tall else x
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """The transposes of a contiguous stack, contiguous.
+
+    On a CPU matrix by matrix: for two dimensions torch has a kernel by tiles, for three only one that jumps from row to
+    row and takes two to three times as long.
+    """
+    if x.device.type != "cpu" or x.size(1) * x.size(2) < _TILED:
+        return x.mT.contiguous()
+    out = x.new_empty(x.mT.shape)
+    for place, matrix in zip(out, x):
+        place.copy_(matrix.mT)
+    return out
 
 
 def _normalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:

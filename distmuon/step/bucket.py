@@ -103,9 +103,10 @@ class Bucket:
         assert reduction is not None and self.grads is Grads.COLLECTING
         for param in absent:
             reduction.buffer.zero(reduction.spans[param])
-        flat, shard = reduction.buffer.close(), reduction.shard
+        flat, shard, kept = reduction.buffer.close(), reduction.shard, reduction.buffer.arrivals()
+        start = self._dp_group.start_reduce_scatter
         with torch.profiler.record_function(f"distmuon::reduce_scatter/{self.index}"):
-            self._reduction = self._dp_group.start_reduce_scatter(shard, flat, stage="reduce_scatter", label=label)
+            self._reduction = start(shard, flat, stage="reduce_scatter", label=label, kept=kept)
         self.grads = Grads.REDUCING
 
     def finish_reduce(self) -> None:

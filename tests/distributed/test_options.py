@@ -285,10 +285,10 @@ class _Watch:
             setattr(group, verb, self._watched(getattr(group, verb)))
 
     def _watched(self, start: Callable[..., collectives.Pending]) -> Callable[..., collectives.Pending]:
-        def started(*tensors: Any, stage: str, label: str) -> collectives.Pending:
+        def started(*tensors: Any, stage: str, **more: Any) -> collectives.Pending:
             number = self._starts[stage] = self._starts.get(stage, -1) + 1
             self.events.append(f"{stage}+{number}")
-            return _Watched(start(*tensors, stage=stage, label=label), self.events, f"{stage}-{number}")
+            return _Watched(start(*tensors, stage=stage, **more), self.events, f"{stage}-{number}")
 
         return started
 
