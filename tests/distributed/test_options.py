@@ -275,6 +275,27 @@ def test_released_gradients_hold_two_buckets_at_the_most(spawn) -> None:
         assert buckets > 4 and most <= 3 and left == 0  # the standing model's tied embedding opens its bucket early
 
 
+def _kept(group: dist.ProcessGroup, release_grads: bool) -> list[int | None]:
+    """The addresses at which the slices of a bucket arrive in two steps; None: in new memory."""
+    model, optimizer = make(group, bucket_mb=None, release_grads=release_grads)
+    found, start = [], optimizer.group.start_reduce_scatter
+
+    def noting(*tensors: Tensor, kept: Tensor | None, **more: Any) -> collectives.Pending:
+        found.append(None if kept is None else kept.data_ptr())
+        return start(*tensors, kept=kept, **more)
+
+    optimizer.group.start_reduce_scatter = noting
+    train(group, model, optimizer, range(2))
+    return found
+
+
+def test_slices_arrive_in_the_same_memory_in_every_step(spawn) -> None:
+    for kept, released in zip(spawn(_kept, 2, release_grads=False), spawn(_kept, 2, release_grads=True)):
+        half = len(kept) // 2
+        assert None not in kept and kept[:half] == kept[half:] and len(set(kept)) == half
+        assert set(released) == {None}
+
+
 class _Watch:
     """What starts and what is waited for, in order, as "stage+bucket" and "stage-bucket"."""
 
