@@ -247,8 +247,7 @@ def profiled(group: dist.ProcessGroup, device: torch.device, size: str, overlap:
     """Profile the fifth iteration, with the next forward; rank 0's."""
     options: dict[str, Any] = {"overlap": overlap}
     if second_group:
-        ranks, backend = dist.get_process_group_ranks(group), dist.get_backend(group)
-        options["exchange_group"] = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+        options["exchange_group"] = dist.new_group()
     model = make_stack(size, device)
     optimizer = distmuon.DistMuon(model, lr=1e-3, process_group=group, **options)
     tokens = torch.randint(200, (2, 64 if size == TINY else 1024), device=device)

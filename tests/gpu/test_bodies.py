@@ -17,7 +17,11 @@ from tests.gpu.bodies import BODIES, SAME_BITS
 from tests.gpu.world import Ranks, sizes
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-DRY: dict[str, dict[str, Any]] = {"newton_schulz": {"k": 96}, "disturbed": {"seeds": (1,)}}
+DRY: dict[str, dict[str, Any]] = {
+    "parity": {"ways": 3},
+    "newton_schulz": {"k": 96},
+    "disturbed": {"cases": ["all", "released"], "seeds": (1,)},
+}
 
 
 @pytest.fixture(scope="module")

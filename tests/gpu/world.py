@@ -9,15 +9,22 @@ are on the CPU: the dry mode, which shows that the tests themselves are right.
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import pickle
+import signal
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tests import pool
 from tests.pool import Pool, WorkerError
 
 SHARED = {"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_NVLS_ENABLE": "0", "NCCL_MAX_CTAS": "2"}
@@ -53,30 +60,60 @@ def no_host_wait(device: torch.device, active: bool = True) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def _on_own_group(world: dist.ProcessGroup, body: Any, backend: str, dry: bool, kwargs: dict[str, Any]) -> Any:
+class _Places(dict[tuple[int, int], tuple[int, int]]):
+    """In place of the pool's groups: (rank, number of ranks), from which each run makes a group of its own."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def __missing__(self, key: tuple[int, int]) -> tuple[int, int]:
+        return self._rank, key[1]
+
+
+def _worker(rank: int, size: int, folder: str, connection: Connection) -> None:
+    """Run what the parent sends until it hangs up."""
+    with open(Path(folder, f"stack-{rank}"), "w") as stacks, suppress(EOFError, KeyboardInterrupt):
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
+        pool._reset(rank)
+        connection.send_bytes(pickle.dumps(pool.Outcome(rank, "ready")))
+        while (message := connection.recv_bytes()) != b"":
+            connection.send_bytes(pool._run(rank, _Places(rank), message))
+            pool._reset(rank)
+    os._exit(0)
+
+
+def _on_own_group(
+    place: tuple[int, int], body: Callable[..., Any], backend: str, dry: bool, store: str, kwargs: dict[str, Any]
+) -> Any:
     """Run `body(group, device, **kwargs)` on a group that is made for it alone."""
-    device = device_of(dist.get_rank(world), dry)
+    rank, size = place
+    device = device_of(rank, dry)
     if not dry:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    ranks = dist.get_process_group_ranks(world)
     limit = timedelta(seconds=LIMIT_S)
-    group = dist.new_group(ranks, timeout=limit, backend=backend, use_local_synchronization=True)
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=limit,
+        device_id=device if backend == "nccl" else None,
+    )
     try:
-        result = body(group, device, **kwargs)
+        result = body(dist.group.WORLD, device, **kwargs)
         if not dry:
             torch.cuda.synchronize()
         return result
     finally:
-        dist.destroy_process_group(group)
+        dist.destroy_process_group()
 
 
 def _verbs(group: dist.ProcessGroup, device: torch.device) -> None:
     """All verbs of ours, on two groups, with values that are checked."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    ranks = dist.get_process_group_ranks(group)
     backend = dist.get_backend(group)
-    second = dist.new_group(ranks, backend=backend, use_local_synchronization=True)
+    second = dist.new_group()
     try:
         for one in (group, second):
             total = torch.full((4,), rank + 1.0, device=device)
@@ -117,7 +154,9 @@ class Ranks:
     def __init__(self, most: int, *, dry: bool) -> None:
         self.dry = dry
         self.backend, self.why = "gloo", "no CUDA: the dry mode"
-        self._pool = Pool(most)
+        self._pool = Pool(most, worker=_worker)
+        self._runs = tempfile.TemporaryDirectory()
+        self._count = 0
         if not dry:
             if most > num_gpus():
                 os.environ.update(SHARED)
@@ -130,12 +169,14 @@ class Ranks:
 
     def run(self, fn: Callable[..., Any], size: int, *, timeout: float = LIMIT_S, **kwargs: Any) -> list[Any]:
         """What `fn(group, device, **kwargs)` returned on each of `size` ranks."""
-        return self._pool.spawn(
-            _on_own_group, size, timeout=timeout, body=fn, backend=self.backend, dry=self.dry, kwargs=kwargs
-        )
+        self._count += 1
+        given = {"body": fn, "backend": self.backend, "dry": self.dry, "kwargs": kwargs}
+        store = str(Path(self._runs.name, f"rendezvous-{self._count}"))
+        return self._pool.spawn(_on_own_group, size, timeout=timeout, store=store, **given)
 
     def verbs(self, size: int) -> None:
         self.run(_verbs, size)
 
     def close(self) -> None:
         self._pool.close()
+        self._runs.cleanup()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distmuon.comm.group import DataParallelGroup
+from launch.ranks import Ranks
 from tests.streams.collectives import one_rank
 from tests.streams.model import DEVICE, Fault, Gpu
 from tests.streams.programs import (
@@ -136,6 +137,17 @@ def test_a_host_wait_is_seen() -> None:
     """Telemetry reads the device."""
     waits, _ = _host_waits(telemetry_every=1)
     assert any("telemetry.py" in wait for wait in waits)
+
+
+def test_the_recipe_puts_its_batches_on_the_device_without_a_wait() -> None:
+    gpu = Gpu()
+    with gpu.running():
+        rows = torch.arange(6)
+        there = Ranks(device=DEVICE).put(rows)
+        assert there.is_cuda and not gpu.host_waits
+        assert torch.equal(there.to("cpu"), rows)
+        rows.to(DEVICE)
+    assert len(gpu.host_waits) == 2, "the two that are pageable"
 
 
 def test_all_ranks_start_the_same_collectives_with_matching_splits() -> None:
