@@ -20,6 +20,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA
 DRY: dict[str, dict[str, Any]] = {
     "parity": {"ways": 3},
     "newton_schulz": {"k": 96},
+    "compiled": {"backend": "eager"},
     "disturbed": {"cases": ["all", "released"], "seeds": (1,)},
 }
 

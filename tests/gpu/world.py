@@ -49,8 +49,9 @@ def device_of(rank: int, dry: bool) -> torch.device:
 
 @contextmanager
 def no_host_wait(device: torch.device, active: bool = True) -> Iterator[None]:
-    """In the block, a host synchronisation raises (on a GPU)."""
-    if not active or device.type != "cuda":
+    """In the block, a host synchronisation raises (on a GPU; gloo always waits)."""
+    is_gloo = dist.is_initialized() and dist.get_backend() == "gloo"
+    if not active or device.type != "cuda" or is_gloo:
         yield
         return
     torch.cuda.set_sync_debug_mode("error")

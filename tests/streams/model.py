@@ -51,6 +51,7 @@ _DEVICE_OF, _IS_CUDA, _IS_CPU = (getattr(torch.Tensor, name).__get__ for name in
 _IS_PINNED = torch.Tensor.is_pinned
 _READS_ON_HOST = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "item"}
 _COPIES = {"copy_", "_to_copy"}
+_TAKES_INDICES = {"index", "index_put_", "_index_put_impl_"}  # also from the CPU
 _TOUCHES_NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_"}
 _TOUCHES_NOTHING |= {"lift_fresh", "alias", "detach", "_unsafe_view", "_reshape_alias", "_record_function_enter_new"}
 
@@ -346,7 +347,9 @@ class Gpu:
             self.host_waits_for(self.current.clock, f"a copy ({name}) between host and device")
 
     def _check_places(self, name: str, operands: list[Tensor]) -> None:
-        if name not in _COPIES:
+        if name in _TAKES_INDICES and not all(self.is_on_device(tensor) for tensor in operands):
+            self.host_waits_for(self.current.clock, f"the indices of {name}, which are on the CPU,")
+        elif name not in _COPIES:
             for tensor in operands:
                 if tensor.dim() and not self.is_on_device(tensor):
                     self.errors.append(f"placement: {name} at {_where()} has an operand on the CPU")

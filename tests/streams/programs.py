@@ -185,6 +185,26 @@ def two_forward_streams(program: Program) -> None:
     program.optimizer.synchronize()
 
 
+def states(program: Program) -> None:
+    """State is gathered, loaded and compared between steps, and parameters are written by other code."""
+    optimizer, model = program.optimizer, program.model
+    for _ in range(2):
+        program.step()
+        full = optimizer.full_state_dict()
+        values = {name: value.clone() for name, value in model.state_dict().items()}
+        optimizer.verify_bits()
+        program.step()
+        optimizer.not_finite()
+        model.load_state_dict(values)
+        optimizer.load_state_dict(full)
+        with torch.no_grad():
+            optimizer.synchronize()
+            model.head.weight.mul_(0.5)
+    program.step()
+    assert optimizer.metrics()["steps"] == 5
+    optimizer.synchronize()
+
+
 def run(
     program: Callable[[Program], None],
     rank: int = 0,

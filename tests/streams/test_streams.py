@@ -6,13 +6,16 @@ What the model knows and does not know is said in `model.py`. `docs/gpu.md` quot
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from distmuon.comm.group import DataParallelGroup
+from distmuon.comm.group import DataParallelGroup, _timeout_of
 from launch.ranks import Ranks
 from tests.streams.collectives import one_rank
 from tests.streams.model import DEVICE, Fault, Gpu
@@ -21,11 +24,12 @@ from tests.streams.programs import (
     calls,
     late_evaluation,
     run,
+    states,
     two_backward_streams,
     two_forward_streams,
 )
 
-PROGRAMS = (calls, two_backward_streams, late_evaluation, two_forward_streams)
+PROGRAMS = (calls, two_backward_streams, late_evaluation, two_forward_streams, states)
 RELEASED: dict[str, Any] = {"release_grads": True}
 SHORT: dict[str, Any] = {"reduce_dtype": torch.bfloat16}
 FORWARD: dict[str, Any] = {"overlap": "forward"}
@@ -56,6 +60,7 @@ DAILY = [
     (two_backward_streams, "released"),
     (late_evaluation, "forward"),
     (two_forward_streams, "forward"),
+    (states, "remainder"),
 ]
 
 
@@ -70,7 +75,7 @@ def test_nothing_is_found(program: Callable[[Program], None], options: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rank", "dp_size"), [(0, 2), (2, 3), (0, 4), (3, 4)])
+@pytest.mark.parametrize(("rank", "dp_size"), [(0, 2), (3, 4)])
 @pytest.mark.parametrize("program", PROGRAMS, ids=_name)
 def test_nothing_is_found_under_any_option(program: Callable[[Program], None], rank: int, dp_size: int) -> None:
     found = {name: run(program, rank, dp_size, **options)[0].errors for name, options in OPTIONS.items()}
@@ -162,6 +167,17 @@ def test_all_ranks_start_the_same_collectives_with_matching_splits() -> None:
         sent, received = [entry[2] for entry in entries], [entry[3] for entry in entries]
         assert all(sent[a][b] == received[b][a] for a in range(3) for b in range(3))
     assert exchanges
+
+
+def test_agreements_on_nccl_wait_for_the_slowest_writer() -> None:
+    """NCCL's usual limit is ten minutes; on gloo the group's own limit counts, however short."""
+    for given, wanted in ((10, 30), (90, 90)):
+        backend = SimpleNamespace(options=SimpleNamespace(_timeout=timedelta(minutes=given)))
+        nccl: Any = SimpleNamespace(_device_types=["cuda"], _get_backend=lambda _, made=backend: made)
+        assert _timeout_of(nccl) == timedelta(minutes=wanted)
+    short = dist.ProcessGroupGloo(dist.HashStore(), 0, 1, timeout=timedelta(seconds=7))
+    gloo: Any = SimpleNamespace(_device_types=["cpu"], _get_backend=lambda _: short)
+    assert _timeout_of(gloo) == timedelta(seconds=7)
 
 
 def test_wrong_layouts_and_splits_are_refused() -> None:
