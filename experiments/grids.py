@@ -201,7 +201,17 @@ def read(name: str, size: str, folder: Path = FOLDER) -> Experiment:
         "seeds": at["seeds"],
     }
     if unknown := at.keys() - {"config", "set", "rates", "seeds", "nproc"}:
-        raise problem(str(path), found=f"found {names(sorted(unknown))}", needed="a size has other keys", cure="see above")
+        raise problem(
+            str(path), found=f"found {names(sorted(unknown))}", needed="a size has other keys", cure="see above"
+        )
+    for arm in merged["arms"].values():
+        if arm.variant and arm.nproc > 1:
+            raise problem(
+                str(path),
+                found=f"found variant {arm.variant} with {arm.nproc} processes in arm {arm.name}",
+                needed="a variant changes one process",
+                cure=f"leave the arm out of size {size}",
+            )
     return Experiment(name=name, size=size, **merged)
 
 
