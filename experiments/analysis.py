@@ -93,6 +93,9 @@ class View:
         return {trial.seed: row for trial in wanted if (row := self._results.row(trial)) is not None}
 
     def is_complete(self, arm: str) -> bool:
+        """Whether all its trials have run; not, if this size leaves the arm out."""
+        if arm not in self.experiment.arms:
+            return False
         wanted = self.experiment.final(self.experiment.arms[arm], self._results.loss) or []
         return bool(wanted) and len(self.rows(arm)) == len(wanted)
 

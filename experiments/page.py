@@ -70,7 +70,7 @@ def render(results: Results, sizes: Sequence[str] = COMMITTED) -> str:
     """The page."""
     views = views_of(results, sizes)
     first, last = sharding_section(), finetune_section()
-    parts = [(1, *first), *((view.experiment.number, *section(view, results)) for view in views), (9, *last)]
+    parts = [(1, *first), *((view.experiment.number, *section(view)) for view in views), (9, *last)]
     parts.sort(key=lambda part: part[0])
     verdicts = [(number, title, verdict) for number, title, _, found in parts for verdict in found]
     return "\n".join(
@@ -86,16 +86,10 @@ def render(results: Results, sizes: Sequence[str] = COMMITTED) -> str:
 
 def views_of(results: Results, sizes: Sequence[str]) -> list[View]:
     """Each experiment at the first of these sizes that has run whole, or else at the last."""
-    found = []
-    for experiment in read_all(sizes[-1]):
-        chosen = experiment
-        for size in sizes[:-1]:
-            other = next((other for other in read_all(size) if other.name == experiment.name), None)
-            if other is not None and other.all_there(results.loss):
-                chosen = other
-                break
-        found.append(View(chosen, results))
-    return found
+    found = {experiment.name: experiment for experiment in read_all(sizes[-1])}
+    for size in reversed(sizes[:-1]):
+        found |= {other.name: other for other in read_all(size) if other.all_there(results.loss)}
+    return [View(experiment, results) for experiment in found.values()]
 
 
 def summary(verdicts: Sequence[tuple[int, str, Verdict]]) -> str:
@@ -178,7 +172,7 @@ def wrapped(text: str) -> list[str]:
 Part = tuple[str, str, list[Verdict]]
 
 
-def section(view: View, results: Results) -> Part:
+def section(view: View) -> Part:
     """Title, text and verdicts."""
     experiment = view.experiment
     verdicts = [view.verdict(claim) for claim in experiment.claims]
@@ -190,11 +184,8 @@ def section(view: View, results: Results) -> Part:
         setting = f"**Setting.** {experiment.about} {_range(parameters)} parameters, {_range(tokens)} tokens a run."
         lines += ["", *wrapped(setting + " " + budget(view))]
     lines += ["", *arms_table(view), ""]
-    if rows:
-        picture = PICTURES[experiment.picture["kind"]]
-        name = f"{experiment.name}.png"
-        if picture is not None and any(view.rows(arm) for arm in experiment.arms):
-            lines += [f"![{experiment.title}](experiments/{name})", ""]
+    if drawn(view):
+        lines += [f"![{experiment.title}](experiments/{experiment.name}.png)", ""]
     lines += ["| claim | found | verdict |", "|---|---:|---|"]
     lines += [f"| {verdict.text} | {cell(verdict)} | {verdict.word} |" for verdict in verdicts]
     command = f"python -m experiments.runner {experiment.name}"
@@ -325,9 +316,18 @@ def finetune_section() -> Part:
 # ---- pictures
 
 
+def drawn(view: View) -> list[Any]:
+    """The arms, or pairs of arms, that the picture can show."""
+    picture = view.experiment.picture
+    if "pairs" in picture:
+        return [pair for pair in picture["pairs"] if all(view.rows(arm) for arm in pair)]
+    there = view.tuned if picture["kind"] == "over_rates" else view.rows
+    return [arm for arm in picture.get("arms", view.experiment.arms) if arm in view.experiment.arms and there(arm)]
+
+
 def over_steps(view: View) -> Figure:
     """Validation losses over steps, and what was measured beside them."""
-    arms = [arm for arm in view.experiment.picture["arms"] if view.rows(arm)]
+    arms = drawn(view)
     figure, (losses, weights, outputs) = _figure(3)
     for number, arm in enumerate(arms):
         rows = list(view.rows(arm).values())
@@ -351,7 +351,7 @@ def over_steps(view: View) -> Figure:
 
 def over_arms(view: View) -> Figure:
     """The final loss of each arm with its interval."""
-    arms = [arm for arm in view.experiment.arms if view.rows(arm)]
+    arms = drawn(view)
     figure, (axes,) = _figure(1)
     for number, arm in enumerate(arms):
         loss = interval(list(view.losses(arm).values()))
@@ -368,10 +368,9 @@ def over_arms(view: View) -> Figure:
 def over_rates(view: View) -> Figure:
     """The loss of each tuned arm over the rates that were tried."""
     figure, (axes,) = _figure(1)
-    for arm in view.experiment.arms.values():
-        points = [(rate, loss) for rate, loss in view.tuned(arm.name) if math.isfinite(loss)]
-        if points:
-            axes.plot(*zip(*points), marker="o", markersize=3, label=arm.name)
+    for arm in drawn(view):
+        points = [(rate, loss) for rate, loss in view.tuned(arm) if math.isfinite(loss)]
+        axes.plot(*zip(*points), marker="o", markersize=3, label=arm)
     axes.set_xscale("log")
     _labels(axes, "lr", "validation loss, seed 0")
     axes.legend(frameon=False, fontsize=7)
@@ -380,7 +379,7 @@ def over_rates(view: View) -> Figure:
 
 def entropy(view: View) -> Figure:
     """SVD entropy of each matrix under one optimizer over that under the other."""
-    pairs = [pair for pair in view.experiment.picture["pairs"] if all(view.rows(arm) for arm in pair)]
+    pairs = drawn(view)
     figure, axes = _figure(len(pairs))
     for plot, (arm, to) in zip(axes, pairs):
         kinds: dict[str, list[tuple[float, float]]] = {}
@@ -400,7 +399,7 @@ def entropy(view: View) -> Figure:
 
 def shares(view: View) -> Figure:
     """Steps to equal loss as a share of the other side's."""
-    pairs = [pair for pair in view.experiment.picture["pairs"] if all(view.rows(arm) for arm in pair)]
+    pairs = drawn(view)
     figure, (axes,) = _figure(1)
     for number, (arm, to) in enumerate(pairs):
         share = view.steps_share(arm, to)
@@ -451,9 +450,11 @@ def write(results: Results, folder: Path, sizes: Sequence[str] = COMMITTED) -> N
     (folder / "experiments.md").write_text(render(results, sizes), encoding="utf-8")
     pictures = folder / "experiments"
     pictures.mkdir(exist_ok=True)
+    for stale in pictures.glob("*.png"):
+        stale.unlink()
     for view in views_of(results, sizes):
         experiment = view.experiment
-        if any(view.rows(arm) for arm in experiment.arms):
+        if drawn(view):
             figure = PICTURES[experiment.picture["kind"]](view)
             figure.savefig(pictures / f"{experiment.name}.png", dpi=80)
             figure.clear()
