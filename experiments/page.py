@@ -20,6 +20,7 @@ from experiments.analysis import (
     AGREES,
     CANNOT_TELL,
     DISAGREES,
+    NOT_RUN,
     Interval,
     Verdict,
     View,
@@ -61,7 +62,7 @@ METHOD = """\
   interval is on the other side, or outside; otherwise the data cannot tell.
 - **Steps to equal loss** are read off the curve of one run with its whole schedule. A run with a shorter schedule would
   reach the loss sooner, so this understates the faster side. **Seconds** are processor seconds of whole trials, with
-  their validations.
+  their validations; neighbours on the machine change them by a fifth.
 - Many claims are tested at once: of twenty intervals of 95 %, one misses.
 """
 
@@ -93,11 +94,19 @@ def views_of(results: Results, sizes: Sequence[str]) -> list[View]:
 
 
 def summary(verdicts: Sequence[tuple[int, str, Verdict]]) -> str:
+    """All claims that have been tested, and the experiments that still have some."""
     lines = ["## In one table", "", "| | claim | found | verdict |", "|---:|---|---:|---|"]
-    lines += [f"| {number} | {verdict.text} | {cell(verdict)} | {verdict.word} |" for number, _, verdict in verdicts]
-    count = {word: sum(verdict.word == word for _, _, verdict in verdicts) for word in (AGREES, DISAGREES, CANNOT_TELL)}
+    tested = [(number, verdict) for number, _, verdict in verdicts if verdict.word != NOT_RUN]
+    lines += [f"| {number} | {verdict.text} | {cell(verdict)} | {verdict.word} |" for number, verdict in tested]
+    count = {word: sum(verdict.word == word for _, verdict in tested) for word in (AGREES, DISAGREES, CANNOT_TELL)}
     told = f"{count[AGREES]} agree, {count[DISAGREES]} disagree, of {count[CANNOT_TELL]} the data cannot tell."
-    return "\n".join([*lines, "", told, ""])
+    left: dict[str, int] = {}
+    for number, title, verdict in verdicts:
+        if verdict.word == NOT_RUN:
+            left[f"{number} ({title})"] = left.get(f"{number} ({title})", 0) + 1
+    if left:
+        told += f" Not run yet: {'; '.join(f'{claims} of experiment {name}' for name, claims in left.items())}."
+    return "\n".join([*lines, "", *wrapped(told), ""])
 
 
 def cell(verdict: Verdict) -> str:
@@ -179,17 +188,18 @@ def section(view: View) -> Part:
     rows = view.all_rows()
     lines = [f"## {experiment.number}. {experiment.title}", ""]
     lines += wrapped(f"**Hypothesis.** {experiment.hypothesis} **Source:** {experiment.source}.")
-    if rows:
-        tokens, parameters = (sorted({row[key] for row in rows}) for key in ("tokens", "parameters"))
-        setting = f"**Setting.** {experiment.about} {_range(parameters)} parameters, {_range(tokens)} tokens a run."
-        lines += ["", *wrapped(setting + " " + budget(view))]
-    lines += ["", *arms_table(view), ""]
+    command = f"python -m experiments.runner {experiment.name}"
+    command += "" if experiment.size == "small" else f" --size {experiment.size}"
+    if not rows:
+        lines += ["", f"Not run yet: `{command}`", ""]
+        return experiment.title, "\n".join(lines), verdicts
+    tokens, parameters = (sorted({row[key] for row in rows}) for key in ("tokens", "parameters"))
+    setting = f"**Setting.** {experiment.about} {_range(parameters)} parameters, {_range(tokens)} tokens a run."
+    lines += ["", *wrapped(setting + " " + budget(view)), "", *arms_table(view), ""]
     if drawn(view):
         lines += [f"![{experiment.title}](experiments/{experiment.name}.png)", ""]
     lines += ["| claim | found | verdict |", "|---|---:|---|"]
     lines += [f"| {verdict.text} | {cell(verdict)} | {verdict.word} |" for verdict in verdicts]
-    command = f"python -m experiments.runner {experiment.name}"
-    command += "" if experiment.size == "small" else f" --size {experiment.size}"
     lines += ["", f"`{command}`", ""]
     return experiment.title, "\n".join(lines), verdicts
 
@@ -204,8 +214,8 @@ def budget(view: View) -> str:
     for arm in view.experiment.arms.values():
         if arm.rates:
             counts.setdefault(len(view.experiment.rates[arm.rates]), []).append(arm.name)
-    told = [f"{number} rates for {', '.join(arms)}" for number, arms in counts.items()]
-    tuning = f"Tuning: {'; '.join(told)}." if told else "Nothing is tuned."
+    told = [f"{number} rates for each of {'; '.join(arms)}" for number, arms in counts.items()]
+    tuning = f"Tuning: {', and '.join(told)}." if told else "Nothing is tuned."
     return f"{tuning} Seeds: {', '.join(map(str, view.experiment.seeds))}."
 
 
