@@ -43,6 +43,26 @@ def lr_scale(m: int, n: int, adjust_lr_fn: str) -> float:
     return 0.2 * math.sqrt(max(m, n)) if adjust_lr_fn == "match_rms_adamw" else math.sqrt(max(1.0, m / n))
 
 
+def row_second_moment(polar_factor: Tensor, old: Tensor, beta2: float) -> Tensor:
+    """NorMuon's moment of each row, (..., m) float32: ``v <- beta2*v + (1-beta2)*mean(O*O over the row)``.
+
+    `polar_factor` (..., m, n), stored (out, in), so that a row is a neuron (arXiv 2510.05491, Algorithm 1).
+    """
+    return torch.lerp(old, polar_factor.float().square().mean(dim=-1), 1.0 - beta2)
+
+
+def normalized_rows(polar_factor: Tensor, moment: Tensor) -> Tensor:
+    """``O / (sqrt(v) + 1e-8)`` by rows, (..., m, n) float32, with the Frobenius norm sqrt(min(m, n)) of exact factors.
+
+    With that norm and the scale of line 6, ``0.2*sqrt(max(m, n))``, the update has NorMuon's RMS of 0.2
+    (arXiv 2510.05491, Algorithm 1).
+    """
+    scaled = polar_factor.float() / (moment.sqrt() + 1e-8).unsqueeze(-1)
+    norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
+    smallest = torch.finfo(torch.float32).tiny  # the polar factor of zeros is zero
+    return scaled.mul_(math.sqrt(min(scaled.shape[-2:])) / norm.clamp_min(smallest))
+
+
 def cautious_decay(weight: Tensor, update: Tensor, *, lr: float, weight_decay: float) -> Tensor:
     """What `weight` is multiplied by: ``1 - lr*wd`` where `update`, which is subtracted, also shrinks it, else 1.
 

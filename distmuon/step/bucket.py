@@ -23,10 +23,11 @@ from distmuon.comm.group import DataParallelGroup, Pending
 from distmuon.layout.layout import Layout, Segment
 from distmuon.math import rules
 from distmuon.math.newton_schulz import orthogonalize
-from distmuon.options import CAUTIOUS
+from distmuon.options import CAUTIOUS, NORMUON
 from distmuon.step.matrix_exchange import MatrixExchange, StackKey
 from distmuon.step.metrics import Metrics
 from distmuon.step.param_gather import Transport
+from distmuon.step.row_moments import RowMoments
 from distmuon.step.storage import BucketStorage, Masters, ShardPiece, elements_of
 from distmuon.step.telemetry import Telemetry
 from distmuon.step.verdict import Decision, Verdict
@@ -71,6 +72,7 @@ class Bucket:
         ns_dtype: torch.dtype,
         dp_group: DataParallelGroup,
         metrics: Metrics,
+        row_moments: RowMoments,
     ) -> None:
         self.storage = storage
         self.exchange = exchange
@@ -82,6 +84,7 @@ class Bucket:
         self._ns_dtype = ns_dtype
         self._dp_group = dp_group
         self._metrics = metrics
+        self._row_moments = row_moments
         # Matrices of a parameter may differ in scale; a segment has the scale of its unit's first column block.
         applied = storage.spec.segments if transport.has_message else [piece.segment for piece in storage.muon]
         muon = [segment for segment in applied if layout.specs[segment.param].rule == "muon"]
@@ -141,9 +144,11 @@ class Bucket:
         with stage("dp_gather", self.index):
             stacks = gathering.wait()  # 3  U, whole on its owner
         with stage("newton_schulz", self.index):
+            self._row_moments.begin()
             polar = {key: self._orthogonalize(key, stack, step) for key, stack in stacks.items()}  # 4  O, once
         with stage("start_scatter", self.index):
             scattering = self.exchange.start_scatter(polar)
+            self._row_moments.start_sum()
             del gathering, stacks
         yield "to_holders"
         with stage("scatter", self.index):
@@ -153,6 +158,7 @@ class Bucket:
             # 6  W <- W - lr*(scale*O + wd*W), and AdamW for the rest; on exit parameters are rounded from the masters
             self.transport.apply(masters, pieces, lambda *piece: self._apply_muon(step, *piece))
             self._adamw(masters, step)
+            self._row_moments.finish(step.decision, step.verdict.present)
 
     def _update_momentum(self, piece: ShardPiece, step: Step) -> Tensor:
         """Write a piece's new momentum, if its parameter had a gradient; return its update U, (length,) float32."""
@@ -177,6 +183,8 @@ class Bucket:
         self._metrics.ns_matrices += len(blocks) * stack.size(0)
         steps, coefficients = param_group["ns_steps"], param_group["ns_coefficients"]
         polar = [orthogonalize(x, steps=steps, coefficients=coefficients, dtype=self._ns_dtype) for x in blocks]
+        if (beta2 := param_group.get(NORMUON)) is not None:
+            polar = [self._row_moments.normalize(self.exchange.units[key], polar[0], beta2)]
         if step.telemetry is not None:
             for number, placed in enumerate(self.exchange.units[key]):
                 if placed.workers[0] == self._dp_group.dp_rank:

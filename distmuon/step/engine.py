@@ -14,7 +14,7 @@ An `exchange_group` has a queue of its own, so nothing needs to be held back.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -39,6 +39,7 @@ from distmuon.step.grad_reduce import make_source
 from distmuon.step.matrix_exchange import MatrixExchange
 from distmuon.step.metrics import Metrics
 from distmuon.step.param_gather import Nothing, Parameters, Transport, Updates
+from distmuon.step.row_moments import RowMoments
 from distmuon.step.storage import BucketStorage, Storage
 from distmuon.step.telemetry import Telemetry
 
@@ -65,6 +66,7 @@ class Engine:
         metrics: Metrics,
         *,
         gathers_in_forward: bool,
+        normuon: Collection[int] = (),
         model_group: DataParallelGroup | None = None,
     ) -> None:
         self._groups = groups
@@ -78,7 +80,7 @@ class Engine:
         self._gathers_last = gathers_in_forward and one_queue and options.sharding.param_gather == "parameters"
         kind = GivenStorage if layout.given else FlatStorage
         storages = [kind(spec, layout, params, groups[spec.group].dp_rank, options) for spec in layout.buckets]
-        self.storage = Storage(layout, params, group.dp_rank, options, storages)
+        self.storage = Storage(layout, params, group.dp_rank, options, storages, normuon)
         self.buckets = [self._make_bucket(storage, exchange_groups, group_of) for storage in self.storage.buckets]
         self.source = make_source(self.buckets, self.storage, group)
         pieces = [piece for storage in storages for piece in storage.muon + storage.adamw if not piece.segment.replica]
@@ -110,8 +112,12 @@ class Engine:
             storage.label,
         )
         ns_dtype, transport = self._options.precision.newton_schulz, self._transport(storage)
-        group = self._groups[storage.spec.group]
-        return Bucket(storage, exchange, transport, layout, group_of, ns_dtype, group, self._metrics)
+        group, moments = self._groups[storage.spec.group], self.storage.row_moments
+        row_moments = RowMoments(
+            {index: moments[index] for index in storage.spec.params if index in moments},
+            exchange_groups[storage.spec.group],
+        )
+        return Bucket(storage, exchange, transport, layout, group_of, ns_dtype, group, self._metrics, row_moments)
 
     def _transport(self, storage: BucketStorage) -> Transport:
         if not isinstance(storage, FlatStorage):

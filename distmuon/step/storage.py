@@ -7,7 +7,7 @@ apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,6 +19,11 @@ from distmuon.layout.layout import BucketSpec, Layout, Segment
 from distmuon.math.codecs import MomentumCodec, momentum_codec
 from distmuon.options import Options
 from distmuon.step.grad_buffer import GradBuffer, Span
+
+ROW_MOMENT = "row_exp_avg_sq"
+"""The key of NorMuon's moments in the state of a parameter, (rows,) float32, whole on every rank."""
+UNCUT = frozenset({"step", ROW_MOMENT})
+"""The keys of state that is not cut with its parameter."""
 
 
 def state_keys(rule: str, momentum: MomentumCodec) -> tuple[str, ...]:
@@ -154,7 +159,9 @@ class Storage:
         dp_rank: int,
         options: Options,
         buckets: Sequence[BucketStorage],
+        normuon: Collection[int] = (),
     ) -> None:
+        """`normuon`: the parameters whose updates are normalized by rows."""
         self.layout = layout
         self.params = params
         self.dp_rank = dp_rank
@@ -162,10 +169,16 @@ class Storage:
         self.device = params[0].device
         self.momentum = momentum_codec(options.precision.momentum)
         self.buckets = list(buckets)
+        rows = {index: sum(unit.rows for unit in layout.specs[index].matrices) for index in sorted(normuon)}
+        self.row_moments = {
+            index: torch.zeros(size, dtype=torch.float32, device=self.device) for index, size in rows.items()
+        }
+        """By parameter, see row_moments.py."""
 
     def keys_of(self, index: int) -> tuple[str, ...]:
         """The keys of the state of parameter `index`, without ``master``."""
-        return state_keys(self.layout.specs[index].rule, self.momentum)
+        of_rule = state_keys(self.layout.specs[index].rule, self.momentum)
+        return (*of_rule, ROW_MOMENT) if index in self.row_moments else of_rule
 
     @torch.no_grad()
     def absorb_external_writes(self) -> None:
@@ -179,4 +192,5 @@ class Storage:
     @property
     def state_bytes(self) -> int:
         """The bytes of optimizer state on this rank."""
-        return sum(bucket.state_bytes for bucket in self.buckets)
+        rows = sum(moment.nbytes for moment in self.row_moments.values())
+        return rows + sum(bucket.state_bytes for bucket in self.buckets)
