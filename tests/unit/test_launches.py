@@ -162,6 +162,9 @@ class _Stream:
     def wait_stream(self, other: object) -> None:
         pass
 
+    def wait_event(self, event: object) -> None:
+        pass
+
 
 class _Event:
     def record(self, stream: object = None) -> None:
