@@ -223,6 +223,6 @@ def _share(quantity: str, row: Row, other: Row) -> float:
     steps = steps_to_reach(curve, other["val_loss"])
     if steps is None:
         return math.inf
-    share = steps / other["val"][-1][0]
+    share: float = steps / other["val"][-1][0]
     per_step: float = (row["cpu_s"] / row["val"][-1][0]) / (other["cpu_s"] / other["val"][-1][0])
     return share * per_step if quantity == "seconds" else share

@@ -336,25 +336,25 @@ def drawn(view: View) -> list[Any]:
 
 
 def over_steps(view: View) -> Figure:
-    """Validation losses over steps, and what was measured beside them."""
-    arms = drawn(view)
-    figure, (losses, weights, outputs) = _figure(3)
+    """Validation losses over steps; with `beside`, the RMS of weights and of outputs beside them."""
+    arms, beside = drawn(view), view.experiment.picture.get("beside", False)
+    figure, (losses, *others) = _figure(3 if beside else 1)
     for number, arm in enumerate(arms):
         rows = list(view.rows(arm).values())
         style = {"color": f"C{number}", "label": arm}
         curves = [[(step, loss) for step, loss in row["val"] if loss is not None] for row in rows]
         losses.plot(*_mean_curve(curves), **style)
-        if all(row["telemetry"] for row in rows):
-            rms = [[(at["step"], fmean(at["weight_rms"].values())) for at in row["telemetry"]] for row in rows]
-            weights.plot(*_mean_curve(rms), **style)
-            rms = [[(at["step"], at["output_rms"]) for at in row["telemetry"]] for row in rows]
-            outputs.plot(*_mean_curve(rms), **style)
+        if beside:
+            of_weights = [[(at["step"], fmean(at["weight_rms"].values())) for at in row["telemetry"]] for row in rows]
+            of_outputs = [[(at["step"], at["output_rms"]) for at in row["telemetry"]] for row in rows]
+            others[0].plot(*_mean_curve(of_weights), **style)
+            others[1].plot(*_mean_curve(of_outputs), **style)
     last = [row["val"][-1][1] for arm in arms for row in view.rows(arm).values() if row["val"][-1][1] is not None]
     losses.set_ylim(min(last) - 0.05, max(last) + 0.8)
     _labels(losses, "step", "validation loss")
-    _labels(weights, "step", "RMS of hidden weights")
-    _labels(outputs, "step", "largest RMS of a block's output")
-    outputs.set_yscale("log")
+    for axes, name in zip(others, ("RMS of hidden weights", "largest RMS of a block's output")):
+        _labels(axes, "step", name)
+        axes.set_ylim(bottom=0)
     losses.legend(frameon=False, fontsize=8)
     return figure
 

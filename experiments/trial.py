@@ -40,7 +40,7 @@ RESULTS = Path(__file__).parent / "results" / "trials.jsonl"
 WORK = ROOT / "runs" / "experiments"
 """Folders of the trials; nothing needs them once a row is written."""
 POINTS = 6
-"""Measurements of weights and outputs a run."""
+"""Measurements of weights and outputs a run, at most."""
 Row = dict[str, Any]
 
 
@@ -81,8 +81,8 @@ def trial_of(wanted: Wanted, work: Path = WORK) -> sweep.Trial:
 
 
 def measured_every(steps: int) -> int:
-    """Steps between measurements: the last step is one of them."""
-    return steps // POINTS if steps % POINTS == 0 else steps
+    """Steps between measurements: the last step is one of them, and there are as many as `POINTS` allows."""
+    return next(steps // points for points in range(POINTS, 0, -1) if steps % points == 0)
 
 
 def run_trial(trial: sweep.Trial, variant: str, nproc: int, environment: dict[str, str]) -> Row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +129,12 @@ def test_the_interval_of_three_values() -> None:
 LOSSES = {"tuned": (2.0, 2.1, 2.2), "same": (2.1, 2.21, 2.29), "nobody's": (4.0, 4.0, 4.0)}
 
 
-def planted(experiment: Experiment, results: Results, losses: dict[str, tuple[float | None, ...]]) -> list[str]:
+def planted(experiment: Experiment, results: Results, losses: Mapping[str, Sequence[float | None]]) -> list[str]:
     """The verdicts on trials that have these losses."""
 
     def loss(wanted: Wanted) -> float | None:
         if wanted.seed == 0:
-            return 3.0 - wanted.settings[LR]
+            return 3.0 - float(wanted.settings[LR])
         arm = "nobody's" if wanted.variant else "tuned" if wanted.settings[LR] == 0.02 else "same"
         return losses[arm][wanted.seed - 1]
 
