@@ -232,7 +232,9 @@ class Gpu:
             patch.setattr(
                 torch.optim.Optimizer,
                 "_group_tensors_by_device_and_dtype",
-                staticmethod(lambda *args: {(DEVICE, key[1]): value for key, value in group(*args).items()}),
+                staticmethod(
+                    lambda *args, **how: {(DEVICE, key[1]): value for key, value in group(*args, **how).items()}
+                ),
             )
             make = torch.Tensor._make_wrapper_subclass  # of placeholders: they have no memory
             on_cpu = lambda *args, device, **rest: make(*args, device=CPU, **rest)  # noqa: E731
