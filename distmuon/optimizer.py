@@ -590,7 +590,7 @@ class DistMuon(torch.optim.Optimizer):
 
     def wait_for(self, params: Iterable[int]) -> None:
         """Called before a module's forward: wait for the parameters that it uses."""
-        if self._engine is not None and self._engine.params_in_flight:
+        if self._engine is not None and self._engine.must_wait:
             self._engine.wait_params({self.layout.bucket_of[index] for index in params})
 
     def on_load(self) -> None:

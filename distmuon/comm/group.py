@@ -468,11 +468,16 @@ def _different_calls(callers: list[tuple[int, str, int, str]]) -> ValueError:
 
 
 def _timeout_of(process_group: dist.ProcessGroup) -> timedelta:
-    """The time limit of this group's collectives."""
+    """The time limit of agreements: this group's, but on NCCL at least gloo's usual half hour.
+
+    Ranks agree after each has written its part of a checkpoint, and NCCL's usual ten minutes are short for that.
+    """
     backends = [process_group._get_backend(device) for device in process_group._device_types]
     options: list[Any] = [backend.options for backend in backends if hasattr(backend, "options")]
     timeout: timedelta = max((option._timeout for option in options), default=c10d.default_pg_timeout)
-    return timeout
+    if any(isinstance(backend, dist.ProcessGroupGloo) for backend in backends):
+        return timeout
+    return max(timeout, c10d.default_pg_timeout)
 
 
 def hang_up(process_group: dist.ProcessGroup | None) -> None:

@@ -87,6 +87,7 @@ class Engine:
         copies = [(layout.specs[piece.segment.param].copies, piece) for piece in pieces]
         self._copied = [(number, piece) for number, piece in copies if number > 1]
         self._in_flight: dict[int, Bucket] = {}  # buckets whose all-gather has started, in order
+        self._has_streams = self.storage.device.type == "cuda"
         self._verdict: verdict.Verdict | None = None
         self._clipped = False
         self._disagreement: _Copied | None = None
@@ -363,17 +364,18 @@ class Engine:
         bucket.start_param_gather()
 
     @property
-    def params_in_flight(self) -> bool:
-        return bool(self._in_flight)
+    def must_wait(self) -> bool:
+        """Whether the current stream may have to wait for parameters: on a GPU another stream may have waited."""
+        return bool(self._in_flight) or self._has_streams
 
     def wait_params(self, indices: Iterable[int] | None = None) -> None:
         """Wait for the all-gathers of the buckets `indices` (None: all); cheap if nothing is in flight."""
-        if not self._in_flight:
+        if not self.must_wait:
             return
-        for index in sorted(self._in_flight if indices is None else indices):
-            bucket = self._in_flight.pop(index, None)
-            if bucket is not None:
-                bucket.wait_params()
+        all_indices = range(len(self.buckets)) if self._has_streams else self._in_flight
+        for index in sorted(all_indices if indices is None else indices):
+            if self._in_flight.pop(index, None) is not None or self._has_streams:
+                self.buckets[index].wait_params()
 
     def wait_quietly(self) -> None:
         """Best-effort wait for finalizers, which must not raise; peers may already be gone."""

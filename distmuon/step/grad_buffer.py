@@ -114,6 +114,8 @@ class GradBuffer:
         if self._dtype != torch.float32 and self.sum is None:
             begun, self.flat = self.flat, None
             self.sum = self._zeros(torch.float32) if begun is None else begun.float()
+            if begun is not None and begun.is_cuda:  # the stream that allocated it need not be among `_streams`
+                begun.record_stream(torch.cuda.current_stream(begun.device))
         return self._open_flat()
 
     def _open_flat(self) -> Tensor:
