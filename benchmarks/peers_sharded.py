@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,10 +93,10 @@ def _distmuon_hsdp(trainee: Trainee, setting: Setting) -> System:
     return ours()(trainee, setting)
 
 
-def _muon_fsdp2(trainee: Trainee, setting: Setting) -> System:
+def _muon_fsdp2(trainee: Trainee, setting: Setting, replicas: int = 1) -> System:
     from muon_fsdp2 import Muon
 
-    _fully_shard(trainee)
+    _fully_shard(trainee, replicas)
     matrices, rest = split(trainee)
     shared = {"lr": setting.lr, "weight_decay": setting.weight_decay}
     groups = [
@@ -103,6 +104,12 @@ def _muon_fsdp2(trainee: Trainee, setting: Setting) -> System:
         {"params": rest, "use_muon": False, "betas": setting.betas, "eps": setting.eps, **shared},
     ]
     return System(trainee, trainee, [Muon(groups)])
+
+
+def _no_optimizer(trainee: Trainee, setting: Setting, replicas: int = 1) -> System:
+    """What FSDP2 itself takes: gradients are reduced and dropped, and parameters gathered for the next forward."""
+    _fully_shard(trainee, replicas)
+    return System(trainee, trainee, [torch.optim.SGD(trainee.parameters(), lr=0.0)])
 
 
 def _torch_muon_fsdp2(trainee: Trainee, setting: Setting) -> System:
@@ -159,6 +166,20 @@ SHARDED = (
     Peer(name="FSDP2 + distmuon", make=_distmuon_fsdp2, note=_WHOLE, counted=_OURS),
     Peer(name="HSDP + distmuon", make=_distmuon_hsdp, note="as above, in two copies of the model", counted=_OURS),
     Peer(name="FSDP2 + muon-fsdp2", make=_muon_fsdp2, note=_WHOLE, counted=("muon_fsdp2:zeropower_via_newtonschulz5",)),
+    Peer(
+        name="HSDP + muon-fsdp2",
+        make=partial(_muon_fsdp2, replicas=2),
+        note="as above, in two copies of the model",
+        counted=("muon_fsdp2:zeropower_via_newtonschulz5",),
+    ),
+    Peer(name="FSDP2 + SGD", make=_no_optimizer, rule="adamw", equal=False, note="SGD with lr 0: FSDP2's own time"),
+    Peer(
+        name="HSDP + SGD",
+        make=partial(_no_optimizer, replicas=2),
+        rule="adamw",
+        equal=False,
+        note="SGD with lr 0: HSDP's own time",
+    ),
     Peer(
         name="FSDP2 + torch.optim.Muon",
         make=_torch_muon_fsdp2,

@@ -59,7 +59,9 @@ def tables(found: dict[str, Any]) -> str:
 def title(found: dict[str, Any]) -> str:
     setting, ranks = found["setting"], found["conditions"]["ranks"]
     tokens = setting["batch"] * setting["seq_len"]
-    return f"d_model {setting['d_model']}, {setting['layers']} layers, {ranks} ranks, {tokens:,} tokens a rank and step"
+    kind = f", {kind}" if (kind := found["conditions"].get("kind")) else ""
+    size = f"d_model {setting['d_model']}, {setting['layers']} layers"
+    return f"{size}, {ranks} ranks, {tokens:,} tokens a rank and step{kind}"
 
 
 def is_quiet(found: dict[str, Any]) -> bool:
@@ -144,7 +146,11 @@ def verdicts(found: dict[str, Any]) -> list[str]:
             f"- Synchronisation + step, best peer of the same rule and dtype ({best['name']}) / distmuon: {got:.3f}; "
             f"target {wanted}: {'met' if got >= wanted else 'MISSED'}."
         )
-    adamw = rows.get(OURS_ADAMW)
+    adamw, zero = rows.get(OURS_ADAMW), rows.get("DDP + ZeRO-1 AdamW (torch)")
+    if adamw and zero:
+        got = quartiles(ratio(adamw, zero, "sync_step"))[1]
+        verdict = "met" if got <= 1.0 else "MISSED"
+        lines.append(f"- Synchronisation + step, distmuon's AdamW / torch's ZeRO-1: {got:.3f}; target 1.0: {verdict}.")
     if base and adamw:
         whole = quartiles(ratio(base, adamw, "whole"))[1]
         plain = quartiles(found["plain"])[1]

@@ -34,8 +34,10 @@ from benchmarks.measure import LEFT_OUT, measure
 from benchmarks.peers import Peer, all_peers
 from benchmarks.processes import namespace, run_ranks
 from benchmarks.setting import Setting
+from distmuon.math.newton_schulz import processor_of
 from tests.distributed.loopback import bring_up_loopback
 
+SWITCH = "ONEDNN_MAX_CPU_ISA"  # of oneDNN's instructions: AVX512_CORE_BF16 leaves out AMX
 PACKAGES = (
     "torch",
     "transformers",
@@ -89,8 +91,12 @@ def conditions(arguments: argparse.Namespace, device: torch.device, argv: list[s
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    switched = os.environ.get(SWITCH)
+    tiles = device.type == "cpu" and processor_of(device) == "amx"
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.step", *argv]),
+        "command": (f"{SWITCH}={switched} " if switched else "")
+        + shlex.join(["python", "-m", "benchmarks.step", *argv]),
+        "kind": "with AMX" if tiles else f"without AMX ({SWITCH})" if switched else "",
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {os.cpu_count()} cores",
         "backend": dist.get_backend(),

@@ -6,7 +6,7 @@ communicates with other ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -17,7 +17,7 @@ from distmuon.errors import problem
 from distmuon.layout import memory
 from distmuon.layout.boxes import Box
 from distmuon.layout.routing import ParamSpec
-from distmuon.options import Options
+from distmuon.options import NORMUON, Options
 from distmuon.step.dtensors import box_of, is_dtensor, is_fsdp2, local_of
 
 SILENCED = "reduces_nothing_for_distmuon"  # set by `distmuon.integrations.ddp.silence` on its wrapper
@@ -154,6 +154,18 @@ def check_copies(specs: Sequence[ParamSpec], num_ranks: int) -> None:
                 found=f"its route says that {spec.copies} ranks of model_parallel_group hold it",
                 needed=f"at most the {num_ranks} ranks of that group are possible",
                 cure="pass model_parallel_group, or correct Route(copies=)",
+            )
+
+
+def check_normuon(param_groups: Sequence[Mapping[str, Any]], made: Collection[int]) -> None:
+    """Raise for a group that got NorMuon after the optimizer was made; `made`: the groups that had it then."""
+    for number, group in enumerate(param_groups):
+        if group.get(NORMUON) is not None and number not in made:
+            raise problem(
+                f"param_groups[{number}].{NORMUON}",
+                found=f"found {group[NORMUON]!r}, and none when the optimizer was made",
+                needed="the rows of its matrices have no moments",
+                cure=f"pass {NORMUON} to DistMuon, or to a Route's options",
             )
 
 

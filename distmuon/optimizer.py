@@ -61,6 +61,7 @@ from distmuon.layout.layout import Layout, join, make_layout
 from distmuon.layout.routing import Route, group_number, make_groups, process_groups, route_params
 from distmuon.math import rules
 from distmuon.options import (
+    NORMUON,
     AdjustLrFn,
     GradReduction,
     Hyperparameters,
@@ -101,6 +102,8 @@ class DistMuon(torch.optim.Optimizer):
             the name of a table in `coefficients.COEFFICIENTS` or a triple.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: hyperparameters of AdamW; None: the same as Muon's.
         cautious_weight_decay: decay an element only where the update shrinks it, too (arXiv 2510.12402); both rules.
+        normuon_beta2: NorMuon (arXiv 2510.05491): divide each row of the polar factor by the root of a moving average,
+            with this coefficient (0.95 in the paper), of its mean square; its norm stays. None: plain Muon.
         routes: decisions that override the defaults, first match wins; ``"adamw"``: no Muon, on purpose.
         sharding: a `distmuon.Sharding`: how parameters are cut over the ranks, which tensors travel, and when.
         precision: a `distmuon.Precision`: the dtypes in which tensors are kept, computed and sent.
@@ -136,6 +139,7 @@ class DistMuon(torch.optim.Optimizer):
     _consolidated_on = -1
     _local_state: LocalState  # set when buffers are built
     _agreed = False  # all ranks have compared their plans
+    _sync = True  # False under `no_sync`
     _per_node: int | None = None  # ranks of a node by the launchers of all ranks; None: not compared yet
 
     def __init__(
@@ -154,6 +158,7 @@ class DistMuon(torch.optim.Optimizer):
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float | None = None,
         cautious_weight_decay: bool = False,
+        normuon_beta2: float | None = None,
         routes: Sequence[Route] | str | None = None,
         sharding: Sharding | None = None,
         precision: Precision | None = None,
@@ -192,6 +197,7 @@ class DistMuon(torch.optim.Optimizer):
             adamw_eps=adamw_eps,
             adamw_weight_decay=adamw_weight_decay,
             cautious_weight_decay=cautious_weight_decay,
+            normuon_beta2=normuon_beta2,
         )
         params = checks.listed(checks.unwrap(params, grad_reduction))
         self._model = params if isinstance(params, nn.Module) else None
@@ -213,6 +219,7 @@ class DistMuon(torch.optim.Optimizer):
         cycled = {"momentum": momentum} if has_muon else {"betas": adamw_betas}
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, **cycled})
         check_groups(self.param_groups)
+        self._normuon = frozenset(n for n, group in enumerate(self.param_groups) if group.get(NORMUON) is not None)
         self._members = checks.group_members(self.param_groups)
 
         self._metrics = Metrics()
@@ -234,7 +241,6 @@ class DistMuon(torch.optim.Optimizer):
         self._boxes = cut.gather_boxes(self._specs, self._params, self.group) if self._is_cut else None
         self.layout = self._make_layout()
         self._engine: Engine | None = None
-        self._sync = True
         gathers_in_forward = self.options.sharding.overlap == "forward"
         if gathers_in_forward and self._model is None:
             raise problem(
@@ -337,6 +343,7 @@ class DistMuon(torch.optim.Optimizer):
             self._group_by_param,
             self._metrics,
             gathers_in_forward=self._gathers_in_forward,
+            normuon=[index for index, number in enumerate(self._group_by_param) if number in self._normuon],
             model_group=self._model_group,
         )
         self._local_state = LocalState(self._engine.storage)
@@ -471,6 +478,7 @@ class DistMuon(torch.optim.Optimizer):
     def _fingerprint(self) -> int:
         """A hash, 16 bits, of the values that must be equal on all ranks in every step."""
         check_groups(self.param_groups)
+        checks.check_normuon(self.param_groups, self._normuon)
         text = repr((self.group.number, hyperparameters(self.param_groups)))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:2], "big")
 
@@ -590,7 +598,7 @@ class DistMuon(torch.optim.Optimizer):
 
     def wait_for(self, params: Iterable[int]) -> None:
         """Called before a module's forward: wait for the parameters that it uses."""
-        if self._engine is not None and self._engine.params_in_flight:
+        if self._engine is not None and self._engine.must_wait:
             self._engine.wait_params({self.layout.bucket_of[index] for index in params})
 
     def on_load(self) -> None:

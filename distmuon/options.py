@@ -219,6 +219,7 @@ class Hyperparameters:
     adamw_eps: float
     adamw_weight_decay: float | None
     cautious_weight_decay: bool
+    normuon_beta2: float | None
 
     def group(self, rule: Rule) -> dict[str, object]:
         """The entries of a new param group. Both rules have `momentum`: schedulers that cycle it read every group."""
@@ -234,6 +235,7 @@ class Hyperparameters:
                 "ns_coefficients": self.ns_coefficients,
                 "adjust_lr_fn": self.adjust_lr_fn,
                 **cautious,
+                **({} if self.normuon_beta2 is None else {NORMUON: self.normuon_beta2}),
             }
         return {
             "rule": rule,
@@ -248,6 +250,10 @@ class Hyperparameters:
 
 CAUTIOUS = "cautious_weight_decay"
 """The entry of a param group whose decay is cautious; other groups need not have it."""
+NORMUON = "normuon_beta2"
+"""The entry of a param group of Muon whose updates are normalized by rows; other groups need not have it."""
+OPTIONAL: dict[object, tuple[str, ...]] = {"muon": (CAUTIOUS, NORMUON), "adamw": (CAUTIOUS,)}
+"""The entries that a group of a rule may have beside those that it must have."""
 _KEYS: dict[object, tuple[str, ...]] = {
     "muon": ("lr", "weight_decay", "momentum", "nesterov", "ns_steps", "ns_coefficients", "adjust_lr_fn"),
     "adamw": ("lr", "weight_decay", "betas", "eps"),
@@ -259,7 +265,7 @@ def hyperparameters(param_groups: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"param_groups[{number}].{key} = {_plain(group[key])}"
         for number, group in enumerate(param_groups)
-        for key in ("rule", *_KEYS[group["rule"]], *((CAUTIOUS,) if CAUTIOUS in group else ()))
+        for key in ("rule", *_KEYS[group["rule"]], *(key for key in OPTIONAL[group["rule"]] if key in group))
     ]
 
 
@@ -309,6 +315,8 @@ def _check_group(name: str, group: dict[str, Any]) -> None:
     one_of(f"{name}.{CAUTIOUS}", group.get(CAUTIOUS, False), (False, True))
     if group["rule"] == "muon":
         bound("momentum", group["momentum"], 1.0)
+        if group.get(NORMUON) is not None:
+            bound(NORMUON, group[NORMUON], 1.0)
         one_of(f"{name}.nesterov", group["nesterov"], (False, True))
         one_of(f"{name}.adjust_lr_fn", group["adjust_lr_fn"], get_args(AdjustLrFn))
         steps = group["ns_steps"]

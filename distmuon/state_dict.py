@@ -16,11 +16,11 @@ from torch import Tensor
 
 from distmuon.comm.group import DataParallelGroup
 from distmuon.errors import problem
-from distmuon.options import check_groups, is_number, one_of
-from distmuon.step.storage import BucketStorage, Storage, elements_of
+from distmuon.options import NORMUON, check_groups, is_number, one_of
+from distmuon.step.storage import ROW_MOMENT, UNCUT, BucketStorage, Storage, elements_of
 
 # Keys of torch.optim's Muon and AdamW and of distmuon; all other keys of a parameter's state belong to the user.
-_KEPT = frozenset({"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "master"})
+_KEPT = frozenset({"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "master", ROW_MOMENT})
 
 
 def gather_full_state(
@@ -30,10 +30,9 @@ def gather_full_state(
 
     `groups`: the process groups that parameters are cut over, by `ParamSpec.group`.
     Keys: ``momentum_buffer`` (muon), and ``step`` if momentum has fewer than 32 bits; ``exp_avg``, ``exp_avg_sq``,
-    ``step`` (adamw); ``master`` if the master is not the parameter itself.
+    ``step`` (adamw); ``master`` if the master is not the parameter itself; ``row_exp_avg_sq``, (rows,), with NorMuon.
     """
     full: list[dict[str, Tensor]] = [{} for _ in storage.params]
-    steps = torch.zeros(len(full), dtype=torch.float32, device=storage.params[0].device)
     for bucket in storage.buckets:
         group = groups[bucket.spec.group]
         for key in ("momentum_buffer", "exp_avg", "exp_avg_sq", "master"):
@@ -47,16 +46,26 @@ def gather_full_state(
             for index in bucket.spec.params if keep else ():
                 if key == "master" or key in storage.keys_of(index):
                     full[index][key] = _assemble(storage, index, flat)
+    steps = _gather_steps(storage, groups)
+    for index, state in enumerate(full):
+        if "step" in storage.keys_of(index):
+            state["step"] = steps[index].cpu()
+        if keep and index in storage.row_moments:
+            state[ROW_MOMENT] = storage.row_moments[index].to("cpu", copy=True)
+    return full
+
+
+def _gather_steps(storage: Storage, groups: Sequence[DataParallelGroup]) -> Tensor:
+    """``step`` of each parameter, (parameters,) float32. Collective."""
+    steps = torch.zeros(len(storage.params), dtype=torch.float32, device=storage.params[0].device)
+    for bucket in storage.buckets:
         for piece in bucket.muon + bucket.adamw:
             if piece.segment.param_offset == piece.segment.replica == 0 and "step" in piece.state:
                 steps[piece.segment.param] = piece.state["step"]
     for number, group in enumerate(groups):
         members = storage.layout.members(number)
         steps[members] = group.start_all_reduce(steps[members], stage="state_dict").wait()
-    for index, state in enumerate(full):
-        if "step" in storage.keys_of(index):
-            state["step"] = steps[index].cpu()
-    return full
+    return steps
 
 
 def numbered(
@@ -119,7 +128,7 @@ def load_full_state(storage: Storage, by_param: Mapping[int, Mapping[str, Any]])
         with bucket.masters() as masters:
             for piece in bucket.muon + bucket.adamw:
                 state = by_param.get(piece.segment.param, {})
-                full = {key: value for key, value in state.items() if key != "step"}
+                full = {key: value for key, value in state.items() if key not in UNCUT}
                 part = {key: elements_of(t.reshape(-1), piece.segment).reshape(-1) for key, t in full.items()}
                 if "momentum_buffer" in part:
                     momentum = part["momentum_buffer"].to(storage.device, torch.float32)
@@ -133,6 +142,8 @@ def load_full_state(storage: Storage, by_param: Mapping[int, Mapping[str, Any]])
                         tensor.zero_()
                 if "master" in part:
                     masters(piece).copy_(part["master"])
+    for index, moment in storage.row_moments.items():
+        moment.copy_(by_param.get(index, {}).get(ROW_MOMENT, torch.zeros(())))
 
 
 def _by_number(states: Mapping[Any, Mapping[str, Any]], keys: Sequence[Any]) -> dict[int, Mapping[str, Any]]:
@@ -152,11 +163,12 @@ def _by_number(states: Mapping[Any, Mapping[str, Any]], keys: Sequence[Any]) -> 
 def _check_state(storage: Storage, index: int, state: Mapping[str, Any]) -> None:
     """Raise unless a state has exactly the entries that its parameter's rule needs, in tensors of its shape.
 
-    The ``step`` of momentum is optional, since it depends on the momentum dtype of the save.
+    The ``step`` of momentum is optional, since it depends on the momentum dtype of the save, and so are the
+    moments of NorMuon, which then start from zero.
     """
     spec = storage.layout.specs[index]
     needed = set(storage.keys_of(index))
-    optional = {"step"} if "momentum_buffer" in state else set()
+    optional = {"step", ROW_MOMENT} if "momentum_buffer" in state else set()
     if state.keys() - {"master"} - optional not in (set(), needed - optional):
         raise problem(
             spec.fqn,
@@ -175,7 +187,11 @@ def _check_state(storage: Storage, index: int, state: Mapping[str, Any]) -> None
                 needed="a dense real tensor is needed",
                 cure="pass the state as it was saved",
             )
-        shape = spec.shape if key != "step" else (1,) * value.ndim  # older torch has steps of shape (1,)
+        shape = spec.shape
+        if key == "step":
+            shape = (1,) * value.ndim  # older torch has steps of shape (1,)
+        elif key == ROW_MOMENT:
+            shape = (sum(unit.rows for unit in spec.matrices),)
         if tuple(value.shape) != shape:
             raise problem(
                 f"{spec.fqn}.{key}",
@@ -232,6 +248,14 @@ def load_groups(saved: Sequence[Mapping[str, Any]], current: Sequence[dict[str, 
                     cure="load it into the model of the save",
                 )
     loaded = [{k: deepcopy(v) for k, v in group.items() if k not in ("params", "param_names")} for group in saved]
+    for group, entries in zip(current, loaded):
+        if entries.get(NORMUON) is not None and group.get(NORMUON) is None:
+            raise problem(
+                "load_state_dict",
+                found=f"the state has {NORMUON} = {entries[NORMUON]}, this optimizer has none",
+                needed="the same rule is needed",
+                cure=f"pass {NORMUON}={entries[NORMUON]} to DistMuon",
+            )
     check_groups([{**group, **entries} for group, entries in zip(current, loaded)])
     for group, entries in zip(current, loaded):
         group.update(entries)

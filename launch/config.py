@@ -190,6 +190,7 @@ class OptimizerConfig:
     adamw_betas: tuple[float, float] = (0.9, 0.95)
     adamw_weight_decay: float | None = None
     cautious_weight_decay: bool = False
+    normuon_beta2: float | None = None
     routes: list[RouteConfig] = field(default_factory=list)
     """First match wins, before the library's own rules; distmuon only."""
     broadcast_buffers: bool = True

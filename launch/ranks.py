@@ -51,6 +51,12 @@ class Ranks:
     def data_size(self) -> int:
         return self.world_size // self.tp
 
+    def put(self, tensor: Tensor) -> Tensor:
+        """`tensor`, of the CPU, on this process's device. A GPU copies it from pinned memory; the host runs on."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all ranks, in place; every rank gets it."""
         if self.world_size > 1:

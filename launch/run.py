@@ -132,7 +132,7 @@ class Run:
         self.meter.restart()
         for step in range(self.progress.step + 1, train.steps + 1):
             rows = self.corpus.train.next_batch(train.global_batch, ranks.data_rank, ranks.data_size)
-            self._batches = rows.to(ranks.device).split(train.micro_batch)
+            self._batches = ranks.put(rows).split(train.micro_batch)
             assert self._watch is not None
             self._steps_here += 1
             self._watch.begin(self._steps_here)
@@ -301,7 +301,7 @@ def validate(model: nn.Module, windows: TokenWindows, indices: Sequence[int], mi
     for begin in range(0, most, micro_batch):
         # A forward of FSDP2 is collective: a rank without a window left computes one again and does not count it.
         counted = mine[begin : begin + micro_batch]
-        tokens = windows.gather(counted or mine[:1]).to(ranks.device)
+        tokens = ranks.put(windows.gather(counted or mine[:1]))
         loss_and_rows[0] += next_token_loss(model, tokens) * len(counted)
         loss_and_rows[1] += len(counted)
     model.train()

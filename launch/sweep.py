@@ -421,7 +421,8 @@ def _that_matter(config: dict[str, Any]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"), help="of all trials")
+    quickstart = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+    parser.add_argument("--config", type=Path, default=quickstart, help="of all trials (default: the quickstart's)")
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE,VALUE,...")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="YAML: a list of grids")
     parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", dest="overrides")

@@ -114,8 +114,9 @@ def _ping(group: dist.ProcessGroup) -> int:
 class Pool:
     """`size` workers, started at the first `spawn`, ended by `close` or by a run that cannot be trusted to be over."""
 
-    def __init__(self, size: int = 4, *, grace_s: float = 5.0) -> None:
+    def __init__(self, size: int = 4, *, grace_s: float = 5.0, worker: Callable[..., None] = _worker) -> None:
         self.size = size
+        self._worker = worker
         self.grace_s = grace_s  # how long the other ranks may run on after the first one raised
         self.num_starts = 0
         self._workers: list[tuple[Any, Connection]] = []
@@ -178,7 +179,7 @@ class Pool:
             os.environ.update({"GLOO_SOCKET_IFNAME": names[0]} if names else {})
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, self.size, self._folder, theirs), daemon=True)
+            process = context.Process(target=self._worker, args=(rank, self.size, self._folder, theirs), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))

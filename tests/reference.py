@@ -32,6 +32,7 @@ class Reference:
 
     `rules` {fqn: "muon" or "adamw"}; `splits` {fqn: (sizes, dim)} of fused weights; `stacks` names (E, m, n) weights.
     `own` {fqn: {"lr" or "weight_decay": number}}, empty at first: what goes before the numbers of the rule.
+    `normuon_beta2`: NorMuon, except for the weights in `plain`.
     The model keeps its dtype; weights and state are held in `dtype` and copied into it. `ns_dtype`: of Newton-Schulz.
     """
 
@@ -55,6 +56,8 @@ class Reference:
         adamw_eps: float = 1e-8,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_weight_decay: float | None = None,
+        normuon_beta2: float | None = None,
+        plain: Iterable[str] = (),
     ) -> None:
         self.model = copy.deepcopy(model)
         self.params = {fqn: p for fqn, p in self.model.named_parameters() if p.requires_grad}
@@ -68,6 +71,7 @@ class Reference:
         self.adamw_lr = lr if adamw_lr is None else adamw_lr
         self.adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
         self.betas, self.eps = adamw_betas, adamw_eps
+        self.normuon_beta2, self.plain = normuon_beta2, set(plain)
         self.own: dict[str, dict[str, float]] = {}
         self.skipped_steps = 0
 
@@ -110,11 +114,25 @@ class Reference:
         lr = self._number(fqn, "lr")
         weight.mul_(1 - lr * self._number(fqn, "weight_decay"))
         slices = zip(weight, update, strict=True) if fqn in self.stacks else [(weight.flatten(1), update.flatten(1))]
+        parts = 0
         for w, u in slices:
             sizes, dim = self.splits.get(fqn, ([w.shape[0]], 0))
             for w_part, u_part in zip(w.split(list(sizes), dim), u.split(list(sizes), dim), strict=True):
                 polar_factor = newton_schulz(u_part.to(self.ns_dtype), self.ns_steps).to(self.dtype)
+                if self.normuon_beta2 is not None and fqn not in self.plain:
+                    polar_factor = self._normuon(polar_factor, state.setdefault(f"rows of part {parts}", {}))
+                parts += 1
                 w_part.sub_(lr * self._scale(*w_part.shape) * polar_factor)
+
+    def _normuon(self, polar_factor: Tensor, state: dict[int, float]) -> Tensor:
+        """Each row over the root of the moving average of its mean square; then the norm of a polar factor."""
+        m, n = polar_factor.shape
+        assert self.normuon_beta2 is not None
+        for row in range(m):
+            mean_square = float(polar_factor[row].double().square().sum()) / n
+            state[row] = self.normuon_beta2 * state.get(row, 0.0) + (1 - self.normuon_beta2) * mean_square
+        by_rows = torch.stack([polar_factor[row].double() / (math.sqrt(state[row]) + 1e-8) for row in range(m)])
+        return (by_rows * math.sqrt(min(m, n)) / by_rows.square().sum().sqrt()).to(polar_factor.dtype)
 
     def _number(self, fqn: str, key: str) -> float:
         of_rule: float = getattr(self, key if self.rules[fqn] == "muon" else f"adamw_{key}")

@@ -209,6 +209,7 @@ class _Load:
             )
         for bucket in storage.buckets:
             tensors.read_bucket(reader, storage, bucket, fresh)
+        tensors.read_row_moments(reader, storage, fresh)
         for fqn, tensor in self._untrained.plain.items():
             _check_fits(fqn, tensor, tensors.read_untrained(reader, fqn, tensor, rank))
         tensors.read_cut(reader, self._untrained.cut)
@@ -283,6 +284,8 @@ class _Load:
         for bucket in storage.buckets:
             for piece, key, value in tensors.read_bucket(checked.reader, storage, bucket, checked.fresh):
                 tensors.write_value(bucket, piece, key, value)
+        for moment, value in tensors.read_row_moments(checked.reader, storage, checked.fresh):
+            moment.copy_(value)
         for fqn, tensor in self._untrained.plain.items():
             write_untrained(tensor, tensors.read_untrained(checked.reader, fqn, tensor, checked.rank))
         for elements, value in tensors.read_cut(checked.reader, self._untrained.cut):

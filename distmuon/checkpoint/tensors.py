@@ -9,7 +9,8 @@ DCP.
     model.<fqn>                      every parameter and module buffer, in its own dtype; rank 0's where ranks differ
     rank.<r>.<fqn>                   the value of rank r instead, for a load at the same number of ranks
     optimizer.state.<fqn>.<key>      master (float32, where the parameter is not), momentum_buffer (and step, where
-                                     that has fewer than 32 bits); exp_avg, exp_avg_sq, step
+                                     that has fewer than 32 bits); exp_avg, exp_avg_sq, step; with NorMuon
+                                     row_exp_avg_sq, (rows,)
 
 [Note: which part of DCP] distmuon uses DCP's file format, in which every box is an archive of `torch.save`, and for
 `.metadata` the metadata classes and `FileSystemWriter.finish`, all public. It does not use `dcp.save` and `dcp.load`:
@@ -60,7 +61,7 @@ from distmuon.checkpoint.manifest import (
 from distmuon.layout.boxes import MAX_DIMS, Box, Runs, boxes_of_runs, runs_of, tiles_exactly
 from distmuon.layout.routing import ParamSpec
 from distmuon.step.dtensors import box_of, local_of
-from distmuon.step.storage import BucketStorage, ShardPiece, Storage
+from distmuon.step.storage import ROW_MOMENT, BucketStorage, ShardPiece, Storage
 
 UntrainedTensors = Mapping[str, Tensor]
 
@@ -151,6 +152,7 @@ def parts_of(
                     yield Part(name, spec.shape, start, _reader(bucket, piece, key), runs)
                 elif start == 0:
                     yield Part(name, (), 0, _reader(bucket, piece, key))
+    yield from _row_moments(storage)
     for fqn, tensor in cut.items():
         for start, elements, runs in _own_box(tensor):
             yield Part(("model", fqn), tuple(tensor.shape), start, _resolver(elements), runs)
@@ -160,6 +162,13 @@ def parts_of(
             yield Part(("model", fqn), tuple(tensor.shape), 0, _resolver(tensor))
         elif fqn not in alike:
             yield Part(("rank", str(storage.dp_rank), fqn), tuple(tensor.shape), 0, _resolver(tensor))
+
+
+def _row_moments(storage: Storage) -> Iterator[Part]:
+    """NorMuon's moments: all ranks have them, and the first saves them."""
+    for index, moment in storage.row_moments.items() if storage.dp_rank == 0 else ():
+        name = ("optimizer", "state", storage.layout.specs[index].fqn, ROW_MOMENT)
+        yield Part(name, tuple(moment.shape), 0, moment.detach)
 
 
 def _own_box(tensor: Tensor) -> Iterator[tuple[int, Tensor, Runs]]:
@@ -435,6 +444,10 @@ def missing_from(
             for key in keys_of(bucket, piece):
                 if key != "master" and not _starts_anew(reader, spec, key, fresh):
                     needed[f"optimizer.state.{spec.fqn}.{key}"] = () if key == "step" else spec.shape
+    for index, moment in storage.row_moments.items():
+        saved_as = _row_moment_key(reader, storage, index, fresh)
+        if saved_as is not None:
+            needed[saved_as] = tuple(moment.shape)
     shapes = [(name, reader.shape(name), shape) for name, shape in needed.items()]
     return [f"{name} has shape {found}, not {shape}" for name, found, shape in shapes if found != shape]
 
@@ -463,6 +476,21 @@ def read_bucket(
                 elements = reader.read(name, segment.param_offset, segment.length, (segment.run, segment.stride))
                 values.append((piece, key, elements))
     return values
+
+
+def read_row_moments(reader: Reader, storage: Storage, fresh: set[str]) -> list[tuple[Tensor, Tensor]]:
+    """(NorMuon's moments of a parameter, what they shall be): zeros if the save had none."""
+    found = []
+    for index, moment in storage.row_moments.items():
+        key = _row_moment_key(reader, storage, index, fresh)
+        found.append((moment, torch.zeros(()) if key is None else reader.read(key, 0, moment.numel())))
+    return found
+
+
+def _row_moment_key(reader: Reader, storage: Storage, index: int, fresh: set[str]) -> str | None:
+    fqn = storage.layout.specs[index].fqn
+    key = f"optimizer.state.{fqn}.{ROW_MOMENT}"
+    return None if fqn in fresh or reader.shape(key) is None else key
 
 
 def read_untrained(reader: Reader, fqn: str, tensor: Tensor, rank: int) -> Tensor:

@@ -16,7 +16,8 @@ import torch
 from distmuon.errors import names, problem
 from distmuon.math.coefficients import coefficient_schedule
 from distmuon.optimizer import DistMuon
-from distmuon.options import CAUTIOUS
+from distmuon.options import CAUTIOUS, NORMUON
+from distmuon.step.storage import ROW_MOMENT
 
 _MUON = ("lr", "weight_decay", "momentum", "nesterov", "ns_steps", "adjust_lr_fn")
 _ADAMW = ("lr", "weight_decay", "betas", "eps")
@@ -28,7 +29,7 @@ def to_torch_optim(optimizer: DistMuon) -> tuple[dict[str, Any], dict[str, Any]]
     Make the two optimizers with the parameters and groups of `optimizer.param_groups` of their rule, in the same order
     (both dicts hold ``param_names``). Raises `ValueError` for parameters that torch.optim.Muon would train differently
     (stacks, convolutions and fused weights, which distmuon cuts into matrices), for coefficients that change between
-    iterations, and for cautious weight decay.
+    iterations, for cautious weight decay, and for NorMuon.
     """
     different = [s.fqn for s in optimizer.layout.specs if s.rule == "muon" and not _is_plain(s)]
     if different:
@@ -91,6 +92,13 @@ def _to_torch(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[dict[
             needed="torch.optim decays all weights",
             cure=f'set group["{CAUTIOUS}"] = False first, if plain decay is meant from here on',
         )
+    if group.get(NORMUON) is not None:
+        raise problem(
+            NORMUON,
+            found=f"found {group[NORMUON]} for {names(group['param_names'])}",
+            needed="torch.optim.Muon does not normalize rows",
+            cure=f'set group["{NORMUON}"] = None first, if plain Muon is meant from here on',
+        )
     muon = group["rule"] == "muon"
     found: dict[str, Any] = {key: group[key] for key in (_MUON if muon else _ADAMW)}
     found["param_names"] = list(group["param_names"])
@@ -108,7 +116,7 @@ def _to_torch(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[dict[
         found.update(amsgrad=False, maximize=False, foreach=None, capturable=False, differentiable=False, fused=None)
         found["decoupled_weight_decay"] = True
     states = [state["state"].get(number, {}) for number in group["params"]]
-    unknown_keys = ("master", "step") if muon else ("master",)
+    unknown_keys = ("master", "step", ROW_MOMENT) if muon else ("master",)
     return found, [{key: value for key, value in entry.items() if key not in unknown_keys} for entry in states]
 
 

@@ -297,11 +297,14 @@ class DataParallelGroup:
         except RuntimeError as error:
             raise self._lost(stage, "")(error) from error
 
-    def start_reduce_scatter(self, output: Tensor, input: Tensor, *, stage: str, label: str = "") -> Pending:
+    def start_reduce_scatter(
+        self, output: Tensor, input: Tensor, *, stage: str, label: str = "", kept: Tensor | None = None
+    ) -> Pending:
         """Write this rank's slice of the mean over ranks of `input` (dp_size * n,) into `output` (n,), float32.
 
-        `output` may be that slice of `input`. `input` must not change before `wait`. 16-bit inputs are summed in
-        float32, in rank order, on every backend: a ring would round each partial sum to 16 bits.
+        `output` may be that slice of `input`. `input` must not change before `wait`. `kept`: memory like `input`'s in
+        which the slices may arrive; None: new memory. 16-bit inputs are summed in float32, in rank order, on every
+        backend: a ring would round each partial sum to 16 bits.
         """
         if self.dp_size == 1:
             return Pending(output.copy_(input) if output.data_ptr() != input.data_ptr() else output)
@@ -311,7 +314,7 @@ class DataParallelGroup:
                 output, input, op=dist.ReduceOp.AVG, group=self.process_group, async_op=True
             )
             return self._pending(output, (work,), (input,), stage, label)
-        received = torch.empty_like(input)
+        received = torch.empty_like(input) if kept is None else kept
         work = dist.all_to_all_single(received, input, group=self.process_group, async_op=True)
 
         def sum_in_rank_order() -> None:
@@ -475,11 +478,16 @@ def _different_calls(callers: list[tuple[int, str, int, str]]) -> ValueError:
 
 
 def _timeout_of(process_group: dist.ProcessGroup) -> timedelta:
-    """The time limit of this group's collectives."""
+    """The time limit of agreements: this group's, but on NCCL at least gloo's usual half hour.
+
+    Ranks agree after each has written its part of a checkpoint, and NCCL's usual ten minutes are short for that.
+    """
     backends = [process_group._get_backend(device) for device in process_group._device_types]
     options: list[Any] = [backend.options for backend in backends if hasattr(backend, "options")]
     timeout: timedelta = max((option._timeout for option in options), default=c10d.default_pg_timeout)
-    return timeout
+    if any(isinstance(backend, dist.ProcessGroupGloo) for backend in backends):
+        return timeout
+    return max(timeout, c10d.default_pg_timeout)
 
 
 def hang_up(process_group: dist.ProcessGroup | None) -> None:

@@ -31,7 +31,7 @@ from torch.nn.parameter import is_lazy
 from distmuon.errors import problem
 from distmuon.layout.ends import ends
 from distmuon.layout.layers import Structure, Use, read_module, read_pairs
-from distmuon.options import CAUTIOUS, Hyperparameters, Rule, checked_routes
+from distmuon.options import NORMUON, OPTIONAL, Hyperparameters, Rule, checked_routes
 from distmuon.options import Route as Route
 
 _SMALL = 256  # elements; in a smaller matrix Newton-Schulz has nothing to balance, and each launch costs time
@@ -70,10 +70,16 @@ class ParamSpec:
     stays: bool = False  # whether it keeps its memory, see [Note: parameters that stay] in memory.py
     copies: int = 1  # how many ranks of the model-parallel group hold it
     group: int = 0  # the process group that it is cut over, by `group_number`
+    stored_in_out: bool = False  # whether a row of its matrices is an input, and not a neuron
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @property
+    def has_columns_for_neurons(self) -> bool:
+        """Whether a row of its matrices is no neuron."""
+        return self.stored_in_out or any(unit.column_split for unit in self.matrices)
 
     @property
     def common_name(self) -> str:
@@ -126,7 +132,17 @@ def _route(named: Sequence[tuple[str, nn.Parameter]], routes: Sequence[Route], d
         matrices = _matrices(fqn, shape, by, defaults.is_convolution(fqn)) if by.rule == "muon" else ()
         reason = f"route {stated.pattern!r}" if stated else by.pattern
         options = tuple(sorted(by.options.items()))
-        spec = ParamSpec(fqn, shape, param.dtype, by.rule, matrices, reason, options, copies=by.copies)
+        spec = ParamSpec(
+            fqn,
+            shape,
+            param.dtype,
+            by.rule,
+            matrices,
+            reason,
+            options,
+            copies=by.copies,
+            stored_in_out=defaults.is_stored_in_out(fqn),
+        )
         routed.append((spec, param))
     used = set(chosen.values())
     for unused in (r for r in routes if routed and r not in used):
@@ -261,14 +277,21 @@ def make_groups(
         key = _group_key(spec)
         known = start.group(spec.rule)
         for option, _ in spec.options:
-            if (option not in known and option != CAUTIOUS) or option == "rule":
+            if (option not in known and option not in OPTIONAL[spec.rule]) or option == "rule":
                 raise problem(
                     spec.fqn,
                     found=f"option {option!r} in its route",
-                    needed=f"one of {', '.join(dict.fromkeys([*[*known][1:], CAUTIOUS]))} is needed",
+                    needed=f"one of {', '.join(dict.fromkeys([*[*known][1:], *OPTIONAL[spec.rule]]))} is needed",
                     cure="correct the route's options",
                 )
         group = groups.setdefault(key, {**known, **dict(spec.options), "params": []})
+        if group.get(NORMUON) is not None and spec.has_columns_for_neurons:
+            raise problem(
+                spec.fqn,
+                found=f"its matrices are stored (in, out) or cut by columns, and {NORMUON} is {group[NORMUON]}",
+                needed="NorMuon normalizes rows, which must be neurons",
+                cure=f'pass Route({spec.fqn!r}, "muon", options={{"{NORMUON}": None}}) for plain Muon',
+            )
         group["params"].append((spec.fqn, param))
     keys = list(groups)
     return list(groups.values()), [keys.index(_group_key(spec)) for spec, _ in routed]
@@ -301,6 +324,15 @@ class _Defaults:
         uses = self.uses[fqn]
         is_filter = any(use.kind in ("convolution", "depthwise") for use in uses)
         return is_filter or (not self.is_module and len(uses[0].shape) > 3)
+
+    def is_stored_in_out(self, fqn: str) -> bool:
+        """Whether a row of the matrices of `fqn` is an input, as in transformers' Conv1D and its transposed experts."""
+        return any(
+            use.kind == "stored (in, out)"
+            or isinstance(use.owner, nn.modules.conv._ConvTransposeNd)
+            or ("experts" in use.kind and bool(getattr(use.owner, "is_transposed", False)))
+            for use in self.uses[fqn]
+        )
 
     def decide(self, trained: Sequence[str], chosen: Mapping[str, Route | None]) -> dict[str, Route | None]:
         """Decide the rule of each `trained` parameter that the user has not `chosen`; None if it cannot be decided.

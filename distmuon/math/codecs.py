@@ -149,6 +149,8 @@ class MomentumCodec(Protocol):
     """The dtype of the result of `decode`."""
     in_place: bool
     """Whether the buffer itself is float32, so that a step may compute the new momentum in it."""
+    block: int
+    """The number of elements that share a scale; pieces of a multiple of it may be encoded as one."""
 
     def entries(self, length: int) -> dict[str, tuple[int, torch.dtype]]:
         """(elements, dtype) by key for `length` elements of momentum, without ``step``."""
@@ -175,6 +177,7 @@ class Float32Momentum:
     keys: tuple[str, ...] = ("momentum_buffer",)
     decoded = torch.float32
     in_place = True
+    block = 1
 
     def entries(self, length: int) -> dict[str, tuple[int, torch.dtype]]:
         return {"momentum_buffer": (length, torch.float32)}
@@ -198,6 +201,7 @@ class Bfloat16Momentum:
     keys: tuple[str, ...] = ("momentum_buffer", "step")
     decoded = torch.bfloat16
     in_place = False
+    block = 1
 
     def entries(self, length: int) -> dict[str, tuple[int, torch.dtype]]:
         return {"momentum_buffer": (length, torch.bfloat16)}
@@ -222,6 +226,7 @@ class Int8Momentum:
     keys: tuple[str, ...] = ("momentum_buffer", "step")
     decoded = torch.float32
     in_place = False
+    block = BLOCK
 
     def entries(self, length: int) -> dict[str, tuple[int, torch.dtype]]:
         return {"momentum_buffer": (length, torch.int8), "momentum_scale": (num_blocks(length), torch.float32)}
@@ -316,7 +321,7 @@ class Float32Master:
     def absorb(self, param: Tensor, kept: Tensor | None) -> None:
         """Overwrite masters that do not round to their parameter; the others keep their full precision."""
         assert kept is not None
-        torch.where(param == kept.to(param.dtype), kept, param.to(kept.dtype), out=kept)
+        torch.where(param == kept.to(param.dtype), kept, param, out=kept)
 
 
 class RemainderMaster:

@@ -46,6 +46,7 @@ class Form:
     stacked: bool = True  # batched products of the stack, not matrix by matrix
     gram_panels: int = 1  # column panels in which the upper triangle of G = X X^T is computed, then mirrored
     square_panels: int = 1  # the same for symmetric products of k x k matrices
+    on_gpu: bool = False  # normalization in two reads; in the standard form tall matrices are not transposed
 
 
 # Bounds of [Note: segments] for the first segment and for later segments. Other dtypes keep the standard form.
@@ -64,6 +65,8 @@ _PANEL_WORK = {torch.bfloat16: 5e7, torch.float32: 1.1e7}
 _ALONE = 32
 # Matrices of at most so many elements have their norm computed in float64.
 _SMALL = 2**16
+# Matrices of fewer elements are transposed as a stack.
+_TILED = 60 * 60
 # X is updated in place in panels of about so many columns, whose old values stay in cache.
 _COLUMNS = 1024
 
@@ -112,7 +115,7 @@ def choose_form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype,
     work = _PANEL_WORK.get(dtype, inf) if has_panels else inf
     least = 2 if has_panels and dtype == torch.bfloat16 and short >= _PAIR else 1
     panels = [max(least, min(short // _LEAST, isqrt(int(short * short * length / work)))) for length in (long, short)]
-    return Form(tuple(segments), dtype, panels[0] == 1, *panels)
+    return Form(tuple(segments), dtype, panels[0] == 1, panels[0], panels[1], on_gpu=not on_cpu)
 
 
 def orthogonalize(
@@ -120,9 +123,9 @@ def orthogonalize(
 ) -> Tensor:
     """Orthogonalize (B, m, n) matrices: each U S V^T becomes U p(S / |S|) V^T, in `dtype` (None: bfloat16).
 
-    The input is never written; the result is new memory, for m > n a transposed view of it. The input's scale, 1e-20 to
-    1e20, does not matter; a matrix of zeros gives zeros. A matrix gives the same bits in a stack as alone (k >= 16 in
-    float32 and bfloat16; for smaller k a library may use another kernel for batches, and the last bit may differ).
+    The input is never written; the result is new memory, contiguous. The input's scale, 1e-20 to 1e20, does not matter;
+    a matrix of zeros gives zeros. A matrix gives the same bits in a stack as alone (k >= 16 in float32 and bfloat16;
+    for smaller k a library may use another kernel for batches, and the last bit may differ).
     Raises ValueError like `coefficient_schedule`, and for input that is not a floating-point stack.
     """
     if matrices.dim() != 3 or not matrices.is_floating_point():
@@ -139,9 +142,12 @@ def evaluate(matrices: Tensor, triples: tuple[Triple, ...], form: Form) -> Tenso
     """Evaluate `triples` on (B, m, n) matrices by `form`; the result is in form.dtype."""
     if matrices.numel() == 0:
         return matrices.new_empty(matrices.shape, dtype=form.dtype)
-    unit = _normalized(matrices, torch.promote_types(form.dtype, torch.float32))
-    tall = unit.size(1) > unit.size(2)  # then the contiguous transpose is used below
-    x = (unit.mT if tall else unit).to(form.dtype, memory_format=torch.contiguous_format).contiguous()  # (B, k, l)
+    wide = torch.promote_types(form.dtype, torch.float32)
+    unit = _normalized_on_gpu(matrices, wide, form.dtype) if form.on_gpu else _normalized(matrices, wide)
+    whole = form.on_gpu and max(form.segments) == 1  # a GPU multiplies either layout equally fast
+    tall = unit.size(1) > unit.size(2) and not whole  # then the contiguous transpose is used below
+    x = unit.to(form.dtype)
+    x = _transposed(x) if tall else x  # (B, k, l)
     if form.stacked:
         alone = x.size(0) == 1 and x.size(1) >= _ALONE
         x = x[0] if alone else x
@@ -151,7 +157,21 @@ def evaluate(matrices: Tensor, triples: tuple[Triple, ...], form: Form) -> Tenso
         old = x.new_empty(x.size(1), -(-x.size(2) // -(-x.size(2) // _COLUMNS)))
         for matrix in x:  # (k, l), in place
             _segmented(matrix, old, triples, form)
-    return x.mT if tall else x
+    return _transposed(x) if tall else x
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """The transposes of a contiguous stack, contiguous.
+
+    On a CPU matrix by matrix: for two dimensions torch has a kernel by tiles, for three only one that jumps from row to
+    row and takes two to three times as long.
+    """
+    if x.device.type != "cpu" or x.size(1) * x.size(2) < _TILED:
+        return x.mT.contiguous()
+    out = x.new_empty(x.mT.shape)
+    for place, matrix in zip(out, x):
+        place.copy_(matrix.mT)
+    return out
 
 
 def _normalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -172,15 +192,29 @@ def _normalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return unit.div_(norm.clamp_(min=1.0)).contiguous()  # only zeros have a norm below 1
 
 
+def _normalized_on_gpu(matrices: Tensor, wide: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """X over its Frobenius norm, contiguous, in new memory of `dtype`. Computed in `wide`.
+
+    Norms have float64 in registers only, where the multi-tensor kernel computes them: a reduction over dimensions would
+    first make a float64 copy, which for small matrices costs less than a call with many tensors.
+    """
+    if matrices.size(1) * matrices.size(2) <= _SMALL:
+        norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float64)
+    else:
+        norms = list(torch._foreach_norm(list(matrices.unbind()), 2.0, dtype=torch.float64))
+        norm = torch.stack(norms, out=torch.empty(len(norms), dtype=wide, device=matrices.device)).view(-1, 1, 1)
+    unit = torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
+    return torch.div(matrices, norm.clamp_(min=2.0**-126).to(wide), out=unit)
+
+
 def _standard(x: Tensor, triples: tuple[Triple, ...]) -> Tensor:
-    """The formula in its standard form, with three products a step. x is (k, l) or (B, k, l)."""
+    """The formula in its standard form, with three products a step. x is (k, l) or (B, k, l), or transposed."""
     multiply, accumulate = (torch.mm, torch.addmm) if x.dim() == 2 else (torch.bmm, torch.baddbmm)
+    tall = x.size(-2) > x.size(-1)
     for a, b, c in triples:
-        gram = multiply(x, x.mT)
-        if c:
-            x = accumulate(x, accumulate(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        else:
-            x = accumulate(x, gram, x, beta=a, alpha=b)
+        gram = multiply(x.mT, x) if tall else multiply(x, x.mT)
+        p, alpha = (accumulate(gram, gram, gram, beta=b, alpha=c), 1.0) if c else (gram, b)
+        x = accumulate(x, x, p, beta=a, alpha=alpha) if tall else accumulate(x, p, x, beta=a, alpha=alpha)
     return x
 
 

@@ -3,8 +3,12 @@
 This module decides the formulas; it knows no rank and no bucket, and does not decide whether a step happens. Line
 numbers are those of the algorithm in docs/design.md, section 1. `Bucket.update` (step/bucket.py) calls these functions.
 With `out`, which may be the old tensor, Muon's functions write in place; without it the caller writes the result by a
-`Decision` (step/verdict.py). AdamW's fused kernel writes by itself, and takes the verdict, a 0-dim bool on the device,
-as `found_inf`.
+`Decision` (step/verdict.py). torch's fused kernels write by themselves under a verdict that only the device knows: they
+do nothing if `unless` (`found_inf` in torch; 0-dim float32) is 1 there.
+
+[Note: one pass] Under such a verdict each line of Muon is one pass over its tensors, by torch's fused SGD, which moves
+a tensor by ``-lr * (gradient + wd * tensor)``: with `lr` 1-mu, `wd` 1 and the negative gradient it is line 2, with `wd`
+over the scale it is line 6. Each kernel rounds as it likes, so the last bit may differ from the kernels of a CPU.
 """
 
 from __future__ import annotations
@@ -16,22 +20,69 @@ from numbers import Real
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from distmuon.errors import problem
 
 
 def muon_momentum(
-    grad: Tensor, momentum_buffer: Tensor, *, momentum: float, nesterov: bool, out: Tensor | None = None
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    *,
+    momentum: float,
+    nesterov: bool,
+    out: Tensor | None = None,
+    unless: Tensor | None = None,
+    update_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Line 2 of the algorithm: (new momentum buffer, update), both float32, of any shape.
+    """Line 2 of the algorithm: (new momentum buffer, update), of any shape; float32, but for an `update_out`.
 
     ``M <- mu*M + (1-mu)*G``; ``U = (1-mu)*G + mu*M`` with Nesterov, else ``M``. This is torch.optim.Muon's moving
     average. The paper's sum ``M <- mu*M + G`` (arXiv 2502.16982, eq. 1) is the same divided by (1-mu), and
     Newton-Schulz ignores scale; the average keeps its scale when momentum is scheduled.
-    `out`: float32 memory for the new buffer, which may be the old buffer; None: new memory.
+    `out`: float32 memory for the new buffer, which may be the old buffer; None: new memory. `unless`: see the module;
+    then the new buffer is the old one, and a 16-bit update has another scale. `update_out`: memory for the update.
     """
-    buffer = torch.lerp(momentum_buffer.float(), grad, 1.0 - momentum, out=out)
-    return buffer, torch.lerp(grad, buffer, momentum) if nesterov else buffer
+    if unless is not None:
+        _descend(momentum_buffer, grad, lr=1.0 - momentum, weight_decay=1.0, unless=unless, ascend=True)
+        buffer = momentum_buffer
+    else:
+        buffer = torch.lerp(momentum_buffer.float(), grad, 1.0 - momentum, out=out)
+    if update_out is None:
+        return buffer, torch.lerp(grad, buffer, momentum) if nesterov else buffer
+    if not nesterov:
+        return buffer, update_out.copy_(buffer)
+    if update_out.dtype == buffer.dtype:
+        return buffer, torch.lerp(grad, buffer, momentum, out=update_out)
+    if unless is None:
+        return buffer, update_out.copy_(torch.lerp(grad, buffer, momentum))
+    return buffer, _scaled_nesterov(grad, buffer, momentum, update_out)
+
+
+def _scaled_nesterov(grad: Tensor, buffer: Tensor, momentum: float, out: Tensor) -> Tensor:
+    """A positive multiple of ``(1-mu)*G + mu*M`` in one kernel, which on a GPU casts to the dtype of `out`, too."""
+    if momentum < 0.5:
+        return torch.add(grad, buffer, alpha=momentum / (1.0 - momentum), out=out)
+    return torch.add(buffer, grad, alpha=(1.0 - momentum) / momentum, out=out)
+
+
+def _descend(
+    tensor: Tensor, gradient: Tensor, *, lr: float, weight_decay: float, unless: Tensor, ascend: bool = False
+) -> None:
+    """``T <- T - lr*(G + wd*T)`` in place, with ``-G`` if `ascend`; see [Note: one pass]."""
+    sgd(
+        [tensor],
+        [gradient],
+        [None],
+        fused=True,
+        found_inf=unless,
+        weight_decay=weight_decay,
+        momentum=0.0,
+        lr=lr,
+        dampening=0.0,
+        nesterov=False,
+        maximize=ascend,
+    )
 
 
 def lr_scale(m: int, n: int, adjust_lr_fn: str) -> float:
@@ -41,6 +92,26 @@ def lr_scale(m: int, n: int, adjust_lr_fn: str) -> float:
     "original": ``sqrt(max(1, m/n))`` (https://kellerjordan.github.io/posts/muon/).
     """
     return 0.2 * math.sqrt(max(m, n)) if adjust_lr_fn == "match_rms_adamw" else math.sqrt(max(1.0, m / n))
+
+
+def row_second_moment(polar_factor: Tensor, old: Tensor, beta2: float) -> Tensor:
+    """NorMuon's moment of each row, (..., m) float32: ``v <- beta2*v + (1-beta2)*mean(O*O over the row)``.
+
+    `polar_factor` (..., m, n), stored (out, in), so that a row is a neuron (arXiv 2510.05491, Algorithm 1).
+    """
+    return torch.lerp(old, polar_factor.float().square().mean(dim=-1), 1.0 - beta2)
+
+
+def normalized_rows(polar_factor: Tensor, moment: Tensor) -> Tensor:
+    """``O / (sqrt(v) + 1e-8)`` by rows, (..., m, n) float32, with the Frobenius norm sqrt(min(m, n)) of exact factors.
+
+    With that norm and the scale of line 6, ``0.2*sqrt(max(m, n))``, the update has NorMuon's RMS of 0.2
+    (arXiv 2510.05491, Algorithm 1).
+    """
+    scaled = polar_factor.float() / (moment.sqrt() + 1e-8).unsqueeze(-1)
+    norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
+    smallest = torch.finfo(torch.float32).tiny  # the polar factor of zeros is zero
+    return scaled.mul_(math.sqrt(min(scaled.shape[-2:])) / norm.clamp_min(smallest))
 
 
 def cautious_decay(weight: Tensor, update: Tensor, *, lr: float, weight_decay: float) -> Tensor:
@@ -60,13 +131,19 @@ def muon_weight(
     scale: float,
     cautious: bool = False,
     out: Tensor | None = None,
+    unless: Tensor | None = None,
 ) -> Tensor:
     """Line 6 of the algorithm: ``W - lr*(scale*O + wd*W)`` in `master`'s dtype (arXiv 2502.16982, eq. 4).
 
     `cautious`: weight decay as in `cautious_decay`.
-    `out` may be `master`. Three kernels round once each: a single kernel might use fused multiply-adds in the vector
-    part of its loop only, and the bits must not depend on the position of an element in a tensor.
+    `out` may be `master`. Three kernels round once each: on a CPU a single kernel might use fused multiply-adds in the
+    vector part of its loop only, and the bits must not depend on the position of an element in a tensor. `unless`, not
+    together with `cautious`: see the module; `master` itself is written.
     """
+    if unless is not None:
+        wide = polar_factor.to(master.dtype)
+        _descend(master, wide, lr=lr * scale, weight_decay=weight_decay / scale, unless=unless)
+        return master
     step = polar_factor.to(master.dtype, copy=True).mul_(-lr * scale)
     if cautious:
         decay = cautious_decay(master, polar_factor, lr=lr, weight_decay=weight_decay)
@@ -78,14 +155,14 @@ def adamw_step(
     masters: Sequence[Tensor],
     grads: Sequence[Tensor],
     states: Sequence[dict[str, Tensor]],
-    verdict_ok: Tensor,
+    unless: Tensor | None,
     *,
     lr: float,
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """AdamW in place if `verdict_ok`, by torch's fused kernel; float32 tensors, with the same shapes in all lists."""
+    """AdamW in place, by torch's fused kernel; float32 tensors, with the same shapes in all lists."""
     if not masters:
         return
     adamw(
@@ -96,7 +173,7 @@ def adamw_step(
         [],
         [state["step"] for state in states],
         fused=True,
-        found_inf=(~verdict_ok).to(torch.float32),
+        found_inf=unless,
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],

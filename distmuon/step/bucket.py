@@ -23,13 +23,14 @@ from distmuon.comm.group import DataParallelGroup, Pending
 from distmuon.layout.layout import Layout, Segment
 from distmuon.math import rules
 from distmuon.math.newton_schulz import orthogonalize
-from distmuon.options import CAUTIOUS
+from distmuon.options import CAUTIOUS, NORMUON
 from distmuon.step.matrix_exchange import MatrixExchange, StackKey
 from distmuon.step.metrics import Metrics
 from distmuon.step.param_gather import Transport
+from distmuon.step.row_moments import RowMoments
 from distmuon.step.storage import BucketStorage, Masters, ShardPiece, elements_of
 from distmuon.step.telemetry import Telemetry
-from distmuon.step.verdict import Decision, Verdict
+from distmuon.step.verdict import Decision
 
 # When `Bucket.update` yields, pieces are on their way to the owners of their matrices, or back to their holders.
 Stage = Literal["to_owners", "to_holders"]
@@ -47,13 +48,13 @@ class Grads(Enum):
 class Step:
     """The values that all buckets of a step share. `param_groups`: the groups, with lr as numbers.
 
-    `row_factors`: by parameter, what each row of the new weight is multiplied by, (rows,) float32. `telemetry`: takes
-    what is measured in this step, if anything is.
+    `decisions`: by parameter, how new values are written; None leaves the parameter alone. `row_factors`: by parameter,
+    what each row of the new weight is multiplied by, (rows,) float32. `telemetry`: takes what is measured in this step,
+    if anything is.
     """
 
     param_groups: Sequence[dict[str, Any]]
-    verdict: Verdict
-    decision: Decision
+    decisions: Sequence[Decision | None]
     row_factors: Mapping[int, Tensor]
     telemetry: Telemetry | None = None
 
@@ -71,6 +72,7 @@ class Bucket:
         ns_dtype: torch.dtype,
         dp_group: DataParallelGroup,
         metrics: Metrics,
+        row_moments: RowMoments,
     ) -> None:
         self.storage = storage
         self.exchange = exchange
@@ -82,11 +84,8 @@ class Bucket:
         self._ns_dtype = ns_dtype
         self._dp_group = dp_group
         self._metrics = metrics
-        # Matrices of a parameter may differ in scale; a segment has the scale of its unit's first column block.
-        applied = storage.spec.segments if transport.has_message else [piece.segment for piece in storage.muon]
-        muon = [segment for segment in applied if layout.specs[segment.param].rule == "muon"]
-        self._numels = {param: layout.specs[param].numel for param in self.params}
-        self._shapes = {segment: layout.unit_of(segment).logical_shapes[0] for segment in muon}
+        self._layout = layout
+        self._row_moments = row_moments
 
     # ------------------------------------------------------------------ line 1: G = mean over ranks, this rank's shard
 
@@ -104,9 +103,10 @@ class Bucket:
         assert reduction is not None and self.grads is Grads.COLLECTING
         for param in absent:
             reduction.buffer.zero(reduction.spans[param])
-        flat, shard = reduction.buffer.close(), reduction.shard
+        flat, shard, kept = reduction.buffer.close(), reduction.shard, reduction.buffer.arrivals()
+        start = self._dp_group.start_reduce_scatter
         with torch.profiler.record_function(f"distmuon::reduce_scatter/{self.index}"):
-            self._reduction = self._dp_group.start_reduce_scatter(shard, flat, stage="reduce_scatter", label=label)
+            self._reduction = start(shard, flat, stage="reduce_scatter", label=label, kept=kept)
         self.grads = Grads.REDUCING
 
     def finish_reduce(self) -> None:
@@ -133,41 +133,55 @@ class Bucket:
         """Run the step. At each `yield` this bucket's pieces travel and another bucket may compute."""
         stage = self._metrics.stage
         with stage("momentum", self.index):
-            updates = [self._update_momentum(piece, step) for piece in self.storage.muon]  # 2  M and U, on the shard
+            stacks = self.exchange.new_stacks()
+            places = self.exchange.places(stacks)
+            pieces = zip(self.storage.muon, places)
+            updates = [self._update_momentum(piece, step, place) for piece, place in pieces]  # 2  M and U, on the shard
         with stage("start_dp_gather", self.index):
-            gathering = self.exchange.start_gather(updates)
-            del updates
+            gathering = self.exchange.start_gather(updates, stacks, places)
+            del updates, places
         yield "to_owners"
         with stage("dp_gather", self.index):
             stacks = gathering.wait()  # 3  U, whole on its owner
         with stage("newton_schulz", self.index):
+            self._row_moments.begin()
             polar = {key: self._orthogonalize(key, stack, step) for key, stack in stacks.items()}  # 4  O, once
         with stage("start_scatter", self.index):
             scattering = self.exchange.start_scatter(polar)
+            self._row_moments.start_sum()
             del gathering, stacks
         yield "to_holders"
         with stage("scatter", self.index):
-            pieces = scattering.wait()  # 5  O, back on the shard
+            polar_pieces = scattering.wait()  # 5  O, back on the shard
             del scattering, polar
         with stage("apply", self.index), self.storage.masters() as masters:
             # 6  W <- W - lr*(scale*O + wd*W), and AdamW for the rest; on exit parameters are rounded from the masters
-            self.transport.apply(masters, pieces, lambda *piece: self._apply_muon(step, *piece))
+            self.transport.apply(masters, polar_pieces, lambda *piece: self._apply_muon(step, *piece))
             self._adamw(masters, step)
+            self._row_moments.finish(step.decisions)
 
-    def _update_momentum(self, piece: ShardPiece, step: Step) -> Tensor:
-        """Write a piece's new momentum, if its parameter had a gradient; return its update U, (length,) float32."""
-        param, codec = piece.segment.param, self.storage.momentum
-        old, param_group = codec.decode(piece.state), step.param_groups[self._group_of[param]]
-        present = step.verdict.present[param]
-        out = step.decision.scratch(old) if present and codec.in_place else None
+    def _update_momentum(self, piece: ShardPiece, step: Step, place: Tensor | None = None) -> Tensor:
+        """Write a piece's new momentum, if its parameter had a gradient; return its update U, (length,).
+
+        U is computed in `place` if that is (length,), and else is new memory.
+        """
+        segment, codec = piece.segment, self.storage.momentum
+        decision, param_group = step.decisions[segment.param], step.param_groups[self._group_of[segment.param]]
+        old = codec.decode(piece.state)
+        in_place = decision is not None and codec.in_place
         new, update = rules.muon_momentum(
-            piece.grad, old, momentum=param_group["momentum"], nesterov=param_group["nesterov"], out=out
+            piece.grad,
+            old,
+            momentum=param_group["momentum"],
+            nesterov=param_group["nesterov"],
+            out=old if in_place else None,
+            unless=decision.found_inf if decision is not None and in_place else None,
+            update_out=place if place is not None and place.dim() == 1 else None,
         )
-        if present:
-            segment = piece.segment
+        if decision is not None and not in_place:
             runs = (segment.run, segment.stride)
             for key, value in codec.encode_step(new, segment.param_offset, piece.state, runs).items():
-                step.decision.write(piece.state[key], value)
+                decision.write(piece.state[key], value)
         return update
 
     def _orthogonalize(self, key: StackKey, stack: Tensor, step: Step) -> Tensor:
@@ -177,6 +191,8 @@ class Bucket:
         self._metrics.ns_matrices += len(blocks) * stack.size(0)
         steps, coefficients = param_group["ns_steps"], param_group["ns_coefficients"]
         polar = [orthogonalize(x, steps=steps, coefficients=coefficients, dtype=self._ns_dtype) for x in blocks]
+        if (beta2 := param_group.get(NORMUON)) is not None:
+            polar = [self._row_moments.normalize(self.exchange.units[key], polar[0], beta2)]
         if step.telemetry is not None:
             for number, placed in enumerate(self.exchange.units[key]):
                 if placed.workers[0] == self._dp_group.dp_rank:
@@ -192,59 +208,66 @@ class Bucket:
 
     def _apply_muon(self, step: Step, segment: Segment, weight: Tensor, polar: Tensor) -> None:
         """Compute line 6 on the elements of `segment`, in place; a parameter without a gradient is left alone."""
-        if not step.verdict.present[segment.param]:
+        decision = step.decisions[segment.param]
+        if decision is None:
             return
         param_group = step.param_groups[self._group_of[segment.param]]
-        rows, columns = self._shapes[segment]
+        # Matrices of a parameter may differ in scale; a segment has the scale of its unit's first column block.
+        rows, columns = self._layout.unit_of(segment).logical_shapes[0]
+        cautious, factors = param_group.get(CAUTIOUS, False), step.row_factors.get(segment.param)
         new = rules.muon_weight(
             weight,
             polar,
             lr=param_group["lr"],
             weight_decay=param_group["weight_decay"],
             scale=rules.lr_scale(rows, columns, param_group["adjust_lr_fn"]),
-            cautious=param_group.get(CAUTIOUS, False),
-            out=step.decision.scratch(weight),
+            cautious=cautious,
+            out=decision.scratch(weight),
+            unless=decision.found_inf if factors is None and not cautious else None,
         )
-        if segment.param in step.row_factors:
-            new = self._scaled(new, segment, step.row_factors[segment.param])
-        step.decision.write(weight, new)
+        if factors is not None:
+            new = self._scaled(new, segment, factors)
+        decision.write(weight, new)
 
     def _adamw(self, masters: Masters, step: Step) -> None:
-        for number, param_group in enumerate(step.param_groups):
-            pieces = [p for p in self.storage.adamw if self._group_of[p.segment.param] == number]
-            pieces = [p for p in pieces if step.verdict.present[p.segment.param]]
+        together: dict[tuple[int, Decision], list[ShardPiece]] = {}
+        for piece in self.storage.adamw:
+            decision = step.decisions[piece.segment.param]
+            if decision is not None:
+                together.setdefault((self._group_of[piece.segment.param], decision), []).append(piece)
+        for (number, decision), pieces in together.items():
+            param_group = step.param_groups[number]
             cautious = param_group.get(CAUTIOUS, False)
             if cautious:
-                self._decay_cautiously(pieces, masters, param_group, step)
-            if pieces:
-                rules.adamw_step(
-                    [masters(piece) for piece in pieces],
-                    [piece.grad for piece in pieces],
-                    [piece.state for piece in pieces],
-                    step.verdict.ok,
-                    lr=param_group["lr"],
-                    weight_decay=0.0 if cautious else param_group["weight_decay"],
-                    betas=param_group["betas"],
-                    eps=param_group["eps"],
-                )
-        for piece in self.storage.adamw if step.row_factors else ():
-            factors = step.row_factors.get(piece.segment.param)
-            if factors is not None and step.verdict.present[piece.segment.param]:
-                master = masters(piece)
-                step.decision.write(master, self._scaled(master, piece.segment, factors))
+                self._decay_cautiously(pieces, masters, param_group, decision)
+            rules.adamw_step(
+                [masters(piece) for piece in pieces],
+                [piece.grad for piece in pieces],
+                [piece.state for piece in pieces],
+                decision.found_inf,
+                lr=param_group["lr"],
+                weight_decay=0.0 if cautious else param_group["weight_decay"],
+                betas=param_group["betas"],
+                eps=param_group["eps"],
+            )
+            for piece in pieces if step.row_factors else ():
+                factors = step.row_factors.get(piece.segment.param)
+                if factors is not None:
+                    master = masters(piece)
+                    decision.write(master, self._scaled(master, piece.segment, factors))
 
     def _decay_cautiously(
-        self, pieces: Sequence[ShardPiece], masters: Masters, param_group: dict[str, Any], step: Step
+        self, pieces: Sequence[ShardPiece], masters: Masters, param_group: dict[str, Any], decision: Decision
     ) -> None:
         for piece in pieces:
             master = masters(piece)
             mean = torch.lerp(piece.state["exp_avg"], piece.grad, 1.0 - param_group["betas"][0])  # as AdamW's will be
             lr, weight_decay = param_group["lr"], param_group["weight_decay"]
-            step.decision.write(master, master * rules.cautious_decay(master, mean, lr=lr, weight_decay=weight_decay))
+            decision.write(master, master * rules.cautious_decay(master, mean, lr=lr, weight_decay=weight_decay))
 
     def _scaled(self, weight: Tensor, segment: Segment, factors: Tensor) -> Tensor:
         """`weight`, the elements of `segment`, each times the factor of its row."""
-        row_size = self._numels[segment.param] // factors.numel()
+        row_size = self._layout.specs[segment.param].numel // factors.numel()
         of_elements = factors.repeat_interleave(row_size)
         return weight * elements_of(of_elements, segment).reshape(weight.shape)
 

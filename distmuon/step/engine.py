@@ -14,7 +14,7 @@ An `exchange_group` has a queue of its own, so nothing needs to be held back.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -39,6 +39,7 @@ from distmuon.step.grad_reduce import make_source
 from distmuon.step.matrix_exchange import MatrixExchange
 from distmuon.step.metrics import Metrics
 from distmuon.step.param_gather import Nothing, Parameters, Transport, Updates
+from distmuon.step.row_moments import RowMoments
 from distmuon.step.storage import BucketStorage, Storage
 from distmuon.step.telemetry import Telemetry
 
@@ -65,6 +66,7 @@ class Engine:
         metrics: Metrics,
         *,
         gathers_in_forward: bool,
+        normuon: Collection[int] = (),
         model_group: DataParallelGroup | None = None,
     ) -> None:
         self._groups = groups
@@ -78,13 +80,14 @@ class Engine:
         self._gathers_last = gathers_in_forward and one_queue and options.sharding.param_gather == "parameters"
         kind = GivenStorage if layout.given else FlatStorage
         storages = [kind(spec, layout, params, groups[spec.group].dp_rank, options) for spec in layout.buckets]
-        self.storage = Storage(layout, params, group.dp_rank, options, storages)
+        self.storage = Storage(layout, params, group.dp_rank, options, storages, normuon)
         self.buckets = [self._make_bucket(storage, exchange_groups, group_of) for storage in self.storage.buckets]
         self.source = make_source(self.buckets, self.storage, group)
         pieces = [piece for storage in storages for piece in storage.muon + storage.adamw if not piece.segment.replica]
         copies = [(layout.specs[piece.segment.param].copies, piece) for piece in pieces]
         self._copied = [(number, piece) for number, piece in copies if number > 1]
         self._in_flight: dict[int, Bucket] = {}  # buckets whose all-gather has started, in order
+        self._has_streams = self.storage.device.type == "cuda"
         self._verdict: verdict.Verdict | None = None
         self._clipped = False
         self._disagreement: _Copied | None = None
@@ -110,8 +113,12 @@ class Engine:
             storage.label,
         )
         ns_dtype, transport = self._options.precision.newton_schulz, self._transport(storage)
-        group = self._groups[storage.spec.group]
-        return Bucket(storage, exchange, transport, layout, group_of, ns_dtype, group, self._metrics)
+        group, moments = self._groups[storage.spec.group], self.storage.row_moments
+        row_moments = RowMoments(
+            {index: moments[index] for index in storage.spec.params if index in moments},
+            exchange_groups[storage.spec.group],
+        )
+        return Bucket(storage, exchange, transport, layout, group_of, ns_dtype, group, self._metrics, row_moments)
 
     def _transport(self, storage: BucketStorage) -> Transport:
         if not isinstance(storage, FlatStorage):
@@ -295,7 +302,7 @@ class Engine:
         if not judged.known_to_skip:  # on a GPU no host knows; there every write is masked, see `OnDevice`
             with torch.autocast(self.storage.device.type, enabled=False):
                 telemetry = self._measured_weights(param_groups, judged) if measure else None
-                self._update_buckets(Step(param_groups, judged, judged.decision, self.row_factors, telemetry))
+                self._update_buckets(Step(param_groups, judged.decisions(), self.row_factors, telemetry))
                 if telemetry is not None:
                     self._finish_telemetry(telemetry, judged)
         self.row_factors = {}
@@ -306,7 +313,8 @@ class Engine:
 
     def _measured_weights(self, param_groups: Sequence[dict[str, Any]], judged: verdict.Verdict) -> Telemetry:
         """Telemetry of the step to come that knows the weights before it."""
-        telemetry = Telemetry(self.storage.layout, param_groups, self._group_of, judged.present, self.storage.device)
+        present, device = judged.present_on_host(), self.storage.device
+        telemetry = Telemetry(self.storage.layout, param_groups, self._group_of, present, device)
         with self._metrics.stage("telemetry"):
             for bucket in self.buckets:
                 telemetry.weights(bucket.storage, bucket.exchange, self._groups[bucket.storage.spec.group].dp_rank)
@@ -357,17 +365,18 @@ class Engine:
         bucket.start_param_gather()
 
     @property
-    def params_in_flight(self) -> bool:
-        return bool(self._in_flight)
+    def must_wait(self) -> bool:
+        """Whether the current stream may have to wait for parameters: on a GPU another stream may have waited."""
+        return bool(self._in_flight) or self._has_streams
 
     def wait_params(self, indices: Iterable[int] | None = None) -> None:
         """Wait for the all-gathers of the buckets `indices` (None: all); cheap if nothing is in flight."""
-        if not self._in_flight:
+        if not self.must_wait:
             return
-        for index in sorted(self._in_flight if indices is None else indices):
-            bucket = self._in_flight.pop(index, None)
-            if bucket is not None:
-                bucket.wait_params()
+        all_indices = range(len(self.buckets)) if self._has_streams else self._in_flight
+        for index in sorted(all_indices if indices is None else indices):
+            if self._in_flight.pop(index, None) is not None or self._has_streams:
+                self.buckets[index].wait_params()
 
     def wait_quietly(self) -> None:
         """Best-effort wait for finalizers, which must not raise; peers may already be gone."""

@@ -33,7 +33,7 @@ from distmuon.layout.layout import BucketSpec, Layout, Segment
 from distmuon.math.codecs import master_codec, momentum_codec
 from distmuon.options import Options
 from distmuon.step.grad_buffer import GradBuffer, Span
-from distmuon.step.storage import Masters, Reduction, ShardPiece, joined, state_keys
+from distmuon.step.storage import Masters, Reduction, ShardPiece, joined, runs_of, state_keys
 
 
 class FlatStorage:
@@ -118,7 +118,7 @@ class FlatStorage:
 
     def _make_pieces(self, dp_rank: int, device: torch.device) -> None:
         segments = [segment for segment in self.spec.segments if segment.rank == dp_rank]
-        pieces = [ShardPiece(segment, self.grad_shard) for segment in segments]
+        pieces = [ShardPiece(run, self.grad_shard) for run in runs_of(segments, self._layout, self.momentum.block)]
         for piece in pieces:
             piece.grad = piece.cut(self.grad_shard)
         self.muon = [piece for piece in pieces if self._layout.specs[piece.segment.param].rule == "muon"]

@@ -27,7 +27,7 @@ from distmuon.layout.layout import BucketSpec, Layout, Segment
 from distmuon.math.codecs import master_codec, momentum_codec
 from distmuon.options import Options
 from distmuon.step.dtensors import is_dtensor, is_placed_like, like, local_of
-from distmuon.step.storage import Masters, Reduction, ShardPiece, joined, state_keys
+from distmuon.step.storage import Masters, Reduction, ShardPiece, joined, runs_of, state_keys
 
 
 class GivenStorage:
@@ -59,7 +59,8 @@ class GivenStorage:
         self._elements = {index: local_of(self._params[index]).detach().view(-1) for index in self.spec.params}
 
     def _make_pieces(self, dp_rank: int) -> None:
-        held = [segment for segment in self.spec.segments if segment.rank == dp_rank]
+        segments = [segment for segment in self.spec.segments if segment.rank == dp_rank]
+        held = runs_of(segments, self._layout, self.momentum.block)
         here = {segment.param for segment in held}
         for index in self.spec.params:
             if index not in here:  # see [Note: ranks without elements]

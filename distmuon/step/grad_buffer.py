@@ -7,6 +7,10 @@ It knows no collective and no parameter, only spans of elements.
 So if the buffer has 16 bits, and only while several backwards accumulate, a float32 `sum` replaces `flat`, from the
 first gradient that is not the last of its parameter until the reduction starts. A step of one micro-batch has none.
 
+[Note: arrivals] On a CPU the slices of all ranks arrive in a second buffer (comm/group.py, [Note: reduce-scatter on
+gloo]). It is kept from step to step: memory of this size that is made anew comes from the system page by page, which
+takes longer than the sum. With `released` nothing is kept.
+
 [Note: streams of a backward] Autograd runs the backward of an operation on the stream of its forward, so gradients of
 a bucket may come from several streams. A stream may allocate a buffer in memory that another stream still uses, and a
 reduction must see what all streams have written. So the streams that wrote are recorded: a new stream waits for them,
@@ -40,6 +44,7 @@ class GradBuffer:
         self._released = released
         self._streams: set[torch.cuda.Stream] = set()  # streams that have written since the last reduction
         self.sum: Tensor | None = None  # float32; see [Note: sums]
+        self._arrivals: Tensor | None = None
         self.flat = None if released else self._zeros(dtype)
 
     def add(self, spans: Sequence[Span], grad: Tensor, *, first: bool, several: bool) -> None:
@@ -71,6 +76,12 @@ class GradBuffer:
         flat = self._open_flat().copy_(total)
         self._free_from_streams()
         return flat
+
+    def arrivals(self) -> Tensor | None:
+        """Memory in which the slices of all ranks may arrive, or None; see [Note: arrivals]."""
+        if self._arrivals is None and self._device.type == "cpu" and not self._released:
+            self._arrivals = torch.empty(self._numel, dtype=self._dtype)
+        return self._arrivals
 
     def reduced(self) -> None:
         """Let the memory be used again, after the current stream has waited for the reduction."""
@@ -114,6 +125,8 @@ class GradBuffer:
         if self._dtype != torch.float32 and self.sum is None:
             begun, self.flat = self.flat, None
             self.sum = self._zeros(torch.float32) if begun is None else begun.float()
+            if begun is not None and begun.is_cuda:  # the stream that allocated it need not be among `_streams`
+                begun.record_stream(torch.cuda.current_stream(begun.device))
         return self._open_flat()
 
     def _open_flat(self) -> Tensor:

@@ -184,7 +184,9 @@ def agree_on_values(fqns: Sequence[str], params: Sequence[nn.Parameter], group: 
 
     It serves a start in the middle of a step, after a forward has used each rank's values.
     """
-    local_sums = [[float(p.detach().double().sum()), float(p.detach().double().square().sum())] for p in params]
+    held = [p.detach() for p in params]  # on a GPU float64 is in registers only, and the host waits once
+    found = [torch.stack([p.sum(dtype=torch.float64), torch.linalg.vector_norm(p, dtype=torch.float64)]) for p in held]
+    local_sums: list[list[float]] = torch.stack(found).tolist() if found else []
     sums_by_rank = group.gather_objects(local_sums, stage="comparison of the first values")
     for rank, sums in enumerate(sums_by_rank):
         check_finite([fqn for fqn, pair in zip(fqns, sums) if not isfinite(pair[1])], f" on rank {rank}")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distmuon.errors import problem
 from distmuon.options import is_number
-from distmuon.step.storage import BucketStorage, ShardPiece, Storage, elements_of
+from distmuon.step.storage import ROW_MOMENT, BucketStorage, ShardPiece, Storage, elements_of
 
 
 class LocalState:
@@ -65,7 +65,7 @@ class LocalState:
         """
         for index, entry in of_param.items():
             for key, value in entry.items():
-                if key != "step" and self._pieces_of(index, value) is None:
+                if key != "step" and not self._fits(index, key, value):
                     raise problem(
                         f"{self._storage.layout.specs[index].fqn}.{key}",
                         found=f"the state is a {type(value).__name__} of shape {tuple(value.shape)}, cut otherwise",
@@ -121,14 +121,18 @@ class LocalState:
     def _entry(self, index: int) -> dict[str, Any]:
         homes, known, bucket = self._homes[index], self._storage.keys_of(index), self._bucket(index)
         has_master = bucket.has_master
-        if not homes:
-            keys = (*known, "master") if has_master else known
-            return {key: torch.empty(0, device=self._storage.device) for key in keys}
         entry: dict[str, Any] = {}
         for key in known:
-            views = [piece.state[key] for _, piece in homes]
-            entry[key] = bucket.shown(index, views) if key != "step" else views[0]
-        if has_master:
+            views = [piece.state[key] for _, piece in homes if key in piece.state]
+            if key == ROW_MOMENT:
+                entry[key] = self._storage.row_moments[index]
+            elif not views:
+                entry[key] = torch.empty(0, device=self._storage.device)
+            else:
+                entry[key] = bucket.shown(index, views) if key != "step" else views[0]
+        if has_master and not homes:
+            entry["master"] = torch.empty(0, device=self._storage.device)
+        elif has_master:
             entry["master"] = bucket.shown(index, [kept for b, p in homes if (kept := b.kept_of(p)) is not None])
         return entry
 
@@ -144,7 +148,7 @@ class LocalState:
             value = given.get(key)
             if value is shown or (key == "step" and is_number(value)):
                 continue
-            if not isinstance(value, Tensor) or (key != "step" and self._pieces_of(index, value) is None):
+            if not isinstance(value, Tensor) or (key != "step" and not self._fits(index, key, value)):
                 found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
                 raise problem(
                     f"optimizer.state[{self._storage.layout.specs[index].fqn}][{key!r}]",
@@ -163,9 +167,18 @@ class LocalState:
                 for _, piece in self._homes[index]:
                     piece.state["step"].fill_(float(value or 0))
                 continue
+            if key == ROW_MOMENT:
+                self._storage.row_moments[index].copy_(torch.zeros(()) if value is None else value)
+                continue
             parts = self._pieces_of(index, value) if value is not None else None
             for number, (bucket, piece) in enumerate(self._homes[index]):
                 _write_piece(bucket, piece, key, parts[number] if parts is not None else None)
+
+    def _fits(self, index: int, key: str, value: Tensor) -> bool:
+        if key == ROW_MOMENT:
+            moment = self._storage.row_moments.get(index)
+            return moment is None or value.shape == moment.shape
+        return self._pieces_of(index, value) is not None
 
     def _pieces_of(self, index: int, value: Tensor) -> list[Tensor] | None:
         """Cut `value` into this rank's pieces, if it has their total length or the parameter's shape; else None."""

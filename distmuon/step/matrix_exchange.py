@@ -64,8 +64,9 @@ class MatrixExchange:
     ) -> None:
         """Decide the routes of the bucket's `units`.
 
-        `muon_segments`: this rank's segments, in the order of the updates that `start_gather` gets. `group_of`: the
-        param group of each parameter. `dtype`: that of the stacks and of the messages. `label`: a name for errors.
+        `muon_segments`: this rank's pieces, in the order of the updates that `start_gather` gets; only pieces of a
+        single matrix are sent. `group_of`: the param group of each parameter. `dtype`: that of the stacks and of the
+        messages. `label`: a name for errors.
         """
         self._group = group
         self.dtype = dtype
@@ -122,19 +123,30 @@ class MatrixExchange:
         other.dtype = dtype
         return other
 
-    def start_gather(self, updates: Sequence[Tensor], *, stage: str = "dp_gather") -> Gathering:
-        """Start to gather `updates`, a 1-D tensor for each Muon piece; `wait` returns the stacks of whole matrices."""
+    def new_stacks(self) -> Stacks:
+        """Memory for the matrices that this rank orthogonalizes."""
+        return {
+            key: torch.empty(len(units), key.rows, key.columns, dtype=self.dtype, device=self._device)
+            for key, units in self.units.items()
+        }
+
+    def places(self, stacks: Stacks) -> list[Tensor | None]:
+        """For each Muon piece its elements in `stacks`, as `elements_of`; None if they are only sent."""
+        return [self._piece(stacks, s) if (s.param, s.param_offset) in self._places else None for s in self._segments]
+
+    def start_gather(
+        self, updates: Sequence[Tensor], stacks: Stacks, places: Sequence[Tensor | None], *, stage: str = "dp_gather"
+    ) -> Gathering:
+        """Start to gather `updates`, a 1-D tensor for each Muon piece; `wait` returns the stacks of whole matrices.
+
+        An update that is its place in `stacks` is there already; any other is copied.
+        """
         pending = None
         if self.has_exchange:
             outgoing = [updates[self._number[s.param, s.param_offset]] for peer in self._gather_out for s in peer]
             pending = self._start(outgoing, self._gather_out, self._gather_in, stage)
-        stacks = {
-            key: torch.empty(len(units), key.rows, key.columns, dtype=self.dtype, device=self._device)
-            for key, units in self.units.items()
-        }
-        for segment, update in zip(self._segments, updates):
-            if (segment.param, segment.param_offset) in self._places:
-                place = self._piece(stacks, segment)
+        for place, update in zip(places, updates):
+            if place is not None and place is not update:
                 place.copy_(update.view(place.shape))
         return Gathering(self, pending, stacks)
 

@@ -10,6 +10,10 @@ replica. AdamW's elements travel as parameters. Replicas stay equal bit by bit: 
 the same numbers, in three kernels (`rules.muon_weight`), so that ranks cannot differ by a fused multiply-add.
 
       message of a rank: | AdamW elements, float32 | polar factors, exchange dtype | up to the longest message |
+
+[Note: streams of a forward] The first stream that needs a bucket waits for the collective and copies staged parameters
+out. On a GPU that orders this stream alone: the step's stream then waits for it, because the next step will read and
+write there, and any other stream waits for an event when it needs the bucket, once in each step.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from torch import Tensor, nn
 from distmuon.comm.group import DataParallelGroup, Pending
 from distmuon.layout.layout import Layout, Segment
 from distmuon.step.flat_storage import FlatStorage
-from distmuon.step.storage import BucketStorage, Masters
+from distmuon.step.storage import BucketStorage, Masters, runs_of
 
 ApplyMuon = Callable[[Segment, Tensor, Tensor], None]  # line 6 on one segment: (segment, weight, polar factor)
 
@@ -41,25 +45,42 @@ class Transport(Protocol):
         """Start the all-gather."""
 
     def wait(self) -> None:
-        """Wait for the all-gather, if it is in flight, and copy staged parameters out."""
+        """Wait for the all-gather, if it is in flight, and copy staged parameters out; later calls only let the current
+        stream wait, too."""
 
 
 class _Flight:
-    """An all-gather in flight, and the stream that started it."""
+    """An all-gather; on a GPU also the streams that may read what it brought, see [Note: streams of a forward]."""
 
     def __init__(self, pending: Pending, tensor: Tensor) -> None:
-        self._pending = pending
+        self._pending: Pending | None = pending
         self._home = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+        self._ordered: set[torch.cuda.Stream] = set()
+        self._arrived: torch.cuda.Event | None = None
 
-    def wait(self) -> Tensor:
-        return self._pending.wait()
+    def take(self) -> Pending | None:
+        """The collective, for the first stream that waits; None for all others."""
+        taken, self._pending = self._pending, None
+        return taken
 
-    def rejoin(self) -> None:
-        """Let the step's stream wait for the current stream, which wrote first: an evaluation's or a host copy's."""
+    def arrived(self) -> None:
+        """All is in place on the current stream, the first that waited."""
         if self._home is not None:
             current = torch.cuda.current_stream(self._home.device)
-            if self._home != current:
-                self._home.wait_stream(current)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(current)
+            self._ordered.add(current)
+            self._follow(self._home)
+
+    def follow(self) -> None:
+        """Let the current stream wait, too."""
+        if self._home is not None:
+            self._follow(torch.cuda.current_stream(self._home.device))
+
+    def _follow(self, stream: torch.cuda.Stream) -> None:
+        if self._arrived is not None and stream not in self._ordered:
+            stream.wait_event(self._arrived)
+            self._ordered.add(stream)
 
 
 class Parameters:
@@ -83,12 +104,15 @@ class Parameters:
 
     @torch.no_grad()
     def wait(self) -> None:
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            flight.wait()
+        flight = self._flight
+        pending = flight.take() if flight is not None else None
+        if flight is not None and pending is not None:
+            pending.wait()
             self._storage.stage_out()
             self._storage.note_arrived()
-            flight.rejoin()
+            flight.arrived()
+        elif flight is not None:
+            flight.follow()
 
 
 class Nothing:
@@ -123,6 +147,9 @@ class Updates:
         self._group = group
         self._layout = layout
         self._dtype = dtype
+        block = storage.momentum.block
+        by_rank = [[s for s in storage.spec.segments if s.rank == rank] for rank in range(group.dp_size)]
+        self._runs = [runs_of(segments, layout, block) for segments in by_rank]
         self._polar: Sequence[Tensor] = ()
         self._apply_muon: ApplyMuon | None = None
         self._flight: _Flight | None = None
@@ -138,13 +165,16 @@ class Updates:
 
     @torch.no_grad()
     def wait(self) -> None:
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            self._take(flight.wait())
+        flight = self._flight
+        pending = flight.take() if flight is not None else None
+        if flight is not None and pending is not None:
+            self._take(pending.wait())
             self._apply_muon = None
             self._storage.stage_out()
             self._storage.note_arrived()
-            flight.rejoin()
+            flight.arrived()
+        elif flight is not None:
+            flight.follow()
 
     def _message(self) -> Tensor:
         storage = self._storage
@@ -158,9 +188,8 @@ class Updates:
     def _take(self, messages: Tensor) -> None:
         """Compute line 6 on the shards of all ranks, and copy AdamW's elements of the other ranks."""
         assert self._apply_muon is not None
-        spec, size = self._storage.spec, self._group.dp_size
-        for rank, message in enumerate(messages.view(size, -1)):
-            segments = [segment for segment in spec.segments if segment.rank == rank]
+        spec = self._storage.spec
+        for rank, (message, segments) in enumerate(zip(messages.view(self._group.dp_size, -1), self._runs)):
             muon = [s for s in segments if self._layout.specs[s.param].rule == "muon"]
             adamw = [s for s in segments if self._layout.specs[s.param].rule == "adamw"]
             for segment, elements in zip(adamw + muon, self._places(message, adamw, muon)):

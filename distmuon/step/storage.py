@@ -7,9 +7,9 @@ apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,11 @@ from distmuon.math.codecs import MomentumCodec, momentum_codec
 from distmuon.options import Options
 from distmuon.step.grad_buffer import GradBuffer, Span
 
+ROW_MOMENT = "row_exp_avg_sq"
+"""The key of NorMuon's moments in the state of a parameter, (rows,) float32, whole on every rank."""
+UNCUT = frozenset({"step", ROW_MOMENT})
+"""The keys of state that is not cut with its parameter."""
+
 
 def state_keys(rule: str, momentum: MomentumCodec) -> tuple[str, ...]:
     """The keys of a parameter's state under `rule`, without ``master``, which some parameters have in addition."""
@@ -28,7 +33,8 @@ def state_keys(rule: str, momentum: MomentumCodec) -> tuple[str, ...]:
 
 @dataclass(slots=True)
 class ShardPiece:
-    """A segment of this rank: a view of the gradient shard, and its optimizer state (keys as in torch.optim).
+    """A segment of this rank, or a run of them, see `runs_of`: a view of the gradient shard, and its optimizer state
+    (keys as in torch.optim).
 
     The codec decides the format of momentum: int8 also has scales, ``momentum_scale``, and formats of fewer than 32
     bits count their roundings, ``step``; see [Note: dither] in math/codecs.py.
@@ -41,6 +47,36 @@ class ShardPiece:
     def cut(self, shard: Tensor) -> Tensor:
         """This piece's elements of a (shard_size,) tensor, a view."""
         return shard[self.segment.shard_offset : self.segment.shard_offset + self.segment.length]
+
+
+def runs_of(segments: Sequence[Segment], layout: Layout, block: int) -> list[Segment]:
+    """`segments` of a rank, in order, with neighbours joined: whole matrices of one shape, one after another in their
+    parameter and in the shard (experts in a stack). So a line of the algorithm runs once for all of them.
+
+    Matrices that several ranks hold stay apart, since another of them may be the worker. `block`: a matrix whose
+    elements it does not divide stays apart.
+    """
+    found: list[Segment] = []
+    held_once = {p for p in {s.param for s in segments} if not any(s.replica for s in layout.segments_of[p])}
+    for segment in segments:
+        last = found[-1] if found and segment.param in held_once else None
+        if last is not None and _continues(last, segment, layout, block):
+            found[-1] = replace(last, length=last.length + segment.length)
+        else:
+            found.append(segment)
+    return found
+
+
+def _continues(last: Segment, segment: Segment, layout: Layout, block: int) -> bool:
+    if (last.param, last.rank) != (segment.param, segment.rank) or segment.stride or last.stride:
+        return False
+    if layout.specs[segment.param].rule != "muon":
+        return False
+    first, unit = layout.unit_of(last), layout.unit_of(segment)
+    alike = (first.rows, first.columns, first.column_split) == (unit.rows, unit.columns, unit.column_split)
+    whole = segment.length == unit.numel and last.param_offset == first.offset and not last.length % unit.numel
+    neighbours = segment.param_offset - last.param_offset == segment.shard_offset - last.shard_offset == last.length
+    return alike and whole and neighbours and not unit.numel % block
 
 
 Masters = Callable[[ShardPiece], Tensor]  # (length,) float32: the master of a piece, to read and write
@@ -154,7 +190,9 @@ class Storage:
         dp_rank: int,
         options: Options,
         buckets: Sequence[BucketStorage],
+        normuon: Collection[int] = (),
     ) -> None:
+        """`normuon`: the parameters whose updates are normalized by rows."""
         self.layout = layout
         self.params = params
         self.dp_rank = dp_rank
@@ -162,10 +200,16 @@ class Storage:
         self.device = params[0].device
         self.momentum = momentum_codec(options.precision.momentum)
         self.buckets = list(buckets)
+        rows = {index: sum(unit.rows for unit in layout.specs[index].matrices) for index in sorted(normuon)}
+        self.row_moments = {
+            index: torch.zeros(size, dtype=torch.float32, device=self.device) for index, size in rows.items()
+        }
+        """By parameter, see row_moments.py."""
 
     def keys_of(self, index: int) -> tuple[str, ...]:
         """The keys of the state of parameter `index`, without ``master``."""
-        return state_keys(self.layout.specs[index].rule, self.momentum)
+        of_rule = state_keys(self.layout.specs[index].rule, self.momentum)
+        return (*of_rule, ROW_MOMENT) if index in self.row_moments else of_rule
 
     @torch.no_grad()
     def absorb_external_writes(self) -> None:
@@ -179,4 +223,5 @@ class Storage:
     @property
     def state_bytes(self) -> int:
         """The bytes of optimizer state on this rank."""
-        return sum(bucket.state_bytes for bucket in self.buckets)
+        rows = sum(moment.nbytes for moment in self.row_moments.values())
+        return rows + sum(bucket.state_bytes for bucket in self.buckets)

@@ -56,7 +56,9 @@ class Telemetry:
     def weights(self, storage: BucketStorage, exchange: MatrixExchange, me: int) -> None:
         """Measure the bucket's masters before the update changes them. Collective over the exchange's ranks."""
         pieces = [storage.master_of(piece) for piece in storage.muon]
-        stacks = exchange.in_dtype(torch.float32).start_gather(pieces, stage=STAGE).wait()
+        exchange32 = exchange.in_dtype(torch.float32)
+        stacks = exchange32.new_stacks()
+        stacks = exchange32.start_gather(pieces, stacks, exchange32.places(stacks), stage=STAGE).wait()
         del pieces
         for key, stack in stacks.items():
             for placed, matrix in zip(exchange.units[key], stack):

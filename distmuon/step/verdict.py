@@ -8,8 +8,12 @@ squares.
 [Note: writing under a verdict] A step writes Muon's momentum and all masters through a `Decision`; AdamW's kernel takes
 the verdict itself, and parameters are then rounded from the masters. On a CPU the host can read the verdict without
 waiting: a skipped step computes nothing, and other steps write in place (`OnHost`). On a GPU the host would wait for
-the device, so new values are computed in new memory and written under the verdict, a 0-dim bool on the device
-(`OnDevice`): a skipped step leaves every bit as it was.
+the device, so the verdict stays a 0-dim tensor on it (`OnDevice`). torch's fused kernels obey it by themselves; other
+new values are computed in new memory and written where it allows. A skipped step leaves every bit as it was.
+
+[Note: parameters without a gradient] A parameter that has no gradient on any rank is left alone. A rank on which all
+parameters had one knows that there is none, and so does a CPU. Another rank would have to wait for its device, so there
+such a parameter has a verdict of its own: of the step, and of the ranks that had a gradient.
 
 [Note: large gradients] A step is taken if every value that it writes is finite. Norms are summed in float64, so that
 they are right for all float32 gradients. Below a norm of 2^127, half of the largest float32, no moving average and no
@@ -39,7 +43,8 @@ class Verdict:
     """A verdict, equal on all ranks. `total_norm` (0-dim float32) and `ok` (0-dim bool; `final` may still
     refuse) stay on the device.
 
-    `present[i]`: whether any rank had a gradient for parameter i (a parameter without gradient is left alone).
+    `present[i]`: whether this rank had a gradient for parameter i, or, as far as the host knows, any other. `somewhere`
+    (n,) bool: whether any rank had, where the host does not know; see [Note: parameters without a gradient].
     `ok_on_host`: the value of `ok`, or None on a GPU, where the host would have to wait. `disagree` (0-dim bool): the
     ranks have different hyperparameters or optimizers; then `ok` is False. `squarable` (0-dim bool): float32 holds the
     square of every gradient element of AdamW.
@@ -51,6 +56,7 @@ class Verdict:
     ok_on_host: bool | None
     disagree: Tensor
     squarable: Tensor
+    somewhere: Tensor | None = None
 
     def final(self) -> Verdict:
         """The verdict that the update obeys, after all clipping; see [Note: large gradients]."""
@@ -62,14 +68,25 @@ class Verdict:
         """The host knows that the step must be skipped: the engine then updates no bucket."""
         return self.ok_on_host is False
 
-    @property
-    def decision(self) -> Decision:
-        """How this step writes: in place if the host knows that it is taken, else under `ok`."""
-        return OnHost() if self.ok_on_host else OnDevice(self.ok)
+    def decisions(self) -> list[Decision | None]:
+        """By parameter, how this step writes; None: the parameter is left alone, as the host knows."""
+        decision: Decision = OnHost() if self.ok_on_host else OnDevice(self.ok, _found_inf(self.ok))
+        if self.somewhere is None:
+            return [decision if present else None for present in self.present]
+        each = self.ok & self.somewhere
+        skips = _found_inf(each)
+        return [decision if present else OnDevice(each[i], skips[i]) for i, present in enumerate(self.present)]
+
+    def present_on_host(self) -> Sequence[bool]:
+        """By parameter, whether any rank had a gradient. May wait for the device."""
+        return self.present if self.somewhere is None else self.somewhere.tolist()
 
 
 class Decision(Protocol):
     """How new values replace old ones; see [Note: writing under a verdict]."""
+
+    found_inf: Tensor | None
+    """1.0 (0-dim float32 on the device) if the step is skipped, for fused kernels; None: the host knows it is taken."""
 
     def scratch(self, old: Tensor) -> Tensor | None:
         """Memory in which the new value of `old` may be computed: `old` itself, or None for new memory."""
@@ -80,6 +97,8 @@ class Decision(Protocol):
 
 class OnHost:
     """The host knows that the step is taken."""
+
+    found_inf: Tensor | None = None
 
     def scratch(self, old: Tensor) -> Tensor | None:
         return old
@@ -92,14 +111,20 @@ class OnHost:
 class OnDevice:
     """Only the device knows whether the step is taken: `ok` is a 0-dim bool on it."""
 
-    def __init__(self, ok: Tensor) -> None:
+    def __init__(self, ok: Tensor, found_inf: Tensor) -> None:
         self._ok = ok
+        self.found_inf: Tensor | None = found_inf
 
     def scratch(self, old: Tensor) -> Tensor | None:
         return None
 
     def write(self, old: Tensor, new: Tensor) -> None:
-        torch.where(self._ok, new.to(old.dtype), old, out=old)
+        if new is not old:
+            torch.where(self._ok, new.to(old.dtype), old, out=old)
+
+
+def _found_inf(ok: Tensor) -> Tensor:
+    return (~ok).to(torch.float32)
 
 
 def judge(
@@ -113,7 +138,7 @@ def judge(
     copies: Mapping[int, Sequence[Tensor]] | None = None,
     elsewhere: Sequence[tuple[DataParallelGroup, list[int]]] = (),
 ) -> Verdict:
-    """Reach the verdict by an all-reduce. The host waits for the device only if a parameter had no gradient here.
+    """Reach the verdict by an all-reduce. The host does not wait for a device.
 
     `adamw_grads`: the parts of `grad_shards` that AdamW will square. `fingerprint`: a hash below 2**16 of the values
     that must be equal on all ranks. It is equal if dp_size times the sum of its squares is the square of its sum; these
@@ -131,8 +156,9 @@ def judge(
     for number, held in (copies or {}).items():
         squares = squares - (1 - 1 / number) * squares_of(held)
     flags = torch.ones(len(present), dtype=torch.float64, device=squares.device)
-    if not all(present):
-        flags.copy_(torch.tensor(present, dtype=torch.float64))
+    if not all(present):  # from pinned memory, or else the host would wait for the device
+        flags = torch.tensor(present, dtype=torch.float64, pin_memory=squares.is_cuda)
+        flags = flags.to(squares.device, non_blocking=True)
     fingerprints = flags.new_full((2,), fingerprint)
     fingerprints[1:].square_()
     large = _has_large(adamw_grads, squares).to(torch.float64)
@@ -141,15 +167,17 @@ def judge(
     reduced = group.start_all_reduce(message, stage="guard").wait()
     for (_, members), count in zip(elsewhere, counts):
         reduced[4:][members] = count.wait()
-    if not all(present):
-        present = [count > 0 for count in reduced[4:].tolist()]
     disagree = reduced[2].square() != group.dp_size * reduced[3]
     whole = torch.stack([reduced[0], reduced[1], disagree.to(torch.float64)])
     if model_group is not None:
         whole = model_group.start_all_reduce(whole, stage="model_guard").wait()
     total_norm = whole[0].sqrt()
     ok = (total_norm < LARGEST_NORM) & (whole[2] == 0)
-    return Verdict(total_norm.float(), ok, present, read_on_host(ok), disagree, whole[1] == 0)
+    ok_on_host = read_on_host(ok)
+    somewhere = None if all(present) else reduced[4:] > 0
+    if somewhere is not None and ok_on_host is not None:
+        present, somewhere = somewhere.tolist(), None
+    return Verdict(total_norm.float(), ok, present, ok_on_host, disagree, whole[1] == 0, somewhere)
 
 
 def squares_on_device(shards: Sequence[Tensor]) -> Tensor:

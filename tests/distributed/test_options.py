@@ -18,8 +18,19 @@ from distmuon.step import param_gather, verdict
 from distmuon.step.flat_storage import FlatStorage
 from distmuon.step.grad_buffer import GradBuffer
 from tests.distributed.test_parity import _model, _train_by_hand, _wanted_by_hand
-from tests.standing import Standing, loss_fn, make_batch
-from tests.training import backward, digest, errors, make, state_tensors, train, weights
+from tests.standing import Standing, loss_fn, make_batch, make_batches
+from tests.training import (
+    Weights,
+    assert_equals_reference,
+    backward,
+    digest,
+    errors,
+    make,
+    reference,
+    state_tensors,
+    train,
+    weights,
+)
 
 WAYS = list(itertools.product(("balanced", "contiguous"), ("owner", "replicated")))
 
@@ -59,9 +70,11 @@ def _ends(group: dist.ProcessGroup, cases: list[dict[str, Any]], num_micro: int 
     return found
 
 
-SAME_BITS: list[dict[str, Any]] = [  # verdict_on_device: as on a GPU, where the host must not read it
+ON_DEVICE: list[dict[str, Any]] = [  # as on a GPU, where the host must not read the verdict: kernels of one pass
     {"verdict_on_device": True},
     {"verdict_on_device": True, "overlap": "forward", "param_gather": "updates"},
+]
+SAME_BITS: list[dict[str, Any]] = [
     {"overlap": "forward"},
     {"release_grads": True},
     {"param_gather": "updates"},
@@ -88,12 +101,34 @@ SAME_BITS: list[dict[str, Any]] = [  # verdict_on_device: as on a GPU, where the
 )
 def test_options_that_change_no_bit(spawn, dp_size: int, num_micro: int) -> None:
     """Parameters and state equal the plain way's, bit by bit, on all ranks, over a skipped step and a forgotten one."""
-    cases = [{}, *SAME_BITS]
+    cases = [{}, *SAME_BITS, *ON_DEVICE]
     for packing, placement in WAYS if dp_size == 3 else (WAYS[0], WAYS[-1]):
         given = [{"packing": packing, "placement": placement, **case} for case in cases]
         by_rank = spawn(_ends, dp_size, timeout=150, cases=given, num_micro=num_micro)
         for case, ends in zip(cases, zip(*by_rank)):
-            assert set(ends) == {by_rank[0][0]}, (packing, placement, case)
+            plain = by_rank[0][len(cases) - len(ON_DEVICE)] if case in ON_DEVICE else by_rank[0][0]
+            assert set(ends) == {plain}, (packing, placement, case)
+
+
+def _on_device(group: dist.ProcessGroup, ns_dtype: torch.dtype) -> Weights:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verdict, "read_on_host", lambda ok: None)
+        model, optimizer = make(group, packing="contiguous", ns_dtype=ns_dtype)
+        train(group, model, optimizer, range(5))
+        return weights(model, optimizer)
+
+
+@pytest.mark.parametrize("ns_dtype", [torch.float32, torch.bfloat16])
+def test_kernels_under_a_verdict_on_the_device_equal_the_oracle(spawn, ns_dtype: torch.dtype) -> None:
+    """They round otherwise than those of a CPU; in bfloat16 the update has another scale, too."""
+    oracle = reference(ns_dtype=ns_dtype)
+    for step in range(5):
+        oracle.step(loss_fn, make_batches(step, 2, 1))
+    for ends in spawn(_on_device, 2, ns_dtype=ns_dtype):
+        if ns_dtype == torch.float32:
+            assert_equals_reference(ends, oracle.weights)
+        else:
+            assert errors(ends, oracle.weights, Standing().state_dict())[1][0] < 0.06
 
 
 def test_updates_travel_in_the_exchange_dtype_without_changing_a_bit(spawn) -> None:
@@ -240,6 +275,27 @@ def test_released_gradients_hold_two_buckets_at_the_most(spawn) -> None:
         assert buckets > 4 and most <= 3 and left == 0  # the standing model's tied embedding opens its bucket early
 
 
+def _kept(group: dist.ProcessGroup, release_grads: bool) -> list[int | None]:
+    """The addresses at which the slices of a bucket arrive in two steps; None: in new memory."""
+    model, optimizer = make(group, bucket_mb=None, release_grads=release_grads)
+    found, start = [], optimizer.group.start_reduce_scatter
+
+    def noting(*tensors: Tensor, kept: Tensor | None, **more: Any) -> collectives.Pending:
+        found.append(None if kept is None else kept.data_ptr())
+        return start(*tensors, kept=kept, **more)
+
+    optimizer.group.start_reduce_scatter = noting
+    train(group, model, optimizer, range(2))
+    return found
+
+
+def test_slices_arrive_in_the_same_memory_in_every_step(spawn) -> None:
+    for kept, released in zip(spawn(_kept, 2, release_grads=False), spawn(_kept, 2, release_grads=True)):
+        half = len(kept) // 2
+        assert None not in kept and kept[:half] == kept[half:] and len(set(kept)) == half
+        assert set(released) == {None}
+
+
 class _Watch:
     """What starts and what is waited for, in order, as "stage+bucket" and "stage-bucket"."""
 
@@ -250,10 +306,10 @@ class _Watch:
             setattr(group, verb, self._watched(getattr(group, verb)))
 
     def _watched(self, start: Callable[..., collectives.Pending]) -> Callable[..., collectives.Pending]:
-        def started(*tensors: Any, stage: str, label: str) -> collectives.Pending:
+        def started(*tensors: Any, stage: str, **more: Any) -> collectives.Pending:
             number = self._starts[stage] = self._starts.get(stage, -1) + 1
             self.events.append(f"{stage}+{number}")
-            return _Watched(start(*tensors, stage=stage, label=label), self.events, f"{stage}-{number}")
+            return _Watched(start(*tensors, stage=stage, **more), self.events, f"{stage}-{number}")
 
         return started
 
@@ -383,20 +439,18 @@ def test_an_exchange_group_of_other_ranks_raises(spawn_raises) -> None:
 
 def _with_fault(group: dist.ProcessGroup, fault: str) -> bool:
     """Whether the bits still equal the plain way's, with a fault in the option's code."""
-    plain = _ends(group, [{}])
+    option = {"param_gather": "updates"} if fault.startswith("updates") else {"verdict_on_device": True}
+    plain = _ends(group, [option])
     with pytest.MonkeyPatch.context() as patch:
         if fault == "momentum kept before the verdict":
             original = rules.muon_momentum
 
-            def eager(grad: Tensor, buffer: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
-                new, update = original(grad, buffer, **rest)
-                buffer.copy_(new)
-                return new, update
+            def eager(grad: Tensor, buffer: Tensor, *, unless: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+                return original(grad, buffer, unless=torch.zeros_like(unless), **rest)
 
             patch.setattr(rules, "muon_momentum", eager)
         elif fault == "updates of absent ranks forgotten":
             patch.setattr(param_gather.Updates, "_take", lambda *_: None)
-        option = {"param_gather": "updates"} if fault.startswith("updates") else {"verdict_on_device": True}
         try:
             return _ends(group, [option]) == plain
         except (AssertionError, IndexError, StopIteration, RuntimeError, ValueError):

@@ -242,7 +242,7 @@ def _on_pieces(matrices: Tensor, **options: Any) -> Tensor:
 _whole = distmuon.step.bucket.orthogonalize
 
 
-def _own_gradient(self: Any, output: Tensor, input: Tensor, *, stage: str, label: str) -> distmuon.comm.group.Pending:
+def _own_gradient(self: Any, output: Tensor, input: Tensor, **_: Any) -> distmuon.comm.group.Pending:
     """A reduction that forgets the other ranks."""
     return distmuon.comm.group.Pending(output.copy_(input.view(self.dp_size, -1)[self.dp_rank]))
 

@@ -9,9 +9,12 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from html import unescape
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import fmean, median
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from launch.report.chart import thin
 from launch.report.history import read_history
 from launch.report.kinds import kind
 from launch.report.timing import median_step
+from launch.report.traffic import Planned, bytes_table
 from tests.launch.recorded import MATRICES, SENT, STAGES, Record, header, telemetry, train, whole_run, write
 from tests.launch.test_pretrain import ROOT, SHORT, TINY, records
 
@@ -207,6 +211,16 @@ def test_bytes_and_state_stand_beside_the_plan(tmp_path: Path) -> None:
     # while it runs, rank 0's last record is all there is
     write(folder, recorded[:-1])
     assert rows_of(html_of(folder), "Bytes that rank 0 sent")["dp_gather"] == ["300", "0", "-"]
+
+
+def test_the_busiest_rank_is_beside_the_plan_of_the_busiest(tmp_path: Path) -> None:
+    plan = Planned({"dp_gather": 300}, {"dp_gather": 800}, state=1, parameters=1, gradients=1, transient=1, total=1)
+    recorded = whole_run(steps=2)
+    for records_there, planned in ((recorded, 800), (recorded[:-1], 300)):  # at the end, and while it runs
+        table = bytes_table(read_history(write(tmp_path, records_there)), plan)
+        assert table is not None
+        (row,) = [row for row in table.rows if row[0] == "dp_gather"]
+        assert row[2] == str(planned)
 
 
 def test_without_a_plan_only_what_was_counted_is_shown(whole: tuple[list[Record], str], tmp_path: Path) -> None:
@@ -476,19 +490,23 @@ def test_a_page_that_cannot_be_written_does_not_end_the_run(
     assert said.count("report.html was not written: RuntimeError: a defect in the report") == 1
 
 
+def _browser(tmp_path: Path) -> list[str]:
+    """The command of a browser without a window."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert chromium, "this test draws the page: install chromium"
+    return [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("look", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
 def test_a_browser_draws_every_chart_without_complaint(look: str, width: int, tmp_path: Path) -> None:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "this test draws the page: install chromium"
     html_of(write(tmp_path, whole_run()))
     done = subprocess.run(
         [
-            chromium,
-            *("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"),
-            *(f"--window-size={width},4000", "--virtual-time-budget=8000", f"--user-data-dir={tmp_path / 'profile'}"),
-            *([f"--blink-settings=preferredColorScheme={0 if look == 'dark' else 1}"]),
+            *_browser(tmp_path),
+            *("--enable-logging=stderr", "--dump-dom", "--virtual-time-budget=8000", f"--window-size={width},4000"),
+            f"--blink-settings=preferredColorScheme={0 if look == 'dark' else 1}",
             f"file://{tmp_path / 'report.html'}",
         ],
         capture_output=True,
@@ -499,3 +517,35 @@ def test_a_browser_draws_every_chart_without_complaint(look: str, width: int, tm
     assert "CONSOLE" not in done.stderr, done.stderr
     assert done.stdout.count('class="plot-container') == 23
     assert done.stdout.count('<svg class="main-svg"') >= 23
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("running", [True, False])
+def test_the_page_of_a_run_that_goes_on_loads_itself_again(
+    running: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "RELOAD_S", 2)
+    recorded = whole_run()
+    html_of(write(tmp_path, recorded[:-1] if running else recorded))
+    asked: list[float] = []
+
+    class Counting(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/report.html":
+                asked.append(time.monotonic())
+            super().do_GET()
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Counting, directory=tmp_path)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/report.html"
+        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen([*_browser(tmp_path), "--remote-debugging-port=0", address], **quiet) as browser:
+            until = time.monotonic() + 90
+            while time.monotonic() < until and (not asked or (len(asked) < 3 and time.monotonic() < asked[0] + 30)):
+                time.sleep(0.1)
+            browser.terminate()
+        server.shutdown()
+    assert len(asked) == (3 if running else 1)

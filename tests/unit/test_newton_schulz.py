@@ -88,7 +88,10 @@ FORMS = [
     Form((1,) * 5, F32, stacked=False),
     Form((1,) * 5, F32, stacked=False, gram_panels=3, square_panels=2),
     Form((1,) * 5, F32, stacked=False, gram_panels=5, square_panels=4),
-    Form((3, 2), F32),  # Gram, batched: what CUDA takes
+    Form((3, 2), F32),  # Gram, batched
+    Form((3, 2), F32, on_gpu=True),
+    Form((1,) * 5, F32, on_gpu=True),
+    Form((1,) * 5, BF16, on_gpu=True),
     Form((2, 2, 1), F32),
     Form((1, 3, 1), F32, stacked=False, gram_panels=4, square_panels=3),
     Form((2, 1, 2), F32, stacked=False, gram_panels=2, square_panels=2),
@@ -100,7 +103,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("how", FORMS, ids=lambda how: f"{how.segments}-{how.dtype}-{how.gram_panels}")
+@pytest.mark.parametrize("how", FORMS, ids=lambda how: f"{how.segments}-{how.dtype}-{how.gram_panels}-{how.on_gpu}")
 @pytest.mark.parametrize(("table", "columns"), [("jordan", 64), ("you", 64), ("cubic", 64), ("jordan", 1024)])
 def test_every_form_computes_the_same(how: Form, table: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(newton_schulz, "_COLUMNS", columns)  # several column panels, the last one narrower; or one
@@ -129,7 +132,8 @@ def test_the_form_is_chosen_by_shape_dtype_device_and_growth() -> None:
         == choose_form(384, 384, jordan, BF16, "cpu")
         == Form(ones, BF16, False, 2, 2)
     )
-    assert choose_form(320, 320, jordan, BF16, "cpu") == choose_form(512, 512, jordan, BF16, "cuda") == Form(ones, BF16)
+    assert choose_form(320, 320, jordan, BF16, "cpu") == Form(ones, BF16)
+    assert choose_form(512, 512, jordan, BF16, "cuda") == Form(ones, BF16, on_gpu=True)
     # On a CPU with matrix tiles: no panels in bfloat16, all else as on any CPU.
     assert (
         choose_form(1024, 1024, jordan, BF16, "amx") == choose_form(512, 512, jordan, BF16, "amx") == Form(ones, BF16)
@@ -140,12 +144,12 @@ def test_the_form_is_chosen_by_shape_dtype_device_and_growth() -> None:
     # The Gram form: float32 from l = 1.5 k and k = 128, restarted as often as the table's growth asks.
     assert choose_form(1024, 4096, jordan, F32, "cpu") == Form((3, 2), F32, False, 8, 8)
     assert choose_form(4096, 1024, jordan, F32, "cpu") == choose_form(1024, 4096, jordan, F32, "cpu")
-    assert choose_form(1024, 1536, jordan, F32, "cuda") == Form((3, 2), F32)
-    assert choose_form(1024, 1535, jordan, F32, "cuda") == Form(ones, F32)
+    assert choose_form(1024, 1536, jordan, F32, "cuda") == Form((3, 2), F32, on_gpu=True)
+    assert choose_form(1024, 1535, jordan, F32, "cuda") == Form(ones, F32, on_gpu=True)
     assert choose_form(127, 4096, jordan, F32, "cpu").segments == ones
     assert choose_form(1024, 4096, polar, F32, "cpu").segments == (2, 2, 1)
     assert sum(choose_form(1024, 4096, v4, F32, "cuda").segments) == 10
-    assert choose_form(1024, 4096, jordan, F16, "cuda") == Form((2, 2, 1), F16)
+    assert choose_form(1024, 4096, jordan, F16, "cuda") == Form((2, 2, 1), F16, on_gpu=True)
     # In bfloat16 two first steps in one, on a CPU, from a gentle table. Never in float64, where exactness is wanted.
     assert choose_form(1024, 4096, jordan, BF16, "cpu") == Form((2, 1, 1, 1), BF16, False, 8, 4)
     assert choose_form(256, 1024, jordan, BF16, "cpu") == Form((2, 1, 1, 1), BF16)
@@ -472,3 +476,21 @@ def test_only_stacks_of_floating_point_matrices(matrices: Tensor) -> None:
 def test_flops() -> None:
     assert flops(1024, 4096, 5) == flops(4096, 1024, 5) == 5 * (4 * 1024**2 * 4096 + 2 * 1024**3)
     assert flops(1, 7, 2) == 2 * (4 * 7 + 2) and flops(3, 3, 1) == 6 * 27
+
+
+def test_the_normalization_of_a_gpu_survives_every_scale_and_zeros() -> None:
+    """Its norms are sums in float64, and it writes the dtype of the products at once."""
+    for shape, dtype in (((2, 300, 400), BF16), ((2, 400, 300), F32), ((3, 8, 5), BF16)):
+        form = choose_form(*shape[1:], coefficient_schedule("jordan", 5), dtype, "cuda")
+        matrices = torch.randn(shape, dtype=dtype)
+        found = [evaluate(matrices * 2.0**power, (JORDAN,) * 5, form) for power in (0, 66, -66)]
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        assert error(found[0], exact(matrices, (JORDAN,) * 5)) < ERROR[dtype]
+        assert not evaluate(torch.zeros_like(matrices), (JORDAN,) * 5, form).any()
+
+
+def test_tall_matrices_come_back_contiguous() -> None:
+    for shape in ((2, 300, 200), (2, 9, 5)):
+        tall = torch.randn(shape)
+        result, of_wide = (orthogonalize(x, steps=5, coefficients="jordan") for x in (tall, tall.mT.contiguous()))
+        assert result.is_contiguous() and error(result, of_wide.mT.double()) < 1e-2

@@ -1,0 +1,478 @@
+"""Make docs/experiments.md and its pictures of the results in the repository.
+
+    python -m experiments.page
+
+Every number on the page is computed here from experiments/results; a test compares the page with what this makes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from experiments import finetune, shardings
+from experiments.analysis import (
+    AGREES,
+    CANNOT_TELL,
+    DISAGREES,
+    NOT_RUN,
+    Interval,
+    Verdict,
+    View,
+    interval,
+    on_side,
+)
+from experiments.grids import ROOT, read_all
+from experiments.trial import RESULTS, Results, kind_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DOCS = ROOT / "docs"
+COMMITTED = ("full", "small")
+"""Sizes of the page, the first that has run."""
+WIDTH = 116
+TAIL = 10
+"""Steps over which a training loss is averaged: that of a single batch says little."""
+
+INTRODUCTION = """\
+# Experiments: does it train better?
+
+After this page you know which claims about Muon hold in models that train on two processor cores, with which
+uncertainty, and which do not. The claims are those of the paper behind this project, arXiv 2502.16982, whose models are
+a thousand times larger, and of a few others. **A small model can contradict a claim about large ones only for small
+models.** What disagrees stands here as plainly as what agrees.
+"""
+
+METHOD = """\
+## How to read it
+
+- **Losses** are validation losses at the end of a whole schedule, in nats a byte, on files of Python's standard library
+  that are never trained on. The mean over seeds has Student's 95 % interval.
+- **Tuning.** A side with rates is tuned first: every rate of its list once, at seed 0. The best rate then runs with the
+  other seeds, and only these count. "Edge" says that the best rate was the smallest or the largest of the list.
+- **Differences** are taken seed by seed: trials of a seed start at the same weights and read the same data.
+- **A claim** agrees if its whole interval is on the expected side, or within the margin; it disagrees if the whole
+  interval is on the other side, or outside; otherwise the data cannot tell.
+- **Steps to equal loss** are read off the curve of one run with its whole schedule. A run with a shorter schedule would
+  reach the loss sooner, so this understates the faster side. **Seconds** are processor seconds of whole trials, with
+  their validations; neighbours on the machine change them by a fifth.
+- Many claims are tested at once: of twenty intervals of 95 %, one misses.
+"""
+
+
+def render(results: Results, sizes: Sequence[str] = COMMITTED) -> str:
+    """The page."""
+    views = views_of(results, sizes)
+    first, last = sharding_section(), finetune_section()
+    parts = [(1, *first), *((view.experiment.number, *section(view)) for view in views), (9, *last)]
+    parts.sort(key=lambda part: part[0])
+    verdicts = [(number, title, verdict) for number, title, _, found in parts for verdict in found]
+    return "\n".join(
+        [
+            INTRODUCTION,
+            summary(verdicts),
+            METHOD,
+            conditions(views, results),
+            *(text for _, _, text, _ in parts),
+        ]
+    )
+
+
+def views_of(results: Results, sizes: Sequence[str]) -> list[View]:
+    """Each experiment at the first of these sizes that has run whole, or else at the last."""
+    found = {experiment.name: experiment for experiment in read_all(sizes[-1])}
+    for size in reversed(sizes[:-1]):
+        found |= {other.name: other for other in read_all(size) if other.all_there(results.loss)}
+    return [View(experiment, results) for experiment in found.values()]
+
+
+def summary(verdicts: Sequence[tuple[int, str, Verdict]]) -> str:
+    """All claims that have been tested, and the experiments that still have some."""
+    lines = ["## In one table", "", "| | claim | found | verdict |", "|---:|---|---:|---|"]
+    tested = [(number, verdict) for number, _, verdict in verdicts if verdict.word != NOT_RUN]
+    lines += [f"| {number} | {verdict.text} | {cell(verdict)} | {verdict.word} |" for number, verdict in tested]
+    count = {word: sum(verdict.word == word for _, verdict in tested) for word in (AGREES, DISAGREES, CANNOT_TELL)}
+    told = f"{count[AGREES]} agree, {count[DISAGREES]} disagree, of {count[CANNOT_TELL]} the data cannot tell."
+    left: dict[str, int] = {}
+    for number, title, verdict in verdicts:
+        if verdict.word == NOT_RUN:
+            left[f"{number} ({title})"] = left.get(f"{number} ({title})", 0) + 1
+    if left:
+        told += f" Not run yet: {'; '.join(f'{claims} of experiment {name}' for name, claims in left.items())}."
+    return "\n".join([*lines, "", *wrapped(told), ""])
+
+
+def cell(verdict: Verdict) -> str:
+    return "-" if verdict.found is None else str(verdict.found)
+
+
+def conditions(views: Sequence[View], results: Results) -> str:
+    """What was run, when, and on what."""
+    rows = list(results.rows.values())
+    hours = sum(row["cpu_s"] for row in rows) / 3600
+    seconds = json.loads(finetune.RESULTS.read_text())["cpu_seconds"]
+    dates = sorted({row["date"] for row in rows})
+    lines = ["## What was run", ""]
+    if rows:
+        data = rows[0]["data"]
+        machines, torches, pythons = (_list(row[key] for row in rows) for key in ("machine", "torch", "python"))
+        lines += wrapped(
+            f"{len(rows)} trials of {len(views)} grids, {hours:.2f} hours of processor time, {_span(dates)}, on "
+            f"{machines}, one thread a process, with torch {torches} and Python {pythons}. Others used the machine at "
+            f"the same time, so wall time says nothing. The text has {data['train_tokens']:,} bytes to train and "
+            f"{data['val_tokens']:,} to validate. Experiment 9 took {seconds / 3600:.2f} hours more; the time of "
+            "experiment 1 was not recorded. Each line of `experiments/results/trials.jsonl` has its settings, its "
+            "commit and its processor time."
+        )
+    lines += [
+        "",
+        "| | experiment | size | trials run | not run yet | hours |",
+        "|---:|---|---|---:|---:|---:|",
+    ]
+    for view in views:
+        experiment = view.experiment
+        mine = view.all_rows()
+        missing = experiment.missing(results.loss)
+        rest = "0" if not missing else f"{len(missing)} or more"
+        spent = sum(row["cpu_s"] for row in mine) / 3600
+        lines.append(
+            f"| {experiment.number} | {experiment.title} | {experiment.size} | {len(mine)} | {rest} | {spent:.2f} |"
+        )
+    lines += [
+        "",
+        *wrapped(
+            "Experiments share trials that are the same, so the hours of this table add up to more than the total. "
+            "What has not run is run by"
+        ),
+        "",
+        "```bash",
+        "python -m experiments.runner                # small: what this page shows; goes on where it stopped",
+        "python -m experiments.runner --size full    # five seeds, longer runs; four hours on two cores",
+        "python -m experiments.runner --size gpu     # 0.8 B parameters, eight GPUs; no one has run it",
+        "python -m experiments.runner --quick        # a few steps of everything, to see that it runs",
+        "python -m experiments.page                  # this page, from the results",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _span(dates: Sequence[str]) -> str:
+    return dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+
+
+def _list(values: Any) -> str:
+    return ", ".join(sorted(set(values)))
+
+
+def wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, break_on_hyphens=False, break_long_words=False)
+
+
+# ---- one experiment
+
+Part = tuple[str, str, list[Verdict]]
+
+
+def section(view: View) -> Part:
+    """Title, text and verdicts."""
+    experiment = view.experiment
+    verdicts = [view.verdict(claim) for claim in experiment.claims]
+    rows = view.all_rows()
+    lines = [f"## {experiment.number}. {experiment.title}", ""]
+    lines += wrapped(f"**Hypothesis.** {experiment.hypothesis} **Source:** {experiment.source}.")
+    command = f"python -m experiments.runner {experiment.name}"
+    command += "" if experiment.size == "small" else f" --size {experiment.size}"
+    if not rows:
+        lines += ["", f"Not run yet: `{command}`", ""]
+        return experiment.title, "\n".join(lines), verdicts
+    tokens, parameters = (sorted({row[key] for row in rows}) for key in ("tokens", "parameters"))
+    setting = f"**Setting.** {experiment.about} {_range(parameters)} parameters, {_range(tokens)} tokens a run."
+    lines += ["", *wrapped(setting + " " + budget(view)), "", *arms_table(view), ""]
+    if drawn(view):
+        lines += [f"![{experiment.title}](experiments/{experiment.name}.png)", ""]
+    lines += ["| claim | found | verdict |", "|---|---:|---|"]
+    lines += [f"| {verdict.text} | {cell(verdict)} | {verdict.word} |" for verdict in verdicts]
+    lines += ["", f"`{command}`", ""]
+    return experiment.title, "\n".join(lines), verdicts
+
+
+def _range(values: Sequence[int]) -> str:
+    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
+
+
+def budget(view: View) -> str:
+    """How many rates each side was tuned over."""
+    counts: dict[int, list[str]] = {}
+    for arm in view.experiment.arms.values():
+        if arm.rates:
+            counts.setdefault(len(view.experiment.rates[arm.rates]), []).append(arm.name)
+    told = [f"{number} rates for each of {'; '.join(arms)}" for number, arms in counts.items()]
+    tuning = f"Tuning: {', and '.join(told)}." if told else "Nothing is tuned."
+    return f"{tuning} Seeds: {', '.join(map(str, view.experiment.seeds))}."
+
+
+def arms_table(view: View) -> list[str]:
+    """A row an arm."""
+    lines = ["| arm | rates tried | lr | validation loss | seeds | processor s |", "|---|---:|---:|---:|---:|---:|"]
+    for arm in view.experiment.arms.values():
+        rows, rate = view.rows(arm.name), view.rate(arm.name)
+        tried = f"{len(view.tuned(arm.name))}" if arm.rates else "-"
+        if not rows or rate is None:
+            lines.append(f"| {arm.name} | {tried} | - | not run | 0 | - |")
+            continue
+        shown = f"{rate:g}" + (", edge" if view.is_on_edge(arm.name) else "")
+        loss = interval(list(view.losses(arm.name).values()))
+        seconds = fmean(row["cpu_s"] for row in rows.values())
+        lines.append(f"| {arm.name} | {tried} | {shown} | {loss_text(loss)} | {len(rows)} | {seconds:.0f} |")
+    return lines
+
+
+def loss_text(loss: Interval) -> str:
+    if not math.isfinite(loss.mean):
+        return "diverged"
+    half = loss.high - loss.mean
+    return f"{loss.mean:.4f}" + (f" ± {half:.4f}" if math.isfinite(half) else "")
+
+
+# ---- the two experiments with runners of their own
+
+
+def sharding_section() -> Part:
+    """Experiment 1, from the results of experiments.shardings."""
+    curves = json.loads(shardings.RESULTS.read_text())
+    found = shardings.differences(curves)
+    equal = max(largest for _, name, largest, _ in found if name != shardings.CONTROL)
+    off = min(largest for _, name, largest, _ in found if name == shardings.CONTROL)
+    verdicts = [
+        Verdict(
+            text=f"No loss under any sharding differs from one process by more than {shardings.TOLERANCE:g}",
+            found=Interval(mean=equal, low=-math.inf, high=math.inf),
+            word=AGREES if equal <= shardings.TOLERANCE else DISAGREES,
+        ),
+        Verdict(
+            text=f"Newton-Schulz on each shard alone leaves that line by more than {100 * shardings.TOLERANCE:g}",
+            found=Interval(mean=off, low=-math.inf, high=math.inf),
+            word=AGREES if off > 100 * shardings.TOLERANCE else DISAGREES,
+        ),
+    ]
+    for model in shardings.MODELS:
+        gaps = [
+            fmean(curves[f"{model}/{shardings.CONTROL}/{seed}"][-TAIL:])
+            - fmean(curves[f"{model}/one process/{seed}"][-TAIL:])
+            for seed in shardings.SEEDS
+        ]
+        text = f"Newton-Schulz on each shard alone is worse ({model}, training loss, mean of the last {TAIL} steps)"
+        verdicts.append(Verdict(text=text, found=interval(gaps), word=on_side(interval(gaps), "higher")))
+    lines = ["## 1. The cut does not matter, and where it would", ""]
+    lines += wrapped(
+        "**Hypothesis.** In float32 the curves of one process, ZeRO-1, FSDP2, HSDP and tensor parallelism are one "
+        "line, because every matrix is orthogonalized whole. The control, in which each of four ranks orthogonalizes "
+        "the rows that it holds, must leave the line. **Source:** this project's design; step 3 of algorithm 1 of "
+        "arXiv 2502.16982."
+    )
+    steps = len(next(iter(curves.values())))
+    seeds = ", ".join(map(str, shardings.SEEDS))
+    lines += ["", *wrapped(f"**Setting.** {steps} steps, seeds {seeds}, one rate, gloo."), ""]
+    lines += ["| model | sharding | largest difference of a loss | last difference, mean of seeds |"]
+    lines += ["|---|---|---:|---:|"]
+    lines += [
+        f"| {model} | {name} | {largest:.1e} | {last:+.1e} |"
+        for model, name, largest, last in found
+        if name != "one process"
+    ]
+    lines += ["", "![Losses under every sharding, and their distance from one process](shardings.png)", ""]
+    lines += ["| claim | found | verdict |", "|---|---:|---|"]
+    lines += [f"| {verdict.text} | {cell(verdict)} | {verdict.word} |" for verdict in verdicts]
+    lines += ["", "`python -m experiments.shardings`", ""]
+    return "The cut does not matter", "\n".join(lines), verdicts
+
+
+def finetune_section() -> Part:
+    """Experiment 9, from the results of experiments.finetune."""
+    rows = json.loads(finetune.RESULTS.read_text())["finetune"]
+    names = finetune.OPTIMIZERS
+
+    def losses(before: str, tuner: str) -> list[float]:
+        best = finetune.best_lr(rows, pretrained=before, tuned=tuner)
+        key = {"pretrained": before, "tuned": tuner, "lr": best}
+        return [row["prose"] for row in sorted(rows, key=lambda row: row["seed"]) if key.items() <= row.items()]
+
+    verdicts = []
+    for before, other in (("adamw", "distmuon"), ("distmuon", "adamw")):
+        pairs = zip(losses(before, before), losses(before, other), strict=True)
+        gap = interval([same - changed for same, changed in pairs])
+        text = f"Pretrained with {names[before]}, tuning with {names[before]} is better than with {names[other]}"
+        verdicts.append(Verdict(text=text, found=gap, word=on_side(gap, "lower")))
+    lines = ["## 9. Pretrained with one, fine-tuned with the other", ""]
+    lines += wrapped(
+        "**Hypothesis.** A model is fine-tuned best with the optimizer that it was pretrained with. **Source:** arXiv "
+        "2502.16982, section 3.5 and tables 6 and 7."
+    )
+    lines += ["", *finetune.table().splitlines(), "", "| claim | found | verdict |", "|---|---:|---|"]
+    lines += [f"| {verdict.text} | {cell(verdict)} | {verdict.word} |" for verdict in verdicts]
+    lines += ["", *wrapped("The rates are chosen by the mean over the same seeds that are compared.")]
+    lines += ["", "`python -m experiments.finetune`", ""]
+    return "Pretrained with one, fine-tuned with the other", "\n".join(lines), verdicts
+
+
+# ---- pictures
+
+
+def drawn(view: View) -> list[Any]:
+    """The arms, or pairs of arms, that the picture can show."""
+    picture = view.experiment.picture
+    if "pairs" in picture:
+        return [pair for pair in picture["pairs"] if all(view.rows(arm) for arm in pair)]
+    there = view.tuned if picture["kind"] == "over_rates" else view.rows
+    return [arm for arm in picture.get("arms", view.experiment.arms) if arm in view.experiment.arms and there(arm)]
+
+
+def over_steps(view: View) -> Figure:
+    """Validation losses over steps; with `beside`, the RMS of weights and of outputs beside them."""
+    arms, beside = drawn(view), view.experiment.picture.get("beside", False)
+    figure, (losses, *others) = _figure(3 if beside else 1)
+    for number, arm in enumerate(arms):
+        rows = list(view.rows(arm).values())
+        style = {"color": f"C{number}", "label": arm}
+        curves = [[(step, loss) for step, loss in row["val"] if loss is not None] for row in rows]
+        losses.plot(*_mean_curve(curves), **style)
+        if beside:
+            of_weights = [[(at["step"], fmean(at["weight_rms"].values())) for at in row["telemetry"]] for row in rows]
+            of_outputs = [[(at["step"], at["output_rms"]) for at in row["telemetry"]] for row in rows]
+            others[0].plot(*_mean_curve(of_weights), **style)
+            others[1].plot(*_mean_curve(of_outputs), **style)
+    last = [row["val"][-1][1] for arm in arms for row in view.rows(arm).values() if row["val"][-1][1] is not None]
+    losses.set_ylim(min(last) - 0.05, max(last) + 0.8)
+    _labels(losses, "step", "validation loss")
+    for axes, name in zip(others, ("RMS of hidden weights", "largest RMS of a block's output")):
+        _labels(axes, "step", name)
+        axes.set_ylim(bottom=0)
+    losses.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def over_arms(view: View) -> Figure:
+    """The final loss of each arm with its interval."""
+    arms = drawn(view)
+    figure, (axes,) = _figure(1)
+    for number, arm in enumerate(arms):
+        loss = interval(list(view.losses(arm).values()))
+        if math.isfinite(loss.mean):
+            half = loss.high - loss.mean if math.isfinite(loss.high) else 0.0
+            axes.errorbar(loss.mean, number, xerr=half, marker="o", capsize=3, color="C0")
+            axes.plot(list(view.losses(arm).values()), [number] * len(view.losses(arm)), ".", color="C1", markersize=4)
+    axes.set_yticks(range(len(arms)), labels=arms)
+    axes.invert_yaxis()
+    _labels(axes, "validation loss; bars: 95 %, dots: seeds", "")
+    return figure
+
+
+def over_rates(view: View) -> Figure:
+    """The loss of each tuned arm over the rates that were tried."""
+    figure, (axes,) = _figure(1)
+    for arm in drawn(view):
+        points = [(rate, loss) for rate, loss in view.tuned(arm) if math.isfinite(loss)]
+        axes.plot(*zip(*points), marker="o", markersize=3, label=arm)
+    axes.set_xscale("log")
+    _labels(axes, "lr", "validation loss, seed 0")
+    axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def entropy(view: View) -> Figure:
+    """SVD entropy of each matrix under one optimizer over that under the other."""
+    pairs = drawn(view)
+    figure, axes = _figure(len(pairs))
+    for plot, (arm, to) in zip(axes, pairs):
+        kinds: dict[str, list[tuple[float, float]]] = {}
+        for seed, row in view.rows(arm).items():
+            other = view.rows(to).get(seed, {"entropy": {}})["entropy"]
+            for name, value in row["entropy"].items():
+                if name in other:
+                    kinds.setdefault(kind_of(name), []).append((other[name], value))
+        for kind, points in kinds.items():
+            plot.plot(*zip(*points), "o", markersize=3, label=kind)
+        low = min(min(point) for points in kinds.values() for point in points)
+        plot.plot([low, 1], [low, 1], color="gray", linewidth=0.8)
+        _labels(plot, f"SVD entropy, {to}", arm)
+        plot.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def shares(view: View) -> Figure:
+    """Steps to equal loss as a share of the other side's."""
+    pairs = drawn(view)
+    figure, (axes,) = _figure(1)
+    for number, (arm, to) in enumerate(pairs):
+        share = view.steps_share(arm, to)
+        if math.isfinite(share.mean):
+            half = share.high - share.mean if math.isfinite(share.high) else 0.0
+            axes.errorbar(share.mean, number, xerr=half, marker="o", capsize=3, color="C0")
+    axes.set_yticks(range(len(pairs)), labels=[f"{arm} to {to}" for arm, to in pairs])
+    axes.invert_yaxis()
+    _labels(axes, "share of AdamW's steps to its final loss; bars: 95 %", "")
+    return figure
+
+
+PICTURES: dict[str, Callable[[View], Figure]] = {
+    "over_steps": over_steps,
+    "over_arms": over_arms,
+    "over_rates": over_rates,
+    "entropy": entropy,
+    "shares": shares,
+}
+
+
+def _figure(columns: int) -> tuple[Figure, Sequence[Axes]]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, figsize=(3.6 * columns if columns > 1 else 6, 3.2), layout="constrained")
+    return figure, axes if columns > 1 else [axes]
+
+
+def _labels(axes: Axes, across: str, up: str) -> None:
+    axes.set_xlabel(across, fontsize=9)
+    axes.set_ylabel(up, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+
+
+def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
+    """The mean over the curves, at the steps that all have."""
+    by_step = [dict(curve) for curve in curves]
+    steps = sorted(set.intersection(*(set(curve) for curve in by_step)))
+    return steps, [fmean(curve[step] for curve in by_step) for step in steps]
+
+
+def write(results: Results, folder: Path, sizes: Sequence[str] = COMMITTED) -> None:
+    """The page and its pictures in `folder`."""
+    (folder / "experiments.md").write_text(render(results, sizes), encoding="utf-8")
+    pictures = folder / "experiments"
+    pictures.mkdir(exist_ok=True)
+    for stale in pictures.glob("*.png"):
+        stale.unlink()
+    for view in views_of(results, sizes):
+        experiment = view.experiment
+        if drawn(view):
+            figure = PICTURES[experiment.picture["kind"]](view)
+            figure.savefig(pictures / f"{experiment.name}.png", dpi=80)
+            figure.clear()
+
+
+def main() -> None:
+    write(Results(RESULTS), DOCS)
+
+
+if __name__ == "__main__":
+    main()
