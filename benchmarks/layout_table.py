@@ -2,6 +2,7 @@
 
 python -m benchmarks.layout_table            the table of docs/design.md: fp32 gradients, bf16 parameters
 python -m benchmarks.layout_table --orders   the table of docs/planner.md: estimated steps by order of collectives
+python -m benchmarks.layout_table --nodes    the table of docs/planner.md: steps with and without knowledge of nodes
 python -m benchmarks.layout_table --shards   the table of docs/sharding.md: memory and traffic under each sharding
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from distmuon.options import Sharding
-from distmuon.planning.plan import Plan, plan
+from distmuon.planning.plan import Plan, plan, plan_blind
 from distmuon.planning.step_time import ORDERS
 
 LAYOUTS = {
@@ -31,6 +32,15 @@ TIMES = {
     "qwen3-30b-a3b": (64,),
     "moonlight-16b-a3b": (8, 64, 256),
     "kimi-k2-1t": (64, 512),
+}
+
+OVER_NODES = {
+    "llama-1b": (16, 64),
+    "llama-8b": (16, 32, 64, 256, 1024),
+    "llama-70b": (64, 256, 1024),
+    "qwen3-30b-a3b": (64,),
+    "moonlight-16b-a3b": (64, 256),
+    "kimi-k2-1t": (512,),
 }
 
 SHARDED = ("llama-1b", "llama-8b", "llama-70b")
@@ -55,6 +65,22 @@ def order_row(found: Plan) -> str:
     marks = ["**" if time.step_s <= 1.01 * best else "" for time in times]
     both = [f"{m}{1e3 * time.step_s:.1f}{m} + {1e3 * time.left_s:.1f}" for m, time in zip(marks, times)]
     return " | ".join([*(f"{1e3 * cell:.1f}" for cell in cells), *both])
+
+
+def far_share(found: Plan) -> float:
+    """The share of the exchanges' bytes that leaves a node, all ranks together."""
+    all_of_them = sum(rank.sent_bytes.get(name, 0) for rank in found.ranks for name in ("dp_gather", "scatter"))
+    return sum(sum(rank.sent_between_nodes.values()) for rank in found.ranks) / max(1, all_of_them)
+
+
+def nodes_row(name: str, dp_size: int, hardware: str) -> str:
+    """Without and with knowledge of nodes, and with whole matrices: the step, and what is left on the wire, in ms."""
+    sharding = Sharding(overlap="forward")
+    found = plan(name, dp_size=dp_size, hardware=hardware, sharding=sharding)
+    blind = plan_blind(name, dp_size, hardware, sharding)
+    times = [way.time for way in (blind, found, found.others[2])]
+    cells = [f"{1e3 * time.step_s:.1f} + {1e3 * time.left_s:.1f}" for time in times if time]
+    return " | ".join([*cells, f"{far_share(blind):.0%}", f"{far_share(found):.1%}"])
 
 
 def shardings(ranks: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -95,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--orders", action="store_true")
     parser.add_argument("--shards", action="store_true")
+    parser.add_argument("--nodes", action="store_true")
     parser.add_argument("--hardware", default="h100")
     arguments = parser.parse_args()
     if arguments.shards:
@@ -104,6 +131,13 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|---|")
         for name in SHARDED:
             print("\n".join(shard_rows(name)))
+        return
+    if arguments.nodes:
+        print("| model | dp | nodes not known | nodes known | whole matrices | leaves its node, not known | known |")
+        print("|---|---|---|---|---|---|---|")
+        for name, dp_sizes in OVER_NODES.items():
+            for dp_size in dp_sizes:
+                print(f"| {name} | {dp_size} | {nodes_row(name, dp_size, arguments.hardware)} |", flush=True)
         return
     columns = "buckets | largest | straddlers | traffic | NS balance | state balance | padding | staged"
     if arguments.orders:

@@ -52,6 +52,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from distmuon import checks
 from distmuon import state_dict as full_state
+from distmuon.comm import nodes
 from distmuon.comm.agreement import agree_on_bits, agree_on_plan, in_each_group, raise_together
 from distmuon.comm.group import MEETING_S, DataParallelGroup
 from distmuon.errors import problem
@@ -139,6 +140,7 @@ class DistMuon(torch.optim.Optimizer):
     _local_state: LocalState  # set when buffers are built
     _agreed = False  # all ranks have compared their plans
     _sync = True  # False under `no_sync`
+    _per_node: int | None = None  # ranks of a node by the launchers of all ranks; None: not compared yet
 
     def __init__(
         self,
@@ -275,6 +277,9 @@ class DistMuon(torch.optim.Optimizer):
         self._specs = tuple(replace(spec, dtype=param.dtype, stays=kept) for spec, param, kept in current)
         self.options.check_dtypes([(spec.fqn, spec.dtype) for spec in self._specs])
         sharding = self.options.sharding
+        for group in dict.fromkeys((*self._groups, self._exchange_group)):
+            launched = nodes.launched_per_node() if self._per_node is None else self._per_node
+            group.node_size = nodes.node_size(group, sharding.gpus_per_node, launched) or group.dp_size
         self._layouts = [
             make_layout(
                 [spec for spec in self._specs if spec.group == number],
@@ -283,6 +288,7 @@ class DistMuon(torch.optim.Optimizer):
                 placement=sharding.placement,
                 bucket_mb=sharding.bucket_mb,
                 given=self._boxes,
+                node_size=group.node_size,
             )
             for number, group in enumerate(self._groups)
         ]
@@ -315,6 +321,8 @@ class DistMuon(torch.optim.Optimizer):
     def _agree(self) -> None:
         """Raise on all ranks unless all made the same layout with the same options. Collective, once."""
         self.group.take_number()
+        if self.options.sharding.gpus_per_node is None:
+            self._per_node = nodes.agreed_per_node(self.group)
         self.layout = raise_together(self.group, self._make_layout, stage="comparison of the plans")
         lines = [f"{s.common_name} {s.shape} {s.dtype} {s.rule}" for s in self._specs]
         agree_on_plan(repr(lines), lines, self.group)

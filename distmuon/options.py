@@ -22,6 +22,7 @@ Placement = Literal["owner", "replicated"]
 GradReduction = Literal["reduce_scatter", "external"]
 ParamGather = Literal["parameters", "updates"]
 Overlap = Literal[False, True, "forward"]
+GpusPerNode = int | Literal["all"] | None
 MasterFormat = Literal["float32", "remainder"]
 AdjustLrFn = Literal["match_rms_adamw", "original"]
 
@@ -91,6 +92,11 @@ class Sharding:
     """True: reduce under backward, and pipeline the buckets in `step`, which ends when all parameters have arrived.
     "forward": all-gathers run under the next forward, whose modules wait for them; other code that reads or writes
     parameters must call `DistMuon.synchronize` first. False: bucket after bucket."""
+    gpus_per_node: GpusPerNode = None
+    """Ranks of a node, in the numbering of the default process group; matrices then keep inside nodes, so that pieces
+    of cut matrices hardly ever leave one. None: as the launcher's environment says (LOCAL_WORLD_SIZE, or
+    SLURM_NTASKS_PER_NODE), if all ranks agree; if they do not, or if it says nothing, nodes do not matter. "all": all
+    ranks share a node, and nodes do not matter. 1: every rank has a node to itself, with the same layout."""
 
     def __post_init__(self) -> None:
         one_of("sharding.packing", self.packing, get_args(Packing))
@@ -99,6 +105,13 @@ class Sharding:
         one_of("sharding.overlap", self.overlap, get_args(Overlap))
         one_of("sharding.release_grads", self.release_grads, (False, True))
         positive("sharding.bucket_mb", self.bucket_mb, most=2.0**40)
+        if self.gpus_per_node not in (None, "all") and (type(self.gpus_per_node) is not int or self.gpus_per_node < 1):
+            raise problem(
+                "sharding.gpus_per_node",
+                found=f"found {self.gpus_per_node!r}",
+                needed='a whole number from 1, "all" or None is needed',
+                cure="correct sharding.gpus_per_node",
+            )
 
 
 def with_fields(sharding: Sharding, precision: Precision, given: Mapping[str, Any]) -> tuple[Sharding, Precision]:

@@ -58,7 +58,7 @@ MEETING_S = 25.0  # how much later than the first rank the last may come to a me
 
 _UNUSED_TAG = 0x6D756F6E
 
-Count = Callable[[str, int], None]
+Count = Callable[[str, int, int], None]
 T = TypeVar("T")
 _control_groups: WeakKeyDictionary[dist.ProcessGroup, Any] = WeakKeyDictionary()
 _made_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -146,6 +146,7 @@ class DataParallelGroup:
             self._made = self._counts.made = self._counts.made + 1
         self.number = 0  # the optimizer's number among those built on this group; 0: not built yet
         self._call, self._calls = "", 0  # the user's collective call in progress, and how many there were
+        self.node_size = self.dp_size  # as many consecutive ranks share a node; the optimizer sets it, see nodes.py
         self.tells_place = True  # whether ranks in a meeting learn where this rank waits; see lost_ranks.py
 
     def check_current(self) -> None:
@@ -221,6 +222,10 @@ class DataParallelGroup:
             )
         counts.surplus = surplus
         self.number = counts.built = counts.built + 1
+
+    def global_ranks(self) -> list[int]:
+        """The ranks of this group, by their numbers in the default group."""
+        return dist.get_process_group_ranks(self._group()) if self.dp_size > 1 else [0]
 
     def begin(self, call: str) -> None:
         """Note that the user has made a collective call, even if its arguments will be refused on this rank."""
@@ -303,7 +308,7 @@ class DataParallelGroup:
         """
         if self.dp_size == 1:
             return Pending(output.copy_(input) if output.data_ptr() != input.data_ptr() else output)
-        self.count(stage, (self.dp_size - 1) * output.numel() * input.element_size())
+        self.count(stage, (self.dp_size - 1) * output.numel() * input.element_size(), 0)
         if not self._gloo and input.is_cuda and input.dtype == output.dtype:
             work = dist.reduce_scatter_single(
                 output, input, op=dist.ReduceOp.AVG, group=self.process_group, async_op=True
@@ -327,7 +332,7 @@ class DataParallelGroup:
         """Gather `input` (n,) of every rank, in rank order, into `output` (dp_size * n,); it may be a slice of it."""
         if self.dp_size == 1:
             return Pending(output.copy_(input) if output.data_ptr() != input.data_ptr() else output)
-        self.count(stage, (self.dp_size - 1) * input.numel() * input.element_size())
+        self.count(stage, (self.dp_size - 1) * input.numel() * input.element_size(), 0)
         if self._gloo:
             works = self._broadcast_all(output, input)
         else:
@@ -356,7 +361,9 @@ class DataParallelGroup:
         if self.dp_size == 1:
             return Pending(output)
         sent = sum(n for rank, n in enumerate(send_counts) if rank != self.dp_rank)
-        self.count(stage, sent * input.element_size())
+        node = self.dp_rank // self.node_size
+        far = sum(n for rank, n in enumerate(send_counts) if rank // self.node_size != node)
+        self.count(stage, sent * input.element_size(), far * input.element_size())
         work = dist.all_to_all_single(
             output, input, receive_counts, send_counts, group=self.process_group, async_op=True
         )
@@ -369,7 +376,7 @@ class DataParallelGroup:
         """
         if self.dp_size == 1:
             return Pending(tensor)
-        self.count(stage, 2 * (self.dp_size - 1) * tensor.numel() * tensor.element_size() // self.dp_size)
+        self.count(stage, 2 * (self.dp_size - 1) * tensor.numel() * tensor.element_size() // self.dp_size, 0)
         operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         work = dist.all_reduce(tensor, operation, group=self.process_group, async_op=True)
         return self._pending(tensor, (work,), (), stage, "")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from heapq import heapify, heappop, heappush
 from itertools import groupby
 from operator import attrgetter
@@ -26,6 +26,13 @@ _MIN_BUCKET_ELEMENTS = 8 << 20
 _offset = attrgetter("offset")
 # Bucket sizes that are tried: the model's size over each of these.
 _SIZE_DIVISORS = (16, 14, 12, 11, 10, 9, 8.5, 8, 7.5, 7, 6.5, 6, 5.5, 5, 4.5)
+# Over several nodes also buckets that grow, see `_growing_buckets`: the divisor of the last one, and the growth.
+_GROWTHS = ((48, 4), (16, 4), (32, 8), (8, 8), (64, 12), (24, 12), (12, 12))
+_MOST_UNITS = 12  # matrices a rank in a bucket of stacks
+_NVLINK = 9  # bytes inside a node in the time of one through a card: 450 and 50 GB/s
+_FLOPS_PER_BYTE = (
+    15_000  # FLOPs of Newton-Schulz in the time of a byte through a card: 0.6 * 989 TFLOP/s, 0.8 * 50 GB/s
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +100,7 @@ class Layout:
     buckets: tuple[BucketSpec, ...]
     matrices: tuple[PlacedUnit, ...]
     given: tuple[HeldBoxes, ...] = ()  # if others have cut the parameters, see given.py: the boxes of each
+    node_size: int = 0  # as many consecutive ranks share a node, or fewer the last; dp_size if nodes are not known
 
     @cached_property
     def segments_of(self) -> tuple[tuple[Segment, ...], ...]:
@@ -177,7 +185,7 @@ class Layout:
         """A text that two ranks share exactly if their layouts are equal."""
         return repr(
             (
-                (self.dp_size, bool(self.given)),
+                (self.dp_size, bool(self.given), self.node_size),
                 [(s.common_name, s.shape, str(s.dtype), s.rule, s.matrices) for s in self.specs],
                 self.buckets,
             )
@@ -206,6 +214,7 @@ def make_layout(
     placement: Placement = "owner",
     bucket_mb: float | None = None,
     given: Sequence[HeldBoxes] | None = None,
+    node_size: int = 0,
 ) -> Layout:
     """Cut `specs` (registration order) for `dp_size` ranks, or take the cut that is `given`. Pure and deterministic.
 
@@ -213,19 +222,29 @@ def make_layout(
     model with the best `_score`, but at least 32 MiB; the smaller size wins a tie, since small buckets overlap better.
     If shards are given, their boxes by parameter and rank: an eighth of the model, or more, so that a bucket has about
     two matrices a rank: in an exchange only the owners of its matrices have something to send back.
+
+    `node_size`: as many consecutive ranks share a node; 0: not known. With several nodes of several ranks each, which
+    have equally many, matrices keep inside nodes ([Note: nodes] in packing.py), and further buckets are tried.
     """
+    if not 0 < node_size <= dp_size:
+        node_size = dp_size
+    by_node = packing == "balanced" and given is None and node_size > 1 and dp_size % node_size == 0
+    cut = partial(_cut, specs, dp_size, packing, placement, given, node_size, dp_size // node_size if by_node else 1)
     if bucket_mb is not None:
         size = max(1, int(min(bucket_mb * (1 << 20) / 4, 1 << 62)))  # inf: one bucket a dtype
-        return _cut(specs, dp_size, packing, placement, _bucket_params(specs, size, size), given)
+        return cut(_bucket_params(specs, size, size))
     total = sum(spec.numel for spec in specs)
-    cuts: list[list[list[int]]] = []  # without duplicates: if most experts have their own bucket, sizes hardly matter
     num_units = sum(len(spec.matrices) for spec in specs)
-    for parts in _SIZE_DIVISORS if given is None else (max(1, min(8, round(num_units / (2 * dp_size)))),):
-        cut = _bucket_params(specs, max(_MIN_BUCKET_ELEMENTS, int(total / parts)), _MIN_BUCKET_ELEMENTS)
-        if cut not in cuts:
-            cuts.append(cut)
-    layouts = (_cut(specs, dp_size, packing, placement, cut, given) for cut in cuts)
-    return next(layouts) if len(cuts) == 1 else min(layouts, key=_score)
+    several_nodes = by_node and node_size < dp_size
+    divisors = _SIZE_DIVISORS if given is None else (max(1, min(8, round(num_units / (2 * dp_size)))),)
+    cuts: list[list[list[int]]] = []  # without duplicates: if most experts have their own bucket, sizes hardly matter
+    for parts in divisors:
+        cuts.append(_bucket_params(specs, max(_MIN_BUCKET_ELEMENTS, int(total / parts)), _MIN_BUCKET_ELEMENTS))
+    if several_nodes:
+        cuts = [_growing_buckets(specs, dp_size, node_size, *growth) for growth in _GROWTHS] + cuts[::3]
+    cuts = [params for number, params in enumerate(cuts) if params not in cuts[:number]]
+    layouts = map(cut, cuts)
+    return next(layouts) if len(cuts) == 1 else min(layouts, key=_score_of_nodes if several_nodes else _score)
 
 
 def _cut(
@@ -233,11 +252,13 @@ def _cut(
     dp_size: int,
     packing: Packing,
     placement: Placement,
-    params_of: list[list[int]],
     given: Sequence[HeldBoxes] | None,
+    node_size: int,
+    num_nodes: int,
+    params_of: list[list[int]],
 ) -> Layout:
-    """Make the layout whose buckets hold these parameters."""
-    loads = Loads([0] * dp_size, [0] * dp_size)
+    """Make the layout whose buckets hold these parameters; matrices keep inside each of `num_nodes` nodes."""
+    loads = Loads([0] * dp_size, [0] * dp_size, [[0] * (dp_size // num_nodes) for _ in range(num_nodes)])
     buckets = []
     for index, params in enumerate(params_of):
         if given is not None:
@@ -246,8 +267,14 @@ def _cut(
             shard_size, shards = _pack(specs, params, dp_size, packing, loads)
         segments = tuple(_split_at_units(specs, shards))
         buckets.append(BucketSpec(index, specs[params[0]].dtype, tuple(params), shard_size, segments, dp_size))
-    matrices = _place(specs, buckets, placement, dp_size)
-    return Layout(dp_size, tuple(specs), tuple(buckets), matrices, tuple(given or ()))
+    matrices = _place(specs, buckets, placement, dp_size, num_nodes)
+    return Layout(dp_size, tuple(specs), tuple(buckets), matrices, tuple(given or ()), node_size)
+
+
+def recut(specs: Sequence[ParamSpec], like: Layout, packing: Packing, placement: Placement) -> Layout:
+    """The buckets of another layout of the same parameters, each cut in another way."""
+    params_of = [[*bucket.params] for bucket in like.buckets]
+    return _cut(specs, like.dp_size, packing, placement, None, like.node_size, 1, params_of)
 
 
 def join(specs: Sequence[ParamSpec], layouts: Sequence[Layout]) -> Layout:
@@ -282,7 +309,7 @@ def join(specs: Sequence[ParamSpec], layouts: Sequence[Layout]) -> Layout:
                 sources=renamed(group, placed.sources),
             )
             matrices.append(changed)
-    return Layout(layouts[0].dp_size, tuple(specs), tuple(buckets), tuple(matrices))
+    return Layout(layouts[0].dp_size, tuple(specs), tuple(buckets), tuple(matrices), node_size=layouts[0].node_size)
 
 
 def _score(layout: Layout) -> float:
@@ -311,6 +338,38 @@ def _score(layout: Layout) -> float:
     stalled = sum(max(by_rank.values(), default=0) for by_rank in exchanged) * 2 / bytes_moved
     excess_work = max(cost) * layout.dp_size / max(1, sum(cost)) - 1
     return max(traffic / 0.005, excess_work / 0.03) + stalled / 0.05
+
+
+def _score_of_nodes(layout: Layout) -> float:
+    """The time of a step over several nodes as far as the layout decides it, in bytes that a card sends meanwhile.
+
+    It is the sum of three: the reduce-scatters that no backward hides, since their buckets hold the first matrix or
+    what comes before it; each exchange's busiest rank; and the Newton-Schulz of the busiest rank, or, if that is more,
+    half of the sum over buckets of their busiest ranks', for each bucket waits for its exchange, and two overlap.
+    """
+    num_nodes = layout.dp_size // layout.node_size
+    work = [0] * layout.dp_size
+    by_bucket: list[dict[int, int]] = [{} for _ in layout.buckets]  # Newton-Schulz, by rank
+    exchanged: list[dict[int, float]] = [{} for _ in layout.buckets]  # elements received by an owner, or sent
+    for placed in layout.matrices:
+        cost = ns_cost(placed.unit)
+        owner = placed.workers[0]
+        work[owner] += cost
+        by_rank = by_bucket[placed.bucket]
+        by_rank[owner] = by_rank.get(owner, 0) + cost
+        moved = exchanged[placed.bucket]
+        for piece in placed.pieces:
+            if piece.rank != owner:
+                is_far = piece.rank // layout.node_size != owner // layout.node_size
+                elements = piece.length if is_far else piece.length / _NVLINK
+                for key in (owner, layout.dp_size + piece.rank):
+                    moved[key] = moved.get(key, 0) + elements
+    first = min((placed.param for placed in layout.matrices), default=0)
+    late = sum(bucket.shard_size for bucket in layout.buckets if min(bucket.params) <= first) * layout.dp_size
+    reduced = 4 * late * (num_nodes - 1) / num_nodes / layout.node_size
+    stalled = 2 * sum(max(moved.values(), default=0) for moved in exchanged)
+    waiting = sum(max(by_rank.values(), default=0) for by_rank in by_bucket) / 2
+    return reduced + stalled + 5 * max(*work, waiting) / _FLOPS_PER_BYTE
 
 
 def _bucket_params(specs: Sequence[ParamSpec], target: int, alone_from: int) -> list[list[int]]:
@@ -342,6 +401,49 @@ def _bucket_params(specs: Sequence[ParamSpec], target: int, alone_from: int) -> 
     return sorted(buckets, key=lambda params: -min(params))
 
 
+def _growing_buckets(
+    specs: Sequence[ParamSpec], dp_size: int, node_size: int, divisor: int, growth: int
+) -> list[list[int]]:
+    """Buckets for several nodes: the last one small, and each at most `growth` times as large as the one after it.
+
+    A node's part of a bucket must hold whole matrices, so buckets are large; but nothing hides the reduce-scatter of
+    the last one, which has 1/`divisor` of the elements that do not lie in buckets of their own, and a backward that is
+    `growth` times as fast as needed hides the others. An embedding, a head and stacks with a matrix for each node have
+    buckets of their own. Neighbouring stacks of equal matrices share one until all ranks have equally many matrices.
+    """
+    num_nodes = dp_size // node_size
+    buckets = []
+    for dtype in dict.fromkeys(spec.dtype for spec in specs):
+        shared: list[int] = []
+        stacks: list[int] = []
+        num_units = 0
+        for param in (p for p in reversed(range(len(specs))) if specs[p].dtype == dtype):
+            units = specs[param].matrices
+            if specs[param].numel < _MIN_BUCKET_ELEMENTS or 0 < len(units) < num_nodes:
+                shared.append(param)
+                continue
+            if not units:
+                buckets.append([param])
+                continue
+            is_whole = num_units % dp_size == 0 or num_units >= _MOST_UNITS * dp_size
+            if stacks and (is_whole or specs[stacks[0]].matrices[0].numel != units[0].numel):
+                buckets.append(stacks)
+                stacks, num_units = [], 0
+            stacks.append(param)
+            num_units += len(units)
+        target = max(_MIN_BUCKET_ELEMENTS, sum(specs[param].numel for param in shared) // divisor)
+        filled = 0
+        bucket: list[int] = []
+        for param in reversed(shared):
+            if filled >= target:
+                buckets.append(bucket[::-1])
+                bucket, filled, target = [], 0, growth * target
+            bucket.append(param)
+            filled += specs[param].numel
+        buckets += [bucket[::-1] if bucket else [], stacks]
+    return sorted(filter(None, buckets), key=lambda params: -min(params))
+
+
 def _pack(
     specs: Sequence[ParamSpec],
     params: Sequence[int],
@@ -350,10 +452,12 @@ def _pack(
     loads: Loads,
 ) -> tuple[int, list[list[Piece]]]:
     """Pack a bucket. A single parameter is cut evenly if that cuts no unit, so that large stacks stay contiguous."""
-    if packing == "contiguous" or len(params) == 1:
+    several_nodes = len(loads.of_node) > 1
+    is_stacks = several_nodes and all(len(specs[p].matrices) >= len(loads.of_node) for p in params)
+    if packing == "contiguous" or len(params) == 1 or is_stacks:
         shard_size, shards = pack_evenly([Item(p, 0, specs[p].numel) for p in params], dp_size)
         starts = {piece.offset for shard in shards for piece in shard}
-        if packing == "contiguous" or starts <= {matrix.offset for matrix in specs[params[0]].matrices}:
+        if packing == "contiguous" or is_stacks or starts <= {matrix.offset for matrix in specs[params[0]].matrices}:
             return shard_size, shards
     stones = [Item(p, m.offset, m.numel, ns_cost(m)) for p in params for m in specs[p].matrices]
     sand = [Item(p, 0, specs[p].numel) for p in params if not specs[p].matrices]
@@ -393,12 +497,9 @@ def _cut_at_units(piece: Piece, units: Sequence[Unit]) -> Iterator[tuple[int, in
 
 
 def _place(
-    specs: Sequence[ParamSpec], buckets: Sequence[BucketSpec], placement: Placement, dp_size: int
+    specs: Sequence[ParamSpec], buckets: Sequence[BucketSpec], placement: Placement, dp_size: int, num_nodes: int
 ) -> tuple[PlacedUnit, ...]:
-    """Give every unit its workers. Straddlers, most costly first, go to their least loaded holder.
-
-    If every holder would exceed the mean load, the least loaded rank of all gets the straddler.
-    """
+    """Give every unit its workers: its owner, or all holders."""
     pieces_of: dict[tuple[int, int], list[Segment]] = {}
     for bucket in buckets:
         for segment in bucket.segments:
@@ -409,26 +510,9 @@ def _place(
     ]
     bucket_of = {param: bucket.index for bucket in buckets for param in bucket.params}
     workers = [tuple(sorted({piece.rank for piece in pieces_of[unit]})) for unit in units]
-    costs = [ns_cost(specs[param].matrices[unit]) for param, unit in units]
     if placement == "owner":
-        load = [0] * dp_size
-        ideal = sum(costs) / dp_size
-        for holders, cost in zip(workers, costs):
-            if len(holders) == 1:
-                load[holders[0]] += cost
-        queue = [(done, rank) for rank, done in enumerate(load)]  # outdated entries have too small a load
-        heapify(queue)
-        for index in sorted(range(len(units)), key=lambda i: (-costs[i], i)):
-            if len(workers[index]) > 1:
-                owner = min(workers[index], key=lambda rank: (load[rank], rank))
-                if load[owner] + costs[index] > ideal:
-                    while queue[0][0] != load[queue[0][1]]:
-                        heappop(queue)
-                    least, rank = queue[0]
-                    owner = owner if load[owner] == least else rank
-                load[owner] += costs[index]
-                heappush(queue, (load[owner], owner))
-                workers[index] = (owner,)
+        costs = [ns_cost(specs[param].matrices[unit]) for param, unit in units]
+        workers = [(owner,) for owner in _owners(costs, workers, dp_size, dp_size // num_nodes)]
     placed = []
     copy_of = {segment.rank: segment.replica for bucket in buckets for segment in bucket.segments}
     for index, (param, unit) in enumerate(units):
@@ -438,6 +522,39 @@ def _place(
             PlacedUnit(index, param, specs[param].matrices[unit], bucket_of[param], pieces, workers[index], sources)
         )
     return tuple(placed)
+
+
+def _owners(costs: Sequence[int], holders_of: Sequence[tuple[int, ...]], dp_size: int, node_size: int) -> list[int]:
+    """The owner of each matrix. Straddlers, most costly first, go to their least loaded holder.
+
+    If that would exceed the mean load, the least loaded rank of the holders' nodes gets the straddler.
+    """
+    owners = [holders[0] for holders in holders_of]
+    load = [0] * dp_size
+    ideal = sum(costs) / dp_size
+    for holders, cost in zip(holders_of, costs):
+        if len(holders) == 1:
+            load[holders[0]] += cost
+    queue = [(done, rank) for rank, done in enumerate(load)]  # outdated entries have too small a load
+    heapify(queue)
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        holders, cost = holders_of[index], costs[index]
+        if len(holders) == 1:
+            continue
+        owner = min(holders, key=lambda rank: (load[rank], rank))
+        if load[owner] + cost > ideal:
+            while queue[0][0] != load[queue[0][1]]:
+                heappop(queue)
+            near = queue[0][1]
+            if node_size < dp_size:
+                nodes = dict.fromkeys(rank // node_size for rank in holders)
+                ranks = (rank for node in nodes for rank in range(node * node_size, (node + 1) * node_size))
+                near = min(ranks, key=lambda rank: (load[rank], rank))
+            owner = near if load[near] < load[owner] else owner
+        owners[index] = owner
+        load[owner] += cost
+        heappush(queue, (load[owner], owner))
+    return owners
 
 
 def _sources(pieces: tuple[Segment, ...], owner: int, copy_of: Mapping[int, int]) -> tuple[Segment, ...]:

@@ -18,6 +18,11 @@ shard, a parameter cannot be a view: `Layout.contiguous_start` is None and `flat
 
       shard 0              shard 1                     shard 2
     | stone  stone  A.. | ..A  stone  sand  B.. | ..B  stone  sand |       A, B: straddlers
+
+[Note: nodes] Pieces of a straddler travel in each step, and links between nodes are slow. So where ranks lie on several
+nodes, each stone gets a node first: largest first, the node with room whose least loaded rank has the fewest
+Newton-Schulz FLOPs. The rules above then hold inside each node. Only a stone that fits into no node is cut over more.
+Those larger than a node are laid over whole nodes first, and the others over the room that all nodes have left.
 """
 
 from __future__ import annotations
@@ -59,10 +64,15 @@ class Piece(NamedTuple):
 
 @dataclass(slots=True)
 class Loads:
-    """Load of each rank over all buckets packed so far: the cost of whole stones, and the blocks of Muon elements."""
+    """Load over all buckets packed so far.
+
+    By rank: the cost of whole stones, and the blocks of Muon elements. By node: a heap with a value for each of its
+    ranks, the cost of all stones that lie in the node, shared out as if any rank might own any of them.
+    """
 
     cost: list[int]
     muon_blocks: list[int]
+    of_node: list[list[int]]
 
 
 Shards = list[list[Item]]  # per rank
@@ -81,26 +91,83 @@ def pack_evenly(items: Sequence[Item], dp_size: int) -> tuple[int, list[list[Pie
 def pack_balanced(
     stones: Sequence[Item], sand: Sequence[Item], dp_size: int, loads: Loads
 ) -> tuple[int, list[list[Piece]]]:
-    """See [Note: stones and sand]. Returns (shard size in elements, pieces per rank); adds to `loads`."""
+    """See [Note: stones and sand]; `loads.of_node` says how many nodes of equally many ranks there are.
+
+    Returns (shard size in elements, pieces per rank); adds to `loads`.
+    """
     shard_blocks = ceil(sum(item.blocks for item in (*stones, *sand)) / dp_size)
     stones = sorted(stones, key=lambda s: -s.blocks)
-    large_stones = _lay_large_stones([s for s in stones if s.blocks > shard_blocks], shard_blocks, loads)
-    room = [shard_blocks - sum(piece.blocks for piece in pieces) for pieces in large_stones]
-    for rank, blocks in enumerate(room):
-        loads.muon_blocks[rank] += shard_blocks - blocks
-    whole: Shards = [[] for _ in room]
+    room = [shard_blocks] * dp_size
+    num_nodes = len(loads.of_node)
+    node_size = dp_size // num_nodes
+    boulders = [s for s in stones if num_nodes > 1 and s.blocks > node_size * shard_blocks]
+    cut = _lay_large_stones(boulders, shard_blocks, loads.muon_blocks, room, unit=node_size)
+    _take(loads, room, cut)
+    homes, homeless = _choose_nodes(stones[len(boulders) :], loads, room)
+    whole: Shards = []
+    for node, at_home in enumerate(homes):
+        ranks = range(node * node_size, (node + 1) * node_size)
+        whole += _pack_node(at_home, ranks, shard_blocks, loads, room, cut)
+    quota = _fill_level(loads.muon_blocks, room, sum(stone.blocks for stone in homeless))
+    between = _stream(homeless, quota)
+    _take(loads, room, between)
+    return shard_blocks * ALIGNMENT, _lay_out(whole, _merge(cut, between), _stream(sand, room))
+
+
+def _choose_nodes(stones: Sequence[Item], loads: Loads, room: Sequence[int]) -> tuple[list[list[Item]], list[Item]]:
+    """(the stones of each node, those that fit into no node); largest first, to the node of the least loaded rank."""
+    num_nodes = len(loads.of_node)
+    if num_nodes == 1:
+        return [[*stones]], []
+    node_size = len(room) // num_nodes
+    left = [sum(room[node * node_size : (node + 1) * node_size]) for node in range(num_nodes)]
+    homes: list[list[Item]] = [[] for _ in left]
+    homeless = []
+    for _, same in groupby(stones, key=lambda s: s.blocks):
+        queue: list[tuple[int, int, int, int]] = []  # a heap of the nodes with room for stones of this size
+        for number, stone in enumerate(same):
+            if number == 0:
+                queue = [
+                    (loads.of_node[n][0], sum(loads.of_node[n]), -left[n], n)
+                    for n in range(num_nodes)
+                    if left[n] >= stone.blocks
+                ]
+                heapify(queue)
+            if not queue:
+                homeless.append(stone)
+                continue
+            node = queue[0][-1]
+            homes[node].append(stone)
+            left[node] -= stone.blocks
+            heapreplace(loads.of_node[node], loads.of_node[node][0] + stone.cost)
+            if left[node] >= stone.blocks:
+                heapreplace(queue, (loads.of_node[node][0], sum(loads.of_node[node]), -left[node], node))
+            else:
+                heappop(queue)
+    return homes, homeless
+
+
+def _pack_node(
+    stones: Sequence[Item], ranks: range, shard_blocks: int, loads: Loads, room: list[int], cut: Shards
+) -> Shards:
+    """Pack the stones of a node on its ranks. Returns the whole stones of each; adds the pieces of others to `cut`."""
+    low, high = ranks[0], ranks[-1] + 1
+    large_stones = [s for s in stones if s.blocks > shard_blocks]
+    laid = _lay_large_stones(large_stones, shard_blocks, loads.muon_blocks[low:high], room[low:high])
+    whole: Shards = [[] for _ in ranks]
     straddlers = []
+    _take(loads, room, laid, low)
     for _, same in groupby((s for s in stones if s.blocks <= shard_blocks), key=lambda s: s.blocks):
         queue: list[tuple[int, int, int, int]] = []  # a heap of the ranks with room for stones of this size
         for number, stone in enumerate(same):
             if number == 0:
-                queue = [_priority(loads, room, r) for r in range(dp_size) if room[r] >= stone.blocks]
+                queue = [_priority(loads, room, r) for r in ranks if room[r] >= stone.blocks]
                 heapify(queue)
             if not queue:
                 straddlers.append(stone)
                 continue
             rank = queue[0][-1]
-            whole[rank].append(stone)
+            whole[rank - low].append(stone)
             room[rank] -= stone.blocks
             loads.cost[rank] += stone.cost
             loads.muon_blocks[rank] += stone.blocks
@@ -108,12 +175,19 @@ def pack_balanced(
                 heapreplace(queue, _priority(loads, room, rank))
             else:
                 heappop(queue)
-    quota = _fill_level(loads.muon_blocks, room, sum(stone.blocks for stone in straddlers))
-    for rank, blocks in enumerate(quota):
+    quota = _fill_level(loads.muon_blocks[low:high], room[low:high], sum(stone.blocks for stone in straddlers))
+    pieces = _stream(straddlers, quota)
+    _take(loads, room, pieces, low)
+    cut[low:high] = _merge(cut[low:high], _merge(laid, pieces))
+    return whole
+
+
+def _take(loads: Loads, room: list[int], pieces: Shards, first: int = 0) -> None:
+    """Count the pieces of cut stones that lie on the ranks from `first` on."""
+    for rank, held in enumerate(pieces, first):
+        blocks = sum(piece.blocks for piece in held)
         room[rank] -= blocks
         loads.muon_blocks[rank] += blocks
-    cut = _merge(large_stones, _stream(straddlers, quota))
-    return shard_blocks * ALIGNMENT, _lay_out(whole, cut, _stream(sand, room))
 
 
 def _priority(loads: Loads, room: Sequence[int], rank: int) -> tuple[int, int, int, int]:
@@ -121,15 +195,21 @@ def _priority(loads: Loads, room: Sequence[int], rank: int) -> tuple[int, int, i
     return loads.cost[rank], loads.muon_blocks[rank], -room[rank], rank
 
 
-def _lay_large_stones(large_stones: Sequence[Item], shard_blocks: int, loads: Loads) -> Shards:
-    """Lay stones larger than a shard over consecutive whole shards, on the ranks with the fewest Muon elements."""
+def _lay_large_stones(
+    large_stones: Sequence[Item], shard_blocks: int, heights: Sequence[int], room: Sequence[int], unit: int = 1
+) -> Shards:
+    """Lay stones larger than a shard over consecutive whole shards, on the ranks with the fewest Muon elements.
+
+    `heights`: the Muon blocks of each rank. `unit`: they begin at a multiple of so many ranks, and end at one.
+    """
     if not large_stones:
-        return [[] for _ in loads.cost]
-    dp_size = len(loads.cost)
-    width = ceil(sum(item.blocks for item in large_stones) / shard_blocks)
-    before = [0, *accumulate(loads.muon_blocks)]  # for each rank, the Muon blocks on all ranks before it
-    start = min(range(dp_size - width + 1), key=lambda first: before[first + width] - before[first])
-    return _stream(large_stones, [shard_blocks if start <= rank else 0 for rank in range(dp_size)])
+        return [[] for _ in room]
+    amount = sum(item.blocks for item in large_stones)
+    width = ceil(amount / (shard_blocks * unit)) * unit
+    before = [0, *accumulate(heights)]  # for each rank, the Muon blocks on all ranks before it
+    starts = range(0, len(room) - width + 1, unit) if min(room) == shard_blocks else range(1)
+    start = min(starts, key=lambda first: before[first + width] - before[first]) if len(starts) > 1 else 0
+    return _stream(large_stones, [blocks if start <= rank else 0 for rank, blocks in enumerate(room)])
 
 
 def _fill_level(heights: Sequence[int], room: Sequence[int], amount: int) -> list[int]:

@@ -45,8 +45,16 @@ def _cut(layout: Layout) -> str:
     return (
         f"layout: dp_size {layout.dp_size}, {buckets}, {_count(layout.num_straddlers, 'straddler')}, "
         f"Newton-Schulz max/mean {layout.ns_balance:.3f}, padding {100 * layout.padding:.3f} %, "
-        f"staged {100 * layout.staged:.1f} %"
+        f"staged {100 * layout.staged:.1f} %{_nodes(layout)}"
     )
+
+
+def _nodes(layout: Layout) -> str:
+    if not 1 < layout.node_size < layout.dp_size:
+        return ""
+    if layout.dp_size % layout.node_size:
+        return f"; nodes of {layout.node_size} ranks and a smaller one, which the layout leaves out of account"
+    return f"; {layout.dp_size // layout.node_size} nodes of {layout.node_size} ranks"
 
 
 def routing_table(layout: Layout) -> str:

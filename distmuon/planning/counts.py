@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distmuon.layout.layout import BucketSpec, Layout, ns_cost
+from distmuon.layout.layout import BucketSpec, Layout, PlacedUnit, ns_cost
 from distmuon.math.codecs import master_codec, momentum_codec
 from distmuon.options import Options
 from distmuon.planning.step_time import BucketLoad
@@ -48,6 +48,7 @@ class RankPlan:
     """A rank's work in a step, by stage (stages without traffic are absent), and the bytes that it holds."""
 
     sent_bytes: dict[str, int]
+    sent_between_nodes: dict[str, int]  # of these bytes, those of the exchanges that leave the rank's node
     calls: dict[str, int]
     ns_matrices: int
     ns_flops: int  # of the standard form, `newton_schulz.flops`
@@ -58,9 +59,12 @@ class RankPlan:
         return self.held.state
 
 
-def count(layout: Layout, options: Options, ns_steps: int = 5) -> tuple[tuple[RankPlan, ...], list[BucketLoad]]:
-    """(plan of each rank, load of each bucket)."""
-    loads = _load(layout, options)
+def count(
+    layout: Layout, options: Options, ns_steps: int = 5, node_size: int = 0
+) -> tuple[tuple[RankPlan, ...], list[BucketLoad]]:
+    """(plan of each rank, load of each bucket). `node_size`: ranks of a node, if not those that the layout knows."""
+    node_size = node_size or layout.node_size or layout.dp_size
+    loads = _load(layout, options, node_size)
     wire_bytes = options.precision.wire.itemsize
     same = {
         "reduce_scatter": sum(load.reduce_scatter for load in loads),
@@ -75,7 +79,13 @@ def count(layout: Layout, options: Options, ns_steps: int = 5) -> tuple[tuple[Ra
     for (gather, scatter, matrices, flops), held in zip(sums, _held(layout, options, loads)):
         sent = {**same, "dp_gather": wire_bytes * gather, "scatter": wire_bytes * scatter}
         sent = {stage: n for stage, n in sent.items() if n}
-        ranks.append(RankPlan(sent, calls, matrices, ns_steps * flops, held))
+        rank = len(ranks)
+        far = {
+            "dp_gather": wire_bytes * sum(load.far["gather_out"][rank] for load in loads),
+            "scatter": wire_bytes * sum(load.far["scatter_out"][rank] for load in loads),
+        }
+        far = {stage: n for stage, n in far.items() if n}
+        ranks.append(RankPlan(sent, far, calls, matrices, ns_steps * flops, held))
     return tuple(ranks), loads
 
 
@@ -114,11 +124,12 @@ def guard_bytes(layout: Layout) -> int:
     return 2 * (layout.dp_size - 1) * (4 + len(layout.specs)) * torch.float64.itemsize // layout.dp_size
 
 
-def _load(layout: Layout, options: Options) -> list[BucketLoad]:
+def _load(layout: Layout, options: Options, node_size: int) -> list[BucketLoad]:
     """The load of each bucket, from one pass over segments and units."""
     num_peers = layout.dp_size - 1
     loads = []
-    first_layer = min((min(bucket.params) for bucket in layout.buckets if len(bucket.params) > 1), default=0)
+    together = (min(bucket.params) for bucket in layout.buckets if len(bucket.params) > 1)
+    first_layer = min((placed.param for placed in layout.matrices), default=min(together, default=0))
     reduce = options.precision.reduce.itemsize if options.grad_reduction == "reduce_scatter" else 0
     for bucket in layout.buckets:
         moved = 0 if layout.given else num_peers * bucket.shard_size
@@ -134,25 +145,37 @@ def _load(layout: Layout, options: Options) -> list[BucketLoad]:
             by_rank[segment.rank] += segment.length
         loads.append(load)
     for placed in layout.matrices:
-        load, workers = loads[placed.bucket], placed.workers
-        for worker in workers:
-            load.ns_flops[worker] += ns_cost(placed.unit)
-            load.ns_matrices[worker] += len(placed.unit.logical_shapes)
-            load.stacked[worker] += placed.unit.numel
-            load.gather_in[worker] += placed.unit.numel
-        for source in placed.sources:
-            works = source.rank in workers
-            num_receivers = len(workers) - 1 if works else len(workers)
-            load.gathers = load.gathers or num_receivers > 0
-            load.gather_out[source.rank] += num_receivers * source.length
-            if works:
-                load.gather_in[source.rank] -= source.length
-        for piece in placed.pieces:
-            if piece.rank not in workers:
-                load.scatters = True
-                load.scatter_out[workers[0]] += piece.length
-                load.scatter_in[piece.rank] += piece.length
+        _add_matrix(loads[placed.bucket], placed, node_size)
     return loads
+
+
+def _add_matrix(load: BucketLoad, placed: PlacedUnit, node_size: int) -> None:
+    """Add a matrix to the load of its bucket."""
+    workers = placed.workers
+    for worker in workers:
+        load.ns_flops[worker] += ns_cost(placed.unit)
+        load.ns_matrices[worker] += len(placed.unit.logical_shapes)
+        load.stacked[worker] += placed.unit.numel
+        load.gather_in[worker] += placed.unit.numel
+    for source in placed.sources:
+        works = source.rank in workers
+        num_receivers = len(workers) - 1 if works else len(workers)
+        load.gathers = load.gathers or num_receivers > 0
+        load.gather_out[source.rank] += num_receivers * source.length
+        if works:
+            load.gather_in[source.rank] -= source.length
+        for worker in workers:
+            if worker // node_size != source.rank // node_size:
+                load.far["gather_out"][source.rank] += source.length
+                load.far["gather_in"][worker] += source.length
+    for piece in placed.pieces:
+        if piece.rank not in workers:
+            load.scatters = True
+            load.scatter_out[workers[0]] += piece.length
+            load.scatter_in[piece.rank] += piece.length
+            if workers[0] // node_size != piece.rank // node_size:
+                load.far["scatter_out"][workers[0]] += piece.length
+                load.far["scatter_in"][piece.rank] += piece.length
 
 
 def _by_rank(loads: Sequence[BucketLoad], name: str) -> list[int]:

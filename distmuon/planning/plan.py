@@ -18,14 +18,14 @@ from torch import nn
 from distmuon.checks import check_one_group, check_options_when_cut
 from distmuon.errors import problem
 from distmuon.layout import memory
-from distmuon.layout.layout import Layout, imbalance, make_layout
+from distmuon.layout.layout import Layout, imbalance, make_layout, recut
 from distmuon.layout.routing import ParamSpec, Route, route_params
 from distmuon.options import GradReduction, Options, Precision, Sharding, one_of
 from distmuon.planning.baselines import whole_matrix_layout
 from distmuon.planning.counts import HeldBytes, RankPlan, between_nodes, count, guard_bytes, plan_rank, sent_bytes
 from distmuon.planning.meshes import Boxes, Mesh, OwnWork, Shard, boxes_of, cuts, mesh_of, own_work
 from distmuon.planning.shapes import TABLES, shape_table
-from distmuon.planning.step_time import HARDWARE, ORDERS, Hardware, Order, StepTime, estimate, hardware_row
+from distmuon.planning.step_time import HARDWARE, NODE_SIZE, ORDERS, Hardware, Order, StepTime, estimate, hardware_row
 
 __all__ = ["HARDWARE", "STAGES", "HeldBytes", "Plan", "RankPlan", "plan", "plan_rank", "sent_bytes"]
 
@@ -91,6 +91,11 @@ class Plan:
         """The bytes held by the rank that holds most."""
         return max((rank.held for rank in self.ranks), key=lambda held: held.total)
 
+    @property
+    def sent_between_nodes(self) -> int:
+        """The bytes that the exchanges of a step send to other nodes, from the busiest rank."""
+        return max(sum(rank.sent_between_nodes.values()) for rank in self.ranks)
+
     def stage_bytes(self, stage: str) -> int:
         """The bytes that the busiest rank sends in `stage`."""
         return max(rank.sent_bytes.get(stage, 0) for rank in self.ranks)
@@ -98,7 +103,10 @@ class Plan:
     def to_dict(self, *, ranks: bool = False) -> dict[str, object]:
         """All values as a dict for JSON; `ranks` adds the long list of each rank's work and memory."""
         kept = [name for name in self.__slots__ if name not in ("ranks", "others", "time", "orders", "given")]
-        found = {name: getattr(self, name) for name in (*kept, "traffic", "ns_balance", "state_balance")}
+        found = {
+            name: getattr(self, name)
+            for name in (*kept, "traffic", "ns_balance", "state_balance", "sent_between_nodes")
+        }
         found["busiest_sent_bytes"] = {stage: self.stage_bytes(stage) for stage in STAGES} | {"total": self.sent}
         found["fullest_held_bytes"] = asdict(self.fullest) | {"state": self.fullest.state, "total": self.fullest.total}
         found["busiest_ns_flops"] = max(rank.ns_flops for rank in self.ranks)
@@ -137,7 +145,7 @@ def plan(
             `fully_shard` inside each of the `replicas`.
         replicas: with "hsdp", the copies of the model; each lies on dp_size / replicas data-parallel ranks.
         tp: with "fsdp2" or "hsdp", tensor-parallel ranks, which cut large weights before `fully_shard` does.
-        sharding: as for `DistMuon`.
+        sharding: as for `DistMuon`. Without `gpus_per_node` a node has as many ranks as the hardware's row says, or 8.
         precision: as for `DistMuon`.
         routes: as for `DistMuon`; specs and tables are routed already and take only "adamw".
         grad_reduction: as for `DistMuon`; "external" if gradients arrive averaged.
@@ -171,6 +179,7 @@ def plan(
         )
     machine = hardware_row(hardware) if isinstance(hardware, str) else hardware
     sharding = Sharding() if sharding is None else sharding
+    node_size = NODE_SIZE if machine is None else machine.node_size
     options = Options(
         sharding=sharding,
         precision=Precision() if precision is None else precision,
@@ -183,6 +192,9 @@ def plan(
             needed="estimated step times are needed",
             cure="pass hardware, or bucket_mb",
         )
+    if sharding.gpus_per_node is not None:
+        node_size = dp_size * tp if sharding.gpus_per_node == "all" else sharding.gpus_per_node
+        machine = replace(machine, node_size=node_size) if machine is not None else None
     mesh = mesh_of(shard, dp_size, replicas, tp)
     if mesh is not None:
         check_options_when_cut(options)
@@ -200,13 +212,29 @@ def plan(
 
     boxes = None if mesh is None else boxes_of(specs, mesh)
     way = partial(
-        _plan_layout, options=options, ns_steps=ns_steps, hardware=machine, exchange_group=exchange_group, tp=tp
+        _plan_layout,
+        options=options,
+        ns_steps=ns_steps,
+        hardware=machine,
+        node_size=node_size,
+        exchange_group=exchange_group,
+        tp=tp,
     )
     packing, placement = sharding.packing, sharding.placement
     with _no_garbage_collection():
         found: dict[float | None, Plan] = {}
+        layouts: dict[float | None, Layout] = {}
         for mb in dict.fromkeys(tried):
-            cut = make_layout(specs, dp_size * tp, packing=packing, placement=placement, bucket_mb=mb, given=boxes)
+            cut = make_layout(
+                specs,
+                dp_size * tp,
+                packing=packing,
+                placement=placement,
+                bucket_mb=mb,
+                given=boxes,
+                node_size=node_size,
+            )
+            layouts[mb] = cut
             found[mb] = way("distmuon", cut)
         steps = {mb: planned.time.step_s for mb, planned in found.items() if planned.time}
         best = min(steps, key=lambda mb: steps[mb]) if len(steps) > 1 else next(iter(found))
@@ -214,23 +242,29 @@ def plan(
         if mesh is not None and boxes is not None:
             chosen = _beside_given(chosen, specs, mesh, boxes, options, best, machine, way, compare)
         elif compare:
-            chosen = replace(chosen, others=_beside_zero1(specs, dp_size, size_mb / chosen.num_buckets, way))
+            chosen = replace(chosen, others=_beside_zero1(specs, layouts[best], way))
     sizes = {mb: f"{mb:.0f} MiB" if mb else "None" for mb in found}
     why = ", ".join(f"{sizes[mb]} {1e3 * step:.2f} ms" for mb, step in steps.items())
     why = f"{sizes[best]} has the shortest estimated step of {why}" if auto_bucket else ""
     return replace(chosen, why=why)
 
 
-def _beside_zero1(
-    specs: Sequence[ParamSpec], dp_size: int, mb: float, way: Callable[[str, Layout], Plan]
-) -> tuple[Plan, ...]:
-    """The ways that ZeRO-1 is compared with, in buckets of `mb` MiB."""
-    adamw = make_layout(_all_adamw(specs), dp_size, packing="contiguous", bucket_mb=mb)
-    paper = make_layout(specs, dp_size, packing="contiguous", placement="replicated", bucket_mb=mb)
+def plan_blind(name: str, dp_size: int, hardware: str, sharding: Sharding) -> Plan:
+    """A table's plan by the layout that knows no nodes, counted and priced over the nodes that there are."""
+    row = hardware_row(hardware)
+    layout = make_layout(shape_table(name), dp_size, bucket_mb=sharding.bucket_mb)
+    return _plan_layout("nodes not known", layout, Options(sharding=sharding), 5, row, row.node_size, False, 1)
+
+
+def _beside_zero1(specs: Sequence[ParamSpec], chosen: Layout, way: Callable[[str, Layout], Plan]) -> tuple[Plan, ...]:
+    """The ways that ZeRO-1 is compared with: two in the chosen buckets, and one in buckets of an eighth or smaller."""
+    adamw = recut(_all_adamw(specs), chosen, "contiguous", "owner")
+    paper = recut(specs, chosen, "contiguous", "replicated")
+    mb = sum(spec.numel for spec in specs) * 4 / (1 << 20) / max(8, len(chosen.buckets))
     return (
         way("adamw", adamw),
         way("paper", paper),
-        way("whole matrices", whole_matrix_layout(specs, dp_size, mb)),
+        way("whole matrices", whole_matrix_layout(specs, chosen.dp_size, mb)),
     )
 
 
@@ -297,10 +331,11 @@ def _plan_layout(
     options: Options,
     ns_steps: int,
     hardware: Hardware | None,
+    node_size: int,
     exchange_group: bool,
     tp: int,
 ) -> Plan:
-    ranks, loads = count(layout, options, ns_steps)
+    ranks, loads = count(layout, options, ns_steps, node_size)
     sizes = [spec.numel for spec in layout.specs]
     total = sum(sizes)
     times: dict[Order, StepTime] = {}

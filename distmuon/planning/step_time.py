@@ -17,6 +17,7 @@ from distmuon.errors import problem
 # The start of a bucket's all-gather. "one_group": at once, in one queue with the exchanges. "exchange_group": at once,
 # and the exchanges have a separate process group. "gathers_last": after the last scatter of the step has started.
 Order = Literal["one_group", "exchange_group", "gathers_last"]
+NODE_SIZE = 8
 ORDERS: tuple[Order, ...] = ("one_group", "exchange_group", "gathers_last")
 
 
@@ -28,7 +29,7 @@ class Hardware:
     memory: float  # bytes a second
     nvlink: float  # bytes a second to the GPUs of the same node
     network: float = 50e9  # bytes a second out of the node: one 400 Gb/s card a GPU, as in DGX H100 and B200
-    node_size: int = 8
+    node_size: int = NODE_SIZE
     hbm: float | None = None  # bytes of memory; None: not known
     float32_share: float = 0.5  # assumption: share of `flops` if Newton-Schulz is not 16-bit
     flops_share: float = 0.6  # assumption, for stacked matrices with short sides of 1k and more
@@ -126,6 +127,9 @@ ADAMW_AFTER = 34  # fused: reads 16, writes 12; publish 6
 GUARD = 4  # the norm reads the gradient shard
 
 
+EXCHANGES = ("gather_out", "gather_in", "scatter_out", "scatter_in")
+
+
 @dataclass(slots=True)
 class BucketLoad:
     """The load of a bucket: bytes that every rank sends, and by rank elements, FLOPs and matrices."""
@@ -140,6 +144,7 @@ class BucketLoad:
     gather_in: list[int] = field(init=False)
     scatter_out: list[int] = field(init=False)
     scatter_in: list[int] = field(init=False)
+    far: dict[str, list[int]] = field(init=False)  # by the four names above: elements of them that leave their node
     ns_flops: list[int] = field(init=False)  # of one Newton-Schulz iteration
     ns_matrices: list[int] = field(init=False)
     ready_last: bool = False  # holds the first layer: backward is over, so nothing hides its reduce-scatter
@@ -150,6 +155,7 @@ class BucketLoad:
     def __post_init__(self) -> None:
         for name in ("muon", "adamw", "stacked", "gather_out", "gather_in", "scatter_out", "scatter_in"):
             setattr(self, name, [0] * self.dp_size)
+        self.far = {name: [0] * self.dp_size for name in EXCHANGES}
         self.ns_flops = [0] * self.dp_size
         self.ns_matrices = [0] * self.dp_size
 
@@ -231,9 +237,11 @@ class _Rates:
     def __init__(self, hardware: Hardware, dp_size: int, ns_bytes: int, wire_bytes: int) -> None:
         h = hardware
         num_nodes = max(1, ceil(dp_size / h.node_size))
-        self.latency = h.latency_s * (1 + log2(num_nodes)) if dp_size > 1 else 0.0
+        self.near_latency = h.latency_s if dp_size > 1 else 0.0
+        self.latency = self.near_latency * (1 + log2(num_nodes))
         self.ring = h.link_share * (h.nvlink if num_nodes == 1 else min(h.nvlink, h.node_size * h.network))
-        self.direct = h.link_share * (h.nvlink if num_nodes == 1 else h.network)
+        self.nvlink = h.link_share * h.nvlink
+        self.card = h.link_share * h.network
         self.flops = h.flops * h.flops_share * (1.0 if ns_bytes == 2 else h.float32_share)
         self.memory = h.memory * h.memory_share
         self.wire_bytes = wire_bytes
@@ -246,9 +254,16 @@ class _Rates:
         """Seconds for a reduce-scatter or all-gather in which every rank sends `sent` bytes; without bytes none."""
         return sent / self.ring + self.latency if sent else 0.0
 
-    def exchange(self, out: Sequence[int], into: Sequence[int]) -> float:
-        """Seconds until the busiest rank has sent and received its elements."""
-        return max(*out, *into) * self.wire_bytes / self.direct + self.latency
+    def exchange(self, load: BucketLoad, stage: str) -> float:
+        """Seconds until the busiest rank has sent and received its elements, first inside its node, then through its
+        card. An exchange that leaves no node has the latency of one inside a node.
+        """
+        by_rank: list[float] = []
+        for way in (f"{stage}_out", f"{stage}_in"):
+            for all_of_rank, far in zip(getattr(load, way), load.far[way]):
+                by_rank.append((all_of_rank - far) / self.nvlink + far / self.card)
+        is_far = any(any(load.far[f"{stage}_{way}"]) for way in ("out", "in"))
+        return max(by_rank) * self.wire_bytes + (self.latency if is_far else self.near_latency)
 
 
 def _visits(num_buckets: int, overlap: bool) -> list[tuple[int, int]]:
@@ -305,11 +320,11 @@ def estimate(
         if stage == 0:
             clock.work(before[bucket])
             if load.gathers:
-                exchanged[bucket] = clock.start(rates.exchange(load.gather_out, load.gather_in), exchange_queue)
+                exchanged[bucket] = clock.start(rates.exchange(load, "gather"), exchange_queue)
         elif stage == 1:
             clock.work(newton_schulz[bucket])
             if load.scatters:
-                exchanged[bucket] = clock.start(rates.exchange(load.scatter_out, load.scatter_in), exchange_queue)
+                exchanged[bucket] = clock.start(rates.exchange(load, "scatter"), exchange_queue)
             held_back = held_back and bucket < last_exchange
         else:
             clock.work(after[bucket])

@@ -21,19 +21,23 @@ class Metrics:
         self.steps = 0
         self._open()
         self.last_bytes: dict[str, int] = {}
+        self.last_far_bytes: dict[str, int] = {}
         self.last_calls: dict[str, int] = {}
         self.last_stage_ms: dict[str, float] = {}
         self.last_ns_matrices = 0
 
     def _open(self) -> None:
         self.bytes: dict[str, int] = defaultdict(int)
+        self.far_bytes: dict[str, int] = defaultdict(int)
         self.calls: dict[str, int] = defaultdict(int)
         self.stage_ms: dict[str, float] = defaultdict(float)
         self.ns_matrices = 0
 
-    def count(self, stage: str, num_bytes: int) -> None:
-        """Count a collective of `stage` that sends `num_bytes` from this rank."""
+    def count(self, stage: str, num_bytes: int, far_bytes: int = 0) -> None:
+        """Count a collective of `stage` that sends `num_bytes` from this rank, `far_bytes` of them to other nodes."""
         self.bytes[stage] += num_bytes
+        if far_bytes:
+            self.far_bytes[stage] += far_bytes
         self.calls[stage] += 1
 
     @contextmanager
@@ -51,6 +55,7 @@ class Metrics:
             "steps": self.steps,
             "ns_matrices": self.last_ns_matrices,
             "bytes": self.last_bytes,
+            "bytes_between_nodes": self.last_far_bytes,
             "calls": self.last_calls,
             "stage_ms": self.last_stage_ms,
         }
@@ -59,6 +64,7 @@ class Metrics:
         """End the step: the counts since the last call become `last_*`."""
         self.steps += 1
         self.last_bytes = dict(self.bytes)
+        self.last_far_bytes = dict(self.far_bytes)
         self.last_calls = dict(self.calls)
         self.last_stage_ms = dict(self.stage_ms)
         self.last_ns_matrices = self.ns_matrices

@@ -115,6 +115,18 @@ CUTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.promise("State survives, at any number of ranks", "The number of GPUs of a node may change")
+def test_the_nodes_may_change(spawn, tmp_path: Path) -> None:
+    """Saved by two nodes of two ranks, loaded by two ranks that know no nodes, and back: the same bits."""
+    first, second = str(tmp_path / "step-1"), str(tmp_path / "step-2")
+    before, start, wanted = spawn(_save, 4, folder=first, precision="bfloat16", gpus_per_node=2)[0]
+    given = {"precision": "bfloat16", "gpus_per_node": 1}
+    for loaded, later in spawn(_load, 2, folders=[first], save_to=second, **given)[0]:
+        assert loaded == before
+        assert_equals_reference(later, wanted, start)
+    assert spawn(_load, 4, folders=[second], precision="bfloat16", gpus_per_node=2)[0][0][0] == before
+
+
 @pytest.mark.promise("State survives, at any number of ranks", "Packing, placement and bucket size may change")
 @pytest.mark.parametrize("cut", CUTS)
 def test_the_cut_may_change(spawn, tmp_path: Path, cut: str) -> None:

@@ -42,6 +42,7 @@ CONFIGS = [
         ("balanced", "contiguous"), ("owner", "replicated"), (True, False)
     )
 ]
+CONFIGS.insert(1, {**CONFIGS[0], "gpus_per_node": 2})
 
 
 def _train_all(group: dist.ProcessGroup | None, num_micro: int, configs: list[dict[str, Any]]) -> list[tuple[str, Any]]:

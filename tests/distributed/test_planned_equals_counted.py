@@ -60,6 +60,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], float]] = {  # model_type, its conf
 WAYS: list[dict[str, Any]] = [
     {},
     {"packing": "contiguous"},
+    {"gpus_per_node": 2, "packing": "contiguous"},
+    {"gpus_per_node": 2},
     {"packing": "contiguous", "placement": "replicated", "reduce_dtype": torch.bfloat16},
     {"param_dtype": torch.bfloat16, "ns_dtype": torch.float32, "momentum_dtype": torch.bfloat16},
     {"grad_reduction": "external", "overlap": False},
@@ -140,6 +142,7 @@ def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) ->
         found.append(
             {
                 "sent_bytes": {stage: n for stage, n in metrics["bytes"].items() if n},
+                "sent_between_nodes": metrics["bytes_between_nodes"],
                 "calls": metrics["calls"],
                 "ns_matrices": metrics["ns_matrices"],
                 "ns_flops": flops,
@@ -156,7 +159,10 @@ def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) ->
 
 def planned(one: RankPlan) -> dict[str, Any]:
     held = one.held
-    own = {name: getattr(one, name) for name in ("sent_bytes", "calls", "ns_matrices", "ns_flops", "state_bytes")}
+    own = {
+        name: getattr(one, name)
+        for name in ("sent_bytes", "sent_between_nodes", "calls", "ns_matrices", "ns_flops", "state_bytes")
+    }
     return own | {"parameters": held.parameters, "gradients": held.gradients, "staged": held.staged}
 
 
@@ -174,14 +180,16 @@ def test_planned_equals_counted(spawn, name: str, dp_size: int) -> None:
         pytest.importorskip("transformers")
     by_rank = spawn(_counted, dp_size, timeout=150, name=name, ways=WAYS)
     model, given = on_meta(name)
-    exchanged = 0
+    exchanged = far = 0
     for number, way in enumerate(WAYS):
         plans = plan(model, **policies(dp_size=dp_size, compare=False, **given, **way)).ranks
         assert len(plans) == dp_size
         for rank, results in enumerate(by_rank):
             assert planned(plans[rank]) == results[number], (way, rank)
             exchanged += plans[rank].sent_bytes.get("dp_gather", 0)
+            far += sum(plans[rank].sent_between_nodes.values())
     assert bool(exchanged) == (dp_size > 1), "or else the exchange was not looked at"
+    assert bool(far) == (dp_size > 2) or name != "standing", "two nodes of two ranks, or of two and one"
 
 
 # ------------------------------------------------------------------------------ FSDP2, HSDP and tensor parallelism
@@ -305,6 +313,7 @@ def _counted_given(group: dist.ProcessGroup, mesh: Mesh, dtype: torch.dtype, opt
     metrics = optimizer.metrics()
     counted = {
         "sent_bytes": {stage: n for stage, n in metrics["bytes"].items() if n},
+        "sent_between_nodes": metrics["bytes_between_nodes"],
         "calls": metrics["calls"],
         "ns_matrices": metrics["ns_matrices"],
         "ns_flops": flops,

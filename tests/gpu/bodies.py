@@ -129,6 +129,16 @@ def clipping(group: dist.ProcessGroup, device: torch.device) -> str:
     return digest(got)
 
 
+def hand_oracle(group: dist.ProcessGroup, device: torch.device, dtype: torch.dtype = torch.float32) -> Weights:
+    """The oracle's weights after the steps of `by_hand`."""
+    model = Standing().to(dtype)
+    oracle = reference(Standing().to(device, dtype))
+    for step in STEPS:
+        grads = mean_hand_gradients(model, step, dist.get_world_size(group))
+        oracle.apply({fqn: grad.to(device) for fqn, grad in grads.items()})
+    return on_cpu(oracle.weights)
+
+
 def by_hand(
     group: dist.ProcessGroup, device: torch.device, steps: Sequence[int] = STEPS, **case: Any
 ) -> tuple[nn.Module, Any]:
@@ -157,6 +167,7 @@ def by_hand(
 
 def _on_streams(model: nn.Module, grads: dict[str, Tensor], sides: Sequence[torch.cuda.Stream]) -> Iterator[Tensor]:
     """Each parameter's loss, by turns on the current stream and on `sides`; autograd goes back the same ways."""
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
     main = torch.cuda.current_stream()
     for number, (fqn, grad) in enumerate(grads.items()):
         stream = [main, *sides][number % (len(sides) + 1)]
@@ -253,15 +264,13 @@ def masters(group: dist.ProcessGroup, device: torch.device) -> list[str]:
 
     Remainder masters are the same numbers, except that a parameter may be the other neighbour of an exact half.
     """
-    found, oracle = [], reference(Standing().bfloat16())
-    for step in STEPS:
-        oracle.apply(mean_hand_gradients(oracle.model, step, dist.get_world_size(group)))
+    found, wanted = [], hand_oracle(group, device, torch.bfloat16)
     start = {fqn: value.float() for fqn, value in Standing().bfloat16().state_dict().items()}
     for form in ("float32", "remainder"):
         model, optimizer = by_hand(group, device, dtype=torch.bfloat16, master_format=form)
         state = on_cpu(state_tensors(optimizer))
         held = {name.removesuffix(".master"): value for name, value in state.items() if name.endswith(".master")}
-        assert_equals_reference({fqn: held[fqn] for fqn in oracle.weights}, oracle.weights, start)
+        assert_equals_reference({fqn: held[fqn] for fqn in wanted}, wanted, start)
         if form == "float32":
             assert all(torch.equal(v, held[fqn].bfloat16()) for fqn, v in ends(model, optimizer).items() if fqn in held)
         found.append(digest(held))
@@ -271,9 +280,7 @@ def masters(group: dist.ProcessGroup, device: torch.device) -> list[str]:
 
 def short_reduction(group: dist.ProcessGroup, device: torch.device) -> list[str]:
     """16-bit reduction and 16- or 8-bit momentum stay within their bands of the update (docs/options.md)."""
-    found, oracle = [], reference(Standing())
-    for step in STEPS:
-        oracle.apply(mean_hand_gradients(oracle.model, step, dist.get_world_size(group)))
+    found, wanted = [], hand_oracle(group, device)
     for options, band in (
         ({"reduce_dtype": torch.bfloat16}, 0.003),
         ({"reduce_dtype": torch.bfloat16, "release_grads": True}, 0.003),
@@ -281,7 +288,7 @@ def short_reduction(group: dist.ProcessGroup, device: torch.device) -> list[str]
         ({"momentum_dtype": torch.int8}, 0.02),
     ):
         got = ends(*by_hand(group, device, **options))
-        worst = errors(got, oracle.weights, Standing().state_dict())[1]
+        worst = errors(got, wanted, Standing().state_dict())[1]
         # a single rank reduces nothing
         least = 0.0 if dist.get_world_size(group) == 1 and "reduce_dtype" in options else REL_UPDATE
         assert least <= worst[0] <= band, (options, worst)

@@ -228,11 +228,13 @@ class Gpu:
                 lambda tensor, hook: register(tensor, self._inside_backward(hook)),
             )
             patch.setattr(grad_reduce, "_call_at_end_of_backward", lambda call: at_end(self._inside_backward(call)))
-            group = torch.optim.Optimizer._group_tensors_by_device_and_dtype  # the fused kernels', in C++
+            group = torch.optim.Optimizer._group_tensors_by_device_and_dtype  # the fused AdamW's, in C++
             patch.setattr(
                 torch.optim.Optimizer,
                 "_group_tensors_by_device_and_dtype",
-                staticmethod(lambda *args, **more: {(DEVICE, key[1]): v for key, v in group(*args, **more).items()}),
+                staticmethod(
+                    lambda *args, **how: {(DEVICE, key[1]): value for key, value in group(*args, **how).items()}
+                ),
             )
             make = torch.Tensor._make_wrapper_subclass  # of placeholders: they have no memory
             on_cpu = lambda *args, device, **rest: make(*args, device=CPU, **rest)  # noqa: E731

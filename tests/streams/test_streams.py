@@ -99,6 +99,9 @@ FAULTS: list[tuple[Fault, Callable[[Program], None], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.promise(
+    "Planted faults", "a wait between two streams of a GPU, or a `record_stream`, that is left out (planted)"
+)
 @pytest.mark.parametrize(("fault", "program", "options"), FAULTS, ids=_name)
 def test_a_wait_that_is_left_out_is_seen(
     fault: Fault, program: Callable[[Program], None], options: dict[str, Any]

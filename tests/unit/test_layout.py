@@ -50,7 +50,38 @@ def cuts(draw) -> Layout:
     share = draw(st.sampled_from([1.0, 0.5, 0.2, 0.05]))
     bucket_mb = draw(st.sampled_from([None, 4 * total * share / (1 << 20)]))
     packing, placement = draw(st.sampled_from(PACKINGS)), draw(st.sampled_from(PLACEMENTS))
-    return make_layout(specs, draw(st.integers(1, 9)), packing=packing, placement=placement, bucket_mb=bucket_mb)
+    dp_size, node_size = draw(
+        st.sampled_from([*((n, 0) for n in range(1, 10)), (4, 2), (6, 2), (6, 3), (8, 4), (9, 2)])
+    )
+    given_options = {"packing": packing, "placement": placement, "bucket_mb": bucket_mb, "node_size": node_size}
+    return make_layout(specs, dp_size, **given_options)
+
+
+@given(st.lists(entries(), min_size=1, max_size=12), st.sampled_from([(4, 4), (4, 1), (4, 3), (9, 2), (4, 8)]))
+@settings(max_examples=50, deadline=None)
+def test_one_node_or_none_that_is_known_changes_nothing(given_entries, sizes: tuple[int, int]) -> None:
+    """All ranks in one node, one rank in each, or nodes of unequal size: the layout that knows no nodes."""
+    specs, (dp_size, node_size) = specs_of(*given_entries), sizes
+    for bucket_mb in (None, 0.01):
+        plain, known = (make_layout(specs, dp_size, bucket_mb=bucket_mb, node_size=n) for n in (0, node_size))
+        assert (known.buckets, known.matrices) == (plain.buckets, plain.matrices)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.sampled_from([(4, 2), (6, 3), (8, 2), (12, 4)]))
+@settings(max_examples=200, deadline=None)
+def test_a_matrix_leaves_its_node_only_where_it_must(rows: list[int], sizes: tuple[int, int]) -> None:
+    """Owners lie in a node of their matrix, and a matrix is cut over nodes only if it fits into none that it finds."""
+    dp_size, node_size = sizes
+    sand = ("adamw", (64 * 40 * dp_size,), torch.float32, None)
+    specs = specs_of(*[("muon", (n, 64), torch.float32, None) for n in rows], sand)
+    layout = make_layout(specs, dp_size, bucket_mb=1024.0, node_size=node_size)
+    part = node_size * layout.buckets[0].shard_size
+    for placed in layout.matrices:
+        nodes = {piece.rank // node_size for piece in placed.pieces}
+        assert placed.workers[0] // node_size in nodes
+        assert len(nodes) == 1 or placed.unit.numel + 64 * sum(rows) - placed.unit.numel > part - placed.unit.numel
+    if 64 * sum(rows) <= part:
+        assert all(len({piece.rank // node_size for piece in m.pieces}) == 1 for m in layout.matrices)
 
 
 @given(cuts())

@@ -22,7 +22,7 @@ from distmuon.layout.routing import ParamSpec, route
 from distmuon.options import Options, Precision, Sharding
 from distmuon.planning.baselines import whole_matrix_layout
 from distmuon.planning.counts import count, plan_rank, sent_bytes
-from distmuon.planning.plan import plan
+from distmuon.planning.plan import plan, plan_blind
 from distmuon.planning.shapes import TABLES, shape_table
 from distmuon.planning.step_time import HARDWARE, BucketLoad, Hardware, Order, StepTime, estimate
 from tests.standing import Standing, routes
@@ -160,10 +160,10 @@ def test_a_table_is_what_routing_makes_of_the_published_config(name: str) -> Non
 TARGETS = [
     ("gpt2", 4, 1.005, 1.03),
     ("llama-8b", 8, 1.005, 1.03),
-    ("llama-8b", 64, 1.012, 1.10),
+    ("llama-8b", 64, 1.012, 1.15),
     ("llama-70b", 8, 1.005, 1.03),
     ("llama-70b", 64, 1.012, 1.10),
-    ("llama-70b", 256, None, 1.20),
+    ("llama-70b", 256, None, 1.75),  # two of the largest matrices on one rank, whose node has nine; 1.2 without nodes
     ("moonlight", 8, 1.005, 1.03),
     ("moonlight", 64, 1.012, 1.10),
 ]
@@ -176,8 +176,72 @@ def test_targets(name: str, dp_size: int, traffic: float | None, balance: float)
     assert found.traffic is not None and (traffic is None or found.traffic <= traffic)
     assert found.padding <= 0.001
     assert found.state_balance <= 1.02
-    assert found.largest_bucket <= (0.30 if name != "gpt2" else 0.32)  # GPT-2's embedding alone is 31 %
+    assert found.largest_bucket <= (0.32 if dp_size <= 8 else 0.80)  # GPT-2's embedding alone is 31 %
     assert found.ns_balance <= balance
+
+
+NODES = [
+    *[("llama-1b", dp_size) for dp_size in (16, 64)],
+    *[("llama-8b", dp_size) for dp_size in (16, 64, 256, 1024)],
+    *[("llama-70b", dp_size) for dp_size in (64, 256)],
+    *[("moonlight", dp_size) for dp_size in (64, 256)],
+    ("qwen3", 64),
+]
+
+
+@pytest.mark.parametrize(("name", "dp_size"), NODES)
+def test_over_several_nodes_a_step_is_no_longer_than_with_whole_matrices(name: str, dp_size: int) -> None:
+    """Nor than with the layout that knows no nodes; from 256 ranks on also with what is left for the forward."""
+    found = plan(name, dp_size=dp_size, sharding=Sharding(overlap="forward"))
+    blind = plan_blind(name, dp_size, "h100", Sharding(overlap="forward"))
+    whole = found.others[2]
+    assert found.time and whole.time and blind.time
+    assert found.time.step_s <= min(whole.time.step_s, blind.time.step_s)
+    if dp_size >= 256:
+        assert found.time.step_s + found.time.left_s <= whole.time.step_s + whole.time.left_s
+
+
+@pytest.mark.parametrize(("name", "dp_size"), [("llama-8b", 16), ("llama-8b", 64), ("llama-70b", 64), ("qwen3", 64)])
+def test_matrices_that_fit_hardly_leave_their_node(name: str, dp_size: int) -> None:
+    """At most 2 % of the exchange of buckets of which a node's part is twice the largest matrix."""
+    made = make_layout(shape_table(name), dp_size, node_size=8)
+    moved = far = 0
+    for placed in made.matrices:
+        bucket = made.buckets[placed.bucket]
+        largest = max(unit.numel for param in bucket.params for unit in made.specs[param].matrices)
+        for piece in placed.pieces if 8 * bucket.shard_size >= 2 * largest else ():
+            owner = placed.workers[0]
+            moved += piece.length * (piece.rank != owner)
+            far += piece.length * (piece.rank // 8 != owner // 8)
+    assert moved and far <= 0.02 * moved
+
+
+def test_a_bucket_is_not_much_larger_than_those_after_it() -> None:
+    """A backward hides a bucket's reduce-scatter only while it computes what comes after: at most 12 times less."""
+    for name, dp_size in (("llama-8b", 64), ("llama-8b", 256), ("llama-70b", 256)):
+        made = make_layout(shape_table(name), dp_size, node_size=8)
+        sizes = [bucket.shard_size for bucket in made.buckets if len(bucket.params) > 1]
+        for number in range(1, len(sizes)):
+            assert sizes[number - 1] <= 13 * sum(sizes[number:])
+
+
+def test_experts_keep_in_whole_buckets_of_their_own() -> None:
+    """Stacks of 64 and 128 equal matrices on 256 ranks: three or five stacks give each rank one or two, none cut."""
+    made = make_layout(shape_table("moonlight"), 256, node_size=8)
+    stacks = [bucket for bucket in made.buckets if all(len(made.specs[p].matrices) > 1 for p in bucket.params)]
+    assert [len(bucket.params) for bucket in stacks] == [3, 5] * 6 + [3, 1]
+    even = {bucket.index for bucket in stacks[:-1]}
+    assert not any(placed.straddling for placed in made.matrices if placed.bucket in even)
+    assert not any(made.is_staged(param) for bucket in stacks for param in bucket.params)
+
+
+def test_what_waits_for_the_first_layer_waits_in_every_way_to_cut() -> None:
+    """The padded shards' last bucket of matrices holds layer 0, but was not counted: embedding and norms come later."""
+    specs = shape_table("llama-8b")
+    made = whole_matrix_layout(specs, 64, 5000.0)
+    loads = count(made, Options())[1]
+    first = next(placed for placed in made.matrices if placed.param == min(m.param for m in made.matrices))
+    assert loads[first.bucket].ready_last and sum(load.ready_last for load in loads) == 2
 
 
 def test_70b_on_1024_ranks_is_planned_in_seconds() -> None:
@@ -227,7 +291,7 @@ def test_what_paper_and_whole_matrices_cost() -> None:
     assert [way.way for way in found.others] == ["adamw", "paper", "whole matrices"]
     assert adamw.traffic is None and found.traffic == found.sent / adamw.sent
     assert whole.padding > 0.3 and whole.sent > 1.3 * found.sent and whole.straddlers == 0
-    assert max(r.ns_flops for r in paper.ranks) > 3 * max(r.ns_flops for r in found.ranks)
+    assert max(r.ns_flops for r in paper.ranks) > 2.5 * max(r.ns_flops for r in found.ranks)
 
 
 def test_whole_matrices_are_laid_largest_first() -> None:
@@ -303,6 +367,41 @@ def test_a_wider_wire_takes_longer_and_newton_schulz_does_not() -> None:
         plan("llama-1b", dp_size=8, precision=Precision(exchange=dtype), compare=False).time for dtype in (None, F32)
     ]
     assert steps[0] is not None and steps[1] is not None and steps[1].communication_s > steps[0].communication_s
+
+
+def test_an_exchange_is_priced_by_where_it_goes() -> None:
+    """1 GB that leaves its node takes 1 s, 1 GB inside it 0.1 s, one after the other; so does the latency."""
+    near = _load(gathers=True, gather_out=[10**9 // 2, 0], gather_in=[0, 10**9 // 2])
+    hardware = replace(FLAT, nvlink=1e10, node_size=1)
+    assert _estimate([near], hardware).communication_s == pytest.approx(0.1)
+    far = _load(gathers=True, gather_out=[10**9, 0], gather_in=[0, 10**9])
+    far.far = {**far.far, "gather_out": [10**9 // 2, 0], "gather_in": [0, 10**9 // 2]}
+    assert _estimate([far], hardware).communication_s == pytest.approx(1.1)
+    hardware = replace(hardware, latency_s=1.0)  # two of two nodes for the guard, and one or two for the exchange
+    assert _estimate([near], hardware).communication_s == pytest.approx(4 + 1 + 0.1)
+    assert _estimate([far], hardware).communication_s == pytest.approx(4 + 2 + 1.1)
+
+
+def test_bytes_between_nodes_by_hand() -> None:
+    """From segments and owners alone: what a rank of the exchange sends to ranks of other nodes, in 16 bits."""
+    made = make_layout(shape_table("llama-1b"), 16, node_size=4)
+    ranks = count(made, Options())[0]
+    for rank in (0, 7):
+        gather = sum(
+            2 * piece.length
+            for placed in made.matrices
+            for piece in placed.pieces
+            if piece.rank == rank and placed.workers[0] // 4 != rank // 4
+        )
+        scatter = sum(
+            2 * piece.length
+            for placed in made.matrices
+            for piece in placed.pieces
+            if placed.workers[0] == rank and piece.rank // 4 != rank // 4
+        )
+        expected = {stage: n for stage, n in (("dp_gather", gather), ("scatter", scatter)) if n}
+        assert ranks[rank].sent_between_nodes == expected
+    assert plan("llama-1b", dp_size=16, compare=False, sharding=Sharding(gpus_per_node="all")).sent_between_nodes == 0
 
 
 def test_an_exchange_hides_under_the_newton_schulz_of_its_neighbour() -> None:
