@@ -13,7 +13,17 @@ import pytest
 import yaml
 
 from experiments import page, runner
-from experiments.analysis import AGREES, CANNOT_TELL, DISAGREES, NOT_RUN, Interval, View, interval, t_quantile
+from experiments.analysis import (
+    AGREES,
+    CANNOT_TELL,
+    DISAGREES,
+    NOT_MEASURED,
+    NOT_RUN,
+    Interval,
+    View,
+    interval,
+    t_quantile,
+)
 from experiments.grids import FOLDER, LR, SEED, Experiment, Wanted, read, read_all
 from experiments.trial import RESULTS, Results, in_a_process, trial_of
 
@@ -183,6 +193,12 @@ def test_better_by_more_than_the_margin_is_no_tie(experiment: Experiment, result
 def test_verdicts_on_a_run_that_diverged(experiment: Experiment, results: Results) -> None:
     found = planted(experiment, results, {**LOSSES, "same": (2.1, None, 2.1)})
     assert found[0] == AGREES and found[1] == DISAGREES
+
+
+def test_what_was_not_measured_is_not_judged(experiment: Experiment, results: Results) -> None:
+    finish_all(experiment, results, lambda wanted: 2.0, telemetry=[{"step": 120, "weight_rms": {"q_proj": 0.1}}])
+    claim = {"text": "", "quantity": "output_rms", "of": "same", "than": "tuned", "expect": "lower"}
+    assert View(experiment, results).verdict(claim).word == NOT_MEASURED
 
 
 def test_what_has_not_run_is_not_judged(experiment: Experiment, results: Results) -> None:
