@@ -147,6 +147,7 @@ def evaluate(matrices: Tensor, triples: tuple[Triple, ...], form: Form) -> Tenso
     whole = form.on_gpu and max(form.segments) == 1  # a GPU multiplies either layout equally fast
     tall = unit.size(1) > unit.size(2) and not whole  # then the contiguous transpose is used below
     x = unit.to(form.dtype)
+    del unit
     x = _transposed(x) if tall else x  # (B, k, l)
     if form.stacked:
         alone = x.size(0) == 1 and x.size(1) >= _ALONE
