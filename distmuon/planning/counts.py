@@ -75,7 +75,7 @@ def count(
     exchanges = {"dp_gather": sum(load.gathers for load in loads), "scatter": sum(load.scatters for load in loads)}
     calls |= {stage: n for stage, n in exchanges.items() if n}
     sums = zip(*(_by_rank(loads, name) for name in ("gather_out", "scatter_out", "ns_matrices", "ns_flops")))
-    ranks = []
+    ranks: list[RankPlan] = []
     for (gather, scatter, matrices, flops), held in zip(sums, _held(layout, options, loads)):
         sent = {**same, "dp_gather": wire_bytes * gather, "scatter": wire_bytes * scatter}
         sent = {stage: n for stage, n in sent.items() if n}
