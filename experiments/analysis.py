@@ -24,7 +24,9 @@ from experiments.grids import LR, Experiment
 from experiments.trial import Results, Row, kind_of
 from launch.compare import steps_to_reach
 
-AGREES, DISAGREES, CANNOT_TELL, NOT_RUN = "agrees", "disagrees", "cannot tell", "not run"
+AGREES, DISAGREES, CANNOT_TELL = "agrees", "disagrees", "cannot tell"
+NOT_RUN, NOT_MEASURED = "not run", "not measured"
+UNTESTED = (NOT_RUN, NOT_MEASURED)
 BySeed = dict[int, float]
 
 
@@ -137,6 +139,8 @@ class View:
         text, expect = claim["text"], claim["expect"]
         if not all(self.is_complete(arm) for arm in _arms(claim)):
             return Verdict(text=text, found=None, word=NOT_RUN)
+        if not all(is_measured(claim["quantity"], row) for arm in _arms(claim) for row in self.rows(arm).values()):
+            return Verdict(text=text, found=None, word=NOT_MEASURED)
         if claim["quantity"] == "rate":
             ratio = self._rate_ratio(claim["of"])
             return Verdict(text=text, found=ratio, word=on_side(ratio.minus(claim["than"]), expect))
@@ -195,6 +199,12 @@ def _arms(claim: Mapping[str, Any]) -> list[str]:
         elif isinstance(given, dict):
             found += [given["arm"], given["to"]]
     return found
+
+
+def is_measured(quantity: str, row: Row) -> bool:
+    """Whether a trial has what a claim is about. A model of a single block has no outputs of blocks."""
+    of_telemetry = quantity in ("weight_rms", "output_rms", "attention_logits")
+    return not of_telemetry or (bool(row["telemetry"]) and quantity in row["telemetry"][-1])
 
 
 def _of_row(quantity: str, row: Row) -> float:

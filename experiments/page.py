@@ -20,11 +20,12 @@ from experiments.analysis import (
     AGREES,
     CANNOT_TELL,
     DISAGREES,
-    NOT_RUN,
+    UNTESTED,
     Interval,
     Verdict,
     View,
     interval,
+    is_measured,
     on_side,
 )
 from experiments.grids import ROOT, read_all
@@ -96,16 +97,16 @@ def views_of(results: Results, sizes: Sequence[str]) -> list[View]:
 def summary(verdicts: Sequence[tuple[int, str, Verdict]]) -> str:
     """All claims that have been tested, and the experiments that still have some."""
     lines = ["## In one table", "", "| | claim | found | verdict |", "|---:|---|---:|---|"]
-    tested = [(number, verdict) for number, _, verdict in verdicts if verdict.word != NOT_RUN]
+    tested = [(number, verdict) for number, _, verdict in verdicts if verdict.word not in UNTESTED]
     lines += [f"| {number} | {verdict.text} | {cell(verdict)} | {verdict.word} |" for number, verdict in tested]
     count = {word: sum(verdict.word == word for _, verdict in tested) for word in (AGREES, DISAGREES, CANNOT_TELL)}
     told = f"{count[AGREES]} agree, {count[DISAGREES]} disagree, of {count[CANNOT_TELL]} the data cannot tell."
     left: dict[str, int] = {}
     for number, title, verdict in verdicts:
-        if verdict.word == NOT_RUN:
+        if verdict.word in UNTESTED:
             left[f"{number} ({title})"] = left.get(f"{number} ({title})", 0) + 1
     if left:
-        told += f" Not run yet: {'; '.join(f'{claims} of experiment {name}' for name, claims in left.items())}."
+        told += f" Not tested yet: {'; '.join(f'{claims} of experiment {name}' for name, claims in left.items())}."
     return "\n".join([*lines, "", *wrapped(told), ""])
 
 
@@ -336,27 +337,39 @@ def drawn(view: View) -> list[Any]:
 
 
 def over_steps(view: View) -> Figure:
-    """Validation losses over steps; with `beside`, the RMS of weights and of outputs beside them."""
-    arms, beside = drawn(view), view.experiment.picture.get("beside", False)
-    figure, (losses, *others) = _figure(3 if beside else 1)
+    """Validation losses over steps; with `beside`, the RMS of weights and, where it was measured, of outputs."""
+    arms, beside = drawn(view), view.experiment.picture.get("beside", ())
+    shown = [key for key in beside if all(is_measured(key, row) for arm in arms for row in view.rows(arm).values())]
+    figure, (losses, *others) = _figure(1 + len(shown))
     for number, arm in enumerate(arms):
         rows = list(view.rows(arm).values())
         style = {"color": f"C{number}", "label": arm}
         curves = [[(step, loss) for step, loss in row["val"] if loss is not None] for row in rows]
         losses.plot(*_mean_curve(curves), **style)
-        if beside:
-            of_weights = [[(at["step"], fmean(at["weight_rms"].values())) for at in row["telemetry"]] for row in rows]
-            of_outputs = [[(at["step"], at["output_rms"]) for at in row["telemetry"]] for row in rows]
-            others[0].plot(*_mean_curve(of_weights), **style)
-            others[1].plot(*_mean_curve(of_outputs), **style)
+        for axes, key in zip(others, shown):
+            axes.plot(
+                *_mean_curve([[(at["step"], _level(at[key])) for at in row["telemetry"]] for row in rows]), **style
+            )
     last = [row["val"][-1][1] for arm in arms for row in view.rows(arm).values() if row["val"][-1][1] is not None]
     losses.set_ylim(min(last) - 0.05, max(last) + 0.8)
     _labels(losses, "step", "validation loss")
-    for axes, name in zip(others, ("RMS of hidden weights", "largest RMS of a block's output")):
-        _labels(axes, "step", name)
+    for axes, key in zip(others, shown):
+        _labels(axes, "step", LABELS[key])
         axes.set_ylim(bottom=0)
     losses.legend(frameon=False, fontsize=8)
     return figure
+
+
+LABELS = {
+    "weight_rms": "RMS of hidden weights",
+    "output_rms": "largest RMS of a block's output",
+    "attention_logits": "largest attention logit",
+}
+
+
+def _level(value: Any) -> float:
+    """A measured number, or the mean over kinds of matrices."""
+    return fmean(value.values()) if isinstance(value, dict) else float(value)
 
 
 def over_arms(view: View) -> Figure:
