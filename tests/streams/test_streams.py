@@ -189,7 +189,7 @@ def test_agreements_on_nccl_wait_for_the_slowest_writer() -> None:
 def test_wrong_layouts_and_splits_are_refused() -> None:
     gpu = Gpu()
     with one_rank(gpu, 1, 2):
-        group = DataParallelGroup(None, lambda stage, size: None)
+        group = DataParallelGroup(None, lambda stage, size, far: None)
         whole = torch.zeros(8, device=DEVICE)
         group.start_reduce_scatter(whole[4:], whole, stage="test").wait()
         with pytest.raises(AssertionError, match="in place"):
