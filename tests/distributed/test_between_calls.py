@@ -156,7 +156,7 @@ def _drop_optimizer(group: dist.ProcessGroup, gather: str, keep: bool) -> str:
         optimizer = distmuon.DistMuon(model, lr=0.05, process_group=group, **options)
         for _ in range(2):
             _step(model, optimizer, inputs)
-        assert optimizer._engine.params_in_flight
+        assert optimizer._engine.must_wait
         return optimizer if keep else None
 
     kept = [trained()]

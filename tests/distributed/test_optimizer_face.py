@@ -633,7 +633,7 @@ def _stale_in_hook(group: dist.ProcessGroup) -> tuple[bool, bool]:
     inputs = torch.randn(4, 24, generator=torch.Generator().manual_seed(dist.get_rank(group)))
     model[1](model[0](inputs)).square().mean().backward()
     optimizer.step()
-    in_flight = optimizer._engine.params_in_flight
+    in_flight = optimizer._engine.must_wait
     optimizer.step()
     ranks: list[Any] = [None, None]
     dist.all_gather_object(ranks, digest(seen[1]), group=group)
