@@ -324,7 +324,7 @@ def trainer(
         return getattr(hf.optimizer, "optimizer", hf.optimizer)
 
     hf.train(resume_from_checkpoint=str(folder / "trainer" / f"checkpoint-{case.first}") if case.first else None)
-    assert not opt()._engine.params_in_flight, "a work under way keeps a thread of gloo's past the group"
+    assert not opt()._engine.must_wait, "a work under way keeps a thread of gloo's past the group"
     return inner, opt()
 
 
