@@ -174,6 +174,7 @@ def _check_killed(folder: Path, deaths: list[str]) -> None:
             assert run["from"] == ("step-2" if run["death"] in LATE else "step-1"), run
 
 
+@pytest.mark.slow
 @pytest.mark.promise(
     "Crashes",
     "SIGKILL of either rank at any stage of a save: the run resumes from a complete step and ends bit-equal",
@@ -481,6 +482,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.promise(
     "Untrusted checkpoints and bad input",
     "Whatever the lists in such a checkpoint say, loading ends well or in a `ValueError`",
@@ -637,6 +639,7 @@ def _forgets_to_gather(group: dist.ProcessGroup, folder: str) -> None:
         Engine.gather_all = gather_all  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.promise(
     "State survives, at any number of ranks",
     "After a load all ranks compare the bits of all parameters",

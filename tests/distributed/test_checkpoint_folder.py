@@ -313,6 +313,7 @@ class _Writing:
         assert self.process.wait() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.promise(
     "Crashes",
     "Beside a run with `keep_last=1` that saves without a pause, `latest_checkpoint` never answers "

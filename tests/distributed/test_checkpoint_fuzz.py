@@ -216,6 +216,7 @@ def _change_one(tree: Any, data: st.DataObject, values: st.SearchStrategy[Any]) 
         parent[key] = data.draw(values)
 
 
+@pytest.mark.slow
 @pytest.mark.promise(
     "Untrusted checkpoints and bad input",
     "A load that is refused, whatever bytes, values or types any file holds, has changed no bit of "
@@ -251,6 +252,7 @@ ODD: list[Any] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.promise(
     "Untrusted checkpoints and bad input",
     "A load that is refused, whatever bytes, values or types any file holds, has changed no bit of "

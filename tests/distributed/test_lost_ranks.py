@@ -319,6 +319,7 @@ def _under_torchrun(*arguments: str, num_ranks: int) -> tuple[str, int, float]:
     return found.stdout, found.returncode, time.time() - float(fault[1])
 
 
+@pytest.mark.slow
 @pytest.mark.promise(
     "Ranks that are lost",
     "Under torchrun all processes are then gone within 30 s, with a status that is not 0 (7.0 s and "

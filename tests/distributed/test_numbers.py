@@ -188,6 +188,7 @@ def _momentum(group: dist.ProcessGroup, options: list[dict[str, Any]], skips: bo
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.promise(
     "Faults while training",
     "Momentum in 16 or 8 bits does not stall. A skipped step changes none of its bits, nor does a "

@@ -209,6 +209,7 @@ def test_a_clipped_nan_is_forgotten_after_its_step(spawn, options: dict[str, Any
     assert spawn(_clipped_nan, 3, options=options) == [([1, 1, 1], True)] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.promise(
     "Faults while training",
     "2,000 steps at 4 ranks with skips, missing gradients, accumulation, forgotten backwards, saves, "
@@ -221,6 +222,7 @@ def test_many_steps_keep_ranks_equal_and_tensors_few(spawn, tmp_path: Path) -> N
     assert by_rank[0][1] > 3, "or else no step was skipped"
 
 
+@pytest.mark.slow
 @pytest.mark.promise("Planted faults", "a leak (planted)")
 def test_the_comparison_sees_a_leak(spawn, tmp_path: Path) -> None:
     by_rank = spawn(_stress, 2, folder=str(tmp_path), steps=140, every=20, leak=True, timeout=150)
