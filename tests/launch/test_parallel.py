@@ -118,6 +118,7 @@ def test_the_baseline_is_torchs_adamw(spawn: Any, tmp_path: Path, name: str) -> 
     assert [r["loss"] for r in records(tmp_path) if r["kind"] == "train"] == pytest.approx(wanted[:4], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_another_sharding(spawn: Any, tmp_path: Path) -> None:
     """A step under each: the unbroken run's curve."""
     saving = ["--checkpoint.every=1"]

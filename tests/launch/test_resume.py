@@ -157,6 +157,7 @@ def test_sigterm_to_torchrun_saves_and_the_same_command_goes_on(unbroken: list[d
     assert history(records(tmp_path)) == history(unbroken)
 
 
+@pytest.mark.slow
 @pytest.mark.promise(
     "Restarts and preemption",
     "SIGTERM to one rank: all ranks save and exit 0 together, `log.every` steps and one save later",
