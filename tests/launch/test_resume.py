@@ -312,6 +312,7 @@ SHARDING = {
     "param_gather": "updates",
     "release_grads": True,
     "overlap": False,
+    "gpus_per_node": 1,
 }
 PRECISION = {
     "reduce": "bfloat16",
@@ -338,7 +339,7 @@ def test_a_checkpoint_goes_on_with_all_of_them_changed(unbroken: list[dict[str, 
     """On one rank; none of them changes a bit, so the losses are those of two ranks up to the order of sums."""
     alone(tmp_path, "--train.steps=3")
     given = {"packing": "contiguous", "placement": "replicated", "bucket_mb": "0.5", "release_grads": "true"}
-    given |= {"overlap": "false", "param_gather": "updates"}
+    given |= {"overlap": "false", "param_gather": "updates", "gpus_per_node": "1"}
     run = alone(tmp_path, "--train.steps=8", *(f"--optimizer.sharding.{key}={value}" for key, value in given.items()))
     assert set(given) == {field.name for field in fields(Sharding)}
     losses, wanted = ([r["loss"] for r in each if r["kind"] == "train"] for each in (run, unbroken))
