@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from distmuon.options import Sharding
 from distmuon.planning.plan import plan
 from distmuon.planning.shapes import shape_table
 from distmuon.planning.step_time import HARDWARE, hardware_row
@@ -29,12 +30,14 @@ def test_overhead_memory_and_traffic_of_zero1() -> None:
 
 
 def test_a_faster_way_is_named_and_adamw_is_none() -> None:
-    found = plan("llama-8b", dp_size=64)
+    found = plan("llama-1b", dp_size=64, sharding=Sharding(packing="contiguous"))
     times = {way.way: way.time.step_s for way in (found, *found.others) if way.time}
     best = min((way for way in times if way != "adamw"), key=lambda way: times[way])
     assert times["adamw"] < times[best] < times["distmuon"]
     assert judge(found, hardware=HARDWARE["h100"], tokens=1).faster == best == "whole matrices"
-    alone = plan("llama-8b", dp_size=64, compare=False)
+    ahead = plan("llama-8b", dp_size=64)
+    assert judge(ahead, hardware=HARDWARE["h100"], tokens=1).faster is None
+    alone = plan("llama-1b", dp_size=64, compare=False)
     verdict = judge(alone, hardware=HARDWARE["h100"], tokens=1)
     assert verdict.faster is verdict.overhead is verdict.traffic is None
 
