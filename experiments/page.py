@@ -60,7 +60,8 @@ METHOD = """\
   other seeds, and only these count. "Edge" says that the best rate was the smallest or the largest of the list.
 - **Differences** are taken seed by seed: trials of a seed start at the same weights and read the same data.
 - **A claim** agrees if its whole interval is on the expected side, or within the margin; it disagrees if the whole
-  interval is on the other side, or outside; otherwise the data cannot tell.
+  interval is on the other side, or outside; otherwise the data cannot tell. "As good as" also disagrees where a side is
+  better: its difference of losses is then negative.
 - **Steps to equal loss** are read off the curve of one run with its whole schedule. A run with a shorter schedule would
   reach the loss sooner, so this understates the faster side. **Seconds** are processor seconds of whole trials, with
   their validations; neighbours on the machine change them by a fifth.
