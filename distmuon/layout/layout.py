@@ -437,7 +437,9 @@ def _growing_buckets(
         for param in reversed(shared):
             if filled >= target:
                 buckets.append(bucket[::-1])
-                bucket, filled, target = [], 0, growth * target
+                bucket = []
+                filled = 0
+                target *= growth
             bucket.append(param)
             filled += specs[param].numel
         buckets += [bucket[::-1] if bucket else [], stacks]

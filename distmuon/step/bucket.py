@@ -103,10 +103,11 @@ class Bucket:
         assert reduction is not None and self.grads is Grads.COLLECTING
         for param in absent:
             reduction.buffer.zero(reduction.spans[param])
-        flat, shard, kept = reduction.buffer.close(), reduction.shard, reduction.buffer.arrivals()
+        flat = reduction.buffer.close()
+        kept = reduction.buffer.arrivals()
         start = self._dp_group.start_reduce_scatter
         with torch.profiler.record_function(f"distmuon::reduce_scatter/{self.index}"):
-            self._reduction = start(shard, flat, stage="reduce_scatter", label=label, kept=kept)
+            self._reduction = start(reduction.shard, flat, stage="reduce_scatter", label=label, kept=kept)
         self.grads = Grads.REDUCING
 
     def finish_reduce(self) -> None:
