@@ -330,7 +330,7 @@ class _Defaults:
         return any(
             use.kind == "stored (in, out)"
             or isinstance(use.owner, nn.modules.conv._ConvTransposeNd)
-            or ("experts" in use.kind and bool(getattr(use.owner, "is_transposed", False)))
+            or (len(use.shape) == 3 and bool(getattr(use.owner, "is_transposed", False)))
             for use in self.uses[fqn]
         )
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from transformers.pytorch_utils import Conv1D
 
 import distmuon
 from distmuon.step.storage import ROW_MOMENT
@@ -167,22 +168,54 @@ def test_zero_gradients_give_finite_weights() -> None:
     assert torch.equal(model.weight, before)
 
 
-class _Transposed(nn.Module):
-    """Convolutions whose weights are stored (in, out, kernel)."""
+class _Experts(nn.Module):
+    """As transformers stores the experts of some models: (expert, in, out)."""
+
+    is_transposed = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.ConvTranspose1d(8, 8, 3), nn.ConvTranspose1d(8, 8, 3)
+        self.gate_up_proj, self.down_proj = (nn.Parameter(torch.zeros(2, *shape)) for shape in ((8, 32), (16, 8)))
+
+
+def _stored_in_out(kind: str) -> nn.Module:
+    layer = {"convolution": lambda: nn.ConvTranspose1d(8, 8, 3), "Conv1D": lambda: Conv1D(8, 8), "experts": _Experts}
+    return nn.ModuleDict({"first": layer[kind](), "second": nn.Linear(8, 8)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight"),
+    [("convolution", "first.weight"), ("Conv1D", "first.weight"), ("experts", "first.down_proj")],
+)
+def test_rows_that_are_no_neurons_are_refused(kind: str, weight: str) -> None:
+    routes = [distmuon.Route(weight, "muon"), distmuon.Route("second.weight", "muon"), distmuon.Route("*", "adamw")]
+    with pytest.raises(ValueError, match=rf"{weight}: its matrices are stored \(in, out\)"):
+        distmuon.DistMuon(_stored_in_out(kind), routes=routes, normuon_beta2=BETA2)
+    routes[0] = distmuon.Route(weight, "muon", options={"normuon_beta2": None})
+    distmuon.DistMuon(_stored_in_out(kind), routes=routes, normuon_beta2=BETA2)
 
 
 def test_what_cannot_be_normalized_is_refused() -> None:
     with pytest.raises(ValueError, match=r"wide: its matrices are stored \(in, out\) or cut by columns"):
         routes = [distmuon.Route("wide", "muon", split=[7, 5], split_dim=1)]
         distmuon.DistMuon([("wide", nn.Parameter(torch.zeros(10, 12)))], routes=routes, normuon_beta2=BETA2)
-    with pytest.raises(ValueError, match=r"first.weight: its matrices are stored \(in, out\)"):
-        distmuon.DistMuon(_Transposed(), routes=[distmuon.Route("*.weight", "muon")], normuon_beta2=BETA2)
     with pytest.raises(ValueError, match=r"normuon_beta2: found 1.0; a number in \[0, 1.0\) is needed"):
         _alone(normuon_beta2=1.0)
+
+
+def test_moments_of_another_shape_are_refused() -> None:
+    model, optimizer = _alone(normuon_beta2=BETA2)
+    model(torch.randn(6, 20)).square().mean().backward()
+    saved = optimizer.state_dict()
+    moment = optimizer.state[model.weight][ROW_MOMENT]
+    saved["state"][0][ROW_MOMENT] = torch.ones(11)
+    with pytest.raises(ValueError, match=r"weight\.row_exp_avg_sq: the state has shape \(11,\); \(12,\) is needed"):
+        optimizer.load_state_dict(saved)
+    optimizer.state[model.weight][ROW_MOMENT] = torch.ones(11)
+    with pytest.raises(ValueError, match=r"found \(11,\) torch\.float32 in place of distmuon's tensor"):
+        optimizer.step()
+    optimizer.state[model.weight][ROW_MOMENT] = moment
+    optimizer.step()
 
 
 def test_it_is_chosen_when_the_optimizer_is_made() -> None:
