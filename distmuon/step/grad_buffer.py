@@ -8,8 +8,8 @@ So if the buffer has 16 bits, and only while several backwards accumulate, a flo
 first gradient that is not the last of its parameter until the reduction starts. A step of one micro-batch has none.
 
 [Note: arrivals] On a CPU the slices of all ranks arrive in a second buffer (comm/group.py, [Note: reduce-scatter on
-gloo]). It is kept from step to step: memory of this size that is made anew comes from the system page by page, which
-takes longer than the sum. With `released` nothing is kept.
+gloo]), which is twice as large where the reduction has two levels. It is kept from step to step: memory of this size
+that is made anew comes from the system page by page, which takes longer than the sum. With `released` nothing is kept.
 
 [Note: streams of a backward] Autograd runs the backward of an operation on the stream of its forward, so gradients of
 a bucket may come from several streams. A stream may allocate a buffer in memory that another stream still uses, and a
@@ -77,10 +77,10 @@ class GradBuffer:
         self._free_from_streams()
         return flat
 
-    def arrivals(self) -> Tensor | None:
-        """Memory in which the slices of all ranks may arrive, or None; see [Note: arrivals]."""
+    def arrivals(self, numel: int) -> Tensor | None:
+        """Memory of `numel` elements in which slices may arrive, or None; see [Note: arrivals]."""
         if self._arrivals is None and self._device.type == "cpu" and not self._released:
-            self._arrivals = torch.empty(self._numel, dtype=self._dtype)
+            self._arrivals = torch.empty(numel, dtype=self._dtype)
         return self._arrivals
 
     def reduced(self) -> None:
