@@ -258,13 +258,16 @@ class _Rates:
         return sent / self.ring + self.latency if sent else 0.0
 
     def reduction(self, load: BucketLoad) -> float:
-        """Seconds for a bucket's reduce-scatter: around a ring, or by exchanges of 16-bit gradients and their sums."""
+        """Seconds for a bucket's reduce-scatter: around a ring, or by one or two exchanges of 16-bit gradients."""
         if not load.reduce_far or not load.reduce_scatter:
             return self.ring_pass(load.reduce_scatter)
         far = max(load.reduce_far)
-        sent = (load.reduce_scatter - far) / self.nvlink + far / self.card
         latency = (self.latency if far else self.near_latency) + (load.reduce_levels - 1) * self.near_latency
-        return sent + latency + load.reduce_scatter / 2 * REDUCE_SUM / self.memory
+        return (load.reduce_scatter - far) / self.nvlink + far / self.card + latency
+
+    def sums(self, load: BucketLoad) -> float:
+        """Seconds to add up the 16-bit gradients that arrive, as many as leave."""
+        return load.reduce_scatter / 2 * REDUCE_SUM / self.memory if load.reduce_far else 0.0
 
     def exchange(self, load: BucketLoad, stage: str) -> float:
         """Seconds until the busiest rank has sent and received its elements, first inside its node, then through its
@@ -319,6 +322,7 @@ def estimate(
     for load in loads:
         if load.ready_last and load.reduce_scatter:  # backward hides the other reduce-scatters
             clock.wait(clock.start(rates.reduction(load)))
+            clock.work([rates.sums(load)] * dp_size)
     clock.work(guard)
     clock.wait(clock.start(guard_bytes / rates.ring + 2 * rates.latency))
     exchanged: dict[int, _Collective] = {}  # the exchange in flight, by bucket
@@ -346,7 +350,8 @@ def estimate(
     step = max(gathers[0].end if gathers_in_forward else last, *clock.compute)
     ns_seconds = [sum(seconds) for seconds in zip(*newton_schulz)]
     copies = 2 * sum(load.staged for load in loads) / rates.memory
-    elementwise = [sum(seconds) + copies for seconds in zip(guard, *before, *after)]
+    fixed = copies + sum(rates.sums(load) for load in loads if load.ready_last)
+    elementwise = [sum(seconds) + fixed for seconds in zip(guard, *before, *after)]
     computing = max(a + b for a, b in zip(ns_seconds, elementwise))
     exposed = step + copies - computing
     left = max(0.0, last - step - copies)
