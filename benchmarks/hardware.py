@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import distmuon
 from benchmarks.newton_schulz import others
 from distmuon.comm.group import DataParallelGroup
-from distmuon.planning.step_time import Hardware
+from distmuon.planning.step_time import ON_CPU, Hardware
 
 LAYERS, VOCABULARY, BUCKETS = 4, 4096, 4
 LARGE = 4 << 20  # elements of what is copied or sent: 16 MiB of float32
@@ -81,7 +81,7 @@ def time_of(work: Callable[[], object]) -> float:
 
 def rates() -> Hardware:
     """What one process gets, while the others measure the same. The link is the slower of the two collectives."""
-    group = DataParallelGroup(None, lambda stage, sent: None)
+    group = DataParallelGroup(None, lambda *_: None)
     ranks, flops = group.dp_size, {}
     for dtype in (torch.bfloat16, torch.float32):
         pair = torch.randn(SIDE, SIDE).to(dtype), torch.randn(SIDE, 4 * SIDE).to(dtype)
@@ -108,6 +108,7 @@ def rates() -> Hardware:
         link_share=1.0,
         latency_s=seconds(lambda: group.start_all_reduce(small, stage="").wait()),
         float32_share=flops[torch.float32] / flops[torch.bfloat16],
+        passes=ON_CPU,
     )
 
 
@@ -190,7 +191,9 @@ def main() -> None:
         print(f"{name:14} {median[name] / unit:10.2f} {words:16} (quartiles {low / unit:.2f} to {high / unit:.2f})")
     row = replace(rounds[0].row, network=median["nvlink"], **median)
     numbers = ", ".join(f"{name}={value:.3g}" for name, value in median.items())
-    print(f"Hardware({numbers}, network={row.network:.3g}, flops_share=1.0, memory_share=1.0, link_share=1.0)")
+    print(
+        f"Hardware({numbers}, network={row.network:.3g}, flops_share=1.0, memory_share=1.0, link_share=1.0, passes=ON_CPU)"
+    )
     low, middle, high = statistics.quantiles(one.measured / one.estimated for one in rounds)
     print(f"step, measured / estimated: {middle:.2f} (quartiles {low:.2f} to {high:.2f})")
 

@@ -15,7 +15,7 @@ from distmuon.comm.two_levels import num_nodes, slices_sent
 from distmuon.layout.layout import BucketSpec, Layout, PlacedUnit, ns_cost
 from distmuon.math.codecs import master_codec, momentum_codec
 from distmuon.options import Options
-from distmuon.planning.step_time import BucketLoad
+from distmuon.planning.step_time import MASTERS, BucketLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +144,10 @@ def _load(layout: Layout, options: Options, node_size: int) -> list[BucketLoad]:
         load.reduce_levels, load.reduce_far = levels, [n * slice_bytes for n in far]
         load.ready_last = min(bucket.params) <= first_layer  # an embedding before it in its own bucket takes no time
         staged = [param for param in bucket.params if not layout.given and layout.is_staged(param)]
+        load.updates_travel = options.sharding.param_gather == "updates" and num_peers > 0
+        if bucket.dtype != torch.float32:
+            master = options.precision.master if bucket.dtype == torch.bfloat16 else "float32"
+            load.compare, load.publish = MASTERS[master]
         load.staged = sum(layout.specs[param].numel for param in staged) * bucket.dtype.itemsize
         for segment in bucket.segments:
             by_rank = load.muon if layout.specs[segment.param].rule == "muon" else load.adamw

@@ -333,6 +333,8 @@ def _plan_layout(
     tp: int,
 ) -> Plan:
     ranks, loads = count(layout, options, ns_steps, node_size)
+    for load in loads:
+        load.compare = load.compare if way == "distmuon" else 0
     sizes = [spec.numel for spec in layout.specs]
     total = sum(sizes)
     times: dict[Order, StepTime] = {}

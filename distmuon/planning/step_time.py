@@ -22,6 +22,21 @@ ORDERS: tuple[Order, ...] = ("one_group", "exchange_group", "gathers_last")
 
 
 @dataclass(frozen=True, slots=True)
+class Passes:
+    """Memory traffic of the rules, bytes an element, with fp32 state and a bf16 exchange."""
+
+    momentum: int  # of Muon's shard: both lines of momentum, and the way into the stack
+    normalize: int  # of the matrices that a rank orthogonalizes, on the way into Newton-Schulz
+    apply: int  # of Muon's shard; of the whole bucket if updates travel
+    adamw: int = 28  # of AdamW's shard: reads 16, writes 12
+
+
+# On a GPU each line is one fused pass (counted: tests/unit/test_launches.py); a CPU has torch's plain operators.
+ON_GPU = Passes(momentum=22, normalize=6, apply=18)  # 12 + 10; norm 2, division 4; widening 6, the fused pass 12
+ON_CPU = Passes(momentum=30, normalize=40, apply=34)
+
+
+@dataclass(frozen=True, slots=True)
 class Hardware:
     """Peak rates of a GPU (of links: in one direction), and the shares of the peaks that a step is assumed to reach."""
 
@@ -31,6 +46,7 @@ class Hardware:
     network: float = 50e9  # bytes a second out of the node: one 400 Gb/s card a GPU, as in DGX H100 and B200
     node_size: int = NODE_SIZE
     hbm: float | None = None  # bytes of memory; None: not known
+    passes: Passes = ON_GPU
     float32_share: float = 0.5  # assumption: share of `flops` if Newton-Schulz is not 16-bit
     flops_share: float = 0.6  # assumption, for stacked matrices with short sides of 1k and more
     memory_share: float = 0.8  # assumption
@@ -58,6 +74,7 @@ HARDWARE: Mapping[str, Hardware] = {
         memory_share=1.0,
         link_share=1.0,
         latency_s=3.7e-4,
+        passes=ON_CPU,
     ),
 }
 
@@ -120,11 +137,12 @@ def _positive(entry: str, number: str) -> float:
     return found
 
 
-# Memory traffic of the rules, bytes an element of the shard, counted from rules.py with fp32 state and bf16 exchange.
-MUON_BEFORE = 42  # two lerps and a commit, 12 each; a copy into the stack, 6
-MUON_AFTER = 52  # widen 6, scale 8, decay 8, add 12, commit 12, publish 6; a CPU saves the commits
-ADAMW_AFTER = 34  # fused: reads 16, writes 12; publish 6
+# Where a 16-bit parameter has a float32 master: masters are compared with parameters that others may have written, and
+# parameters are rounded from them. Without the first, by the format of the master: read 2, write 64 (counted).
+MASTERS: Mapping[str, tuple[int, int]] = {"float32": (22, 6), "remainder": (0, 65)}
 GUARD = 4  # the norm reads the gradient shard
+MESSAGE = 4  # an element of Muon's shard, copied into a message of updates
+ARRIVAL = 8  # an element of AdamW in such a message, copied out
 REDUCE_SUM = 10  # an element that arrives: read 2, float32 sum read and written; only where gradients have 16 bits
 
 
@@ -152,6 +170,9 @@ class BucketLoad:
     ns_matrices: list[int] = field(init=False)
     ready_last: bool = False  # holds the first layer: backward is over, so nothing hides its reduce-scatter
     staged: int = 0  # bytes of parameters that every rank copies out of the flat buffer after the all-gather
+    compare: int = 0  # bytes of memory traffic an element of the shard, see MASTERS; `publish`: the same
+    publish: int = 0
+    updates_travel: bool = False  # every rank applies the updates of all ranks
     gathers: bool = False  # whether the collective takes place at all
     scatters: bool = False
 
@@ -247,6 +268,7 @@ class _Rates:
         self.card = h.link_share * h.network
         self.flops = h.flops * h.flops_share * (1.0 if ns_bytes == 2 else h.float32_share)
         self.memory = h.memory * h.memory_share
+        self.each = h.passes
         self.wire_bytes = wire_bytes
 
     def passes(self, elements: Sequence[int], bytes_per_element: int) -> list[float]:
@@ -269,6 +291,20 @@ class _Rates:
         """Seconds to add up the 16-bit gradients that arrive, as many as leave."""
         return load.reduce_scatter / 2 * REDUCE_SUM / self.memory if load.reduce_far else 0.0
 
+    def after(self, load: BucketLoad, shard: Sequence[int]) -> list[list[float]]:
+        """Seconds, by rank, of the passes between the scatter and the all-gather; `shard`: elements of either rule."""
+        adamw = self.passes(load.adamw, self.each.adamw)
+        if load.updates_travel:
+            return [adamw, self.passes(load.adamw, ARRIVAL), self.passes(load.muon, MESSAGE)]
+        return [adamw, self.passes(load.muon, self.each.apply), self.passes(shard, load.publish)]
+
+    def arrival(self, load: BucketLoad) -> float:
+        """Seconds of the passes after the all-gather: staged parameters are copied out, all updates are applied."""
+        num_bytes = 2 * load.staged
+        if load.updates_travel:
+            num_bytes += self.each.apply * sum(load.muon) + ARRIVAL * sum(load.adamw)
+        return num_bytes / self.memory
+
     def exchange(self, load: BucketLoad, stage: str) -> float:
         """Seconds until the busiest rank has sent and received its elements, first inside its node, then through its
         card. An exchange that leaves no node has the latency of one inside a node.
@@ -279,6 +315,11 @@ class _Rates:
                 by_rank.append((all_of_rank - far) / self.nvlink + far / self.card)
         is_far = any(any(load.far[f"{stage}_{way}"]) for way in ("out", "in"))
         return max(by_rank) * self.wire_bytes + (self.latency if is_far else self.near_latency)
+
+
+def _sums(*by_rank: Sequence[float]) -> list[float]:
+    """The sums over lists of seconds by rank."""
+    return [sum(seconds) for seconds in zip(*by_rank)]
 
 
 def _visits(num_buckets: int, overlap: bool) -> list[tuple[int, int]]:
@@ -311,19 +352,24 @@ def estimate(
     dp_size = loads[0].dp_size
     loads = loads[::-1]
     rates = _Rates(hardware, dp_size, ns_bytes, wire_bytes)
-    passes = rates.passes
-    before = [passes(load.muon, MUON_BEFORE) for load in loads]
+    passes, each = rates.passes, hardware.passes
+    shards = [[a + b for a, b in zip(load.muon, load.adamw)] for load in loads]
+    compare = [passes(shard, load.compare) for shard, load in zip(shards, loads)]
+    guard = [passes(shard, GUARD) for shard in shards]
+    before = [passes(load.muon, each.momentum) for load in loads]
+    normalize = [passes(load.stacked, each.normalize) for load in loads]
     newton_schulz = [[ns_steps * n / rates.flops for n in load.ns_flops] for load in loads]
-    after = [[a + b for a, b in zip(passes(load.muon, MUON_AFTER), passes(load.adamw, ADAMW_AFTER))] for load in loads]
-    guard = passes([sum(both) for both in zip(*(load.muon for load in loads), *(load.adamw for load in loads))], GUARD)
+    after = [_sums(*rates.after(load, shard)) for load, shard in zip(loads, shards)]
 
     clock = _Clock(dp_size)
     exchange_queue = 1 if order == "exchange_group" else 0
-    for load in loads:
-        if load.ready_last and load.reduce_scatter:  # backward hides the other reduce-scatters
-            clock.wait(clock.start(rates.reduction(load)))
-            clock.work([rates.sums(load)] * dp_size)
-    clock.work(guard)
+    late = [load for load in loads if load.ready_last and load.reduce_scatter]  # backward hides the others
+    reductions = [clock.start(rates.reduction(load)) for load in late]
+    clock.work(_sums(*compare))
+    for load, reduction in zip(late, reductions):
+        clock.wait(reduction)
+        clock.work([rates.sums(load)] * dp_size)
+    clock.work(_sums(*guard))
     clock.wait(clock.start(guard_bytes / rates.ring + 2 * rates.latency))
     exchanged: dict[int, _Collective] = {}  # the exchange in flight, by bucket
     gathers: list[_Collective] = []  # all-gathers of parameters, by bucket
@@ -338,7 +384,7 @@ def estimate(
             if load.gathers:
                 exchanged[bucket] = clock.start(rates.exchange(load, "gather"), exchange_queue)
         elif stage == 1:
-            clock.work(newton_schulz[bucket])
+            clock.work(_sums(normalize[bucket], newton_schulz[bucket]))
             if load.scatters:
                 exchanged[bucket] = clock.start(rates.exchange(load, "scatter"), exchange_queue)
             held_back = held_back and bucket < last_exchange
@@ -348,10 +394,10 @@ def estimate(
             gathers += [clock.start(rates.ring_pass(earlier.all_gather)) for earlier in loads[len(gathers) : ready]]
     last = clock.end(gathers[-1])
     step = max(gathers[0].end if gathers_in_forward else last, *clock.compute)
-    ns_seconds = [sum(seconds) for seconds in zip(*newton_schulz)]
-    copies = 2 * sum(load.staged for load in loads) / rates.memory
-    fixed = copies + sum(rates.sums(load) for load in loads if load.ready_last)
-    elementwise = [sum(seconds) + fixed for seconds in zip(guard, *before, *after)]
+    ns_seconds = _sums(*newton_schulz)
+    copies = sum(rates.arrival(load) for load in loads)
+    fixed = copies + sum(rates.sums(load) for load in late)
+    elementwise = [seconds + fixed for seconds in _sums(*compare, *guard, *before, *normalize, *after)]
     computing = max(a + b for a, b in zip(ns_seconds, elementwise))
     exposed = step + copies - computing
     left = max(0.0, last - step - copies)

@@ -191,12 +191,12 @@ NODES = [
 
 @pytest.mark.parametrize(("name", "dp_size"), NODES)
 def test_over_several_nodes_a_step_is_no_longer_than_with_whole_matrices(name: str, dp_size: int) -> None:
-    """Nor than with the layout that knows no nodes; from 256 ranks on also with what is left for the forward."""
+    """Within 1 %, nor than with the layout that knows no nodes; from 256 ranks on also with what the forward hides."""
     found = plan(name, dp_size=dp_size, sharding=Sharding(overlap="forward"))
     blind = plan_blind(name, dp_size, "h100", Sharding(overlap="forward"))
     whole = found.others[2]
     assert found.time and whole.time and blind.time
-    assert found.time.step_s <= min(whole.time.step_s, blind.time.step_s)
+    assert found.time.step_s <= 1.01 * min(whole.time.step_s, blind.time.step_s)
     if dp_size >= 256:
         assert found.time.step_s + found.time.left_s <= whole.time.step_s + whole.time.left_s
 
