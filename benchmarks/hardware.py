@@ -191,9 +191,8 @@ def main() -> None:
         print(f"{name:14} {median[name] / unit:10.2f} {words:16} (quartiles {low / unit:.2f} to {high / unit:.2f})")
     row = replace(rounds[0].row, network=median["nvlink"], **median)
     numbers = ", ".join(f"{name}={value:.3g}" for name, value in median.items())
-    print(
-        f"Hardware({numbers}, network={row.network:.3g}, flops_share=1.0, memory_share=1.0, link_share=1.0, passes=ON_CPU)"
-    )
+    shares = "flops_share=1.0, memory_share=1.0, link_share=1.0, passes=ON_CPU"
+    print(f"Hardware({numbers}, network={row.network:.3g}, {shares})")
     low, middle, high = statistics.quantiles(one.measured / one.estimated for one in rounds)
     print(f"step, measured / estimated: {middle:.2f} (quartiles {low:.2f} to {high:.2f})")
 

@@ -7,7 +7,7 @@ no formula: `bucket.py` defines what a bucket does, and `optimizer.py` has the i
 waits for all of them: a later start would gain nothing. NCCL runs the collectives of a group one after another, so such
 an all-gather delays the pieces of later buckets, and with them Newton-Schulz. With `overlap="forward"` it can run under
 the next forward instead. There no all-gather starts before the last bucket that exchanges pieces has started its
-scatter (docs/planner.md, 8B at dp 64, by the estimate: 69 ms of step and 46 left to the forward, instead of 83 and 25).
+scatter (docs/planner.md, Moonlight at dp 64, by the estimate: 29 ms of step and 94 left to the forward, not 72 and 40).
 An `exchange_group` has a queue of its own, so nothing needs to be held back.
 """
 
