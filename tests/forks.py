@@ -140,6 +140,7 @@ def start(
     """
     request = {
         "call": pickle.dumps((fn, args)),
+        "main": _name_of_main(),
         "environment": dict(os.environ if environment is None else environment),
         "output": output is not None,
         "path": sys.path,
@@ -151,11 +152,17 @@ def start(
 
 
 def torchrun(
-    module: str, *arguments: str, nproc: int, environment: Mapping[str, str] | None = None, timeout: float = 300.0
+    module: str,
+    *arguments: str,
+    nproc: int,
+    environment: Mapping[str, str] | None = None,
+    before: Callable[[], None] | None = None,
+    timeout: float = 300.0,
 ) -> subprocess.CompletedProcess[str]:
     """What `torchrun --standalone --nproc_per_node=nproc -m module arguments` comes to; stdout is all that ranks print.
 
-    `environment` is added to this process's; PYTHONWARNINGS=error there makes warnings errors.
+    `environment` is added to this process's; PYTHONWARNINGS=error there makes warnings errors. Each rank calls `before`
+    first.
     """
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -164,7 +171,7 @@ def torchrun(
     common |= {"ROLE_NAME": "default", "ROLE_WORLD_SIZE": str(nproc)}
     names = ("RANK", "LOCAL_RANK", "ROLE_RANK")
     by_rank = [{**common, **dict.fromkeys(names, str(rank)), **(environment or {})} for rank in range(nproc)]
-    return _run(module, arguments, by_rank, timeout)
+    return _run(module, arguments, by_rank, timeout, before)
 
 
 def python(module: str, *arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
@@ -173,7 +180,11 @@ def python(module: str, *arguments: str, timeout: float = 300.0) -> subprocess.C
 
 
 def _run(
-    module: str, arguments: Sequence[str], by_rank: list[dict[str, str]], timeout: float
+    module: str,
+    arguments: Sequence[str],
+    by_rank: list[dict[str, str]],
+    timeout: float,
+    before: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """One process for each entry of `by_rank`, which is added to this process's environment."""
     with tempfile.TemporaryFile("w+") as output:
@@ -181,10 +192,16 @@ def _run(
         for rank, own in enumerate(by_rank):
             environment = {**os.environ, "OMP_NUM_THREADS": "1", **own}
             given = {"environment": environment, "output": output.fileno(), "preload": RECIPE}
-            ranks.append(start(_run_module, module, arguments, rank=rank, **given))  # type: ignore[arg-type]
+            ranks.append(start(_run_module, module, arguments, before, rank=rank, **given))  # type: ignore[arg-type]
         code = _until_all_end(ranks, timeout)
         output.seek(0)
         return subprocess.CompletedProcess([module, *arguments], code, output.read(), "")
+
+
+def _name_of_main() -> str:
+    """Of the module that `python -m` runs here and whose functions may be asked for; none where that is pytest."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return "" if spec is None or spec.name.endswith("__main__") else str(spec.name)
 
 
 def _until_all_end(ranks: list[Forked], timeout: float) -> int:
@@ -203,7 +220,9 @@ def _until_all_end(ranks: list[Forked], timeout: float) -> int:
     return code or next((rank.exitcode for rank in ranks if rank.exitcode), 0)
 
 
-def _run_module(module: str, arguments: Sequence[str]) -> None:
+def _run_module(module: str, arguments: Sequence[str], before: Callable[[], None] | None) -> None:
+    if before is not None:
+        before()
     sys.argv = [module, *arguments]
     os.chdir(ROOT)
     if os.environ.get("PYTHONWARNINGS") == "error":
@@ -272,6 +291,8 @@ def _child(request: dict[str, Any], handles: list[int]) -> NoReturn:
             for stream in (1, 2):
                 os.dup2(handles[0], stream)
             os.close(handles.pop(0))
+        if request["main"]:
+            sys.modules["__main__"] = importlib.import_module(request["main"])
         fn, args = pickle.loads(request["call"])
         fn(*handles, *args)
         status = 0
