@@ -107,6 +107,7 @@ class _Source:
             return None
         what, pid, code = self._connection.recv()
         if what == "started":
+            self.codes.pop(pid, None)  # of a process that had this number before
             return int(pid)
         self.codes[pid] = code
         return None
@@ -115,7 +116,7 @@ class _Source:
         self._listen_once(timeout)
 
     def close(self) -> None:
-        """Ends it, and with it whatever it has forked."""
+        """End it, and with it whatever it has forked."""
         if self._connection is not None and self._process is not None:
             self._connection.close()
             self._process.wait()
@@ -275,6 +276,7 @@ def _serve(connection: Connection) -> None:
                     os.close(handle)
     for pid in running:
         os.kill(pid, signal.SIGKILL)
+    os._exit(0)  # as a worker of the pool leaves
 
 
 def _child(request: dict[str, Any], handles: list[int]) -> NoReturn:
