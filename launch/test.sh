@@ -4,7 +4,7 @@
 #     bash launch/test.sh fast                # before a push: a minute
 #     bash launch/test.sh                     # before a merge: everything but the tests marked slow or gpu
 #     bash launch/test.sh nightly             # the slow tests, and the errors that no test provokes
-#     bash launch/test.sh tests/unit -x       # arguments go to pytest
+#     bash launch/test.sh tests/unit -x -n 0  # arguments go to pytest; -n 0: in one process, where --pdb works
 set -euo pipefail
 # pytest gets its paths from the repository root, wherever the caller stands
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -41,4 +41,6 @@ if [[ "${1:-}" == nightly ]]; then
     exit "$status"
 fi
 stage "pytest"
-python -m pytest "$@"
+# Two files of tests at a time: ranks wait for each other, and what is no run of ranks uses one core. Files stay whole,
+# for their fixtures, and in order: the short tests come last and even out the end.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,9 +1,9 @@
 """A pool of reused worker processes: one gloo world, started once, for all distributed tests.
 
 `Pool.spawn(fn, dp_size)` runs the module-level function `fn(group, **kwargs)` on every rank of a process group of that
-size and returns what each rank returned. Starting a process costs seconds, so workers live for the whole session; a run
-that may have left a collective half done (a limit was hit, a worker died, one rank raised and others wait for it) ends
-the pool, and the next call makes a new one.
+size and returns what each rank returned. Workers live for the whole session; a run that may have left a collective half
+done (a limit was hit, a worker died, one rank raised and others wait for it) ends the pool, and the next call makes a
+new one. Workers are forked (`tests/forks.py`), for an interpreter that imports torch costs seconds.
 Warnings are errors inside the workers too, because pytest's own filter does not reach them.
 """
 
@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-START_S = 180.0  # four imports of torch on a busy machine
+from tests import forks
+
+START_S = 180.0  # two imports of torch on a busy machine
 _imported = 0  # modules, when the collector was last told to pass by all that lives
 
 
@@ -56,12 +58,13 @@ class Outcome:
 def _reset(rank: int) -> None:
     """Every run starts from the same state, whatever the one before it left.
 
-    Imports leave 300,000 objects, which would cost each collection 0.1 s: the collector passes them by. A run on some
-    ranks may have made optimizers of the default group there alone, which a later run on all ranks would be told.
+    Imports leave 300,000 objects, which would cost each collection 0.1 s: the collector passes them by. (To ask how
+    many are frozen walks through them, too.) A run on some ranks may have made optimizers of the default group there
+    alone, which a later run on all ranks would be told.
     """
     global _imported
     gc.collect()
-    if len(sys.modules) > _imported or not gc.get_freeze_count():
+    if len(sys.modules) > _imported:
         gc.freeze()
         _imported = len(sys.modules)
     torch.set_num_threads(1)
@@ -73,6 +76,10 @@ def _reset(rank: int) -> None:
         for counts in sys.modules["distmuon.comm.group"]._optimizer_counts.values():
             counts.made = counts.built = 0
             counts.surplus = []
+
+
+def _entry(handle: int, worker: Callable[..., None], *args: Any) -> None:
+    worker(*args, Connection(handle))
 
 
 def _worker(rank: int, size: int, folder: str, connection: Connection) -> None:
@@ -114,8 +121,12 @@ def _ping(group: dist.ProcessGroup) -> int:
 class Pool:
     """`size` workers, started at the first `spawn`, ended by `close` or by a run that cannot be trusted to be over."""
 
-    def __init__(self, size: int = 4, *, grace_s: float = 5.0, worker: Callable[..., None] = _worker) -> None:
+    def __init__(
+        self, size: int = 4, *, grace_s: float = 5.0, worker: Callable[..., None] = _worker, forked: bool = True
+    ) -> None:
+        """`forked`: False where the workers need an interpreter of their own each, as CUDA may."""
         self.size = size
+        self.forked = forked
         self._worker = worker
         self.grace_s = grace_s  # how long the other ranks may run on after the first one raised
         self.num_starts = 0
@@ -164,13 +175,12 @@ class Pool:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
                 process.kill()
-                process.join()
+                process.join(10.0)
             connection.close()
         self._workers = []
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
-        context = get_context("spawn")
         self.num_starts += 1
         self._folder = tempfile.mkdtemp(prefix="pool-")
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -178,9 +188,15 @@ class Pool:
             names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
             os.environ.update({"GLOO_SOCKET_IFNAME": names[0]} if names else {})
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=self._worker, args=(rank, self.size, self._folder, theirs), daemon=True)
-            process.start()
+            ours, theirs = Pipe()
+            process: Any
+            if self.forked:
+                given = (self._worker, rank, self.size, self._folder)
+                process = forks.start(_entry, *given, rank=rank, handles=[theirs.fileno()])
+            else:
+                arguments = (rank, self.size, self._folder, theirs)
+                process = get_context("spawn").Process(target=self._worker, args=arguments, daemon=True)
+                process.start()
             theirs.close()
             self._workers.append((process, ours))
         self._collect(range(self.size), START_S)

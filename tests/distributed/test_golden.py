@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.golden import FILE, differences
+from tests.golden import FILE, PLAIN_KERNELS, differences
 
 
-def test_every_kind_of_run_is_as_it_was() -> None:
-    done = subprocess.run([sys.executable, "-m", "tests.golden"], capture_output=True, text=True, timeout=600)
+@pytest.mark.parametrize("part", ["--half", pytest.param("", marks=pytest.mark.slow)])
+def test_every_kind_of_run_is_as_it_was(part: str) -> None:
+    command = [sys.executable, "-m", "tests.golden", *part.split()]
+    done = subprocess.run(
+        command, env={**os.environ, **PLAIN_KERNELS}, capture_output=True, text=True, timeout=600, check=False
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -100,7 +100,7 @@ ACCUMULATING: list[tuple[dict[str, Any], bool]] = [
     "Faults while training",
     "Micro-batches add up in float32 whatever `Precision.reduce`; a forgotten micro-batch leaves nothing",
 )
-@pytest.mark.parametrize("dp_size", [2, 3])
+@pytest.mark.parametrize("dp_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("options", "in_no_sync"), ACCUMULATING, ids=str)
 def test_micro_batches_add_up_in_float32(spawn, options: dict[str, Any], in_no_sync: bool, dp_size: int) -> None:
     """In 16 bits a gradient of 2,048 micro-batches was 60 % too small: what one adds is less than half of the sum's

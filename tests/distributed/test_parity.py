@@ -36,6 +36,7 @@ from tests.training import (
 )
 
 STEPS = range(5)
+SLOW = pytest.mark.slow
 CONFIGS = [
     {"packing": packing, "placement": placement, "overlap": overlap}
     for packing, placement, overlap in itertools.product(
@@ -63,7 +64,8 @@ def _wanted(dp_size: int, num_micro: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("dp_size", "num_micro"),
-    [(1, 1), (1, 4), (2, 1), (2, 4), (3, 1), pytest.param(3, 4, marks=pytest.mark.slow), (4, 1), (4, 4)],
+    # by day each number of ranks, and several micro-batches on two
+    [(1, 1), (2, 1), (2, 4), (3, 1), (4, 1), *(pytest.param(size, 4, marks=SLOW) for size in (1, 3, 4))],
 )
 def test_five_steps_equal_one_process(spawn, dp_size: int, num_micro: int) -> None:
     """Every combination of packing, placement and overlap; overlap and ranks to the bit."""
@@ -122,10 +124,18 @@ def _split_columns(group: dist.ProcessGroup, configs: list[dict[str, Any]]) -> l
     return _train_all(group, 1, [{**config, "routes": [split, *routes()]} for config in configs])
 
 
-@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
-def test_a_weight_fused_along_its_columns(spawn, adjust_lr_fn: str) -> None:
+@pytest.mark.parametrize(
+    ("adjust_lr_fn", "configs"),
+    [
+        pytest.param("match_rms_adamw", CONFIGS[::2], id="match_rms_adamw"),
+        pytest.param("original", CONFIGS[1::2], id="original"),
+        pytest.param("match_rms_adamw", CONFIGS[1::2], marks=SLOW, id="match_rms_adamw, the other half"),
+        pytest.param("original", CONFIGS[::2], marks=SLOW, id="original, the other half"),
+    ],
+)
+def test_a_weight_fused_along_its_columns(spawn, adjust_lr_fn: str, configs: list[dict[str, Any]]) -> None:
     """Stored (in, out) as GPT-2's weights are: each column block is a matrix with its own scale, also when cut."""
-    configs = [{**config, "adjust_lr_fn": adjust_lr_fn} for config in CONFIGS]
+    configs = [{**config, "adjust_lr_fn": adjust_lr_fn} for config in configs]
     splits = {**SPLITS, "down.weight": ([100, 71], 1)}
     wanted = reference_weights(4, STEPS, splits=splits, adjust_lr_fn=adjust_lr_fn)
     for _, ends in spawn(_split_columns, 4, configs=configs)[0]:
@@ -168,8 +178,16 @@ def _wanted_by_hand(dtypes: str, dp_size: int, num_steps: int = 5, **options: An
     return oracle
 
 
-@pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("dtypes", ["bfloat16", "mixed"])
+@pytest.mark.parametrize(
+    ("dtypes", "dp_size"),
+    [  # by day each number of ranks, once
+        ("bfloat16", 1),
+        ("mixed", 2),
+        ("mixed", 3),
+        ("bfloat16", 4),
+        *(pytest.param(*pair, marks=SLOW) for pair in [("mixed", 1), ("bfloat16", 2), ("bfloat16", 3), ("mixed", 4)]),
+    ],
+)
 def test_masters_of_bfloat16_parameters_keep_the_promise(spawn, dtypes: str, dp_size: int) -> None:
     """The float32 masters are as exact as float32 parameters; a parameter is its master, rounded once."""
     oracle = _wanted_by_hand(dtypes, dp_size)

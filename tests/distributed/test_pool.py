@@ -81,7 +81,6 @@ def test_errors_are_shown_and_the_pool_serves_again(small_pool: Pool) -> None:
     assert small_pool.num_starts == 1, "nothing above leaves a collective half done, so nothing above costs a new pool"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fn", "timeout", "match"),
     [

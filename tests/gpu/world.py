@@ -158,7 +158,7 @@ class Ranks:
     def __init__(self, most: int, *, dry: bool) -> None:
         self.dry = dry
         self.backend, self.why = "gloo", "no CUDA: the dry mode"
-        self._pool = Pool(most, worker=_worker)
+        self._pool = Pool(most, worker=_worker, forked=dry)
         self._runs = tempfile.TemporaryDirectory()
         self._count = 0
         if not dry:

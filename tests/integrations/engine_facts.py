@@ -207,7 +207,8 @@ def own_muon() -> dict[str, Any]:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     model = small()
-    theirs = start(model, config(optimizer={"type": "Muon", "params": {"lr": 0.02}}))
+    params = {"lr": 0.02, "torch_adam": True}  # its own Adam would be compiled first, for a minute
+    theirs = start(model, config(optimizer={"type": "Muon", "params": params}))
     tagged = [name for name, p in model.named_parameters() if getattr(p, "use_muon", False)]
     zero = DeepSpeedZeroOptimizer.__new__(DeepSpeedZeroOptimizer)
     zero.optimizer = distmuon.DistMuon(model)

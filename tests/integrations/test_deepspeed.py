@@ -1,22 +1,21 @@
 """DeepSpeed's engines as others launch them: the plain loop's bits, each refusal, what an engine reports of a step.
 
-One torchrun of `tests.integrations.engines` on two ranks brings it all (`engine_facts.py`): a start is what costs time.
+One run of `tests.integrations.engines` on two ranks brings it all (`engine_facts.py`).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests import forks
 from tests.integrations.test_recipes import torchrun as recipe
 from tests.integrations.test_trainers import ROOT, check_case
+from tests.integrations.worker import without_shared_memory
 
 CONFIGS = ROOT / "configs" / "deepspeed"
 SAVE, RESUME = {"last": 2, "save": True, "tied": False}, {"first": 2, "tied": False}
@@ -40,12 +39,9 @@ def torchrun(folder: Path, cases: list[dict[str, Any]], nproc: int = 2, facts: b
     """What each case came to; facts.json in `folder` if asked for."""
     pytest.importorskip("deepspeed", reason="pip install distmuon[deepspeed]")
     pytest.importorskip("accelerate", reason="pip install distmuon[accelerate]")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    command += ["-m", "tests.integrations.engines", str(folder), json.dumps(cases), str(int(facts))]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    given = ("tests.integrations.engines", str(folder), json.dumps(cases), str(int(facts)))
+    done = forks.torchrun(*given, nproc=nproc, before=without_shared_memory, timeout=560)
+    assert done.returncode == 0, done.stdout[-6000:]
     results: list[dict[str, Any]] = torch.load(folder / "results.pt")
     return results
 

@@ -1,24 +1,21 @@
 """FSDP2 under accelerate, the Trainer, Fabric and Lightning: the bits of `fully_shard` and a loop by hand, which the
-oracle confirms; save and resume; what is refused. All run in one torchrun of `fsdp2_worker`."""
+oracle confirms; save and resume; what is refused. All run in the ranks of one `fsdp2_worker`."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests import forks
 from tests.reference import Reference
 from tests.standing import SPLITS, STACKS, loss_fn, make_batches, rules
 from tests.training import EXACT, assert_equals_reference
 
-ROOT = Path(__file__).parents[2]
 TRAINERS = ["accelerate", "trainer", "fabric", "lightning"]
 CLIPPED: dict[str, Any] = {"num_micro": 3, "clip": 1.0, "tied": False}
 BEGIN, GO_ON = {"last": 2, "save": True}, {"first": 2}
@@ -43,11 +40,9 @@ def cases(*, nightly: bool) -> dict[str, list[dict[str, Any]]]:
 def run(folder: Path, wanted: dict[str, list[dict[str, Any]]], facts: bool) -> Found:
     for package in ("accelerate", "transformers", "lightning_fabric", "lightning.pytorch"):
         pytest.importorskip(package, reason="pip install distmuon[transformers,fabric,lightning]")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.integrations.fsdp2_worker", str(folder), json.dumps(wanted), str(int(facts))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    given = (str(folder), json.dumps(wanted), str(int(facts)))
+    done = forks.torchrun("tests.integrations.fsdp2_worker", *given, nproc=2, timeout=560)
+    assert done.returncode == 0, done.stdout[-6000:]
     return torch.load(folder / "results.pt"), json.loads((folder / "facts.json").read_text())
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +11,29 @@ import torch
 from torch import nn
 
 import distmuon
+from tests import forks
 
-ROOT = Path(__file__).parents[2]
 WAYS = ["plain", "clip and accumulation", "clip by value", "bf16-mixed", "bf16-true"]
 Ranks = list[dict[str, Any]]
 
 
 def run(folder: Path, nproc: int, grad_reduction: str) -> Ranks:
     pytest.importorskip("lightning.pytorch", reason="pip install distmuon[lightning]")
-    command = [sys.executable, "-m"]
-    if nproc > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m"]
-    command += ["tests.integrations.lightning_worker", str(folder), grad_reduction]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    given = ("tests.integrations.lightning_worker", str(folder), grad_reduction)
+    done = forks.python(*given, timeout=560) if nproc == 1 else forks.torchrun(*given, nproc=nproc, timeout=560)
+    assert done.returncode == 0, done.stdout[-6000:]
     ranks: Ranks = json.loads((folder / "found.json").read_text())
     return ranks
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return run(tmp_path_factory.mktemp("lightning"), 2, "external")
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 process", "2 processes"])
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return run(tmp_path_factory.mktemp("lightning"), request.param, "external")
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, two_ranks: Ranks) -> Ranks:
+    return two_ranks if request.param == 2 else run(tmp_path_factory.mktemp("lightning"), 1, "external")
 
 
 def check(found: Ranks, way: str) -> None:
@@ -68,8 +66,8 @@ def test_manual_optimization_of_two_networks_equals_the_loop_by_hand(found: Rank
 
 
 @pytest.mark.refuses("DDP around the model, not silenced", "Lightning", use='`grad_reduction="external"`')
-def test_without_external_mode_two_processes_are_refused(tmp_path: Path) -> None:
-    for rank in run(tmp_path, 2, "external"):
+def test_without_external_mode_two_processes_are_refused(two_ranks: Ranks) -> None:
+    for rank in two_ranks:
         assert "DistributedDataParallel: it runs the model" in rank["default"]
         assert rank["default"].endswith('(Lightning\'s Trainer): grad_reduction="external"')
 

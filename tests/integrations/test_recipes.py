@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from launch import pretrain
+from tests import forks
+from tests.integrations.worker import without_shared_memory
 from tests.launch.test_pretrain import ROOT, SHORT, TINY, records
 
 PACKAGE = {
@@ -49,14 +51,17 @@ RUN = [
 def torchrun(recipe: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """Four steps of two micro-batches on two ranks, or what is left of them; the records."""
     pytest.importorskip(PACKAGE.get(recipe, "torch"), reason=f"{recipe} needs more, see docs/integrations.md")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return launched([*command, "-m", f"launch.{recipe}"], folder, *arguments)
+    given = ["--config", "configs/quickstart.yaml", *RUN, f"--log.dir={folder}", *arguments]
+    before = without_shared_memory if recipe == "deepspeed_train" else None
+    done = forks.torchrun(f"launch.{recipe}", *given, nproc=2, before=before)
+    assert done.returncode == 0, done.stdout[-6000:]
+    return records(folder)
 
 
 def launched(command: list[str], folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """The records of the recipe that `command` starts."""
     command = [*command, "--config", "configs/quickstart.yaml", *RUN, f"--log.dir={folder}", *arguments]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # launchers; ninja
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

@@ -4,16 +4,13 @@ parameters are meant, whatever was prepared last; what cannot be told apart is r
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import forks
+
 Ranks = list[dict[str, Any]]
 
 
@@ -22,11 +19,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     pytest.importorskip("accelerate", reason="pip install distmuon[accelerate]")
     pytest.importorskip("lightning_fabric", reason="pip install distmuon[fabric]")
     folder = tmp_path_factory.mktemp("several")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.integrations.several", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    done = forks.torchrun("tests.integrations.several", str(folder), nproc=2, timeout=560)
+    assert done.returncode == 0, done.stdout[-6000:]
     ranks: Ranks = json.loads((folder / "found.json").read_text())
     return ranks
 

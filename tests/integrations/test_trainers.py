@@ -1,20 +1,20 @@
 """Every trainer against the plain loop: the same bits, norms and collectives; save and resume, also elsewhere.
 
-Each trainer runs all its cases in one torchrun of `tests.integrations.worker`, which is what costs time.
+Each trainer runs all its cases in the ranks of one `tests.integrations.worker`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests import forks
+from tests.integrations.worker import without_shared_memory
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = {
@@ -53,12 +53,10 @@ def torchrun(trainer: str, folder: Path, cases: list[dict[str, Any]], nproc: int
     pytest.importorskip(
         PACKAGE[trainer], reason=f"{PACKAGE[trainer]} is not installed: pip install distmuon[{trainer}]"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    command += ["-m", "tests.integrations.worker", trainer, str(folder), json.dumps(cases)]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja, for DeepSpeed
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    given = ("tests.integrations.worker", trainer, str(folder), json.dumps(cases))
+    before = without_shared_memory if trainer == "deepspeed" else None
+    done = forks.torchrun(*given, nproc=nproc, before=before, timeout=560)
+    assert done.returncode == 0, done.stdout[-6000:]
     results: list[dict[str, Any]] = torch.load(folder / "results.pt")
     return results
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import forks
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +15,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """By rank."""
     pytest.importorskip("accelerate", reason="pip install distmuon[transformers]")
     folder = tmp_path_factory.mktemp("users")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "tests.integrations.user_worker", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=560, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    done = forks.torchrun("tests.integrations.user_worker", str(folder), nproc=2, timeout=560)
+    assert done.returncode == 0, done.stdout[-6000:]
     ranks: list[dict[str, Any]] = json.loads((folder / "found.json").read_text())
     return ranks
 

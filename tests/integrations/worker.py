@@ -57,6 +57,13 @@ class Case:
     """Whose files the plain loop resumes from."""
 
 
+def without_shared_memory() -> None:
+    """Keep DeepSpeed from compiling an all-reduce over shared memory, a minute of C++ that no training calls."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 class WithLoss(nn.Module):
     """The standing model as trainers want it: tensors in, loss out."""
 

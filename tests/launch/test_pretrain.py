@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch import pretrain
+from tests import forks
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -41,20 +39,9 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 def torchrun(folder: Path, *arguments: str, nproc: int = 2) -> list[dict[str, Any]]:
     """A run of 6 steps of the tiny quickstart Llama in processes of its own; warnings are errors there too."""
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={nproc}",
-    ]
-    command += ["-m", "launch.pretrain", "--config", "configs/quickstart.yaml", *TINY, *SHORT]
-    command += ["--train.steps=6", f"--log.dir={folder}", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    given = ["--config", "configs/quickstart.yaml", *TINY, *SHORT, "--train.steps=6", f"--log.dir={folder}", *arguments]
+    done = forks.torchrun("launch.pretrain", *given, nproc=nproc, environment={"PYTHONWARNINGS": "error"}, timeout=120)
+    assert done.returncode == 0, done.stdout
     return records(folder)
 
 

@@ -20,6 +20,7 @@ from launch import pretrain
 from launch.config import Config, as_dict
 from launch.logs import read_records
 from launch.resume import StopRequest, check_same_run
+from tests import forks
 from tests.launch.test_pretrain import ROOT, SHORT, TINY, numbers, records
 
 RUN = [*TINY, *SHORT, "--checkpoint.every=2", "--train.verify_every=3", "--optimizer.precision.newton_schulz=float32"]
@@ -47,6 +48,14 @@ def start(
         text=True,
         start_new_session=session,
     )
+
+
+def two_ranks(folder: Path, *arguments: str) -> str:
+    """The tiny run on two ranks where nothing happens that torchrun would see; what it prints."""
+    given = ["--config", "configs/quickstart.yaml", *RUN, f"--log.dir={folder}", *arguments]
+    done = forks.torchrun("launch.pretrain", *given, nproc=2, environment={"PYTHONWARNINGS": "error"})
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def alone(folder: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -98,7 +107,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("unbroken")
-    finish(start(folder, "--train.steps=8"))
+    two_ranks(folder, "--train.steps=8")
     return records(folder)
 
 
@@ -153,7 +162,7 @@ def test_sigterm_to_torchrun_saves_and_the_same_command_goes_on(unbroken: list[d
     assert "forcefully exiting" not in output and time.monotonic() - asked < 30
     saved = distmuon.latest_checkpoint(tmp_path / "checkpoints")
     assert saved is not None and 3 <= int(saved.name.removeprefix("step-")) < 8
-    assert f"resumed from {saved}" in finish(start(tmp_path, *command))
+    assert f"resumed from {saved}" in two_ranks(tmp_path, *command)
     assert history(records(tmp_path)) == history(unbroken)
 
 
@@ -173,7 +182,7 @@ def test_sigterm_to_one_rank_stops_all_with_a_checkpoint_and_status_0(
     assert "as SIGTERM asked" in output and time.monotonic() - asked < 30
     saved = distmuon.latest_checkpoint(tmp_path / "checkpoints")
     assert saved is not None and 3 <= int(saved.name.removeprefix("step-")) < 8
-    finish(start(tmp_path, "--train.steps=8", "--checkpoint.every=100"))
+    two_ranks(tmp_path, "--train.steps=8", "--checkpoint.every=100")
     assert history(records(tmp_path)) == history(unbroken)
 
 
@@ -181,7 +190,7 @@ def test_sigterm_to_one_rank_stops_all_with_a_checkpoint_and_status_0(
 def test_a_run_goes_on_at_another_number_of_ranks(unbroken: list[dict[str, Any]], tmp_path: Path) -> None:
     """1 -> 2 -> 1 ranks: the same losses as two ranks throughout, up to the order of sums."""
     alone(tmp_path, "--train.steps=3")
-    output = finish(start(tmp_path, "--train.steps=5", "--checkpoint.asynchronous=true"))
+    output = two_ranks(tmp_path, "--train.steps=5", "--checkpoint.asynchronous=true")
     assert "step-00000003, saved by 1 ranks" in output
     run = alone(tmp_path, "--train.steps=8")
     losses = [(r["kind"], r["step"], r["loss"]) for r in run if r["kind"] == "train"]

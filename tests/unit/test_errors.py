@@ -125,7 +125,9 @@ def test_a_size_or_norm_is_a_positive_number(name: str) -> None:
     refused(lambda: _made(bucket_mb=math.inf), "bucket_mb: found inf")
 
 
-@pytest.mark.parametrize("value", [None, math.nan, 3, ("a", "b", "c"), (None,) * 3, object()], ids=repr)
+@pytest.mark.parametrize(
+    "value", [None, math.nan, 3, ("a", "b", "c"), (None,) * 3, object()], ids=lambda v: type(v).__name__
+)
 def test_coefficients_are_a_name_or_triples(value: Any) -> None:
     refused(lambda: _made(ns_coefficients=value), "ns_coefficients: .* found; a table's name, one")
     refused(lambda: _made(ns_coefficients=(1, 2)), r"ns_coefficients: rows of \[2\] numbers found for 5 steps")
