@@ -286,10 +286,10 @@ def quantize_update(values: Tensor) -> tuple[Tensor, Tensor]:
     return roots.copysign_(shares).to(torch.int8), exponents.to(torch.uint8)
 
 
-def dequantize_update(codes: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `quantize_update`: (blocks, BLOCK) in `dtype`."""
-    roots = codes.to(dtype).div_(64.0)
-    return roots.mul_(roots.abs()).mul_(_power(exponents.to(torch.int32)).to(dtype))
+def dequantize_update(codes: Tensor, exponents: Tensor, out: Tensor) -> None:
+    """The inverse of `quantize_update`: write the values to `out`, (blocks, BLOCK) in the dtype of the exchange."""
+    scales = _power(exponents.to(torch.int32)).mul_(64.0**-2)
+    out.copy_(codes).mul_(codes.abs()).mul_(scales.to(out.dtype))
 
 
 def _power(exponents: Tensor) -> Tensor:
@@ -367,7 +367,7 @@ class Int8Updates:
         found = torch.empty_like(flat, dtype=self.wire)
         for low, part in _parts(flat, 2**16):
             codes, exponents = quantize_update(part.view(-1, BLOCK))
-            found[low : low + part.numel()] = dequantize_update(codes, exponents, self.wire).view(-1)
+            dequantize_update(codes, exponents, found[low : low + part.numel()].view(-1, BLOCK))
         return found.view(-1, size + missing)[:, :size].reshape(polar.shape).contiguous()
 
     def bytes(self, elements: int) -> int:
@@ -387,7 +387,7 @@ class Int8Updates:
         values = torch.empty(self._elements(sent), dtype=self.wire, device=sent.device)
         for low, part in _parts(values, 2**16):
             blocks = slice(low // BLOCK, (low + part.numel()) // BLOCK)
-            part.view(-1, BLOCK).copy_(dequantize_update(codes[blocks], exponents[blocks], self.wire))
+            dequantize_update(codes[blocks], exponents[blocks], part.view(-1, BLOCK))
         return values
 
     def _elements(self, sent: Tensor) -> int:
