@@ -365,7 +365,7 @@ class Int8Updates:
         flat = polar.reshape(-1, size)
         flat = (pad(flat, (0, missing)) if missing else flat).view(-1)
         found = torch.empty_like(flat, dtype=self.wire)
-        for low, part in _parts(flat, 2**16):
+        for low, part in _parts(flat, 2**14):
             codes, exponents = quantize_update(part.view(-1, BLOCK))
             dequantize_update(codes, exponents, found[low : low + part.numel()].view(-1, BLOCK))
         return found.view(-1, size + missing)[:, :size].reshape(polar.shape).contiguous()
@@ -378,14 +378,14 @@ class Int8Updates:
 
     def encode(self, values: Tensor, sent: Tensor) -> None:
         codes, exponents = self._parts_of(sent)
-        for low, part in _parts(values, 2**16):
+        for low, part in _parts(values, 2**14):
             blocks = slice(low // BLOCK, (low + part.numel()) // BLOCK)
             codes[blocks], exponents[blocks] = quantize_update(part.view(-1, BLOCK))
 
     def decode(self, sent: Tensor) -> Tensor:
         codes, exponents = self._parts_of(sent)
         values = torch.empty(self._elements(sent), dtype=self.wire, device=sent.device)
-        for low, part in _parts(values, 2**16):
+        for low, part in _parts(values, 2**14):
             blocks = slice(low // BLOCK, (low + part.numel()) // BLOCK)
             dequantize_update(codes[blocks], exponents[blocks], part.view(-1, BLOCK))
         return values
