@@ -38,14 +38,25 @@ def by_hand(polar: Tensor, wire: torch.dtype) -> Tensor:
         power = math.floor((math.frexp(largest)[1] - 1) / 2) if largest else -50
         scale = 4.0 ** max(power, -50)
         for value in block:
-            code = min(127, round(64 * math.sqrt(abs(value) / scale)))
+            root = torch.tensor(64 * math.sqrt(abs(value) / scale))  # in float32, or one in 100,000 codes would differ
+            code = min(127, round(root.item()))
             found.append(math.copysign(scale * (code / 64) ** 2, value))
     return torch.tensor(found, dtype=torch.float64).to(wire).view(polar.shape)
 
 
 def _gradients(step: int) -> Weights:
-    """The same on every rank, and whole numbers, so that their mean over any number of ranks is exact."""
-    return {fqn: (8 * grad).round() for fqn, grad in hand_gradients(Standing(), step, 0).items()}
+    """The same on every rank, few bits, and threes, so that their mean over one to four ranks is exact.
+
+    Columns, and rows, differ by powers of two, or else all blocks would have the same scale.
+    """
+    generator = torch.Generator().manual_seed(step)
+    found = {}
+    for fqn, grad in hand_gradients(Standing(), step, 0).items():
+        found[fqn] = 3 * (8 * grad).round()
+        for dim in range(grad.ndim):
+            sizes = [size if d == dim else 1 for d, size in enumerate(grad.shape)]
+            found[fqn] *= torch.randint(-4, 5, sizes, generator=generator).float().exp2()
+    return found
 
 
 @cache
@@ -134,21 +145,22 @@ def test_what_changes_no_bit_changes_none_of_theirs(spawn) -> None:
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"normuon_beta2": 0.95},
-    {"cautious_weight_decay": True, "weight_decay": 0.5},
+    {"cautious_weight_decay": True},
     {"momentum_dtype": torch.int8},
     {"telemetry_every": 1},
 ]
 
 
 def test_their_error_under_each_variant_of_the_rule(spawn) -> None:
-    """Against updates in bfloat16, of the worst parameter, relative to what four steps moved it."""
+    """Against updates in bfloat16, of the worst parameter, relative to what four steps moved it. Elements that are
+    rounded to zero decay under cautious weight decay."""
     cases = [{"ns_dtype": None, **variant, **form} for variant in VARIANTS for form in ({}, {"updates_dtype": None})]
     found = spawn(_trained, 3, cases=cases)
     assert all(_digest(a) == _digest(b) for rank in found for a, b in zip(rank, found[0]))
     for variant, got, wanted in zip(VARIANTS, found[0][::2], found[0][1::2]):
         _, (worst, fqn) = errors(got, wanted, Standing().state_dict())
         print(f"\n{variant}: {worst:.2%} of the update ({fqn})")
-        assert 0.001 < worst < 0.012
+        assert 0.001 < worst < 0.02
 
 
 def _resumed(group: dist.ProcessGroup, folder: str, steps: range) -> Weights:
