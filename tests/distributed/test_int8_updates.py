@@ -129,7 +129,7 @@ def test_weights_are_those_of_one_process(spawn, dp_size: int, ns_dtype: torch.d
     """On every rank, with pieces that are cut by rows and inside them; matrices have few whole blocks here."""
     wanted = _digest(_loop(ns_dtype, wire))
     cases = [{"ns_dtype": ns_dtype, "exchange_dtype": wire, **way} for way in WAYS]
-    for found in spawn(_trained, dp_size, cases=cases):
+    for found in spawn(_trained, dp_size, timeout=150, cases=cases):
         assert [_digest(case) for case in found] == [wanted] * len(WAYS)
 
 
@@ -155,7 +155,7 @@ def test_their_error_under_each_variant_of_the_rule(spawn) -> None:
     """Against updates in bfloat16, of the worst parameter, relative to what four steps moved it. Elements that are
     rounded to zero decay under cautious weight decay."""
     cases = [{"ns_dtype": None, **variant, **form} for variant in VARIANTS for form in ({}, {"updates_dtype": None})]
-    found = spawn(_trained, 3, cases=cases)
+    found = spawn(_trained, 3, timeout=150, cases=cases)
     assert all(_digest(a) == _digest(b) for rank in found for a, b in zip(rank, found[0]))
     for variant, got, wanted in zip(VARIANTS, found[0][::2], found[0][1::2]):
         _, (worst, fqn) = errors(got, wanted, Standing().state_dict())
