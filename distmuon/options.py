@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeGuard, get_args
 import torch
 
 from distmuon.errors import problem
+from distmuon.math.codecs import UpdateCodec, update_codec
 from distmuon.math.coefficients import coefficient_schedule
 
 Rule = Literal["muon", "adamw"]
@@ -41,8 +42,11 @@ class Precision:
     """Wire dtype: pieces of updates and polar factors are sent and rounded in it, also those that stay on their rank
     (`Bucket._orthogonalize`). bfloat16, float32 or float64; None: `newton_schulz`. float16 is not allowed, since small
     updates would vanish in it. A further dtype goes into `_DTYPES`, and all senders and the planner follow, for they
-    read `wire`. It must be a floating-point dtype that torch promotes and the backend sends: there is no codec with
-    scales for pieces."""
+    read `wire`. It must be a floating-point dtype that torch promotes and the backend sends: pieces travel without
+    scales."""
+    updates: torch.dtype | None = field(default=None, metadata={"argument": "updates_dtype"})
+    """Dtype of the polar factors that `Sharding(param_gather="updates")` sends to all ranks: int8 (blocks of 256
+    elements with a scale); None: `exchange`. They are rounded to it on any number of ranks, also on one."""
     master: MasterFormat = field(default="float32", metadata={"argument": "master_format"})
     """Format of a bfloat16 parameter's master: "float32", or "remainder", the 16 bits that the parameter lacks. Both
     give the same float32 master."""
@@ -58,12 +62,18 @@ class Precision:
         """The dtype in which pieces travel: `exchange`, or `newton_schulz` if that is None."""
         return self.newton_schulz if self.exchange is None else self.exchange
 
+    @property
+    def update_codec(self) -> UpdateCodec:
+        """The format in which polar factors are rounded, and sent to all ranks if updates travel."""
+        return update_codec(self.updates, self.wire, self.newton_schulz)
+
 
 _DTYPES: dict[str, tuple[torch.dtype | None, ...]] = {
     "reduce": (torch.float32, torch.bfloat16, torch.float16),
     "momentum": (torch.float32, torch.bfloat16, torch.int8),
     "newton_schulz": (torch.bfloat16, torch.float32, torch.float64),
     "exchange": (None, torch.bfloat16, torch.float32, torch.float64),
+    "updates": (None, torch.int8),
 }
 
 
@@ -84,8 +94,9 @@ class Sharding:
     bucket_mb: float | None = None
     """Size of a bucket in MiB of float32 gradients. None: chosen from the model's size (`distmuon.plan` compares)."""
     param_gather: ParamGather = "parameters"
-    """The tensors that the all-gather sends: "parameters", or "updates": polar factors in `Precision.exchange`, which
-    every rank applies (float32 parameters only; three quarters of AdamW's traffic in bfloat16)."""
+    """The tensors that the all-gather sends: "parameters", or "updates": polar factors in `Precision.updates`, which
+    every rank applies (float32 parameters only; three quarters of AdamW's traffic in bfloat16, five eighths in
+    int8)."""
     release_grads: bool = False
     """Hold at most two buckets of gradients during the last backward, and none between steps."""
     overlap: Overlap = True
@@ -170,6 +181,13 @@ class Options:
                 found='found True with grad_reduction="external"',
                 needed="only distmuon's own gradient buffers can be released",
                 cure="let zero_grad(set_to_none=True) free the gradients",
+            )
+        if self.precision.updates is not None and self.sharding.param_gather != "updates":
+            raise problem(
+                "precision.updates",
+                found=f'found {self.precision.updates} with param_gather="{self.sharding.param_gather}"',
+                needed="updates must travel, or else this would round them and save nothing",
+                cure='pass Sharding(param_gather="updates"), or leave precision.updates out',
             )
 
     def check_dtypes(self, params: Sequence[tuple[str, torch.dtype]]) -> None:

@@ -20,6 +20,7 @@ import torch
 from distmuon.layout.given import HeldBoxes, pack_given
 from distmuon.layout.packing import Item, Loads, Piece, pack_balanced, pack_evenly
 from distmuon.layout.routing import ParamSpec, Unit
+from distmuon.math.codecs import UpdateCodec
 from distmuon.options import Packing, Placement
 
 _MIN_BUCKET_ELEMENTS = 8 << 20
@@ -140,16 +141,27 @@ class Layout:
         """Whether `param` is not a view of its flat buffer: it keeps its memory, or is not contiguous in the buffer."""
         return self.specs[param].stays or self.contiguous_start(param) is None
 
-    def message_bytes(self, bucket: BucketSpec, itemsize: int) -> int:
-        """The bytes that each rank sends of `bucket` if updates travel: `itemsize` a Muon element, 4 an AdamW element.
+    def blocks_of(self, segment: Segment, block: int) -> tuple[int, int]:
+        """(elements of the blocks that a Muon segment touches, how many of them lie before it).
+
+        A block has `block` elements of a matrix, from its first one on.
+        """
+        before = (segment.param_offset - self.unit_of(segment).offset) % block
+        return -(-(before + segment.length) // block) * block, before
+
+    def message_bytes(self, bucket: BucketSpec, codec: UpdateCodec) -> int:
+        """The bytes that each rank sends of `bucket` if updates travel: 4 an AdamW element, Muon's as `codec` says.
 
         AdamW's elements come first, padded to a multiple of 8 bytes. All ranks send as many bytes as the fullest rank,
         rounded up to a multiple of 16.
         """
         adamw, muon = [0] * self.dp_size, [0] * self.dp_size
         for segment in bucket.segments:
-            (muon if self.specs[segment.param].rule == "muon" else adamw)[segment.rank] += segment.length
-        fullest = max(-(-4 * a // 8) * 8 + itemsize * m for a, m in zip(adamw, muon))
+            if self.specs[segment.param].rule == "muon":
+                muon[segment.rank] += self.blocks_of(segment, codec.block)[0]
+            else:
+                adamw[segment.rank] += segment.length
+        fullest = max(-(-4 * a // 8) * 8 + codec.bytes(m) for a, m in zip(adamw, muon))
         return -(-fullest // 16) * 16
 
     @cached_property

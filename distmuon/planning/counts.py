@@ -139,7 +139,7 @@ def _load(layout: Layout, options: Options, node_size: int) -> list[BucketLoad]:
         slice_bytes = options.precision.reduce.itemsize * bucket.shard_size
         gathered = 0 if layout.given else bucket.shard_size * bucket.dtype.itemsize
         if options.sharding.param_gather == "updates" and num_peers:
-            gathered = layout.message_bytes(bucket, options.precision.wire.itemsize)
+            gathered = layout.message_bytes(bucket, options.precision.update_codec)
         load = BucketLoad(layout.dp_size, slices * slice_bytes, num_peers * gathered)
         load.reduce_levels, load.reduce_far = levels, [n * slice_bytes for n in far]
         load.ready_last = min(bucket.params) <= first_layer  # an embedding before it in its own bucket takes no time
@@ -287,7 +287,8 @@ def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, ra
             gathered = 0
             computing = 0
         if options.sharding.param_gather == "updates" and layout.dp_size > 1:
-            messages.append(load.all_gather + load.all_gather // (layout.dp_size - 1))
+            opened = options.precision.update_codec.opened_bytes * max(load.muon)
+            messages.append(load.all_gather + load.all_gather // (layout.dp_size - 1) + opened)
     flat = [layout.dp_size * bucket.shard_size * options.precision.reduce.itemsize for bucket in layout.buckets]
     at_once = _largest_pair(flat) if options.sharding.overlap else sum(flat)  # in backward
     released = at_once if options.sharding.release_grads and not options.grads_stay(layout.dp_size) else 0

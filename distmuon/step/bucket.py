@@ -22,6 +22,7 @@ from torch import Tensor
 from distmuon.comm.group import DataParallelGroup, Pending
 from distmuon.layout.layout import Layout, Segment
 from distmuon.math import rules
+from distmuon.math.codecs import UpdateCodec
 from distmuon.math.newton_schulz import orthogonalize
 from distmuon.options import CAUTIOUS, NORMUON
 from distmuon.step.matrix_exchange import MatrixExchange, StackKey
@@ -70,6 +71,7 @@ class Bucket:
         layout: Layout,
         group_of: Sequence[int],
         ns_dtype: torch.dtype,
+        update_codec: UpdateCodec,
         dp_group: DataParallelGroup,
         metrics: Metrics,
         row_moments: RowMoments,
@@ -82,6 +84,7 @@ class Bucket:
         self._reduction: Pending | None = None
         self._group_of = group_of
         self._ns_dtype = ns_dtype
+        self._update_codec = update_codec
         self._dp_group = dp_group
         self._metrics = metrics
         self._layout = layout
@@ -203,9 +206,7 @@ class Bucket:
             scales = [rules.lr_scale(key.rows, n, param_group["adjust_lr_fn"]) for n in key.column_split]
             polar = [torch.cat([x.mul(scale / scales[0]) for x, scale in zip(polar, scales)], dim=2)]
         # Pieces that stay are rounded like pieces that travel, so that the result does not depend on the cut.
-        wire, computed = self.exchange.dtype, self._ns_dtype
-        loses_nothing = torch.promote_types(wire, computed) == wire
-        return polar[0].to(computed if loses_nothing else wire).contiguous()
+        return self._update_codec.rounded(polar[0])
 
     def _apply_muon(self, step: Step, segment: Segment, weight: Tensor, polar: Tensor) -> None:
         """Compute line 6 on the elements of `segment`, in place; a parameter without a gradient is left alone."""

@@ -112,20 +112,23 @@ class Engine:
             self.storage.device,
             storage.label,
         )
-        ns_dtype, transport = self._options.precision.newton_schulz, self._transport(storage)
+        ns_dtype, codec = self._options.precision.newton_schulz, self._options.precision.update_codec
+        transport = self._transport(storage)
         group, moments = self._groups[storage.spec.group], self.storage.row_moments
         row_moments = RowMoments(
             {index: moments[index] for index in storage.spec.params if index in moments},
             exchange_groups[storage.spec.group],
         )
-        return Bucket(storage, exchange, transport, layout, group_of, ns_dtype, group, self._metrics, row_moments)
+        return Bucket(
+            storage, exchange, transport, layout, group_of, ns_dtype, codec, group, self._metrics, row_moments
+        )
 
     def _transport(self, storage: BucketStorage) -> Transport:
         if not isinstance(storage, FlatStorage):
             return Nothing(storage, self.storage.params)
         group = self._groups[storage.spec.group]
         if self._options.sharding.param_gather == "updates" and group.dp_size > 1:
-            return Updates(storage, group, self.storage.layout, self._options.precision.wire)
+            return Updates(storage, group, self.storage.layout, self._options.precision.update_codec)
         return Parameters(storage, group)
 
     # -------------------------------------------------------------------------------------------------- gradients

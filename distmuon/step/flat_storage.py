@@ -58,6 +58,7 @@ class FlatStorage:
         self.param_shard = self.param_flat[own]
         self._make_grads(numel, device, own)
         self.momentum = momentum_codec(options.precision.momentum)
+        self.block = max(self.momentum.block, options.precision.update_codec.block)  # they are 1 or equal
         self._master_codec = master_codec(spec.dtype, options.precision.master)
         self.kept_master = self._master_codec.make(self.param_shard)
         self._make_pieces(dp_rank, device)
@@ -118,7 +119,7 @@ class FlatStorage:
 
     def _make_pieces(self, dp_rank: int, device: torch.device) -> None:
         segments = [segment for segment in self.spec.segments if segment.rank == dp_rank]
-        pieces = [ShardPiece(run, self.grad_shard) for run in runs_of(segments, self._layout, self.momentum.block)]
+        pieces = [ShardPiece(run, self.grad_shard) for run in runs_of(segments, self._layout, self.block)]
         for piece in pieces:
             piece.grad = piece.cut(self.grad_shard)
         self.muon = [piece for piece in pieces if self._layout.specs[piece.segment.param].rule == "muon"]

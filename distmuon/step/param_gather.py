@@ -5,11 +5,13 @@ when a forward waits for it, so the all-gathers of later layers may run under th
 knows no rule: the caller passes the function that updates a weight.
 
 [Note: updates travel] With `Sharding(param_gather="updates")` a rank sends the polar factors of its shard (2 bytes an
-element in bfloat16) instead of its float32 parameters (4), and every rank computes line 6 of the algorithm on its whole
-replica. AdamW's elements travel as parameters. Replicas stay equal bit by bit: they make the same three roundings of
-the same numbers, in three kernels (`rules.muon_weight`), so that ranks cannot differ by a fused multiply-add.
+element in bfloat16, 1 in int8) instead of its float32 parameters (4), and every rank computes line 6 of the algorithm
+on its whole replica. The owners of the matrices have rounded them so that encoding loses nothing, whatever the cut
+([Note: updates in int8] in math/codecs.py). AdamW's elements travel as parameters. Replicas stay equal bit by bit: they
+make the same three roundings of the same numbers, in three kernels (`rules.muon_weight`), so that ranks cannot differ
+by a fused multiply-add.
 
-      message of a rank: | AdamW elements, float32 | polar factors, exchange dtype | up to the longest message |
+      message of a rank: | AdamW elements, float32 | polar factors, encoded | up to the longest message |
 
 [Note: streams of a forward] The first stream that needs a bucket waits for the collective and copies staged parameters
 out. On a GPU that orders this stream alone: the step's stream then waits for it, because the next step will read and
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from distmuon.comm.group import DataParallelGroup, Pending
 from distmuon.layout.layout import Layout, Segment
+from distmuon.math.codecs import UpdateCodec
 from distmuon.step.flat_storage import FlatStorage
 from distmuon.step.storage import BucketStorage, Masters, runs_of
 
@@ -142,14 +145,13 @@ class Updates:
 
     has_message = True
 
-    def __init__(self, storage: FlatStorage, group: DataParallelGroup, layout: Layout, dtype: torch.dtype) -> None:
+    def __init__(self, storage: FlatStorage, group: DataParallelGroup, layout: Layout, codec: UpdateCodec) -> None:
         self._storage = storage
         self._group = group
         self._layout = layout
-        self._dtype = dtype
-        block = storage.momentum.block
+        self._codec = codec
         by_rank = [[s for s in storage.spec.segments if s.rank == rank] for rank in range(group.dp_size)]
-        self._runs = [runs_of(segments, layout, block) for segments in by_rank]
+        self._runs = [runs_of(segments, layout, storage.block) for segments in by_rank]
         self._polar: Sequence[Tensor] = ()
         self._apply_muon: ApplyMuon | None = None
         self._flight: _Flight | None = None
@@ -178,38 +180,50 @@ class Updates:
 
     def _message(self) -> Tensor:
         storage = self._storage
-        size = self._layout.message_bytes(storage.spec, self._dtype.itemsize)
+        size = self._layout.message_bytes(storage.spec, self._codec)
         message = torch.zeros(size, dtype=torch.uint8, device=storage.param_flat.device)
-        places = self._places(message, [p.segment for p in storage.adamw], [p.segment for p in storage.muon])
-        for place, elements in zip(places, [*(p.cut(storage.param_shard) for p in storage.adamw), *self._polar]):
-            place.copy_(elements)
+        muon = [piece.segment for piece in storage.muon]
+        adamw, sent = self._sections(message, [piece.segment for piece in storage.adamw], muon)
+        for place, piece in zip(adamw, storage.adamw):
+            place.copy_(piece.cut(storage.param_shard))
+        values = self._codec.room(sent)
+        for place, polar in zip(self._places(values, muon), self._polar):
+            place.copy_(polar)
+        self._codec.encode(values, sent)
         return message
 
     def _take(self, messages: Tensor) -> None:
         """Compute line 6 on the shards of all ranks, and copy AdamW's elements of the other ranks."""
         assert self._apply_muon is not None
-        spec = self._storage.spec
         for rank, (message, segments) in enumerate(zip(messages.view(self._group.dp_size, -1), self._runs)):
             muon = [s for s in segments if self._layout.specs[s.param].rule == "muon"]
             adamw = [s for s in segments if self._layout.specs[s.param].rule == "adamw"]
-            for segment, elements in zip(adamw + muon, self._places(message, adamw, muon)):
-                start = rank * spec.shard_size + segment.shard_offset
-                weight = self._storage.param_flat[start : start + segment.length]
-                if self._layout.specs[segment.param].rule == "muon":
-                    self._apply_muon(segment, weight, elements)
-                elif rank != self._group.dp_rank:
-                    weight.copy_(elements)
+            places, sent = self._sections(message, adamw, muon)
+            for segment, elements in zip(adamw, places) if rank != self._group.dp_rank else ():
+                self._weight(segment).copy_(elements)
+            for segment, polar in zip(muon, self._places(self._codec.decode(sent), muon)):
+                self._apply_muon(segment, self._weight(segment), polar)
 
-    def _places(self, message: Tensor, adamw: Sequence[Segment], muon: Sequence[Segment]) -> list[Tensor]:
-        """The places of a rank's segments in its message, AdamW's first."""
+    def _weight(self, segment: Segment) -> Tensor:
+        """The elements of any rank's segment in this rank's replica."""
+        start = segment.rank * self._storage.spec.shard_size + segment.shard_offset
+        return self._storage.param_flat[start : start + segment.length]
+
+    def _sections(
+        self, message: Tensor, adamw: Sequence[Segment], muon: Sequence[Segment]
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """The places of AdamW's segments in a rank's message, and the bytes of its encoded polar factors."""
         end = 4 * sum(s.length for s in adamw)
         border = -(-end // 8) * 8
-        polar = message[border : border + self._dtype.itemsize * sum(s.length for s in muon)].view(self._dtype)
-        elements = message[:end].view(torch.float32)
-        return [
-            *torch.split(elements, [s.length for s in adamw]),
-            *torch.split(polar, [s.length for s in muon]),
-        ]
+        elements = sum(self._layout.blocks_of(s, self._codec.block)[0] for s in muon)
+        places = torch.split(message[:end].view(torch.float32), [s.length for s in adamw])
+        return places, message[border : border + self._codec.bytes(elements)]
+
+    def _places(self, values: Tensor, muon: Sequence[Segment]) -> list[Tensor]:
+        """The elements of segments in `values`, which hold whole blocks of each."""
+        touched = [self._layout.blocks_of(s, self._codec.block) for s in muon]
+        blocks = torch.split(values, [elements for elements, _ in touched])
+        return [found[before : before + s.length] for found, (_, before), s in zip(blocks, touched, muon)]
 
 
 def _start(storage: FlatStorage, group: DataParallelGroup, output: Tensor, input: Tensor, stage: str) -> _Flight:

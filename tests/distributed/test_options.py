@@ -167,6 +167,7 @@ LOSSY: list[tuple[str, dict[str, Any], float]] = [
     ("bfloat16 exchange", {"exchange_dtype": torch.bfloat16}, 0.02),
     ("bfloat16 momentum", {"momentum_dtype": torch.bfloat16}, 0.003),
     ("int8 momentum", {"momentum_dtype": torch.int8}, 0.012),
+    ("int8 updates", {"param_gather": "updates", "updates_dtype": torch.int8}, 0.018),
 ]
 
 
@@ -423,6 +424,13 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"master_format": "int4"}, "float32", r"precision\.master"),
     ({"exchange_dtype": torch.float16}, "float32", r"precision\.exchange"),
     ({"momentum_dtype": torch.float16}, "float32", r"precision\.momentum"),
+    ({"updates_dtype": torch.bfloat16, "param_gather": "updates"}, "float32", r"precision\.updates"),
+    (
+        {"updates_dtype": torch.int8},
+        "float32",
+        r"precision\.updates: .*updates must travel",
+    ),
+    ({"updates_dtype": torch.int8, "param_gather": "updates"}, "mixed", r"embed.*bfloat16"),
 ]
 
 

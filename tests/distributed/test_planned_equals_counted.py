@@ -60,7 +60,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], float]] = {  # model_type, its conf
 WAYS: list[dict[str, Any]] = [
     {},
     {"packing": "contiguous"},
-    {"gpus_per_node": 2, "packing": "contiguous"},
+    {"gpus_per_node": 2, "packing": "contiguous", "param_gather": "updates", "updates_dtype": torch.int8},
     {"gpus_per_node": 2},
     {"packing": "contiguous", "placement": "replicated", "reduce_dtype": torch.bfloat16},
     {"gpus_per_node": 2, "reduce_dtype": torch.bfloat16},
@@ -402,6 +402,7 @@ PEAKS: list[dict[str, Any]] = [
     {},
     {"overlap": False},
     {"param_gather": "updates"},
+    {"param_gather": "updates", "updates_dtype": torch.int8},
     {"param_dtype": torch.bfloat16, "master_format": "remainder", "momentum_dtype": torch.int8},
     {"overlap": "forward"},
 ]

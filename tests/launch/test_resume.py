@@ -328,6 +328,7 @@ PRECISION = {
     "momentum": "int8",
     "newton_schulz": "float32",
     "exchange": "float32",
+    "updates": "int8",
     "master": "remainder",
 }
 

@@ -86,6 +86,7 @@ OPTIONS = {
     "precision.momentum": ["int8"],
     "precision.newton_schulz": ["float32"],
     "precision.exchange": ["float32"],
+    "precision.updates": ["int8", "--sharding.param_gather=updates", "--param_dtype=float32"],
     "precision.master": ["remainder"],
     "shard": ["fsdp2"],
     "replicas": ["2", "--shard=hsdp", "--replicas=4"],
