@@ -2,6 +2,7 @@
 
     python -m benchmarks.nodes                           2 nodes of 2 ranks, links of 100 Mbit/s and of 1 Gbit/s
     python -m benchmarks.nodes --nodes 4 --rates 1gbit
+    python -m benchmarks.nodes --reduce bfloat16         gradients in 16 bits: in two levels where the nodes are known
 
 Each node is a network namespace, joined to a bridge by a veth pair whose rate `tc tbf` limits in both directions, so
 ranks of a node talk at the speed of memory and nodes at that of the link. gloo; needs Linux, iproute2 and the right to
@@ -33,7 +34,7 @@ import torch.distributed as dist
 import distmuon
 from benchmarks.setting import Setting, make_gradients, make_trainee
 from distmuon.layout.layout import Layout
-from distmuon.options import Options
+from distmuon.options import Options, Precision
 from distmuon.planning.counts import count
 from tests.distributed.loopback import bring_up_loopback
 
@@ -100,21 +101,22 @@ def tree(root: int, dp_size: int) -> Iterator[tuple[int, int]]:
         distance *= 2
 
 
-def exchanged(layout: Layout, node_size: int) -> list[int]:
-    """The bytes that the exchanges of a step send from each rank to other nodes."""
-    ranks, _ = count(layout, Options(), node_size=node_size)
-    return [sum(rank.sent_between_nodes.values()) for rank in ranks]
+def leaving(layout: Layout, node_size: int, reduce: torch.dtype) -> list[dict[str, int]]:
+    """By rank and stage, the bytes that exchanges and 16-bit reductions send to other nodes."""
+    ranks, _ = count(layout, Options(precision=Precision(reduce=reduce)), node_size=node_size)
+    return [rank.sent_between_nodes for rank in ranks]
 
 
-def planned(layout: Layout, node_size: int) -> list[int]:
+def planned(layout: Layout, node_size: int, reduce: torch.dtype) -> list[int]:
     """The bytes that each node sends in a step on gloo: reduce-scatters, exchanges, all-gathers; see group.py."""
     dp_size = layout.dp_size
     found = [0] * (dp_size // node_size)
-    for rank, sent in enumerate(exchanged(layout, node_size)):
-        found[rank // node_size] += sent
+    for rank, sent in enumerate(leaving(layout, node_size, reduce)):
+        found[rank // node_size] += sum(sent.values())
     for bucket in layout.buckets:
         for rank in range(dp_size):
-            found[rank // node_size] += (dp_size - node_size) * bucket.shard_size * 4
+            if reduce == torch.float32:  # to every rank of the other nodes
+                found[rank // node_size] += (dp_size - node_size) * bucket.shard_size * 4
             for sender, receiver in tree(rank, dp_size):
                 if sender // node_size != receiver // node_size:
                     found[sender // node_size] += bucket.shard_size * bucket.dtype.itemsize
@@ -125,12 +127,12 @@ def work(arguments: argparse.Namespace) -> None:
     """One rank."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rank, per_node = int(os.environ["RANK"]), arguments.ranks
+    rank, per_node, reduce = int(os.environ["RANK"]), arguments.ranks, getattr(torch, arguments.reduce)
     dist.init_process_group("gloo", os.environ["BENCH_RENDEZVOUS"], rank=rank, world_size=arguments.nodes * per_node)
     setting = Setting(d_model=arguments.d_model, layers=arguments.layers, vocabulary=512, seq_len=64)
     trainees = {way: make_trainee(setting, torch.device("cpu")) for way in WAYS}
     optimizers = {
-        way: distmuon.DistMuon(trainees[way], gpus_per_node=per_node if given is None else given)
+        way: distmuon.DistMuon(trainees[way], gpus_per_node=per_node if given is None else given, reduce_dtype=reduce)
         for way, given in WAYS.items()
     }
     gradients = make_gradients(trainees["nodes known"], rank)
@@ -153,13 +155,14 @@ def work(arguments: argparse.Namespace) -> None:
     if rank == 0:
         found = {}
         for way, optimizer in optimizers.items():
-            expected = planned(optimizer.layout, per_node)
+            expected = planned(optimizer.layout, per_node, reduce)
+            far = leaving(optimizer.layout, per_node, reduce)
             sent = [statistics.median(node) for node in zip(*links[way])]
             found[way] = {
                 "ms": [1e3 * s for s in statistics.quantiles(seconds[way][1:], n=4, method="inclusive")],
                 "sent": sent,
                 "planned": expected,
-                "exchange": sum(exchanged(optimizer.layout, per_node)),
+                "exchange": sum(sent.get(stage, 0) for sent in far for stage in ("dp_gather", "scatter")),
             }
         print(json.dumps(found), flush=True)
     for optimizer in optimizers.values():
@@ -230,6 +233,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rates", default="100mbit,1gbit", help="of the links, as tc writes them; comma-separated")
     parser.add_argument("--d-model", type=int, default=512)
     parser.add_argument("--layers", type=int, default=1, help="few: matrices must be cut for nodes to matter")
+    parser.add_argument("--reduce", choices=("float32", "bfloat16"), default="float32", help="dtype of the reduction")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--minutes", type=float, default=10.0, help="for each rate")
     parser.add_argument("--json", action="store_true")

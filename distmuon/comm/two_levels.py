@@ -49,7 +49,7 @@ def slices_sent(rank: int, dp_size: int, node_size: int, known: int | None = Non
     ranks = node_size if known is None else known
     nodes = num_nodes(dp_size, ranks)
     if nodes > 1:
-        return nodes * (ranks - 1) + nodes - 1, nodes - 1
+        return dp_size - 1, nodes - 1  # (ranks - 1) * nodes inside, nodes - 1 between
     neighbours = min(node_size, dp_size - rank // node_size * node_size)
     return dp_size - 1, dp_size - neighbours
 
