@@ -141,7 +141,7 @@ def _positive(entry: str, number: str) -> float:
 # parameters are rounded from them. Without the first, by the format of the master: read 2, write 64 (counted).
 MASTERS: Mapping[str, tuple[int, int]] = {"float32": (22, 6), "remainder": (0, 65)}
 GUARD = 4  # the norm reads the gradient shard
-MESSAGE = 4  # an element of Muon's shard, copied into a message of updates
+MESSAGE = 6  # an element of Muon's shard, copied into a message of updates that was made of zeros
 ARRIVAL = 8  # an element of AdamW in such a message, copied out
 REDUCE_SUM = 10  # an element that arrives: read 2, float32 sum read and written; only where gradients have 16 bits
 
