@@ -203,7 +203,7 @@ def _arms(claim: Mapping[str, Any]) -> list[str]:
 
 def is_measured(quantity: str, row: Row) -> bool:
     """Whether a trial has what a claim is about. A model of a single block has no outputs of blocks."""
-    of_telemetry = quantity in ("weight_rms", "output_rms", "attention_logits")
+    of_telemetry = quantity in ("weight_rms", "update_rms", "output_rms", "attention_logits")
     return not of_telemetry or (bool(row["telemetry"]) and quantity in row["telemetry"][-1])
 
 
@@ -211,7 +211,7 @@ def _of_row(quantity: str, row: Row) -> float:
     if quantity == "loss":
         return math.inf if row["val_loss"] is None else float(row["val_loss"])
     last = row["telemetry"][-1]
-    return fmean(last[quantity].values()) if quantity == "weight_rms" else float(last[quantity])
+    return fmean(last[quantity].values()) if isinstance(last[quantity], dict) else float(last[quantity])
 
 
 def _of_pair(quantity: str, row: Row, other: Row, side: Mapping[str, str]) -> float:
