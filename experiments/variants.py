@@ -1,7 +1,8 @@
 """What an experiment does to a run that no key of the recipe asks for; and optimizers of other libraries in its loop.
 
 A variant turns the `Run` of a trial into another one, in a process of its own. None of them is for users: lion, sgd
-and soap are baselines, update_norm is a rule that the paper tried and left, shards_alone is the mistake of experiment 1.
+and soap are baselines, update_norm is a rule that the paper tried and left, shards_alone is the mistake that experiment
+1 plants.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def update_norm(run: Run) -> Run:
 
 
 def shards_alone(run: Run) -> Run:
-    """Orthogonalize each of four shards by rows as a matrix of its own, as an optimizer does that takes them for one."""
+    """Orthogonalize each of four shards by rows by itself, as an optimizer does that takes local tensors for matrices."""
     from distmuon.step import bucket
 
     whole = bucket.orthogonalize
