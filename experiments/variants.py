@@ -112,7 +112,7 @@ def update_norm(run: Run) -> Run:
 
 
 def shards_alone(run: Run) -> Run:
-    """Orthogonalize each of four shards by rows by itself, as an optimizer does that takes local tensors for matrices."""
+    """Orthogonalize each of four shards by rows by itself, as if local tensors were matrices."""
     from distmuon.step import bucket
 
     whole = bucket.orthogonalize
