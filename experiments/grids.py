@@ -6,6 +6,7 @@
     arms         name -> set (the recipe's keys), rates (the list that it is tuned over), variant (see
                  experiments.variants), nproc, seeds (how many of the size's; all if left out)
     claims       what the source says, in a form that experiments.analysis decides
+    reading      what a reader may conclude, and what not; without numbers, which are the results' own
     sizes        name -> what differs at that size: config, set, rates, arms, nproc, seeds
     check        the arm that a test trains again, and the band in which its loss must lie
 
@@ -97,6 +98,7 @@ class Experiment:
     check: Mapping[str, Any]
     picture: Mapping[str, Any]
     about: str
+    reading: str
 
     @cached_property
     def base(self) -> Settings:
@@ -191,6 +193,7 @@ def read(name: str, size: str, folder: Path = FOLDER) -> Experiment:
     arms = {arm: {**entry, **({"nproc": at["nproc"]} if "nproc" in at else {})} for arm, entry in given["arms"].items()}
     merged = {
         "about": "",
+        "reading": "",
         "picture": {},
         "check": {},
         **given,
