@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from experiments import finetune, shardings
+from experiments import finetune, overhead, shardings
 from experiments.analysis import (
     AGREES,
     CANNOT_TELL,
@@ -25,16 +25,12 @@ from experiments.analysis import (
     Verdict,
     View,
     interval,
-    is_measured,
     on_side,
     visible,
 )
 from experiments.grids import ROOT, read_all
-from experiments.trial import RESULTS, Results, kind_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from experiments.pictures import PICTURES, drawn
+from experiments.trial import RESULTS, Results
 
 DOCS = ROOT / "docs"
 COMMITTED = ("full", "small")
@@ -79,8 +75,12 @@ show here."""
 def render(results: Results, sizes: Sequence[str] = COMMITTED) -> str:
     """The page."""
     views = views_of(results, sizes)
-    first, last = sharding_section(), finetune_section()
-    parts = [(1, *first), *((view.experiment.number, *section(view)) for view in views), (9, *last)]
+    parts = [
+        (1, *sharding_section()),
+        *((view.experiment.number, *section(view)) for view in views),
+        (9, *finetune_section()),
+        (11, *overhead_section()),
+    ]
     parts.sort(key=lambda part: part[0])
     verdicts = [(number, title, verdict) for number, title, _, found in parts for verdict in found]
     return "\n".join(
@@ -338,148 +338,120 @@ def finetune_section() -> Part:
     return "Pretrained with one, fine-tuned with the other", "\n".join(lines), verdicts
 
 
-# ---- pictures
+OVERHEAD_BOUND = 0.03
+"""The source's 1 to 3 % of a step."""
 
 
-def drawn(view: View) -> list[Any]:
-    """The arms, or pairs of arms, that the picture can show."""
-    picture = view.experiment.picture
-    if "pairs" in picture:
-        return [pair for pair in picture["pairs"] if all(view.rows(arm) for arm in pair)]
-    there = view.tuned if picture["kind"] == "over_rates" else view.rows
-    return [arm for arm in picture.get("arms", view.experiment.arms) if arm in view.experiment.arms and there(arm)]
+def overhead_section() -> Part:
+    """What Muon adds to a step, from the results of experiments.overhead."""
+    found = overhead.read()
+    lines = ["## 11. What Muon adds to the time of a step", ""]
+    lines += wrapped(
+        "**Hypothesis.** Muon makes a step 1 to 3 % longer than AdamW. **Source:** arXiv 2502.16982, section 2.3. "
+        "Newton-Schulz costs the same however many tokens a step has, so the share falls with the tokens of a rank."
+    )
+    verdicts = [*_measured_verdicts(found), *_planned_verdicts(found)]
+    if found["measured"]:
+        lines += ["", *wrapped(_measured_setting(found)), "", *_measured_table(found)]
+    lines += [
+        "",
+        *wrapped(
+            f"**Planned** by `distmuon plan` for {overhead.GPU.upper()} GPUs, eight a node, forward and backward at "
+            f"{100 * found['assumed']['mfu']:.0f} % of the peak, beside AdamW in the same buckets. Nothing of this "
+            "ran. Gbit/s are those of a GPU to other nodes."
+        ),
+        "",
+        *_planned_table(found),
+        "",
+        *verdict_table(verdicts),
+        "",
+        "`python -m experiments.overhead measured 1 2 4; python -m experiments.overhead planned`",
+        "",
+    ]
+    return "What Muon adds to the time of a step", "\n".join(lines), verdicts
 
 
-def over_steps(view: View) -> Figure:
-    """Validation losses over steps; with `beside`, the RMS of weights and, where it was measured, of outputs."""
-    arms, beside = drawn(view), view.experiment.picture.get("beside", ())
-    shown = [key for key in beside if all(is_measured(key, row) for arm in arms for row in view.rows(arm).values())]
-    figure, (losses, *others) = _figure(1 + len(shown))
-    for number, arm in enumerate(arms):
-        rows = list(view.rows(arm).values())
-        style = {"color": f"C{number}", "label": arm}
-        curves = [[(step, loss) for step, loss in row["val"] if loss is not None] for row in rows]
-        losses.plot(*_mean_curve(curves), **style)
-        for axes, key in zip(others, shown):
-            axes.plot(
-                *_mean_curve([[(at["step"], _level(at[key])) for at in row["telemetry"]] for row in rows]), **style
+def _measured_setting(found: dict[str, Any]) -> str:
+    return (
+        f"**Measured.** A Llama of {found['parameters']:,} parameters, byte-level, on {found['machine']}, one thread a "
+        f"rank, gloo, {found['date']}, torch {found['torch']}: forward and backward in float32, Newton-Schulz in "
+        f"bfloat16. {overhead.ROUNDS} rounds in which both optimizers step once, in random order; the mean of a "
+        "round's ratio with its 95 % interval. Four ranks share two cores, so their wall time is not that of a "
+        "cluster; processor time is that of all ranks together."
+    )
+
+
+def overheads(found: dict[str, Any], key: str, ranks: int, tokens: int) -> list[float]:
+    """The overhead of each round: how much longer Muon's step is, as a share of AdamW's."""
+    rows = [row for row in found["measured"] if (row["ranks"], row["tokens"]) == (ranks, tokens)]
+    return [row[key]["distmuon"] / row[key]["adamw"] - 1 for row in rows]
+
+
+def _percent(values: Interval) -> str:
+    return f"{100 * values.mean:.1f} % ({100 * values.low:.1f} to {100 * values.high:.1f})"
+
+
+def _measured_cells(found: dict[str, Any]) -> list[tuple[int, int]]:
+    return sorted({(row["ranks"], row["tokens"]) for row in found["measured"]})
+
+
+def _measured_table(found: dict[str, Any]) -> list[str]:
+    lines = ["| ranks | tokens of a rank and step | wall time | processor time |", "|---:|---:|---:|---:|"]
+    for ranks, tokens in _measured_cells(found):
+        wall, busy = (_percent(interval(overheads(found, key, ranks, tokens))) for key in ("wall_ms", "processor_ms"))
+        lines.append(f"| {ranks} | {tokens:,} | {wall} | {busy} |")
+    return lines
+
+
+def _measured_verdicts(found: dict[str, Any]) -> list[Verdict]:
+    verdicts = []
+    for ranks in sorted({ranks for ranks, _ in _measured_cells(found)}):
+        values = overheads(found, "wall_ms", ranks, overhead.TOKENS[-1])
+        share = interval(values)
+        word = on_side(share.minus(OVERHEAD_BOUND), "lower")
+        text = f"Measured, {ranks} rank{'s' * (ranks > 1)}, {overhead.TOKENS[-1]:,} tokens each: at most 3 % longer"
+        verdicts.append(Verdict(text=text, found=share, word=word))
+    return verdicts
+
+
+def _planned_verdicts(found: dict[str, Any]) -> list[Verdict]:
+    """The longest of a kind of cluster against the bound; the planner has no interval."""
+    tokens = overhead.PLANNED_TOKENS[-1]
+    verdicts = []
+    for text, chosen in (
+        ("on one node", [row for row in found["planned"] if row["nodes"] == 1]),
+        *(
+            (f"on {overhead.NODES[1]} nodes and more at {gbit} Gbit/s a GPU", rows)
+            for gbit in overhead.NETWORKS
+            if (rows := [row for row in found["planned"] if row["nodes"] > 1 and row["network_gbit"] == gbit])
+        ),
+    ):
+        most = max(row["overhead"] for row in chosen if row["tokens"] == tokens)
+        verdicts.append(
+            Verdict(
+                text=f"Planned, {tokens:,} tokens a GPU, {text}: at most 3 % longer",
+                found=Interval(mean=most, low=-math.inf, high=math.inf),
+                word=AGREES if most <= OVERHEAD_BOUND else DISAGREES,
             )
-    last = [row["val"][-1][1] for arm in arms for row in view.rows(arm).values() if row["val"][-1][1] is not None]
-    losses.set_ylim(min(last) - 0.05, max(last) + 0.8)
-    _labels(losses, "step", "validation loss")
-    for axes, key in zip(others, shown):
-        _labels(axes, "step", LABELS[key])
-        axes.set_ylim(bottom=0)
-    losses.legend(frameon=False, fontsize=8)
-    return figure
+        )
+    return verdicts
 
 
-LABELS = {
-    "weight_rms": "RMS of hidden weights",
-    "output_rms": "largest RMS of a block's output",
-    "attention_logits": "largest attention logit",
-}
+def _planned_table(found: dict[str, Any]) -> list[str]:
+    """A row for each model, number of nodes and bandwidth, a column for each number of tokens."""
+    columns = [f"{tokens:,} tokens a GPU" for tokens in overhead.PLANNED_TOKENS]
+    lines = [f"| model | nodes | Gbit/s | added ms | {' | '.join(columns)} |", "|---" + "|---:" * 5 + "|"]
+    cells: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for row in found["planned"]:
+        cells.setdefault((row["model"], row["nodes"], row["network_gbit"]), []).append(row)
+    for (model, nodes, network), rows in cells.items():
+        shares = " | ".join(f"{100 * row['overhead']:.1f} %" for row in rows)
+        across = str(network) if nodes > 1 else "-"
+        lines.append(f"| {model} | {nodes} | {across} | {rows[0]['added_ms']:.1f} | {shares} |")
+    return lines
 
 
-def _level(value: Any) -> float:
-    """A measured number, or the mean over kinds of matrices."""
-    return fmean(value.values()) if isinstance(value, dict) else float(value)
-
-
-def over_arms(view: View) -> Figure:
-    """The final loss of each arm with its interval."""
-    arms = drawn(view)
-    figure, (axes,) = _figure(1)
-    for number, arm in enumerate(arms):
-        loss = interval(list(view.losses(arm).values()))
-        if math.isfinite(loss.mean):
-            half = loss.high - loss.mean if math.isfinite(loss.high) else 0.0
-            axes.errorbar(loss.mean, number, xerr=half, marker="o", capsize=3, color="C0")
-            axes.plot(list(view.losses(arm).values()), [number] * len(view.losses(arm)), ".", color="C1", markersize=4)
-    axes.set_yticks(range(len(arms)), labels=arms)
-    axes.invert_yaxis()
-    _labels(axes, "validation loss; bars: 95 %, dots: seeds", "")
-    return figure
-
-
-def over_rates(view: View) -> Figure:
-    """The loss of each tuned arm over the rates that were tried."""
-    figure, (axes,) = _figure(1)
-    for arm in drawn(view):
-        points = [(rate, loss) for rate, loss in view.tuned(arm) if math.isfinite(loss)]
-        axes.plot(*zip(*points), marker="o", markersize=3, label=arm)
-    axes.set_xscale("log")
-    _labels(axes, "lr", "validation loss, seed 0")
-    axes.legend(frameon=False, fontsize=7)
-    return figure
-
-
-def entropy(view: View) -> Figure:
-    """SVD entropy of each matrix under one optimizer over that under the other."""
-    pairs = drawn(view)
-    figure, axes = _figure(len(pairs))
-    for plot, (arm, to) in zip(axes, pairs):
-        kinds: dict[str, list[tuple[float, float]]] = {}
-        for seed, row in view.rows(arm).items():
-            other = view.rows(to).get(seed, {"entropy": {}})["entropy"]
-            for name, value in row["entropy"].items():
-                if name in other:
-                    kinds.setdefault(kind_of(name), []).append((other[name], value))
-        for kind, points in kinds.items():
-            plot.plot(*zip(*points), "o", markersize=3, label=kind)
-        low = min(min(point) for points in kinds.values() for point in points)
-        plot.plot([low, 1], [low, 1], color="gray", linewidth=0.8)
-        _labels(plot, f"SVD entropy, {to}", arm)
-        plot.legend(frameon=False, fontsize=7)
-    return figure
-
-
-def shares(view: View) -> Figure:
-    """Steps to equal loss as a share of the other side's."""
-    pairs = drawn(view)
-    figure, (axes,) = _figure(1)
-    for number, (arm, to) in enumerate(pairs):
-        share = view.steps_share(arm, to)
-        if math.isfinite(share.mean):
-            half = share.high - share.mean if math.isfinite(share.high) else 0.0
-            axes.errorbar(share.mean, number, xerr=half, marker="o", capsize=3, color="C0")
-    axes.set_yticks(range(len(pairs)), labels=[f"{arm} to {to}" for arm, to in pairs])
-    axes.invert_yaxis()
-    _labels(axes, "share of AdamW's steps to its final loss; bars: 95 %", "")
-    return figure
-
-
-PICTURES: dict[str, Callable[[View], Figure]] = {
-    "over_steps": over_steps,
-    "over_arms": over_arms,
-    "over_rates": over_rates,
-    "entropy": entropy,
-    "shares": shares,
-}
-
-
-def _figure(columns: int) -> tuple[Figure, Sequence[Axes]]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, columns, figsize=(3.6 * columns if columns > 1 else 6, 3.2), layout="constrained")
-    return figure, axes if columns > 1 else [axes]
-
-
-def _labels(axes: Axes, across: str, up: str) -> None:
-    axes.set_xlabel(across, fontsize=9)
-    axes.set_ylabel(up, fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-
-
-def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
-    """The mean over the curves, at the steps that all have."""
-    by_step = [dict(curve) for curve in curves]
-    steps = sorted(set.intersection(*(set(curve) for curve in by_step)))
-    return steps, [fmean(curve[step] for curve in by_step) for step in steps]
+# ---- all of it
 
 
 def write(results: Results, folder: Path, sizes: Sequence[str] = COMMITTED) -> None:
