@@ -51,7 +51,7 @@ MODEL = ModelConfig(
 TOKENS = (256, 1024, 4096)
 """Of a step and rank."""
 SIDES = ("adamw", "distmuon")
-ROUNDS = 7
+ROUNDS = 5
 
 GPU = "h100"
 MODELS = ("llama-1b", "llama-8b")
