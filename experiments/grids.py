@@ -8,6 +8,7 @@
     claims       what the source says, in a form that experiments.analysis decides
     reading      what a reader may conclude, and what not; without numbers, which are the results' own
     sizes        name -> what differs at that size: config, set, rates, arms, nproc, seeds
+    ratios       triples of arms: Muon, AdamW, and Muon at AdamW's best rate, for a table of rates
     check        the arm that a test trains again, and the band in which its loss must lie
 
 An arm with `rates` is tuned first: every rate at `TUNING_SEED`. Then it runs at its best rate with each of the size's
@@ -99,6 +100,7 @@ class Experiment:
     picture: Mapping[str, Any]
     about: str
     reading: str
+    ratios: Sequence[Sequence[str]] = ()
 
     @cached_property
     def base(self) -> Settings:

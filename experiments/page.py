@@ -57,6 +57,11 @@ METHOD = """\
 - **A claim** agrees if its whole interval is on the expected side, or within the margin; it disagrees if the whole
   interval is on the other side, or outside; otherwise the data cannot tell. "As good as" also disagrees where a side is
   better: its difference of losses is then negative.
+- **Visible** is the power of a test: the smallest true difference that so many seeds show with a probability of 80 %,
+  at the spread that they have. A claim of "as good as (1 %)" can hardly agree where this is above 1 %, which is about
+  0.02.
+- **The size is the caveat.** A run of 200 steps reads less than one token a parameter, the source's read 26 and more.
+  Where a result may be one of short runs, a longer one stands beside it.
 - **Steps to equal loss** are read off the curve of one run with its whole schedule. A run with a shorter schedule would
   reach the loss sooner, so this understates the faster side. **Seconds** are processor seconds of whole trials, with
   their validations; neighbours on the machine change them by a fifth.
@@ -203,13 +208,34 @@ def section(view: View) -> Part:
         lines += ["", f"Not run yet: `{command}`", ""]
         return experiment.title, "\n".join(lines), verdicts
     tokens, parameters = (sorted({row[key] for row in rows}) for key in ("tokens", "parameters"))
-    setting = f"**Setting.** {experiment.about} {_range(parameters)} parameters, {_range(tokens)} tokens a run."
+    each = sorted(row["tokens"] / row["parameters"] for row in rows)
+    lengths = f"{each[0]:.1f}" + ("" if each[0] == each[-1] else f" to {each[-1]:.1f}")
+    setting = (
+        f"**Setting.** {experiment.about} {_range(parameters)} parameters, {_range(tokens)} tokens a run, which are "
+        f"{lengths} a parameter."
+    )
     lines += ["", *wrapped(setting + " " + budget(view)), "", *arms_table(view), ""]
     if drawn(view):
         lines += [f"![{experiment.title}](experiments/{experiment.name}.png)", ""]
-    lines += verdict_table(verdicts)
+    lines += [*ratio_table(view), *verdict_table(verdicts)]
     lines += [*(["", *wrapped(experiment.reading)] if experiment.reading else []), "", f"`{command}`", ""]
     return experiment.title, "\n".join(lines), verdicts
+
+
+def ratio_table(view: View) -> list[str]:
+    """Best rates of both optimizers, and what it costs to take the other's; nothing for an experiment without."""
+    lines = []
+    for arm, to, reused in view.experiment.ratios:
+        rows = view.rows(arm), view.rows(to), view.rows(reused)
+        if not all(rows):
+            continue
+        mine, other = view.rate(arm) or math.nan, view.rate(to) or math.nan
+        losses = (loss_text(interval(list(view.losses(name).values()))) for name in (reused, arm))
+        lines.append(f"| {arm.partition(', ')[2]} | {other:g} | {mine:g} | {mine / other:g} | {' | '.join(losses)} |")
+    if not lines:
+        return []
+    head = ["| run | AdamW's best lr | Muon's best lr | ratio | Muon's loss at AdamW's lr | at its own |"]
+    return [*head, "|---|---:|---:|---:|---:|---:|", *lines, ""]
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> list[str]:
