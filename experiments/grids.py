@@ -9,6 +9,7 @@
     reading      what a reader may conclude, and what not; without numbers, which are the results' own
     sizes        name -> what differs at that size: config, set, rates, arms, nproc, seeds
     ratios       triples of arms: Muon, AdamW, and Muon at AdamW's best rate, for a table of rates
+    by_kind      arms whose weights' RMS a table shows for each kind of matrix
     check        the arm that a test trains again, and the band in which its loss must lie
 
 An arm with `rates` is tuned first: every rate at `TUNING_SEED`. Then it runs at its best rate with each of the size's
@@ -101,6 +102,7 @@ class Experiment:
     about: str
     reading: str
     ratios: Sequence[Sequence[str]] = ()
+    by_kind: Sequence[str] = ()
 
     @cached_property
     def base(self) -> Settings:

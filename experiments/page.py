@@ -131,18 +131,19 @@ def conditions(views: Sequence[View], results: Results) -> str:
     """What was run, when, and on what."""
     rows = list(results.rows.values())
     hours = sum(row["cpu_s"] for row in rows) / 3600
-    seconds = json.loads(finetune.RESULTS.read_text())["cpu_seconds"]
+    tuning = json.loads(finetune.RESULTS.read_text())["cpu_seconds"] / 3600
+    steps = sum(overhead.read()["cpu_seconds"].values()) / 3600
     dates = sorted({row["date"] for row in rows})
     lines = ["## What was run", ""]
     if rows:
         data = rows[0]["data"]
         machines, torches, pythons = (_list(row[key] for row in rows) for key in ("machine", "torch", "python"))
         lines += wrapped(
-            f"{len(rows)} trials of {len(views)} grids, {hours:.2f} hours of processor time, {_span(dates)}, on "
-            f"{machines}, one thread a process, with torch {torches} and Python {pythons}. Others used the machine at "
+            f"**{hours + tuning + steps:.1f} hours of processor time in all:** {hours:.2f} for {len(rows)} trials of "
+            f"{len(views)} grids, {tuning:.2f} for experiment 9 and {steps:.2f} for the overheads of experiment 11; the "
+            f"time of the first part of experiment 1 was not recorded. {_span(dates)}, on {machines}, one thread a process, with torch {torches} and Python {pythons}. Others used the machine at "
             f"the same time, so wall time says nothing. The text has {data['train_tokens']:,} bytes to train and "
-            f"{data['val_tokens']:,} to validate. Experiment 9 took {seconds / 3600:.2f} hours more; the time of "
-            "experiment 1 was not recorded. Each line of `experiments/results/trials.jsonl` has its settings, its "
+            f"{data['val_tokens']:,} to validate. Each line of `experiments/results/trials.jsonl` has its settings, its "
             "commit and its processor time."
         )
     lines += [
@@ -217,7 +218,7 @@ def section(view: View) -> Part:
     lines += ["", *wrapped(setting + " " + budget(view)), "", *arms_table(view), ""]
     if drawn(view):
         lines += [f"![{experiment.title}](experiments/{experiment.name}.png)", ""]
-    lines += [*ratio_table(view), *verdict_table(verdicts)]
+    lines += [*ratio_table(view), *kinds_table(view), *verdict_table(verdicts)]
     lines += [*(["", *wrapped(experiment.reading)] if experiment.reading else []), "", f"`{command}`", ""]
     return experiment.title, "\n".join(lines), verdicts
 
@@ -236,6 +237,19 @@ def ratio_table(view: View) -> list[str]:
         return []
     head = ["| run | AdamW's best lr | Muon's best lr | ratio | Muon's loss at AdamW's lr | at its own |"]
     return [*head, "|---|---:|---:|---:|---:|---:|", *lines, ""]
+
+
+def kinds_table(view: View) -> list[str]:
+    """RMS of the weights at the end, by kind of matrix, in the mean over seeds; nothing for an experiment without."""
+    lines, kinds = [], []
+    for arm in view.experiment.by_kind:
+        ends = [row["telemetry"][-1]["weight_rms"] for row in view.rows(arm).values() if row["telemetry"]]
+        if ends:
+            kinds = list(ends[0])
+            lines.append(f"| {arm} | {' | '.join(f'{fmean(end[kind] for end in ends):.3f}' for kind in kinds)} |")
+    if not lines:
+        return []
+    return [f"| RMS of weights at the end | {' | '.join(kinds)} |", "|---" + "|---:" * len(kinds) + "|", *lines, ""]
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> list[str]:
