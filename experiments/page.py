@@ -140,11 +140,12 @@ def conditions(views: Sequence[View], results: Results) -> str:
         machines, torches, pythons = (_list(row[key] for row in rows) for key in ("machine", "torch", "python"))
         lines += wrapped(
             f"**{hours + tuning + steps:.1f} hours of processor time in all:** {hours:.2f} for {len(rows)} trials of "
-            f"{len(views)} grids, {tuning:.2f} for experiment 9 and {steps:.2f} for the overheads of experiment 11; the "
-            f"time of the first part of experiment 1 was not recorded. {_span(dates)}, on {machines}, one thread a process, with torch {torches} and Python {pythons}. Others used the machine at "
-            f"the same time, so wall time says nothing. The text has {data['train_tokens']:,} bytes to train and "
-            f"{data['val_tokens']:,} to validate. Each line of `experiments/results/trials.jsonl` has its settings, its "
-            "commit and its processor time."
+            f"{len(views)} grids, {tuning:.2f} for experiment 9, {steps:.2f} for the overheads of experiment 11. The "
+            f"time of the first part of experiment 1 was not recorded. {_span(dates)}, on {machines}, one thread a "
+            f"process, with torch {torches} and Python {pythons}. Others used the machine at the same time, so wall "
+            f"time says nothing. The text has {data['train_tokens']:,} bytes to train and "
+            f"{data['val_tokens']:,} to validate. Each line of `experiments/results/trials.jsonl` has its settings, "
+            "its commit and its processor time."
         )
     lines += [
         "",
@@ -446,10 +447,11 @@ def _measured_table(found: dict[str, Any]) -> list[str]:
 def _measured_verdicts(found: dict[str, Any]) -> list[Verdict]:
     verdicts = []
     for ranks in sorted({ranks for ranks, _ in _measured_cells(found)}):
-        values = overheads(found, "wall_ms", ranks, overhead.TOKENS[-1])
+        values = overheads(found, "processor_ms", ranks, overhead.TOKENS[-1])
         share = interval(values)
         word = on_side(share.minus(OVERHEAD_BOUND), "lower")
-        text = f"Measured, {ranks} rank{'s' * (ranks > 1)}, {overhead.TOKENS[-1]:,} tokens each: at most 3 % longer"
+        size = f"{ranks} rank{'s' * (ranks > 1)}, {overhead.TOKENS[-1]:,} tokens each"
+        text = f"Measured, {size}: at most 3 % more processor time"
         verdicts.append(Verdict(text=text, found=share, word=word))
     return verdicts
 

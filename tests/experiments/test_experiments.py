@@ -333,11 +333,11 @@ def test_the_planned_overhead_is_the_planner_s() -> None:
 
 def test_overheads_are_those_of_a_round() -> None:
     rows = [
-        {"ranks": 2, "tokens": overhead.TOKENS[-1], "wall_ms": {"adamw": 100.0, "distmuon": muon}}
+        {"ranks": 2, "tokens": overhead.TOKENS[-1], "processor_ms": {"adamw": 100.0, "distmuon": muon}}
         for muon in (101.0, 102.0, 103.0)
     ]
     found = {"measured": rows, "planned": []}
-    assert page.overheads(found, "wall_ms", 2, overhead.TOKENS[-1]) == pytest.approx([0.01, 0.02, 0.03])
+    assert page.overheads(found, "processor_ms", 2, overhead.TOKENS[-1]) == pytest.approx([0.01, 0.02, 0.03])
     (verdict,) = page._measured_verdicts(found)
     assert verdict.word == CANNOT_TELL and verdict.text.startswith("Measured, 2 ranks, 4,096 tokens")
 
