@@ -116,7 +116,7 @@ class Bucket:
             assert self.storage.reduction is not None
             self._reduction.wait()
             self._reduction = None
-            self.storage.reduction.buffer.reduced()
+            self.storage.reduction.buffer.reduced(self.storage.reduction.shard)
             self.grads = Grads.REDUCED
 
     def drop_grads(self) -> None:

@@ -108,7 +108,7 @@ class FlatStorage:
         self.grad_buffer = (
             None
             if self._options.grads_stay(self._layout.dp_size)
-            else GradBuffer(numel, dtype, device, released=released)
+            else GradBuffer(numel, self.spec.dp_size, dtype, device, released=released)
         )
         flat = self.grad_buffer.flat if self.grad_buffer is not None else None
         in_flat = flat is not None and flat.dtype == torch.float32

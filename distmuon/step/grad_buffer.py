@@ -7,6 +7,11 @@ It knows no collective and no parameter, only spans of elements.
 So if the buffer has 16 bits, and only while several backwards accumulate, a float32 `sum` replaces `flat`, from the
 first gradient that is not the last of its parameter until the reduction starts. A step of one micro-batch has none.
 
+[Note: shares] The reduction sums, and a mean is wanted. So each gradient is multiplied by 1/dp_size in the pass that
+moves it in, which costs nothing: a division after the sum would be one pass more, and NCCL's average excludes its
+faster sums (in the switch of a node). If dp_size is a power of two, that changes no bit but of subnormal numbers. A
+float16 buffer is the exception: small gradients would become zeros, so its sum, in float32, is multiplied instead.
+
 [Note: arrivals] On a CPU the slices of all ranks arrive in a second buffer (comm/group.py, [Note: reduce-scatter on
 gloo]). It is kept from step to step: memory of this size that is made anew comes from the system page by page, which
 takes longer than the sum. With `released` nothing is kept.
@@ -20,6 +25,7 @@ and the stream that reduces waits for all.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import frexp
 from typing import NamedTuple
 
 import torch
@@ -35,10 +41,16 @@ class Span(NamedTuple):
 
 
 class GradBuffer:
-    """A buffer of `numel` elements; with `released` its memory exists only from the first gradient to the reduction."""
+    """A buffer of `numel` elements for a sum over `dp_size` ranks.
 
-    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, *, released: bool) -> None:
+    With `released` its memory exists only from the first gradient to the reduction.
+    """
+
+    def __init__(self, numel: int, dp_size: int, dtype: torch.dtype, device: torch.device, *, released: bool) -> None:
         self._numel = numel
+        # See [Note: shares].
+        self._share, self._share_of_sum = (1.0, 1.0 / dp_size) if dtype == torch.float16 else (1.0 / dp_size, 1.0)
+        self._share_is_exact = frexp(self._share)[0] == 0.5
         self._dtype = dtype
         self._device = device
         self._released = released
@@ -48,17 +60,20 @@ class GradBuffer:
         self.flat = None if released else self._zeros(dtype)
 
     def add(self, spans: Sequence[Span], grad: Tensor, *, first: bool, several: bool) -> None:
-        """Write `grad` (a parameter's elements in row-major order), or add it if it is not the `first` of this step.
+        """Write the share of `grad` (a parameter's elements in row-major order), or add it if it is not the `first` of
+        this step.
 
         `several`: whether the parameter gets several gradients in this step, see [Note: sums].
         """
         flat = self._open(several=several)
         for start, offset, length in spans:
             place, piece = flat[start : start + length], grad[offset : offset + length]
-            if first:
-                place.copy_(piece)
-            else:
-                place.add_(piece)
+            if not first:
+                place.add_(piece, alpha=self._share)
+            elif place.dtype == piece.dtype or self._share_is_exact:
+                torch.mul(piece, self._share, out=place)
+            else:  # the product of 16-bit elements would be rounded to 16 bits before it is written
+                place.copy_(piece).mul_(self._share)
 
     def zero(self, spans: Sequence[Span]) -> None:
         """Write zeros as the gradient of a parameter."""
@@ -83,8 +98,10 @@ class GradBuffer:
             self._arrivals = torch.empty(self._numel, dtype=self._dtype)
         return self._arrivals
 
-    def reduced(self) -> None:
-        """Let the memory be used again, after the current stream has waited for the reduction."""
+    def reduced(self, shard: Tensor) -> None:
+        """Let the memory be used again, after the current stream has waited for the reduction, whose sum is `shard`."""
+        if self._share_of_sum != 1.0:
+            shard.mul_(self._share_of_sum)
         if self._released:
             self._free_from_streams()
             self.flat = None

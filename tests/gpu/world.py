@@ -143,9 +143,9 @@ def _verbs(group: dist.ProcessGroup, device: torch.device) -> None:
             if backend == "nccl":
                 part = torch.empty(2, device=device)
                 whole = torch.full((2 * size,), float(rank), device=device)
-                dist.reduce_scatter_single(part, whole, op=dist.ReduceOp.AVG, group=one)
+                dist.reduce_scatter_single(part, whole, group=one)
                 values.append(part)
-                wanted.append(torch.full((2,), (size - 1) / 2))
+                wanted.append(torch.full((2,), size * (size - 1) / 2))
             for value, right in zip(values, wanted, strict=True):
                 assert torch.equal(value.cpu(), right), (value, right)
     finally:
