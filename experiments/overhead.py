@@ -115,6 +115,7 @@ def work() -> None:
         found["machine"], found["torch"] = processor(), torch.__version__
         found["parameters"] = num_parameters(models["adamw"])
         found["date"] = time.strftime("%Y-%m-%d", time.gmtime())
+        found["load"] = {**found["load"], str(ranks): round(os.getloadavg()[1], 1)}
         spent = time.process_time() * ranks
         found["cpu_seconds"] = {**found["cpu_seconds"], str(ranks): round(spent)}
         write(found)
@@ -160,7 +161,7 @@ def read() -> dict[str, Any]:
     if RESULTS.exists():
         found: dict[str, Any] = json.loads(RESULTS.read_text())
         return found
-    return {"cpu_seconds": {}, "measured": [], "planned": []}
+    return {"cpu_seconds": {}, "load": {}, "measured": [], "planned": []}
 
 
 def write(found: dict[str, Any]) -> None:

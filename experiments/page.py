@@ -417,8 +417,8 @@ def _measured_setting(found: dict[str, Any]) -> str:
         f"**Measured.** A Llama of {found['parameters']:,} parameters, byte-level, on {found['machine']}, one thread a "
         f"rank, gloo, {found['date']}, torch {found['torch']}: forward and backward in float32, Newton-Schulz in "
         f"bfloat16. {overhead.ROUNDS} rounds in which both optimizers step once, in random order; the mean of a "
-        "round's ratio with its 95 % interval. Four ranks share two cores, so their wall time is not that of a "
-        "cluster; processor time is that of all ranks together."
+        "round's ratio with its 95 % interval. Processor time is that of all ranks together; with a load average of "
+        f"{min(found['load'].values()):g} to {max(found['load'].values()):g} on two cores, wall time says little."
     )
 
 
