@@ -69,8 +69,9 @@ def order_row(found: Plan) -> str:
 
 def far_share(found: Plan) -> float:
     """The share of the exchanges' bytes that leaves a node, all ranks together."""
-    all_of_them = sum(rank.sent_bytes.get(name, 0) for rank in found.ranks for name in ("dp_gather", "scatter"))
-    return sum(sum(rank.sent_between_nodes.values()) for rank in found.ranks) / max(1, all_of_them)
+    pairs = [(rank, name) for rank in found.ranks for name in ("dp_gather", "scatter")]
+    far = sum(rank.sent_between_nodes.get(name, 0) for rank, name in pairs)
+    return far / max(1, sum(rank.sent_bytes.get(name, 0) for rank, name in pairs))
 
 
 def nodes_row(name: str, dp_size: int, hardware: str) -> str:

@@ -12,6 +12,15 @@ that starts a collective keeps the `Pending`; no `record_stream` is needed.
 rank sends every other rank its slice (`all_to_all_single`) and sums the slices in rank order in float32. This sends the
 minimum number of bytes, and the result does not depend on timing.
 
+[Note: one group for both levels] A 16-bit reduction over several nodes exchanges inside each node, sums, and exchanges
+between nodes (two_levels.py, [Note: two levels]). Both are `all_to_all_single` of the whole group with zeros for all
+other ranks, to which NCCL sends nothing. So there is no second group to make, to order, to time out and to close.
+
+[Note: sums beside backward] On a GPU a 16-bit reduction is queued as a whole when it starts, on a stream of its own,
+which waits and sums so that backward's stream need not. Its memory comes from that stream and returns to it, so the
+next bucket uses the same. On a CPU the sums, and the exchange between nodes, come in `wait`: to wait under backward
+would stop a rank for which another rank may wait in a collective of the user.
+
 [Note: all-gather on gloo] torch's all-gather on gloo goes through a flat copy of the whole output in new memory. A
 broadcast of each rank's slice writes directly into the output; the number of bytes is the same.
 
@@ -52,6 +61,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from distmuon.comm.lost_ranks import LOOK_S, LostRanks, Place, RollCall
+from distmuon.comm.two_levels import TwoLevels, mean_in_order, num_nodes, slices_sent, sum_in_order
 from distmuon.errors import problem
 
 MEETING_S = 25.0  # how much later than the first rank the last may come to a meeting
@@ -106,11 +116,10 @@ class Pending:
         except RuntimeError as error:
             assert self.lost is not None
             raise self.lost(error) from error
-        then = self.then
+        if self.then is not None:
+            self.then()  # may start a collective and wait for it; if that fails, so does the next `wait`
         self.works = ()
         self.then = None
-        if then is not None:
-            then()
         self.holds = ()
         return self.result
 
@@ -147,6 +156,7 @@ class DataParallelGroup:
         self.number = 0  # the optimizer's number among those built on this group; 0: not built yet
         self._call, self._calls = "", 0  # the user's collective call in progress, and how many there were
         self.node_size = self.dp_size  # as many consecutive ranks share a node; the optimizer sets it, see nodes.py
+        self._reducing: torch.cuda.Stream | None = None  # see [Note: sums beside backward]
         self.tells_place = True  # whether ranks in a meeting learn where this rank waits; see lost_ranks.py
 
     def check_current(self) -> None:
@@ -302,29 +312,61 @@ class DataParallelGroup:
     ) -> Pending:
         """Write this rank's slice of the sum over ranks of `input` (dp_size * n,) into `output` (n,), float32.
 
-        `output` may be that slice of `input`. `input` must not change before `wait`. `kept`: memory like `input`'s in
-        which the slices may arrive; None: new memory. 16-bit inputs are summed in float32, in rank order, on every
-        backend: a ring would round each partial sum to 16 bits.
+        `output` may be that slice of `input`. `input` must not change before `wait`. `kept`: memory in which the slices
+        may arrive, as large as `room_for` says; None: new memory. Of 16-bit inputs it is the mean, since a sum might
+        leave their range. They are summed in float32, in a fixed order, on every backend: a ring would round each
+        partial sum to 16 bits. Over several nodes they are summed in two levels, see two_levels.py.
         """
         if self.dp_size == 1:
             return Pending(output.copy_(input) if output.data_ptr() != input.data_ptr() else output)
-        self.count(stage, (self.dp_size - 1) * output.numel() * input.element_size(), 0)
-        if not self._gloo and input.is_cuda and input.dtype == output.dtype:
-            work = dist.reduce_scatter_single(output, input, group=self.process_group, async_op=True)
-            return self._pending(output, (work,), (input,), stage, label)
+        if input.dtype != output.dtype:
+            start = self._start_in_two_levels if self._in_two_levels else self._start_in_one_level
+            if input.is_cuda:
+                return self._start_aside(partial(start, output, input, None, stage, label), output, input)
+            return start(output, input, kept, stage, label)
+        if self._gloo or not input.is_cuda:
+            return self._start_in_one_level(output, input, kept, stage, label)
+        self.count(stage, (self.dp_size - 1) * output.nbytes, 0)
+        work = dist.reduce_scatter_single(output, input, group=self.process_group, async_op=True)
+        return self._pending(output, (work,), (input,), stage, label)
+
+    @property
+    def _in_two_levels(self) -> bool:
+        return num_nodes(self.dp_size, self.node_size) > 1
+
+    def room_for(self, numel: int, dtype: torch.dtype) -> int:
+        """The elements of `dtype` that the reduction of `numel` of them needs for what arrives."""
+        return 2 * numel if dtype != torch.float32 and self._in_two_levels else numel
+
+    def _start_aside(self, start: Callable[[], Pending], output: Tensor, input: Tensor) -> Pending:
+        """Queue a reduction, its sums included, on a stream of its own; see [Note: sums beside backward]."""
+        if self._reducing is None:
+            self._reducing = torch.cuda.Stream(input.device)
+        self._reducing.wait_stream(torch.cuda.current_stream(input.device))
+        with torch.cuda.stream(self._reducing):
+            start().wait()
+            done = torch.cuda.Event()
+            done.record()
+        return Pending(output, holds=(input,), then=done.wait)
+
+    def _start_in_one_level(
+        self, output: Tensor, input: Tensor, kept: Tensor | None, stage: str, label: str
+    ) -> Pending:
+        num_bytes = output.numel() * input.element_size()
+        _, far = slices_sent(self.dp_rank, self.dp_size, self.node_size)
+        is_short = input.dtype != output.dtype  # where float32 gradients travel on NCCL, around a ring, is not known
+        self.count(stage, (self.dp_size - 1) * num_bytes, far * num_bytes if is_short else 0)
         sent, counts = self._without_own_slice(input) if self._gloo else (input, None)
         received = torch.empty_like(sent) if kept is None else kept[: sent.numel()]
         work = dist.all_to_all_single(received, sent, counts, counts, group=self.process_group, async_op=True)
 
-        def sum_in_rank_order() -> None:
-            if received.is_cuda:  # allocated on backward's stream, read here on the stream that waits
-                received.record_stream(torch.cuda.current_stream(received.device))
+        def reduce_in_rank_order() -> None:
             slices = [*received.view(-1, output.numel())]
             if len(slices) < self.dp_size:
                 slices.insert(self.dp_rank, input.view(self.dp_size, -1)[self.dp_rank])
-            _sum_in_order(slices, output)
+            (mean_in_order if is_short else sum_in_order)(slices, output)
 
-        return self._pending(output, (work,), (input, received), stage, label, sum_in_rank_order)
+        return self._pending(output, (work,), (input, received), stage, label, reduce_in_rank_order)
 
     def _without_own_slice(self, input: Tensor) -> tuple[Tensor, list[int] | None]:
         """What this rank sends of `input` (dp_size * n,), and the elements for each rank; None: n for each.
@@ -338,6 +380,29 @@ class DataParallelGroup:
         counts = [size] * self.dp_size
         counts[self.dp_rank] = 0
         return input[size:] if self.dp_rank == 0 else input[:-size], counts
+
+    def _start_in_two_levels(
+        self, output: Tensor, input: Tensor, kept: Tensor | None, stage: str, label: str
+    ) -> Pending:
+        """Start the exchange inside the node; the `Pending` goes on with the one between nodes."""
+        ranks, size = self.node_size, output.numel()
+        nodes = self.dp_size // ranks
+        room = input.new_empty(self.room_for(input.numel(), input.dtype)) if kept is None else kept
+        levels = TwoLevels(input, nodes, ranks, room)
+        node, number = divmod(self.dp_rank, ranks)
+        inside = [nodes * size if rank // ranks == node else 0 for rank in range(self.dp_size)]
+        between = [size if rank % ranks == number else 0 for rank in range(self.dp_size)]
+        exchange = partial(self.start_all_to_all, stage=stage, label=label)
+        pending = exchange(levels.from_neighbours, levels.to_neighbours, inside, inside)
+
+        def go_between_nodes() -> None:
+            levels.sum_in_node()
+            exchange(levels.from_nodes, levels.to_nodes, between, between).wait()
+            levels.sum_over_nodes(output)
+
+        pending.result = output
+        pending.then = go_between_nodes
+        return pending
 
     def start_all_gather(self, output: Tensor, input: Tensor, *, stage: str, label: str = "") -> Pending:
         """Gather `input` (n,) of every rank, in rank order, into `output` (dp_size * n,); it may be a slice of it."""
@@ -499,23 +564,6 @@ def _timeout_of(process_group: dist.ProcessGroup) -> timedelta:
     if any(isinstance(backend, dist.ProcessGroupGloo) for backend in backends):
         return timeout
     return max(timeout, c10d.default_pg_timeout)
-
-
-def _sum_in_order(slices: Sequence[Tensor], output: Tensor) -> None:
-    """Sum at least two tensors (n,) in their order into `output` (n,) float32, which may be one of them.
-
-    Float32 slices serve as memory for the partial sums.
-    """
-    first, *others = slices
-    if first.dtype != output.dtype:
-        output.copy_(first)
-        for other in others:
-            output.add_(other)
-        return
-    *between, last = others
-    for other in between:
-        first.add_(other)
-    torch.add(first, last, out=output)
 
 
 def hang_up(process_group: dist.ProcessGroup | None) -> None:

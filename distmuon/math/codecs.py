@@ -128,16 +128,29 @@ def _parts(values: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def split(master: Tensor) -> tuple[Tensor, Tensor]:
     """Split a float32 master of any shape into (bfloat16 parameter, int16 remainder); see [Note: remainder]."""
-    bits = torch.where(master.isnan(), 0x7FC00000, master.view(torch.int32))  # some NaNs would round to -0.0
-    upper = (bits + 0x8000) >> 16
-    return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
+    master = torch.where(master.isnan(), torch.nan, master)  # some NaNs would round to -0.0
+    lower, upper = _halves(master)
+    return torch.sub(upper, lower >> 15).view(torch.bfloat16), lower
 
 
 def join(parameter: Tensor, remainder: Tensor) -> Tensor:
     """The inverse of `split`, bit for bit. A parameter that was written externally gives a master that rounds to it."""
     # The bit patterns below those of 0 are NaNs.
     remainder = torch.where(parameter == 0, remainder.clamp(min=0), remainder)
-    return ((parameter.view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)
+    master = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+    lower, upper = _halves(master)
+    lower.copy_(remainder)
+    torch.add(parameter.view(torch.int16), remainder >> 15, out=upper)
+    return master
+
+
+def _halves(master: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower and the upper 16 bits of float32 numbers as int16, views.
+
+    The lower half, read as a signed number, is the remainder, and it is negative where the upper half is rounded up.
+    """
+    lower, upper = master.unsqueeze(-1).view(torch.int16).unbind(-1)  # of a little-endian machine
+    return lower, upper
 
 
 class MomentumCodec(Protocol):

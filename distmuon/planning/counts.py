@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from distmuon.comm.two_levels import num_nodes, slices_sent
 from distmuon.layout.layout import BucketSpec, Layout, PlacedUnit, ns_cost
 from distmuon.math.codecs import master_codec, momentum_codec
 from distmuon.options import Options
@@ -48,7 +49,7 @@ class RankPlan:
     """A rank's work in a step, by stage (stages without traffic are absent), and the bytes that it holds."""
 
     sent_bytes: dict[str, int]
-    sent_between_nodes: dict[str, int]  # of these bytes, those of the exchanges that leave the rank's node
+    sent_between_nodes: dict[str, int]  # of them, those of exchanges and 16-bit reductions that leave the rank's node
     calls: dict[str, int]
     ns_matrices: int
     ns_flops: int  # of the standard form, `newton_schulz.flops`
@@ -74,6 +75,8 @@ def count(
     calls = {stage: 1 if stage == "guard" else len(loads) for stage, n in same.items() if n}
     exchanges = {"dp_gather": sum(load.gathers for load in loads), "scatter": sum(load.scatters for load in loads)}
     calls |= {stage: n for stage, n in exchanges.items() if n}
+    if same["reduce_scatter"]:
+        calls["reduce_scatter"] = sum(load.reduce_levels for load in loads)
     sums = zip(*(_by_rank(loads, name) for name in ("gather_out", "scatter_out", "ns_matrices", "ns_flops")))
     ranks: list[RankPlan] = []
     for (gather, scatter, matrices, flops), held in zip(sums, _held(layout, options, loads)):
@@ -81,6 +84,7 @@ def count(
         sent = {stage: n for stage, n in sent.items() if n}
         rank = len(ranks)
         far = {
+            "reduce_scatter": sum(load.reduce_far[rank] for load in loads if load.reduce_far),
             "dp_gather": wire_bytes * sum(load.far["gather_out"][rank] for load in loads),
             "scatter": wire_bytes * sum(load.far["scatter_out"][rank] for load in loads),
         }
@@ -130,13 +134,14 @@ def _load(layout: Layout, options: Options, node_size: int) -> list[BucketLoad]:
     loads = []
     together = (min(bucket.params) for bucket in layout.buckets if len(bucket.params) > 1)
     first_layer = min((placed.param for placed in layout.matrices), default=min(together, default=0))
-    reduce = options.precision.reduce.itemsize if options.grad_reduction == "reduce_scatter" else 0
+    slices, far, levels = _slices(layout, options, node_size)
     for bucket in layout.buckets:
-        moved = 0 if layout.given else num_peers * bucket.shard_size
+        slice_bytes = options.precision.reduce.itemsize * bucket.shard_size
         gathered = 0 if layout.given else bucket.shard_size * bucket.dtype.itemsize
         if options.sharding.param_gather == "updates" and num_peers:
             gathered = layout.message_bytes(bucket, options.precision.wire.itemsize)
-        load = BucketLoad(layout.dp_size, moved * reduce, num_peers * gathered)
+        load = BucketLoad(layout.dp_size, slices * slice_bytes, num_peers * gathered)
+        load.reduce_levels, load.reduce_far = levels, [n * slice_bytes for n in far]
         load.ready_last = min(bucket.params) <= first_layer  # an embedding before it in its own bucket takes no time
         staged = [param for param in bucket.params if not layout.given and layout.is_staged(param)]
         load.staged = sum(layout.specs[param].numel for param in staged) * bucket.dtype.itemsize
@@ -147,6 +152,20 @@ def _load(layout: Layout, options: Options, node_size: int) -> list[BucketLoad]:
     for placed in layout.matrices:
         _add_matrix(loads[placed.bucket], placed, node_size)
     return loads
+
+
+def _slices(layout: Layout, options: Options, node_size: int) -> tuple[int, list[int], int]:
+    """What a rank sends in each bucket's reduction, in slices of a rank: all of it, the part that leaves its node by
+    rank, and the number of collectives. The part is empty for a float32 reduction, whose way is the library's.
+    """
+    dp_size = layout.dp_size
+    if layout.given or options.grad_reduction == "external":
+        return 0, [], 1
+    if options.precision.reduce == torch.float32:
+        return dp_size - 1, [], 1
+    known = layout.node_size or dp_size
+    by_rank = [slices_sent(rank, dp_size, node_size, known) for rank in range(dp_size)]
+    return by_rank[0][0], [far for _, far in by_rank], 2 if num_nodes(dp_size, known) > 1 else 1
 
 
 def _add_matrix(load: BucketLoad, placed: PlacedUnit, node_size: int) -> None:

@@ -93,7 +93,7 @@ class Plan:
 
     @property
     def sent_between_nodes(self) -> int:
-        """The bytes that the exchanges of a step send to other nodes, from the busiest rank."""
+        """The bytes that exchanges and 16-bit reductions of a step send to other nodes, from the busiest rank."""
         return max(sum(rank.sent_between_nodes.values()) for rank in self.ranks)
 
     def stage_bytes(self, stage: str) -> int:
@@ -261,11 +261,8 @@ def _beside_zero1(specs: Sequence[ParamSpec], chosen: Layout, way: Callable[[str
     adamw = recut(_all_adamw(specs), chosen, "contiguous", "owner")
     paper = recut(specs, chosen, "contiguous", "replicated")
     mb = sum(spec.numel for spec in specs) * 4 / (1 << 20) / max(8, len(chosen.buckets))
-    return (
-        way("adamw", adamw),
-        way("paper", paper),
-        way("whole matrices", whole_matrix_layout(specs, chosen.dp_size, mb)),
-    )
+    whole = replace(whole_matrix_layout(specs, chosen.dp_size, mb), node_size=chosen.node_size)
+    return way("adamw", adamw), way("paper", paper), way("whole matrices", whole)
 
 
 def _beside_given(

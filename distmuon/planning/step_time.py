@@ -125,6 +125,7 @@ MUON_BEFORE = 42  # two lerps and a commit, 12 each; a copy into the stack, 6
 MUON_AFTER = 52  # widen 6, scale 8, decay 8, add 12, commit 12, publish 6; a CPU saves the commits
 ADAMW_AFTER = 34  # fused: reads 16, writes 12; publish 6
 GUARD = 4  # the norm reads the gradient shard
+REDUCE_SUM = 10  # an element that arrives: read 2, float32 sum read and written; only where gradients have 16 bits
 
 
 EXCHANGES = ("gather_out", "gather_in", "scatter_out", "scatter_in")
@@ -137,6 +138,8 @@ class BucketLoad:
     dp_size: int
     reduce_scatter: int  # bytes
     all_gather: int  # bytes
+    reduce_far: list[int] = field(default_factory=list)  # by rank, bytes that leave its node; empty: around a ring
+    reduce_levels: int = 1  # 2: inside each node, then between nodes
     muon: list[int] = field(init=False)  # elements of the shard
     adamw: list[int] = field(init=False)
     stacked: list[int] = field(init=False)  # elements of the matrices that the rank orthogonalizes
@@ -254,6 +257,18 @@ class _Rates:
         """Seconds for a reduce-scatter or all-gather in which every rank sends `sent` bytes; without bytes none."""
         return sent / self.ring + self.latency if sent else 0.0
 
+    def reduction(self, load: BucketLoad) -> float:
+        """Seconds for a bucket's reduce-scatter: around a ring, or by one or two exchanges of 16-bit gradients."""
+        if not load.reduce_far or not load.reduce_scatter:
+            return self.ring_pass(load.reduce_scatter)
+        far = max(load.reduce_far)
+        latency = (self.latency if far else self.near_latency) + (load.reduce_levels - 1) * self.near_latency
+        return (load.reduce_scatter - far) / self.nvlink + far / self.card + latency
+
+    def sums(self, load: BucketLoad) -> float:
+        """Seconds to add up the 16-bit gradients that arrive, as many as leave."""
+        return load.reduce_scatter / 2 * REDUCE_SUM / self.memory if load.reduce_far else 0.0
+
     def exchange(self, load: BucketLoad, stage: str) -> float:
         """Seconds until the busiest rank has sent and received its elements, first inside its node, then through its
         card. An exchange that leaves no node has the latency of one inside a node.
@@ -306,7 +321,8 @@ def estimate(
     exchange_queue = 1 if order == "exchange_group" else 0
     for load in loads:
         if load.ready_last and load.reduce_scatter:  # backward hides the other reduce-scatters
-            clock.wait(clock.start(rates.ring_pass(load.reduce_scatter)))
+            clock.wait(clock.start(rates.reduction(load)))
+            clock.work([rates.sums(load)] * dp_size)
     clock.work(guard)
     clock.wait(clock.start(guard_bytes / rates.ring + 2 * rates.latency))
     exchanged: dict[int, _Collective] = {}  # the exchange in flight, by bucket
@@ -334,7 +350,8 @@ def estimate(
     step = max(gathers[0].end if gathers_in_forward else last, *clock.compute)
     ns_seconds = [sum(seconds) for seconds in zip(*newton_schulz)]
     copies = 2 * sum(load.staged for load in loads) / rates.memory
-    elementwise = [sum(seconds) + copies for seconds in zip(guard, *before, *after)]
+    fixed = copies + sum(rates.sums(load) for load in loads if load.ready_last)
+    elementwise = [sum(seconds) + fixed for seconds in zip(guard, *before, *after)]
     computing = max(a + b for a, b in zip(ns_seconds, elementwise))
     exposed = step + copies - computing
     left = max(0.0, last - step - copies)

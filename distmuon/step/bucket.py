@@ -104,7 +104,7 @@ class Bucket:
         for param in absent:
             reduction.buffer.zero(reduction.spans[param])
         flat = reduction.buffer.close()
-        kept = reduction.buffer.arrivals()
+        kept = reduction.buffer.arrivals(self._dp_group.room_for(flat.numel(), flat.dtype))
         start = self._dp_group.start_reduce_scatter
         with torch.profiler.record_function(f"distmuon::reduce_scatter/{self.index}"):
             self._reduction = start(reduction.shard, flat, stage="reduce_scatter", label=label, kept=kept)
@@ -116,7 +116,7 @@ class Bucket:
             assert self.storage.reduction is not None
             self._reduction.wait()
             self._reduction = None
-            self.storage.reduction.buffer.reduced(self.storage.reduction.shard)
+            self.storage.reduction.buffer.reduced()
             self.grads = Grads.REDUCED
 
     def drop_grads(self) -> None:

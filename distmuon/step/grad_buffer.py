@@ -8,13 +8,13 @@ So if the buffer has 16 bits, and only while several backwards accumulate, a flo
 first gradient that is not the last of its parameter until the reduction starts. A step of one micro-batch has none.
 
 [Note: shares] The reduction sums, and a mean is wanted. So each gradient is multiplied by 1/dp_size in the pass that
-moves it in, which costs nothing: a division after the sum would be one pass more, and NCCL's average excludes its
-faster sums (in the switch of a node). If dp_size is a power of two, that changes no bit but of subnormal numbers. A
-float16 buffer is the exception: small gradients would become zeros, so its sum, in float32, is multiplied instead.
+moves it into a float32 buffer, which costs nothing: a division after the sum would be one pass more, and NCCL's average
+excludes its faster sums (in the switch of a node). If dp_size is a power of two, that changes no bit but of subnormal
+numbers. In 16 bits small gradients would become zeros, so there the reduction divides its float32 sums.
 
 [Note: arrivals] On a CPU the slices of all ranks arrive in a second buffer (comm/group.py, [Note: reduce-scatter on
-gloo]). It is kept from step to step: memory of this size that is made anew comes from the system page by page, which
-takes longer than the sum. With `released` nothing is kept.
+gloo]), which is twice as large where the reduction has two levels. It is kept from step to step: memory of this size
+that is made anew comes from the system page by page, which takes longer than the sum. With `released` nothing is kept.
 
 [Note: streams of a backward] Autograd runs the backward of an operation on the stream of its forward, so gradients of
 a bucket may come from several streams. A stream may allocate a buffer in memory that another stream still uses, and a
@@ -48,8 +48,7 @@ class GradBuffer:
 
     def __init__(self, numel: int, dp_size: int, dtype: torch.dtype, device: torch.device, *, released: bool) -> None:
         self._numel = numel
-        # See [Note: shares].
-        self._share, self._share_of_sum = (1.0, 1.0 / dp_size) if dtype == torch.float16 else (1.0 / dp_size, 1.0)
+        self._share = 1.0 / dp_size if dtype == torch.float32 else 1.0  # see [Note: shares]
         self._share_is_exact = frexp(self._share)[0] == 0.5
         self._dtype = dtype
         self._device = device
@@ -92,16 +91,14 @@ class GradBuffer:
         self._free_from_streams()
         return flat
 
-    def arrivals(self) -> Tensor | None:
-        """Memory in which the slices of all ranks may arrive, or None; see [Note: arrivals]."""
+    def arrivals(self, numel: int) -> Tensor | None:
+        """Memory of `numel` elements in which slices may arrive, or None; see [Note: arrivals]."""
         if self._arrivals is None and self._device.type == "cpu" and not self._released:
-            self._arrivals = torch.empty(self._numel, dtype=self._dtype)
+            self._arrivals = torch.empty(numel, dtype=self._dtype)
         return self._arrivals
 
-    def reduced(self, shard: Tensor) -> None:
-        """Let the memory be used again, after the current stream has waited for the reduction, whose sum is `shard`."""
-        if self._share_of_sum != 1.0:
-            shard.mul_(self._share_of_sum)
+    def reduced(self) -> None:
+        """Let the memory be used again, after the current stream has waited for the reduction."""
         if self._released:
             self._free_from_streams()
             self.flat = None

@@ -275,9 +275,9 @@ def test_released_gradients_hold_two_buckets_at_the_most(spawn) -> None:
         assert buckets > 4 and most <= 3 and left == 0  # the standing model's tied embedding opens its bucket early
 
 
-def _kept(group: dist.ProcessGroup, release_grads: bool) -> list[int | None]:
+def _kept(group: dist.ProcessGroup, **options: Any) -> list[int | None]:
     """The addresses at which the slices of a bucket arrive in two steps; None: in new memory."""
-    model, optimizer = make(group, bucket_mb=None, release_grads=release_grads)
+    model, optimizer = make(group, bucket_mb=None, **options)
     found, start = [], optimizer.group.start_reduce_scatter
 
     def noting(*tensors: Tensor, kept: Tensor | None, **more: Any) -> collectives.Pending:
@@ -289,8 +289,14 @@ def _kept(group: dist.ProcessGroup, release_grads: bool) -> list[int | None]:
     return found
 
 
-def test_slices_arrive_in_the_same_memory_in_every_step(spawn) -> None:
-    for kept, released in zip(spawn(_kept, 2, release_grads=False), spawn(_kept, 2, release_grads=True)):
+@pytest.mark.parametrize(
+    ("dp_size", "options"),
+    [(2, {}), (4, {"reduce_dtype": torch.bfloat16, "gpus_per_node": 2})],
+    ids=["one level", "two levels"],
+)
+def test_slices_arrive_in_the_same_memory_in_every_step(spawn, dp_size: int, options: dict[str, Any]) -> None:
+    runs = [spawn(_kept, dp_size, release_grads=released, **options) for released in (False, True)]
+    for kept, released in zip(*runs):
         half = len(kept) // 2
         assert None not in kept and kept[:half] == kept[half:] and len(set(kept)) == half
         assert set(released) == {None}

@@ -75,7 +75,7 @@ class ModelDist:
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         assert async_op and output.dtype == input.dtype
         assert output.is_contiguous() and input.is_contiguous() and output.dim() == input.dim() == 1
-        assert output.untyped_storage()._cdata != input.untyped_storage()._cdata or not output.numel()
+        assert not _overlap(output, input)
         received = receive_counts if receive_counts is not None else [output.numel() // size] * size
         sent = send_counts if send_counts is not None else [input.numel() // size] * size
         assert len(received) == len(sent) == size
@@ -102,6 +102,11 @@ class ModelDist:
             assert self._gpu.is_on_device(tensor), f"{verb}: NCCL serves no tensor of the CPU"
         self.log.append((verb, "" if group is None else dist.get_process_group_ranks(group), *detail))
         return Work(self._gpu, self._gpu.collective(verb, group, reads, writes, effect))
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors share memory."""
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
 
 
 def _check_in_place(part: Tensor, whole: Tensor, rank: int) -> None:

@@ -32,6 +32,7 @@ from tests.streams.programs import (
 PROGRAMS = (calls, two_backward_streams, late_evaluation, two_forward_streams, states)
 RELEASED: dict[str, Any] = {"release_grads": True}
 SHORT: dict[str, Any] = {"reduce_dtype": torch.bfloat16}
+LEVELS: dict[str, Any] = {**SHORT, "gpus_per_node": 2}  # with four ranks; two are one node
 FORWARD: dict[str, Any] = {"overlap": "forward"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -41,6 +42,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bfloat16 reduction": SHORT,
     "bfloat16 reduction, released": {**SHORT, **RELEASED},
     "bfloat16 reduction, serial": {**SHORT, "overlap": False},
+    "two levels": LEVELS,
+    "two levels, released": {**LEVELS, **RELEASED},
     "updates": {"param_gather": "updates", **FORWARD},
     "int8": {"momentum_dtype": torch.int8},
     "bfloat16": {"dtype": torch.bfloat16, **FORWARD},
@@ -58,6 +61,8 @@ DAILY = [
     (calls, "exchange group"),
     (two_backward_streams, "bfloat16 reduction"),
     (two_backward_streams, "released"),
+    (two_backward_streams, "two levels"),
+    (two_backward_streams, "two levels, released"),
     (late_evaluation, "forward"),
     (two_forward_streams, "forward"),
     (states, "remainder"),
@@ -83,7 +88,10 @@ def test_nothing_is_found_under_any_option(program: Callable[[Program], None], r
 
 
 FAULTS: list[tuple[Fault, Callable[[Program], None], dict[str, Any]]] = [
-    (("group.py", "sum_in_rank_order"), two_backward_streams, SHORT),  # no record_stream
+    (("group.py", "_start_aside"), two_backward_streams, SHORT),  # no wait of the reduction's own stream
+    (("group.py", "_start_aside"), two_backward_streams, LEVELS),
+    (("group.py", "go_between_nodes"), late_evaluation, LEVELS),  # that stream does not wait for the second level
+    (("bucket.py", "finish_reduce"), late_evaluation, LEVELS),  # the step does not wait for that stream
     (("grad_buffer.py", "_open"), two_backward_streams, SHORT),  # a second stream of backward does not wait
     (("grad_buffer.py", "_open_sum"), two_backward_streams, SHORT),  # no record_stream of what a sum replaces
     (("grad_buffer.py", "close"), two_backward_streams, {}),  # the reduction does not wait for all that wrote
@@ -108,7 +116,7 @@ def test_a_wait_that_is_left_out_is_seen(
 ) -> None:
     gpu, _ = run(program, 1, 4, fault=fault, **options)
     assert gpu.left_out_waits and gpu.errors
-    kind = "freed too early" if fault[1] in ("sum_in_rank_order", "_open_sum") else ""
+    kind = "freed too early" if fault[1] == "_open_sum" else ""
     assert all(kind in error for error in gpu.errors)
 
 
@@ -134,11 +142,11 @@ def _host_waits(**options: Any) -> tuple[list[str], int]:
             found.extend(program.gpu.host_waits[seen:] if step >= 2 else [])
         program.optimizer.synchronize()
 
-    gpu, _ = run(train, 0, 2, **options)
+    gpu, _ = run(train, 0, 4 if "gpus_per_node" in options else 2, **options)
     return found, gpu.event_waits
 
 
-@pytest.mark.parametrize("options", ["default", "forward", "remainder"])
+@pytest.mark.parametrize("options", ["default", "forward", "remainder", "two levels"])
 def test_the_host_never_waits_over_whole_iterations(options: str) -> None:
     """Except, once a step, for the flag that was sent in the step before."""
     assert _host_waits(**OPTIONS[options]) == ([], 4)
@@ -161,8 +169,13 @@ def test_the_recipe_puts_its_batches_on_the_device_without_a_wait() -> None:
     assert len(gpu.host_waits) == 2, "the two that are pageable"
 
 
-def test_all_ranks_start_the_same_collectives_with_matching_splits() -> None:
-    logs = [run(late_evaluation, rank, 3, placement="replicated", packing="contiguous")[1].log for rank in range(3)]
+@pytest.mark.parametrize(
+    ("dp_size", "options"),
+    [(3, {"placement": "replicated", "packing": "contiguous"}), (4, LEVELS)],
+    ids=["3", "levels"],
+)
+def test_all_ranks_start_the_same_collectives_with_matching_splits(dp_size: int, options: dict[str, Any]) -> None:
+    logs = [run(late_evaluation, rank, dp_size, **options)[1].log for rank in range(dp_size)]
     exchanges = 0
     for entries in zip(*logs, strict=True):
         assert len({entry[:2] for entry in entries}) == 1
@@ -171,7 +184,7 @@ def test_all_ranks_start_the_same_collectives_with_matching_splits() -> None:
             continue
         exchanges += 1
         sent, received = [entry[2] for entry in entries], [entry[3] for entry in entries]
-        assert all(sent[a][b] == received[b][a] for a in range(3) for b in range(3))
+        assert all(sent[a][b] == received[b][a] for a in range(dp_size) for b in range(dp_size))
     assert exchanges
 
 

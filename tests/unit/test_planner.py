@@ -382,6 +382,68 @@ def test_an_exchange_is_priced_by_where_it_goes() -> None:
     assert _estimate([far], hardware).communication_s == pytest.approx(4 + 2 + 1.1)
 
 
+def test_a_reduction_is_priced_by_where_it_goes() -> None:
+    """Around a ring 3 GB take 3 s at 1 GB/s; by exchanges the GB that leaves the node 1 s, the two inside it 0.2 s, and
+    the 1.5 * 10^9 gradients that arrive 1.5 s of sums where a pass over 10 bytes takes 1 ns. A second level is a second
+    latency, of one node. What is not ready last hides, its sums too."""
+    hardware = replace(FLAT, nvlink=1e10, node_size=1, memory=1e10)
+    ring = _load(reduce_scatter=3 * 10**9)
+    assert _estimate([ring], replace(FLAT, network=1e9)).step_s == pytest.approx(3)
+    by_level = _load(reduce_scatter=3 * 10**9, reduce_far=[10**9, 0])
+    found = _estimate([by_level], hardware)
+    assert (found.communication_s, found.elementwise_s) == pytest.approx((1.2, 1.5))
+    assert found.step_s == pytest.approx(2.7) and found.exposed_s == pytest.approx(1.2)
+    inside = _load(reduce_scatter=3 * 10**9, reduce_far=[0, 0])
+    assert _estimate([inside], hardware).communication_s == pytest.approx(0.3)
+    late = replace(hardware, latency_s=1.0)  # 4 of the guard; 2 between two nodes, 1 inside one
+    for load, levels, latency in ((inside, 1, 1), (by_level, 1, 2), (by_level, 2, 3)):
+        load.reduce_levels = levels
+        wire = 0.3 if load is inside else 1.2
+        assert _estimate([load], late).communication_s == pytest.approx(4 + latency + wire)
+    by_level.ready_last = False
+    assert _estimate([by_level], hardware).step_s == 0
+
+
+def _reduction_bytes(dp_size: int, rank: int, known: int, node_size: int) -> tuple[int, int, int, int]:
+    """(bytes of the reductions that `rank` sends, of them to other nodes, calls, bytes of a slice of every bucket)."""
+    layout = make_layout(shape_table("gpt2-124m"), dp_size, node_size=known)
+    options = Options(precision=Precision(reduce=torch.bfloat16))
+    found = count(layout, options, node_size=node_size)[0][rank]
+    far = found.sent_between_nodes.get("reduce_scatter", 0)
+    calls = found.calls["reduce_scatter"] // len(layout.buckets)
+    return found.sent_bytes["reduce_scatter"], far, calls, 2 * sum(bucket.shard_size for bucket in layout.buckets)
+
+
+@pytest.mark.parametrize(
+    ("known", "node_size", "rank", "slices", "far", "calls"),
+    [
+        (4, 4, 5, 3 * 3 + 2, 2, 2),  # three nodes of four: three slices to each of three neighbours, two to other nodes
+        (12, 12, 5, 11, 0, 1),
+        (12, 4, 5, 11, 8, 1),  # the layout knows no nodes, and so does not the reduction
+        (1, 1, 5, 11, 11, 1),
+        (5, 5, 4, 11, 7, 1),
+        (5, 5, 11, 11, 10, 1),  # the smaller last node
+    ],
+)
+def test_slices_of_a_16_bit_reduction_by_hand(
+    known: int, node_size: int, rank: int, slices: int, far: int, calls: int
+) -> None:
+    sent, between, times, slice_bytes = _reduction_bytes(12, rank, known, node_size)
+    assert (sent, between, times) == (slices * slice_bytes, far * slice_bytes, calls)
+
+
+def test_two_levels_spare_the_network() -> None:
+    """8 nodes of 8: everything to everyone takes several times as long as the float32 ring, two levels do not. All
+    columns of a plan reduce alike."""
+    short = Precision(reduce=torch.bfloat16)
+    blind = make_layout(shape_table("llama-8b"), 64)
+    last = [load for load in count(blind, Options(precision=short), node_size=8)[1] if load.ready_last]
+    everyone = sum(max(load.reduce_far) for load in last) / (0.8 * HARDWARE["h100"].network)
+    ring, levels = (plan("llama-8b", dp_size=64, precision=given) for given in (Precision(), short))
+    assert ring.time and levels.time and levels.time.step_s - ring.time.step_s < everyone / 8
+    assert {way.ranks[0].calls["reduce_scatter"] // way.num_buckets for way in (levels, *levels.others)} == {2}
+
+
 def test_bytes_between_nodes_by_hand() -> None:
     """From segments and owners alone: what a rank of the exchange sends to ranks of other nodes, in 16 bits."""
     made = make_layout(shape_table("llama-1b"), 16, node_size=4)
