@@ -182,7 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.part == "worker":
         work()
     elif options.part == "planned":
-        write({**read(), "planned": planned(), "assumed": {"gpu": GPU, "mfu": MFU}})
+        rows = planned()
+        write({**read(), "planned": rows, "assumed": {"gpu": GPU, "mfu": MFU}})
     else:
         return max(run_ranks(["-m", "experiments.overhead", "worker"], ranks, 1) for ranks in options.ranks)
     return 0
