@@ -20,6 +20,7 @@ from experiments.analysis import (
     AGREES,
     CANNOT_TELL,
     DISAGREES,
+    NOT_RUN,
     UNTESTED,
     Interval,
     Verdict,
@@ -229,10 +230,11 @@ def ratio_table(view: View) -> list[str]:
     lines = []
     for arm, to, reused in view.experiment.ratios:
         rows = view.rows(arm), view.rows(to), view.rows(reused)
-        if not all(rows):
+        if not all(rows[:2]):
             continue
         mine, other = view.rate(arm) or math.nan, view.rate(to) or math.nan
-        losses = (loss_text(interval(list(view.losses(name).values()))) for name in (reused, arm))
+        found = (list(view.losses(name).values()) for name in (reused, arm))
+        losses = (loss_text(interval(values)) if values else "not run" for values in found)
         lines.append(f"| {arm.partition(', ')[2]} | {other:g} | {mine:g} | {mine / other:g} | {' | '.join(losses)} |")
     if not lines:
         return []
@@ -445,6 +447,8 @@ def _measured_table(found: dict[str, Any]) -> list[str]:
 
 
 def _measured_verdicts(found: dict[str, Any]) -> list[Verdict]:
+    if not found["measured"]:
+        return [Verdict(text="Measured: at most 3 % more processor time", found=None, word=NOT_RUN)]
     verdicts = []
     for ranks in sorted({ranks for ranks, _ in _measured_cells(found)}):
         values = overheads(found, "processor_ms", ranks, overhead.TOKENS[-1])
