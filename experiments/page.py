@@ -245,7 +245,7 @@ def ratio_table(view: View) -> list[str]:
 def kinds_table(view: View) -> list[str]:
     """RMS of the weights at the end, by kind of matrix, in the mean over seeds; nothing for an experiment without."""
     lines, kinds = [], []
-    for arm in view.experiment.by_kind:
+    for arm in filter(view.experiment.arms.__contains__, view.experiment.by_kind):
         ends = [row["telemetry"][-1]["weight_rms"] for row in view.rows(arm).values() if row["telemetry"]]
         if ends:
             kinds = list(ends[0])
