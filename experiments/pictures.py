@@ -21,7 +21,8 @@ def drawn(view: View) -> list[Any]:
     if "pairs" in picture:
         return [pair for pair in picture["pairs"] if all(view.rows(arm) for arm in pair)]
     there = view.tuned if picture["kind"] == "over_rates" else view.rows
-    return [arm for arm in picture.get("arms", view.experiment.arms) if arm in view.experiment.arms and there(arm)]
+    arms = [arm for arm in picture.get("arms", view.experiment.arms) if arm in view.experiment.arms and there(arm)]
+    return arms if len(arms) > 1 else []  # one side is no comparison
 
 
 def over_steps(view: View) -> Figure:
