@@ -228,9 +228,9 @@ def section(view: View) -> Part:
 def ratio_table(view: View) -> list[str]:
     """Best rates of both optimizers, and what it costs to take the other's; nothing for an experiment without."""
     lines = []
+    arms = view.experiment.arms
     for arm, to, reused in view.experiment.ratios:
-        rows = view.rows(arm), view.rows(to), view.rows(reused)
-        if not all(rows[:2]):
+        if not {arm, to, reused} <= arms.keys() or not (view.rows(arm) and view.rows(to)):
             continue
         mine, other = view.rate(arm) or math.nan, view.rate(to) or math.nan
         found = (list(view.losses(name).values()) for name in (reused, arm))

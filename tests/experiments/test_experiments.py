@@ -247,6 +247,8 @@ def test_a_grid_is_whole(name: str) -> None:
         experiment = read(name, size)
         assert 0 not in experiment.seeds and experiment.hypothesis and experiment.source
         assert experiment.missing(lambda _: None)
+        nothing = View(experiment, Results(Path("nowhere")))
+        assert page.ratio_table(nothing) == page.kinds_table(nothing) == []
     experiment = read(name, "full")
     assert experiment.check["arm"] in experiment.arms and 0 < experiment.check["band"] <= 0.1
     assert experiment.picture["kind"] in page.PICTURES
