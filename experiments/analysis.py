@@ -7,8 +7,10 @@ for all), or {arm, to}: the arm beside another. The verdict:
 
     expect lower, higher     agrees if the whole interval lies on that side of 0, disagrees if it lies on the other
     expect tie, margin m     agrees if the whole interval lies within m of `than`, disagrees if it lies outside
+    expect at_most, margin m agrees if the whole interval lies below m, disagrees if it lies above
+    expect over, margin m    agrees if the whole interval lies above m, disagrees if it lies below
 
-and "cannot tell" otherwise. A seed's run that diverged has an infinite loss.
+and "cannot tell" otherwise. A margin is a share of `than`. A seed's run that diverged has an infinite loss.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from launch.compare import steps_to_reach
 AGREES, DISAGREES, CANNOT_TELL = "agrees", "disagrees", "cannot tell"
 NOT_RUN, NOT_MEASURED = "not run", "not measured"
 UNTESTED = (NOT_RUN, NOT_MEASURED)
+SIDES = {"lower": "lower", "higher": "higher", "at_most": "lower", "over": "higher"}
 BySeed = dict[int, float]
 
 
@@ -48,15 +51,15 @@ class Interval:
 
 
 @lru_cache
-def t_quantile(freedom: int) -> float:
-    """The number that Student's t exceeds in absolute value with probability 5 %.
+def t_quantile(freedom: int, inside: float = 0.95) -> float:
+    """The number that Student's t stays below in absolute value with the probability `inside`.
 
     With t = sqrt(freedom) tan(a), the density is proportional to cos(a)**(freedom - 1) on (-pi/2, pi/2).
     """
     cells = 20_000
     width = math.pi / 2 / cells
     mass = [math.cos((number + 0.5) * width) ** (freedom - 1) for number in range(cells)]
-    wanted, seen = 0.95 * sum(mass), 0.0
+    wanted, seen = inside * sum(mass), 0.0
     for number, part in enumerate(mass):
         if seen + part >= wanted:
             return math.sqrt(freedom) * math.tan((number + (wanted - seen) / part) * width)
@@ -73,6 +76,12 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean=mean, low=mean - half, high=mean + half)
 
 
+def visible(difference: Interval, seeds: int) -> float:
+    """The smallest true difference that so many seeds show with a probability of 80 %, at the spread that they have."""
+    half = difference.high - difference.mean
+    return half * (1 + t_quantile(seeds - 1, 0.6) / t_quantile(seeds - 1)) if seeds > 1 else math.inf
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What became of a claim."""
@@ -80,6 +89,9 @@ class Verdict:
     text: str
     found: Interval | None
     word: str
+    seeds: int = 0
+    visible: float = math.nan
+    """See the function of that name; nan where a claim is not about seeds."""
 
 
 class View:
@@ -141,21 +153,14 @@ class View:
             return Verdict(text=text, found=None, word=NOT_RUN)
         if not all(is_measured(claim["quantity"], row) for arm in _arms(claim) for row in self.rows(arm).values()):
             return Verdict(text=text, found=None, word=NOT_MEASURED)
-        if claim["quantity"] == "rate":
-            ratio = self._rate_ratio(claim["of"])
-            return Verdict(text=text, found=ratio, word=on_side(ratio.minus(claim["than"]), expect))
         left, right = (self._values(claim["quantity"], claim[side]) for side in ("of", "than"))
         seeds = [seed for seed in left if seed in right]
         difference, level = interval([left[seed] - right[seed] for seed in seeds]), fmean(right[seed] for seed in seeds)
-        word = tie(difference, claim["margin"] * level) if expect == "tie" else on_side(difference, expect)
+        margin = claim.get("margin", 0.0) * level
+        word = tie(difference, margin) if expect == "tie" else on_side(difference.minus(margin), SIDES[expect])
         # beside a number, the quantity itself is what a reader wants to see
         found = difference.minus(-level) if isinstance(claim["than"], float) else difference
-        return Verdict(text=text, found=found, word=word)
-
-    def _rate_ratio(self, pair: Mapping[str, str]) -> Interval:
-        """The ratio of two best rates. Each is known to half a step of its list, a factor of the root of 2."""
-        ratio = (self.rate(pair["arm"]) or math.nan) / (self.rate(pair["to"]) or math.nan)
-        return Interval(mean=ratio, low=ratio / 2, high=ratio * 2)
+        return Verdict(text=text, found=found, word=word, seeds=len(seeds), visible=visible(difference, len(seeds)))
 
     def _values(self, quantity: str, side: Any) -> BySeed:
         """The quantity of one side of a claim, by seed."""
@@ -203,7 +208,7 @@ def _arms(claim: Mapping[str, Any]) -> list[str]:
 
 def is_measured(quantity: str, row: Row) -> bool:
     """Whether a trial has what a claim is about. A model of a single block has no outputs of blocks."""
-    of_telemetry = quantity in ("weight_rms", "output_rms", "attention_logits")
+    of_telemetry = quantity in ("weight_rms", "update_rms", "output_rms", "attention_logits")
     return not of_telemetry or (bool(row["telemetry"]) and quantity in row["telemetry"][-1])
 
 
@@ -211,7 +216,7 @@ def _of_row(quantity: str, row: Row) -> float:
     if quantity == "loss":
         return math.inf if row["val_loss"] is None else float(row["val_loss"])
     last = row["telemetry"][-1]
-    return fmean(last[quantity].values()) if quantity == "weight_rms" else float(last[quantity])
+    return fmean(last[quantity].values()) if isinstance(last[quantity], dict) else float(last[quantity])
 
 
 def _of_pair(quantity: str, row: Row, other: Row, side: Mapping[str, str]) -> float:

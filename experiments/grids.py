@@ -6,7 +6,10 @@
     arms         name -> set (the recipe's keys), rates (the list that it is tuned over), variant (see
                  experiments.variants), nproc, seeds (how many of the size's; all if left out)
     claims       what the source says, in a form that experiments.analysis decides
+    reading      what a reader may conclude, and what not; without numbers, which are the results' own
     sizes        name -> what differs at that size: config, set, rates, arms, nproc, seeds
+    ratios       triples of arms: Muon, AdamW, and Muon at AdamW's best rate, for a table of rates
+    by_kind      arms whose weights' RMS a table shows for each kind of matrix
     check        the arm that a test trains again, and the band in which its loss must lie
 
 An arm with `rates` is tuned first: every rate at `TUNING_SEED`. Then it runs at its best rate with each of the size's
@@ -97,6 +100,9 @@ class Experiment:
     check: Mapping[str, Any]
     picture: Mapping[str, Any]
     about: str
+    reading: str
+    ratios: Sequence[Sequence[str]] = ()
+    by_kind: Sequence[str] = ()
 
     @cached_property
     def base(self) -> Settings:
@@ -191,6 +197,7 @@ def read(name: str, size: str, folder: Path = FOLDER) -> Experiment:
     arms = {arm: {**entry, **({"nproc": at["nproc"]} if "nproc" in at else {})} for arm, entry in given["arms"].items()}
     merged = {
         "about": "",
+        "reading": "",
         "picture": {},
         "check": {},
         **given,

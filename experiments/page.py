@@ -10,37 +10,33 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from experiments import finetune, shardings
+from experiments import finetune, overhead, shardings
 from experiments.analysis import (
     AGREES,
     CANNOT_TELL,
     DISAGREES,
+    NOT_RUN,
     UNTESTED,
     Interval,
     Verdict,
     View,
     interval,
-    is_measured,
     on_side,
+    visible,
 )
 from experiments.grids import ROOT, read_all
-from experiments.trial import RESULTS, Results, kind_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from experiments.pictures import PICTURES, drawn
+from experiments.trial import RESULTS, Results
 
 DOCS = ROOT / "docs"
 COMMITTED = ("full", "small")
 """Sizes of the page, the first that has run."""
 WIDTH = 116
-TAIL = 10
-"""Steps over which a training loss is averaged: that of a single batch says little."""
 
 INTRODUCTION = """\
 # Experiments: does it train better?
@@ -62,6 +58,11 @@ METHOD = """\
 - **A claim** agrees if its whole interval is on the expected side, or within the margin; it disagrees if the whole
   interval is on the other side, or outside; otherwise the data cannot tell. "As good as" also disagrees where a side is
   better: its difference of losses is then negative.
+- **Visible** is the power of a test: the smallest true difference that so many seeds show with a probability of 80 %,
+  at the spread that they have. A claim of "as good as (1 %)" can hardly agree where this is above 1 %, which is about
+  0.02.
+- **The size is the caveat.** A run of 200 steps reads less than one token a parameter, the source's read 26 and more.
+  Where a result may be one of short runs, a longer one stands beside it.
 - **Steps to equal loss** are read off the curve of one run with its whole schedule. A run with a shorter schedule would
   reach the loss sooner, so this understates the faster side. **Seconds** are processor seconds of whole trials, with
   their validations; neighbours on the machine change them by a fifth.
@@ -69,11 +70,23 @@ METHOD = """\
 """
 
 
+FINETUNE_READING = """\
+The third claim is the one that the source is about: it takes out which optimizer is faster in tuning, and leaves
+whether it helps to keep the one of the pretraining. The first two do not, since Muon is faster here in everything.
+Pretraining of so few steps leaves AdamW's model far behind, so tuning is mostly more pretraining. The source's models
+are thousands of times larger and train thousands of times longer; a mismatch that grows in long pretraining cannot
+show here."""
+
+
 def render(results: Results, sizes: Sequence[str] = COMMITTED) -> str:
     """The page."""
     views = views_of(results, sizes)
-    first, last = sharding_section(), finetune_section()
-    parts = [(1, *first), *((view.experiment.number, *section(view)) for view in views), (9, *last)]
+    parts = [
+        (1, *sharding_section()),
+        *((view.experiment.number, *section(view)) for view in views),
+        (9, *finetune_section()),
+        (11, *overhead_section()),
+    ]
     parts.sort(key=lambda part: part[0])
     verdicts = [(number, title, verdict) for number, title, _, found in parts for verdict in found]
     return "\n".join(
@@ -119,19 +132,21 @@ def conditions(views: Sequence[View], results: Results) -> str:
     """What was run, when, and on what."""
     rows = list(results.rows.values())
     hours = sum(row["cpu_s"] for row in rows) / 3600
-    seconds = json.loads(finetune.RESULTS.read_text())["cpu_seconds"]
+    tuning = json.loads(finetune.RESULTS.read_text())["cpu_seconds"] / 3600
+    steps = sum(overhead.read()["cpu_seconds"].values()) / 3600
     dates = sorted({row["date"] for row in rows})
     lines = ["## What was run", ""]
     if rows:
         data = rows[0]["data"]
         machines, torches, pythons = (_list(row[key] for row in rows) for key in ("machine", "torch", "python"))
         lines += wrapped(
-            f"{len(rows)} trials of {len(views)} grids, {hours:.2f} hours of processor time, {_span(dates)}, on "
-            f"{machines}, one thread a process, with torch {torches} and Python {pythons}. Others used the machine at "
-            f"the same time, so wall time says nothing. The text has {data['train_tokens']:,} bytes to train and "
-            f"{data['val_tokens']:,} to validate. Experiment 9 took {seconds / 3600:.2f} hours more; the time of "
-            "experiment 1 was not recorded. Each line of `experiments/results/trials.jsonl` has its settings, its "
-            "commit and its processor time."
+            f"**{hours + tuning + steps:.1f} hours of processor time in all:** {hours:.2f} for {len(rows)} trials of "
+            f"{len(views)} grids, {tuning:.2f} for experiment 9, {steps:.2f} for the overheads of experiment 11. The "
+            f"time of the first part of experiment 1 was not recorded. {_span(dates)}, on {machines}, one thread a "
+            f"process, with torch {torches} and Python {pythons}. Others used the machine at the same time, so wall "
+            f"time says nothing. The text has {data['train_tokens']:,} bytes to train and "
+            f"{data['val_tokens']:,} to validate. Each line of `experiments/results/trials.jsonl` has its settings, "
+            "its commit and its processor time."
         )
     lines += [
         "",
@@ -196,14 +211,58 @@ def section(view: View) -> Part:
         lines += ["", f"Not run yet: `{command}`", ""]
         return experiment.title, "\n".join(lines), verdicts
     tokens, parameters = (sorted({row[key] for row in rows}) for key in ("tokens", "parameters"))
-    setting = f"**Setting.** {experiment.about} {_range(parameters)} parameters, {_range(tokens)} tokens a run."
+    each = sorted(row["tokens"] / row["parameters"] for row in rows)
+    lengths = f"{each[0]:.1f}" + ("" if each[0] == each[-1] else f" to {each[-1]:.1f}")
+    setting = (
+        f"**Setting.** {experiment.about} {_range(parameters)} parameters, {_range(tokens)} tokens a run, which are "
+        f"{lengths} a parameter."
+    )
     lines += ["", *wrapped(setting + " " + budget(view)), "", *arms_table(view), ""]
     if drawn(view):
         lines += [f"![{experiment.title}](experiments/{experiment.name}.png)", ""]
-    lines += ["| claim | found | verdict |", "|---|---:|---|"]
-    lines += [f"| {verdict.text} | {cell(verdict)} | {verdict.word} |" for verdict in verdicts]
-    lines += ["", f"`{command}`", ""]
+    lines += [*ratio_table(view), *kinds_table(view), *verdict_table(verdicts)]
+    lines += [*(["", *wrapped(experiment.reading)] if experiment.reading else []), "", f"`{command}`", ""]
     return experiment.title, "\n".join(lines), verdicts
+
+
+def ratio_table(view: View) -> list[str]:
+    """Best rates of both optimizers, and what it costs to take the other's; nothing for an experiment without."""
+    lines = []
+    arms = view.experiment.arms
+    for arm, to, reused in view.experiment.ratios:
+        if not {arm, to, reused} <= arms.keys() or not (view.rows(arm) and view.rows(to)):
+            continue
+        mine, other = view.rate(arm) or math.nan, view.rate(to) or math.nan
+        found = (list(view.losses(name).values()) for name in (reused, arm))
+        losses = (loss_text(interval(values)) if values else "not run" for values in found)
+        lines.append(f"| {arm.partition(', ')[2]} | {other:g} | {mine:g} | {mine / other:g} | {' | '.join(losses)} |")
+    if not lines:
+        return []
+    head = ["| run | AdamW's best lr | Muon's best lr | ratio | Muon's loss at AdamW's lr | at its own |"]
+    return [*head, "|---|---:|---:|---:|---:|---:|", *lines, ""]
+
+
+def kinds_table(view: View) -> list[str]:
+    """RMS of the weights at the end, by kind of matrix, in the mean over seeds; nothing for an experiment without."""
+    lines, kinds = [], []
+    for arm in filter(view.experiment.arms.__contains__, view.experiment.by_kind):
+        ends = [row["telemetry"][-1]["weight_rms"] for row in view.rows(arm).values() if row["telemetry"]]
+        if ends:
+            kinds = list(ends[0])
+            lines.append(f"| {arm} | {' | '.join(f'{fmean(end[kind] for end in ends):.3f}' for kind in kinds)} |")
+    if not lines:
+        return []
+    return [f"| RMS of weights at the end | {' | '.join(kinds)} |", "|---" + "|---:" * len(kinds) + "|", *lines, ""]
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> list[str]:
+    """The claims of an experiment, with what its seeds could have shown."""
+    lines = ["| claim | found | seeds | visible | verdict |", "|---|---:|---:|---:|---|"]
+    for verdict in verdicts:
+        seeds = str(verdict.seeds or "-")
+        seen = f"{verdict.visible:.2g}" if math.isfinite(verdict.visible) else "-"
+        lines.append(f"| {verdict.text} | {cell(verdict)} | {seeds} | {seen} | {verdict.word} |")
+    return lines
 
 
 def _range(values: Sequence[int]) -> str:
@@ -265,14 +324,6 @@ def sharding_section() -> Part:
             word=AGREES if off > 100 * shardings.TOLERANCE else DISAGREES,
         ),
     ]
-    for model in shardings.MODELS:
-        gaps = [
-            fmean(curves[f"{model}/{shardings.CONTROL}/{seed}"][-TAIL:])
-            - fmean(curves[f"{model}/one process/{seed}"][-TAIL:])
-            for seed in shardings.SEEDS
-        ]
-        text = f"Newton-Schulz on each shard alone is worse ({model}, training loss, mean of the last {TAIL} steps)"
-        verdicts.append(Verdict(text=text, found=interval(gaps), word=on_side(interval(gaps), "higher")))
     lines = ["## 1. The cut does not matter, and where it would", ""]
     lines += wrapped(
         "**Hypothesis.** In float32 the curves of one process, ZeRO-1, FSDP2, HSDP and tensor parallelism are one "
@@ -291,9 +342,7 @@ def sharding_section() -> Part:
         if name != "one process"
     ]
     lines += ["", "![Losses under every sharding, and their distance from one process](shardings.png)", ""]
-    lines += ["| claim | found | verdict |", "|---|---:|---|"]
-    lines += [f"| {verdict.text} | {cell(verdict)} | {verdict.word} |" for verdict in verdicts]
-    lines += ["", "`python -m experiments.shardings`", ""]
+    lines += [*verdict_table(verdicts), "", "`python -m experiments.shardings`", ""]
     return "The cut does not matter", "\n".join(lines), verdicts
 
 
@@ -302,171 +351,153 @@ def finetune_section() -> Part:
     rows = json.loads(finetune.RESULTS.read_text())["finetune"]
     names = finetune.OPTIMIZERS
 
-    def losses(before: str, tuner: str) -> list[float]:
-        best = finetune.best_lr(rows, pretrained=before, tuned=tuner)
-        key = {"pretrained": before, "tuned": tuner, "lr": best}
-        return [row["prose"] for row in sorted(rows, key=lambda row: row["seed"]) if key.items() <= row.items()]
+    def gains(before: str) -> list[float]:
+        """What tuning with the optimizer of the pretraining gains over tuning with the other, by seed."""
+        other = next(name for name in names if name != before)
+        same, changed = (finetune.counted(rows, pretrained=before, tuned=tuner) for tuner in (before, other))
+        return [left["prose"] - right["prose"] for left, right in zip(same, changed, strict=True)]
 
-    verdicts = []
-    for before, other in (("adamw", "distmuon"), ("distmuon", "adamw")):
-        pairs = zip(losses(before, before), losses(before, other), strict=True)
-        gap = interval([same - changed for same, changed in pairs])
-        text = f"Pretrained with {names[before]}, tuning with {names[before]} is better than with {names[other]}"
-        verdicts.append(Verdict(text=text, found=gap, word=on_side(gap, "lower")))
+    def judged(text: str, values: Sequence[float]) -> Verdict:
+        gap = interval(values)
+        seen = visible(gap, len(values))
+        return Verdict(text=text, found=gap, word=on_side(gap, "lower"), seeds=len(values), visible=seen)
+
+    after = {before: gains(before) for before in ("adamw", "distmuon")}
+    verdicts = [
+        judged("Pretrained with AdamW, tuning with AdamW ends lower than with Muon", after["adamw"]),
+        judged("Pretrained with Muon, tuning with Muon ends lower than with AdamW", after["distmuon"]),
+        judged(
+            "To keep the optimizer of the pretraining is better, in the mean of both",
+            [fmean(pair) for pair in zip(after["adamw"], after["distmuon"], strict=True)],
+        ),
+    ]
     lines = ["## 9. Pretrained with one, fine-tuned with the other", ""]
     lines += wrapped(
         "**Hypothesis.** A model is fine-tuned best with the optimizer that it was pretrained with. **Source:** arXiv "
         "2502.16982, section 3.5 and tables 6 and 7."
     )
-    lines += ["", *finetune.table().splitlines(), "", "| claim | found | verdict |", "|---|---:|---|"]
-    lines += [f"| {verdict.text} | {cell(verdict)} | {verdict.word} |" for verdict in verdicts]
-    lines += ["", *wrapped("The rates are chosen by the mean over the same seeds that are compared.")]
-    lines += ["", "`python -m experiments.finetune`", ""]
+    lines += ["", *finetune.table().splitlines(), "", *verdict_table(verdicts)]
+    lines += ["", *wrapped(FINETUNE_READING), "", "`python -m experiments.finetune`", ""]
     return "Pretrained with one, fine-tuned with the other", "\n".join(lines), verdicts
 
 
-# ---- pictures
+OVERHEAD_BOUND = 0.03
+"""The source's 1 to 3 % of a step."""
 
 
-def drawn(view: View) -> list[Any]:
-    """The arms, or pairs of arms, that the picture can show."""
-    picture = view.experiment.picture
-    if "pairs" in picture:
-        return [pair for pair in picture["pairs"] if all(view.rows(arm) for arm in pair)]
-    there = view.tuned if picture["kind"] == "over_rates" else view.rows
-    return [arm for arm in picture.get("arms", view.experiment.arms) if arm in view.experiment.arms and there(arm)]
+def overhead_section() -> Part:
+    """What Muon adds to a step, from the results of experiments.overhead."""
+    found = overhead.read()
+    lines = ["## 11. What Muon adds to the time of a step", ""]
+    lines += wrapped(
+        "**Hypothesis.** Muon makes a step 1 to 3 % longer than AdamW. **Source:** arXiv 2502.16982, section 2.3. "
+        "Newton-Schulz costs the same however many tokens a step has, so the share falls with the tokens of a rank."
+    )
+    verdicts = [*_measured_verdicts(found), *_planned_verdicts(found)]
+    if found["measured"]:
+        lines += ["", *wrapped(_measured_setting(found)), "", *_measured_table(found)]
+    lines += [
+        "",
+        *wrapped(
+            f"**Planned** by `distmuon plan` for {overhead.GPU.upper()} GPUs, eight a node, forward and backward at "
+            f"{100 * found['assumed']['mfu']:.0f} % of the peak, beside AdamW in the same buckets. Nothing of this "
+            "ran. Gbit/s are those of a GPU to other nodes."
+        ),
+        "",
+        *_planned_table(found),
+        "",
+        *verdict_table(verdicts),
+        "",
+        "`python -m experiments.overhead measured 1 2 4; python -m experiments.overhead planned`",
+        "",
+    ]
+    return "What Muon adds to the time of a step", "\n".join(lines), verdicts
 
 
-def over_steps(view: View) -> Figure:
-    """Validation losses over steps; with `beside`, the RMS of weights and, where it was measured, of outputs."""
-    arms, beside = drawn(view), view.experiment.picture.get("beside", ())
-    shown = [key for key in beside if all(is_measured(key, row) for arm in arms for row in view.rows(arm).values())]
-    figure, (losses, *others) = _figure(1 + len(shown))
-    for number, arm in enumerate(arms):
-        rows = list(view.rows(arm).values())
-        style = {"color": f"C{number}", "label": arm}
-        curves = [[(step, loss) for step, loss in row["val"] if loss is not None] for row in rows]
-        losses.plot(*_mean_curve(curves), **style)
-        for axes, key in zip(others, shown):
-            axes.plot(
-                *_mean_curve([[(at["step"], _level(at[key])) for at in row["telemetry"]] for row in rows]), **style
+def _measured_setting(found: dict[str, Any]) -> str:
+    return (
+        f"**Measured.** A Llama of {found['parameters']:,} parameters, byte-level, on {found['machine']}, one thread a "
+        f"rank, gloo, {found['date']}, torch {found['torch']}: forward and backward in float32, Newton-Schulz in "
+        f"bfloat16. {overhead.ROUNDS} rounds in which both optimizers step once, in random order; the mean of a "
+        "round's ratio with its 95 % interval. Processor time is that of all ranks together; with a load average of "
+        f"{min(found['load'].values()):g} to {max(found['load'].values()):g} on two cores, wall time says little."
+    )
+
+
+def overheads(found: dict[str, Any], key: str, ranks: int, tokens: int) -> list[float]:
+    """The overhead of each round: how much longer Muon's step is, as a share of AdamW's."""
+    rows = [row for row in found["measured"] if (row["ranks"], row["tokens"]) == (ranks, tokens)]
+    return [row[key]["distmuon"] / row[key]["adamw"] - 1 for row in rows]
+
+
+def _percent(values: Interval) -> str:
+    return f"{100 * values.mean:.1f} % ({100 * values.low:.1f} to {100 * values.high:.1f})"
+
+
+def _measured_cells(found: dict[str, Any]) -> list[tuple[int, int]]:
+    return sorted({(row["ranks"], row["tokens"]) for row in found["measured"]})
+
+
+def _measured_table(found: dict[str, Any]) -> list[str]:
+    lines = ["| ranks | tokens of a rank and step | wall time | processor time |", "|---:|---:|---:|---:|"]
+    for ranks, tokens in _measured_cells(found):
+        wall, busy = (_percent(interval(overheads(found, key, ranks, tokens))) for key in ("wall_ms", "processor_ms"))
+        lines.append(f"| {ranks} | {tokens:,} | {wall} | {busy} |")
+    return lines
+
+
+def _measured_verdicts(found: dict[str, Any]) -> list[Verdict]:
+    if not found["measured"]:
+        return [Verdict(text="Measured: at most 3 % more processor time", found=None, word=NOT_RUN)]
+    verdicts = []
+    for ranks in sorted({ranks for ranks, _ in _measured_cells(found)}):
+        values = overheads(found, "processor_ms", ranks, overhead.TOKENS[-1])
+        share = interval(values)
+        word = on_side(share.minus(OVERHEAD_BOUND), "lower")
+        size = f"{ranks} rank{'s' * (ranks > 1)}, {overhead.TOKENS[-1]:,} tokens each"
+        text = f"Measured, {size}: at most 3 % more processor time"
+        verdicts.append(Verdict(text=text, found=share, word=word))
+    return verdicts
+
+
+def _planned_verdicts(found: dict[str, Any]) -> list[Verdict]:
+    """The longest of a kind of cluster against the bound; the planner has no interval."""
+    tokens = overhead.PLANNED_TOKENS[-1]
+    verdicts = []
+    for text, chosen in (
+        ("on one node", [row for row in found["planned"] if row["nodes"] == 1]),
+        *(
+            (f"on {overhead.NODES[1]} nodes and more at {gbit} Gbit/s a GPU", rows)
+            for gbit in overhead.NETWORKS
+            if (rows := [row for row in found["planned"] if row["nodes"] > 1 and row["network_gbit"] == gbit])
+        ),
+    ):
+        most = max(row["overhead"] for row in chosen if row["tokens"] == tokens)
+        verdicts.append(
+            Verdict(
+                text=f"Planned, {tokens:,} tokens a GPU, {text}: at most 3 % longer",
+                found=Interval(mean=most, low=-math.inf, high=math.inf),
+                word=AGREES if most <= OVERHEAD_BOUND else DISAGREES,
             )
-    last = [row["val"][-1][1] for arm in arms for row in view.rows(arm).values() if row["val"][-1][1] is not None]
-    losses.set_ylim(min(last) - 0.05, max(last) + 0.8)
-    _labels(losses, "step", "validation loss")
-    for axes, key in zip(others, shown):
-        _labels(axes, "step", LABELS[key])
-        axes.set_ylim(bottom=0)
-    losses.legend(frameon=False, fontsize=8)
-    return figure
+        )
+    return verdicts
 
 
-LABELS = {
-    "weight_rms": "RMS of hidden weights",
-    "output_rms": "largest RMS of a block's output",
-    "attention_logits": "largest attention logit",
-}
+def _planned_table(found: dict[str, Any]) -> list[str]:
+    """A row for each model, number of nodes and bandwidth, a column for each number of tokens."""
+    columns = [f"{tokens:,} tokens a GPU" for tokens in overhead.PLANNED_TOKENS]
+    lines = [f"| model | nodes | Gbit/s | added ms | {' | '.join(columns)} |", "|---" + "|---:" * 5 + "|"]
+    cells: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for row in found["planned"]:
+        cells.setdefault((row["model"], row["nodes"], row["network_gbit"]), []).append(row)
+    for (model, nodes, network), rows in cells.items():
+        shares = " | ".join(f"{100 * row['overhead']:.1f} %" for row in rows)
+        across = str(network) if nodes > 1 else "-"
+        lines.append(f"| {model} | {nodes} | {across} | {rows[0]['added_ms']:.1f} | {shares} |")
+    return lines
 
 
-def _level(value: Any) -> float:
-    """A measured number, or the mean over kinds of matrices."""
-    return fmean(value.values()) if isinstance(value, dict) else float(value)
-
-
-def over_arms(view: View) -> Figure:
-    """The final loss of each arm with its interval."""
-    arms = drawn(view)
-    figure, (axes,) = _figure(1)
-    for number, arm in enumerate(arms):
-        loss = interval(list(view.losses(arm).values()))
-        if math.isfinite(loss.mean):
-            half = loss.high - loss.mean if math.isfinite(loss.high) else 0.0
-            axes.errorbar(loss.mean, number, xerr=half, marker="o", capsize=3, color="C0")
-            axes.plot(list(view.losses(arm).values()), [number] * len(view.losses(arm)), ".", color="C1", markersize=4)
-    axes.set_yticks(range(len(arms)), labels=arms)
-    axes.invert_yaxis()
-    _labels(axes, "validation loss; bars: 95 %, dots: seeds", "")
-    return figure
-
-
-def over_rates(view: View) -> Figure:
-    """The loss of each tuned arm over the rates that were tried."""
-    figure, (axes,) = _figure(1)
-    for arm in drawn(view):
-        points = [(rate, loss) for rate, loss in view.tuned(arm) if math.isfinite(loss)]
-        axes.plot(*zip(*points), marker="o", markersize=3, label=arm)
-    axes.set_xscale("log")
-    _labels(axes, "lr", "validation loss, seed 0")
-    axes.legend(frameon=False, fontsize=7)
-    return figure
-
-
-def entropy(view: View) -> Figure:
-    """SVD entropy of each matrix under one optimizer over that under the other."""
-    pairs = drawn(view)
-    figure, axes = _figure(len(pairs))
-    for plot, (arm, to) in zip(axes, pairs):
-        kinds: dict[str, list[tuple[float, float]]] = {}
-        for seed, row in view.rows(arm).items():
-            other = view.rows(to).get(seed, {"entropy": {}})["entropy"]
-            for name, value in row["entropy"].items():
-                if name in other:
-                    kinds.setdefault(kind_of(name), []).append((other[name], value))
-        for kind, points in kinds.items():
-            plot.plot(*zip(*points), "o", markersize=3, label=kind)
-        low = min(min(point) for points in kinds.values() for point in points)
-        plot.plot([low, 1], [low, 1], color="gray", linewidth=0.8)
-        _labels(plot, f"SVD entropy, {to}", arm)
-        plot.legend(frameon=False, fontsize=7)
-    return figure
-
-
-def shares(view: View) -> Figure:
-    """Steps to equal loss as a share of the other side's."""
-    pairs = drawn(view)
-    figure, (axes,) = _figure(1)
-    for number, (arm, to) in enumerate(pairs):
-        share = view.steps_share(arm, to)
-        if math.isfinite(share.mean):
-            half = share.high - share.mean if math.isfinite(share.high) else 0.0
-            axes.errorbar(share.mean, number, xerr=half, marker="o", capsize=3, color="C0")
-    axes.set_yticks(range(len(pairs)), labels=[f"{arm} to {to}" for arm, to in pairs])
-    axes.invert_yaxis()
-    _labels(axes, "share of AdamW's steps to its final loss; bars: 95 %", "")
-    return figure
-
-
-PICTURES: dict[str, Callable[[View], Figure]] = {
-    "over_steps": over_steps,
-    "over_arms": over_arms,
-    "over_rates": over_rates,
-    "entropy": entropy,
-    "shares": shares,
-}
-
-
-def _figure(columns: int) -> tuple[Figure, Sequence[Axes]]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, columns, figsize=(3.6 * columns if columns > 1 else 6, 3.2), layout="constrained")
-    return figure, axes if columns > 1 else [axes]
-
-
-def _labels(axes: Axes, across: str, up: str) -> None:
-    axes.set_xlabel(across, fontsize=9)
-    axes.set_ylabel(up, fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-
-
-def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
-    """The mean over the curves, at the steps that all have."""
-    by_step = [dict(curve) for curve in curves]
-    steps = sorted(set.intersection(*(set(curve) for curve in by_step)))
-    return steps, [fmean(curve[step] for curve in by_step) for step in steps]
+# ---- all of it
 
 
 def write(results: Results, folder: Path, sizes: Sequence[str] = COMMITTED) -> None:

@@ -169,13 +169,15 @@ def measured(records: Sequence[Row]) -> Row:
 
 def _telemetry(record: Row) -> Row:
     """Means by kind of matrix, and the largest of what forwards showed."""
-    kinds: dict[str, list[float]] = {}
-    for name, numbers in record["parameters"].items():
-        if is_hidden(name, len(numbers["shape"])):
-            kinds.setdefault(kind_of(short_name(name)), []).append(numbers["weight_rms"])
+    hidden = {name: found for name, found in record["parameters"].items() if is_hidden(name, len(found["shape"]))}
+    means: dict[str, dict[str, float | None]] = {}
+    for key in ("weight_rms", "update_rms"):
+        kinds: dict[str, list[float]] = {}
+        for name, found in hidden.items():
+            kinds.setdefault(kind_of(short_name(name)), []).append(found[key])
+        means[key] = {kind: _round(fmean(values)) for kind, values in kinds.items()}
     largest = {key: _round(max(record[key].values())) for key in ("output_rms", "attention_logits") if record.get(key)}
-    weight_rms = {kind: _round(fmean(found)) for kind, found in kinds.items()}
-    return {"step": record["step"], "weight_rms": weight_rms, **largest}
+    return {"step": record["step"], **means, **largest}
 
 
 def _round(value: float | None) -> float | None:

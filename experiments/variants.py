@@ -1,7 +1,8 @@
 """What an experiment does to a run that no key of the recipe asks for; and optimizers of other libraries in its loop.
 
 A variant turns the `Run` of a trial into another one, in a process of its own. None of them is for users: lion, sgd
-and soap are baselines, update_norm is a rule that the paper tried and left.
+and soap are baselines, update_norm is a rule that the paper tried and left, shards_alone is the mistake that experiment
+1 plants.
 """
 
 from __future__ import annotations
@@ -110,6 +111,22 @@ def update_norm(run: Run) -> Run:
     return run
 
 
+def shards_alone(run: Run) -> Run:
+    """Orthogonalize each of four shards by rows by itself, as if local tensors were matrices."""
+    from distmuon.step import bucket
+
+    whole = bucket.orthogonalize
+
+    def alone(stack: Tensor, **how: Any) -> Tensor:
+        shards = stack.chunk(4, dim=1)
+        # the caller scales by the shape of the whole
+        scales = [math.sqrt(max(shard.shape[1:]) / max(stack.shape[1:])) for shard in shards]
+        return torch.cat([whole(shard.contiguous(), **how) * scale for shard, scale in zip(shards, scales)], dim=1)
+
+    setattr(bucket, "orthogonalize", alone)  # noqa: B010  (mypy forbids the assignment)
+    return run
+
+
 def plain(run: Run) -> Run:
     return run
 
@@ -121,4 +138,5 @@ VARIANTS: dict[str, Callable[[Run], Run]] = {
     "soap": soap,
     "qk_clip": qk_clip,
     "update_norm": update_norm,
+    "shards_alone": shards_alone,
 }

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from experiments import page, runner
+from distmuon.step import bucket
+from experiments import finetune, overhead, page, runner, variants
 from experiments.analysis import (
     AGREES,
     CANNOT_TELL,
@@ -23,6 +25,7 @@ from experiments.analysis import (
     View,
     interval,
     t_quantile,
+    visible,
 )
 from experiments.grids import FOLDER, LR, SEED, Experiment, Wanted, read, read_all
 from experiments.trial import RESULTS, Results, in_a_process, trial_of
@@ -53,7 +56,10 @@ claims:
   expect: higher
 - {text: heavier, quantity: weight_rms, of: tuned, than: same, expect: higher}
 - {text: the better of two, quantity: loss, of: [same, tuned], than: nobody's, expect: lower}
-- {text: twice, quantity: rate, of: {arm: tuned, to: same}, than: 1.1, expect: higher}
+- {text: costs less than a tenth, quantity: loss, of: same, than: tuned, expect: at_most, margin: 0.1}
+- {text: costs more than a hundredth, quantity: loss, of: same, than: tuned, expect: over, margin: 0.01}
+- {text: moves, quantity: update_rms, of: tuned, than: 0.2, expect: lower}
+ratios: [[same, tuned, nobody's]]
 picture: {kind: over_arms}
 check: {arm: tuned, band: 0.1}
 sizes:
@@ -86,7 +92,14 @@ def finish(results: Results, wanted: Wanted, loss: float | None, **row: Any) -> 
         "val": [[0, 5.0], [60, 3.0], [120, loss]],
         "cpu_s": 10.0,
         "entropy": {"0.q_proj": 0.8, "0.gate": 0.6},
-        "telemetry": [{"step": 120, "weight_rms": {"q_proj": 0.1, "gate": 0.3}, "output_rms": 2.0}],
+        "telemetry": [
+            {
+                "step": 120,
+                "weight_rms": {"q_proj": 0.1, "gate": 0.3},
+                "update_rms": {"q_proj": 0.15, "gate": 0.17},
+                "output_rms": 2.0,
+            }
+        ],
     }
     results.add(wanted, {**said, **measured, **row})
 
@@ -126,6 +139,13 @@ def test_the_quantile_of_student() -> None:
     """As in the tables of every textbook."""
     for freedom, known in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
         assert t_quantile(freedom) == pytest.approx(known, abs=6e-4)
+    assert t_quantile(2, inside=0.6) == pytest.approx(1.061, abs=6e-4)
+
+
+def test_what_a_test_can_see() -> None:
+    """Differences with a standard deviation of 1 over three seeds: (4.303 + 1.061) standard errors."""
+    assert visible(interval([1.0, 2.0, 3.0]), 3) == pytest.approx((4.303 + 1.061) / math.sqrt(3), abs=1e-3)
+    assert visible(interval([1.0]), 1) == math.inf
 
 
 def test_the_interval_of_three_values() -> None:
@@ -160,7 +180,8 @@ def test_verdicts_on_known_losses(experiment: Experiment, results: Results) -> N
     # entropies and weights are equal on both sides
     assert found[4] == DISAGREES and found[5] == CANNOT_TELL and found[6] == CANNOT_TELL
     assert found[7] == AGREES
-    assert found[8] == CANNOT_TELL  # a ratio of 2, known to a factor of 2
+    assert found[8] == AGREES and found[9] == AGREES
+    assert found[10] == AGREES  # 0.16 on every seed
 
 
 def test_steps_and_seconds_to_equal_loss(experiment: Experiment, results: Results) -> None:
@@ -188,6 +209,17 @@ def test_verdicts_need_the_whole_interval(experiment: Experiment, results: Resul
 def test_better_by_more_than_the_margin_is_no_tie(experiment: Experiment, results: Results) -> None:
     found = planted(experiment, results, {**LOSSES, "same": (1.5, 1.6, 1.7)})
     assert found[:2] == [DISAGREES, DISAGREES]
+    assert found[8:10] == [AGREES, DISAGREES]  # what is better costs nothing
+    view = View(experiment, results)
+    verdict = view.verdict(experiment.claims[0])
+    assert verdict.seeds == 3 and verdict.visible == pytest.approx(0.0, abs=1e-9)
+    (row,) = page.ratio_table(view)[2:-1]
+    assert row.startswith("|  | 0.02 | 0.01 | 0.5 | 4.0000 ± 0.0000 | 1.6000 ± 0.2484 |")
+
+
+def test_a_cost_above_the_margin_is_told(experiment: Experiment, results: Results) -> None:
+    found = planted(experiment, results, {**LOSSES, "same": (2.5, 2.6, 2.7)})
+    assert found[8:10] == [DISAGREES, AGREES]
 
 
 def test_verdicts_on_a_run_that_diverged(experiment: Experiment, results: Results) -> None:
@@ -215,6 +247,8 @@ def test_a_grid_is_whole(name: str) -> None:
         experiment = read(name, size)
         assert 0 not in experiment.seeds and experiment.hypothesis and experiment.source
         assert experiment.missing(lambda _: None)
+        nothing = View(experiment, Results(Path("nowhere")))
+        assert page.ratio_table(nothing) == page.kinds_table(nothing) == []
     experiment = read(name, "full")
     assert experiment.check["arm"] in experiment.arms and 0 < experiment.check["band"] <= 0.1
     assert experiment.picture["kind"] in page.PICTURES
@@ -269,6 +303,52 @@ def test_trials_run_and_are_not_run_again(folder: Path, results: Results, capsys
     )
     found, reason = in_a_process(trial_of(wanted=wrong, work=folder / "runs"), "", 1, {})
     assert found is None and "found no file for 'none'" in reason
+
+
+def test_each_shard_alone_is_a_matrix_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of each of four shards are orthonormal, scaled so that updates keep the RMS of the rule."""
+    monkeypatch.setattr(bucket, "orthogonalize", lambda stack, **_: torch.linalg.qr(stack.mT)[0].mT)
+    variants.shards_alone(None)  # type: ignore[arg-type]
+    found = bucket.orthogonalize(torch.randn(2, 16, 8, dtype=torch.float64))  # type: ignore[call-arg]
+    for shard in found.chunk(4, dim=1):  # (2, 4, 8) beside a whole of (2, 16, 8)
+        assert torch.allclose(shard @ shard.mT, 0.5 * torch.eye(4, dtype=torch.float64).expand(2, 4, 4))
+    assert (found[:, :4] @ found[:, 4:8].mT).abs().max() > 0.01  # two shards know nothing of each other
+
+
+def test_rates_of_fine_tuning_are_chosen_by_a_seed_that_does_not_count() -> None:
+    rows = [
+        {"pretrained": "adamw", "tuned": "adamw", "lr": lr, "seed": seed, "prose": loss, "code": 0.0}
+        for lr, seed, loss in ((1.0, 0, 3.0), (2.0, 0, 2.0), (1.0, 2, 1.0), (2.0, 2, 4.0), (2.0, 1, 5.0))
+    ]
+    assert [row["prose"] for row in finetune.counted(rows, pretrained="adamw", tuned="adamw")] == [5.0, 4.0]
+
+
+def test_the_planned_overhead_is_the_planner_s() -> None:
+    """Within a tenth; `python -m experiments.overhead planned` writes it anew."""
+    rows = [row for row in overhead.read()["planned"] if row["model"] == overhead.MODELS[0] and row["nodes"] <= 4]
+    assert {row["network_gbit"] for row in rows} == set(overhead.NETWORKS)
+    for row in rows:
+        at = {key: row[key] for key in ("model", "nodes", "tokens")}
+        now = overhead.planned_row(network=row["network_gbit"], **at)
+        assert now["overhead"] == pytest.approx(row["overhead"], rel=0.1)
+
+
+def test_overheads_are_those_of_a_round() -> None:
+    rows = [
+        {"ranks": 2, "tokens": overhead.TOKENS[-1], "processor_ms": {"adamw": 100.0, "distmuon": muon}}
+        for muon in (101.0, 102.0, 103.0)
+    ]
+    found = {"measured": rows, "planned": []}
+    assert page.overheads(found, "processor_ms", 2, overhead.TOKENS[-1]) == pytest.approx([0.01, 0.02, 0.03])
+    (verdict,) = page._measured_verdicts(found)
+    assert verdict.word == CANNOT_TELL and verdict.text.startswith("Measured, 2 ranks, 4,096 tokens")
+
+
+def test_the_command_runs_one_experiment(capsys: pytest.CaptureFixture[str]) -> None:
+    """--quick: a real grid with a variant, tuned and repeated, and the page of it."""
+    runner.main(["shards_alone", "--quick", "--jobs", "2"])
+    text = capsys.readouterr().out
+    assert "4 trials in trials.jsonl" in text and "| each shard alone | 1 | 0.016 |" in text
 
 
 def _checked() -> list[Experiment]:
