@@ -77,7 +77,8 @@ def timed(ranks: Ranks, device: torch.device, work: Callable[[], object]) -> tup
     work()
     _synchronize(device)
     took = time.perf_counter() - start, time.thread_time() - thread, time.process_time() - process
-    slowest, computed, worked = (1e3 * f(times) for f, times in zip((max, mean, mean), zip(*ranks.gather(took))))
+    wall, main_thread, processor = zip(*ranks.gather(took))
+    slowest, computed, worked = 1e3 * max(wall), 1e3 * mean(main_thread), 1e3 * mean(processor)
     return slowest, slowest - computed, worked
 
 

@@ -65,7 +65,8 @@ def _off(found: Tensor, wanted: Tensor) -> float:
 
 def _polar_factor(matrix: Tensor) -> Tensor:
     u, _, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return u @ vh
+    factor: Tensor = u @ vh
+    return factor
 
 
 def _table() -> None:

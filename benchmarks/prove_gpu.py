@@ -200,7 +200,7 @@ class Span:
 
 def spans_of(profiler: Any) -> list[Span]:
     events = profiler.profiler.kineto_results.events()
-    on_cpu = torch.autograd.DeviceType.CPU
+    on_cpu = torch._C._autograd.DeviceType.CPU
     return [
         Span(
             event.name(),
@@ -324,7 +324,7 @@ def one_share(model: str, dp_size: int, rank: int, device: torch.device) -> dict
     dist.init_process_group("fake", rank=rank, world_size=dp_size, store=FakeStore())
     specs = specs_of(model)
     plan = distmuon.plan(specs, dp_size=dp_size)
-    scale = {"device": device, "dtype": torch.bfloat16}
+    scale: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     params = {spec.fqn: nn.Parameter(torch.randn(spec.shape, **scale).mul_(0.02)) for spec in specs}
     noise = torch.randn(max(param.numel() for param in params.values()), **scale).mul_(1e-3)
     groups = [

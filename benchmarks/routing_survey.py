@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def _transformers(mapping: str) -> Builders:
             return model(config(num_hidden_layers=2))  # type: ignore[no-any-return]
 
     for config, model in getattr(modeling_auto, mapping).items():
-        yield config.model_type or config.__name__, lambda config=config, model=model: build(config, model)
+        yield config.model_type or config.__name__, partial(build, config, model)
 
 
 def _cut(config: Any) -> Any:
@@ -118,14 +119,14 @@ def _timm() -> Builders:
 
     for module in timm.list_modules():
         for name in timm.list_models(module=module)[:1]:
-            yield module, lambda name=name: timm.create_model(name)
+            yield module, partial(timm.create_model, name)
 
 
 def _torchvision() -> Builders:
     import torchvision
 
     for name in torchvision.models.list_models(module=torchvision.models):
-        yield name, lambda name=name: torchvision.models.get_model(name)
+        yield name, partial(torchvision.models.get_model, name)
 
 
 def main(arguments: list[str]) -> None:

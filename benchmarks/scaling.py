@@ -78,7 +78,7 @@ def measure(rounds: int, wire: bool) -> list[dict[str, Any]]:
                 "dp_size": dp_size,
                 "equal": counted == expected,
                 "sent": [sum(r["bytes"].values()) for r in ranks],
-                "planned_sent": [sum(e[0].values()) for e in expected],
+                "planned_sent": [sum(r.sent_bytes.values()) for r in planned.ranks],
                 "stages": {stage: max(r["bytes"].get(stage, 0) for r in ranks) for stage in STAGES},
                 "wire": ranks[0]["wire_bytes"],
                 "state": [r["state_bytes"] for r in ranks],

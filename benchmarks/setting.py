@@ -53,7 +53,7 @@ class _Given(torch.autograd.Function):
         return chain.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return grad, ctx.slot.pop(), None
 
 
@@ -73,7 +73,7 @@ class Trainee(nn.Module):
             return next_token_loss(self.model, tokens)
         chain = torch.zeros((), device=tokens.device, requires_grad=True)
         for fqn, param in self.named_parameters():
-            chain = _Given.apply(chain, param, [given.pop(fqn)])
+            chain = _Given.apply(chain, param, [given.pop(fqn)])  # type: ignore[no-untyped-call]
         return chain
 
 

@@ -81,7 +81,7 @@ def start(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def conditions(arguments: argparse.Namespace, device: torch.device, argv: list[str]) -> dict[str, Any]:
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
@@ -141,7 +141,7 @@ def work(arguments: argparse.Namespace, argv: list[str]) -> None:
         seq_len=arguments.seq_len,
     )
     peers, left_out = choose(arguments)
-    found = {"conditions": conditions(arguments, device, argv), "setting": setting.to_dict()}
+    found: dict[str, Any] = {"conditions": conditions(arguments, device, argv), "setting": setting.to_dict()}
     first = dist.get_rank() == 0
     found |= measure(
         peers,

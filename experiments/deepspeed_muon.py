@@ -86,7 +86,7 @@ def counting(found: dict[str, Any]) -> Iterator[None]:
     ):
         yield
     found["matrices"] = len(calls)
-    for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in seen.profiler.kineto_results.events():
         if event.name().startswith("gloo:"):
             sizes = [torch.Size(s).numel() for s in event.shapes() if s and not isinstance(s[0], (list, tuple))]
             found.setdefault("sent", []).append((event.name()[5:], max(sizes, default=1)))

@@ -52,8 +52,8 @@ MODEL = ModelConfig(
     seq_len=128,
 )
 BATCH = {"global_batch": 8, "micro_batch": 8, "max_grad_norm": 1.0, "min_lr_ratio": 0.1}
-PRETRAIN = {"steps": 300, "warmup_steps": 20, **BATCH}
-FINETUNE = {"steps": 60, "warmup_steps": 5, **BATCH}
+PRETRAIN: dict[str, Any] = {"steps": 300, "warmup_steps": 20, **BATCH}
+FINETUNE: dict[str, Any] = {"steps": 60, "warmup_steps": 5, **BATCH}
 PRETRAIN_LRS = {"distmuon": (8e-3, 1.6e-2, 3.2e-2), "adamw": (2e-3, 4e-3, 8e-3)}
 FINETUNE_LRS = {
     "distmuon": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),

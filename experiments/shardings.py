@@ -98,10 +98,10 @@ def orthogonalize_the_shard_alone() -> None:
         how = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "dtype": torch.float32}
         return torch.cat([orthogonalize(rows.contiguous(), **how) for rows in stack.chunk(NUM_RANKS, dim=1)], dim=1)
 
-    Bucket._orthogonalize = alone  # type: ignore[method-assign]
+    Bucket._orthogonalize = alone  # type: ignore[assignment, method-assign]
 
 
-def differences(curves: dict[str, dict[str, list[float]]]) -> list[tuple[str, str, float, float]]:
+def differences(curves: dict[str, list[float]]) -> list[tuple[str, str, float, float]]:
     """(model, sharding, largest, last) difference of the loss from one process, over the seeds."""
     found = []
     for model in MODELS:

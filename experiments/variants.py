@@ -115,7 +115,7 @@ def shards_alone(run: Run) -> Run:
     """Orthogonalize each of four shards by rows by itself, as if local tensors were matrices."""
     from distmuon.step import bucket
 
-    whole = bucket.orthogonalize
+    whole = bucket.orthogonalize  # type: ignore[attr-defined]
 
     def alone(stack: Tensor, **how: Any) -> Tensor:
         shards = stack.chunk(4, dim=1)
