@@ -142,7 +142,9 @@ def work(arguments: argparse.Namespace) -> None:
         for way, optimizer in optimizers.items():
             loss = trainees[way](torch.zeros(()), {fqn: grad.clone() for fqn, grad in gradients.items()})
             dist.barrier()
-            before, start = link_bytes(), time.perf_counter()
+            before = link_bytes()
+            dist.barrier()  # or else a neighbour's first bytes would be missed
+            start = time.perf_counter()
             loss.backward()
             optimizer.step()
             optimizer.synchronize()
