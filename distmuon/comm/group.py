@@ -361,10 +361,14 @@ class DataParallelGroup:
         work = dist.all_to_all_single(received, sent, counts, counts, group=self.process_group, async_op=True)
 
         def reduce_in_rank_order() -> None:
-            slices = [*received.view(-1, output.numel())]
+            arrived = received.view(-1, output.numel())
+            slices = [*arrived]
             if len(slices) < self.dp_size:
                 slices.insert(self.dp_rank, input.view(self.dp_size, -1)[self.dp_rank])
-            (mean_in_order if is_short else sum_in_order)(slices, output)
+            if is_short:
+                mean_in_order(slices if self._gloo else arrived, output)
+            else:
+                sum_in_order(slices, output)
 
         return self._pending(output, (work,), (input, received), stage, label, reduce_in_rank_order)
 

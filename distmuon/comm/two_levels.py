@@ -65,8 +65,14 @@ def sum_in_order(slices: Sequence[Tensor], out: Tensor) -> None:
     torch.add(first, last, out=out)
 
 
-def mean_in_order(rows: Sequence[Tensor], out: Tensor) -> None:
-    """Write the mean of at least two 16-bit tensors (n,) into `out` (n,), float32. The sum goes from first to last."""
+def mean_in_order(rows: Sequence[Tensor] | Tensor, out: Tensor) -> None:
+    """Write the mean of at least two 16-bit tensors (n,) into `out` (n,), float32.
+
+    The sum goes from first to last; that of rows (k, n) on a GPU is one kernel, whose order the shape decides.
+    """
+    if isinstance(rows, Tensor) and rows.is_cuda:
+        torch.sum(rows, dim=0, dtype=out.dtype, out=out).div_(rows.size(0))
+        return
     first, *others = rows
     torch.add(first.to(out.dtype), others[0], out=out)
     for other in others[1:]:
@@ -88,9 +94,9 @@ class TwoLevels:
 
     def sum_in_node(self) -> None:
         """Make `to_nodes` from `from_neighbours`."""
-        mean_in_order([*self.from_neighbours.view(self._ranks, -1)], self._mean)
+        mean_in_order(self.from_neighbours.view(self._ranks, -1), self._mean)
         self.to_nodes.copy_(self._mean)
 
     def sum_over_nodes(self, out: Tensor) -> None:
         """Write the mean over all ranks, from `from_nodes`, into `out` (n,), float32."""
-        mean_in_order([*self.from_nodes.view(self._nodes, -1)], out)
+        mean_in_order(self.from_nodes.view(self._nodes, -1), out)

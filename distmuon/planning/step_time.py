@@ -143,7 +143,7 @@ MASTERS: Mapping[str, tuple[int, int]] = {"float32": (22, 6), "remainder": (0, 6
 GUARD = 4  # the norm reads the gradient shard
 MESSAGE = 6  # an element of Muon's shard, copied into a message of updates that was made of zeros
 ARRIVAL = 8  # an element of AdamW in such a message, copied out
-REDUCE_SUM = 10  # an element that arrives: read 2, float32 sum read and written; only where gradients have 16 bits
+REDUCE_SUM = 2  # an element that arrives is read, by one kernel for all ranks; only where gradients have 16 bits
 
 
 EXCHANGES = ("gather_out", "gather_in", "scatter_out", "scatter_in")
