@@ -385,9 +385,9 @@ def test_an_exchange_is_priced_by_where_it_goes() -> None:
 
 def test_a_reduction_is_priced_by_where_it_goes() -> None:
     """Around a ring 3 GB take 3 s at 1 GB/s; by exchanges the GB that leaves the node 1 s, the two inside it 0.2 s, and
-    the 1.5 * 10^9 gradients that arrive 1.5 s of sums where a pass over 10 bytes takes 1 ns. A second level is a second
+    the 1.5 * 10^9 gradients that arrive 1.5 s of sums where two bytes take 1 ns. A second level is a second
     latency, of one node. What is not ready last hides, its sums too."""
-    hardware = replace(FLAT, nvlink=1e10, node_size=1, memory=1e10)
+    hardware = replace(FLAT, nvlink=1e10, node_size=1, memory=2e9)
     ring = _load(reduce_scatter=3 * 10**9)
     assert _estimate([ring], replace(FLAT, network=1e9)).step_s == pytest.approx(3)
     by_level = _load(reduce_scatter=3 * 10**9, reduce_far=[10**9, 0])
