@@ -6,6 +6,7 @@ way to cut it is a few lines. `test_fsdp2.py` has meshes of one dimension; train
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,9 @@ def _line(group: dist.ProcessGroup) -> DeviceMesh:
     return DeviceMesh.from_group(group, "cpu")
 
 
+@functools.cache
 def _grid(*names: str) -> DeviceMesh:
+    """The four ranks in a square; one a worker, for the threads of its groups wake hundreds of times a second."""
     return DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=names)
 
 
