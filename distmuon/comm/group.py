@@ -372,16 +372,16 @@ class DataParallelGroup:
 
         return self._pending(output, (work,), (input, received), stage, label, reduce_in_rank_order)
 
-    def _without_own_slice(self, input: Tensor) -> tuple[Tensor, list[int] | None]:
-        """What this rank sends of `input` (dp_size * n,), and the elements for each rank; None: n for each.
+    def _without_own_slice(self, input: Tensor) -> tuple[Tensor, list[int]]:
+        """What this rank sends of `input` (dp_size * n,), and the elements for each rank.
 
         gloo copies what a rank sends to itself. The first and the last rank can leave their slices out, since the rest
         is contiguous: with two ranks that is a third of the time.
         """
         size = input.numel() // self.dp_size
-        if 0 < self.dp_rank < self.dp_size - 1:
-            return input, None
         counts = [size] * self.dp_size
+        if 0 < self.dp_rank < self.dp_size - 1:
+            return input, counts
         counts[self.dp_rank] = 0
         return input[size:] if self.dp_rank == 0 else input[:-size], counts
 
