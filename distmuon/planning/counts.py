@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -134,14 +135,15 @@ def _load(layout: Layout, options: Options, node_size: int) -> list[BucketLoad]:
     loads = []
     together = (min(bucket.params) for bucket in layout.buckets if len(bucket.params) > 1)
     first_layer = min((placed.param for placed in layout.matrices), default=min(together, default=0))
-    slices, far, levels = _slices(layout, options, node_size)
+    reduction = _reduction(layout, options, node_size)
     for bucket in layout.buckets:
         slice_bytes = options.precision.reduce.itemsize * bucket.shard_size
         gathered = 0 if layout.given else bucket.shard_size * bucket.dtype.itemsize
         if options.sharding.param_gather == "updates" and num_peers:
             gathered = layout.message_bytes(bucket, options.precision.update_codec)
-        load = BucketLoad(layout.dp_size, slices * slice_bytes, num_peers * gathered)
-        load.reduce_levels, load.reduce_far = levels, [n * slice_bytes for n in far]
+        load = BucketLoad(layout.dp_size, reduction.slices * slice_bytes, num_peers * gathered)
+        load.reduce_levels = reduction.levels
+        load.reduce_far = [n * slice_bytes for n in reduction.far]
         load.ready_last = min(bucket.params) <= first_layer  # an embedding before it in its own bucket takes no time
         staged = [param for param in bucket.params if not layout.given and layout.is_staged(param)]
         load.updates_travel = options.sharding.param_gather == "updates" and num_peers > 0
@@ -158,18 +160,26 @@ def _load(layout: Layout, options: Options, node_size: int) -> list[BucketLoad]:
     return loads
 
 
-def _slices(layout: Layout, options: Options, node_size: int) -> tuple[int, list[int], int]:
-    """What a rank sends in each bucket's reduction, in slices of a rank: all of it, the part that leaves its node by
-    rank, and the number of collectives. The part is empty for a float32 reduction, whose way is the library's.
-    """
+class _Reduction(NamedTuple):
+    """The reduction of each bucket, in slices of a rank."""
+
+    slices: int  # that every rank sends
+    far: Sequence[
+        int
+    ] = ()  # of them, by rank, those that leave its node; empty for float32, whose way is the library's
+    levels: int = 1
+
+
+def _reduction(layout: Layout, options: Options, node_size: int) -> _Reduction:
     dp_size = layout.dp_size
     if layout.given or options.grad_reduction == "external":
-        return 0, [], 1
+        return _Reduction(slices=0)
     if options.precision.reduce == torch.float32:
-        return dp_size - 1, [], 1
+        return _Reduction(slices=dp_size - 1)
     known = layout.node_size or dp_size
     by_rank = [slices_sent(rank, dp_size, node_size, known) for rank in range(dp_size)]
-    return by_rank[0][0], [far for _, far in by_rank], 2 if num_nodes(dp_size, known) > 1 else 1
+    levels = 2 if num_nodes(dp_size, known) > 1 else 1
+    return _Reduction(slices=by_rank[0][0], far=[far for _, far in by_rank], levels=levels)
 
 
 def _add_matrix(load: BucketLoad, placed: PlacedUnit, node_size: int) -> None:

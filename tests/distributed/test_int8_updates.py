@@ -60,7 +60,6 @@ def _gradients(step: int) -> Weights:
 
 
 @cache
-@cache
 def _loop(ns_dtype: torch.dtype, wire: torch.dtype) -> Weights:
     """The oracle: Muon in one process, one matrix after another."""
     params = dict(Standing().named_parameters())
@@ -78,14 +77,6 @@ def _loop(ns_dtype: torch.dtype, wire: torch.dtype) -> Weights:
                 scale = 0.2 * math.sqrt(max(weight.shape))
                 weight.copy_(weight * (1 - EXACT["lr"] * DECAY) + rounded * (-EXACT["lr"] * scale))
     return kept
-
-
-def _train(group: dist.ProcessGroup | None, model: Any, optimizer: Any, steps: range) -> None:
-    for step in steps:
-        for fqn, grad in _gradients(step).items():
-            model.get_parameter(fqn).grad = grad
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def _train(group: dist.ProcessGroup | None, model: Any, optimizer: Any, steps: range) -> None:
