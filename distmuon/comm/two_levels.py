@@ -65,14 +65,15 @@ def sum_in_order(slices: Sequence[Tensor], out: Tensor) -> None:
     torch.add(first, last, out=out)
 
 
-def mean_in_order(rows: Sequence[Tensor] | Tensor, out: Tensor) -> None:
-    """Write the mean of at least two 16-bit tensors (n,) into `out` (n,), float32.
+def mean_in_one_kernel(rows: Tensor, out: Tensor) -> None:
+    """The same of rows (k, n) on a GPU, where their shape decides the order."""
+    torch.sum(rows, dim=0, dtype=out.dtype, out=out).div_(rows.size(0))
 
-    The sum goes from first to last; that of rows (k, n) on a GPU is one kernel, whose order the shape decides.
-    """
+
+def mean_in_order(rows: Sequence[Tensor] | Tensor, out: Tensor) -> None:
+    """Write the mean of at least two 16-bit tensors (n,) into `out` (n,), float32. The sum goes from first to last."""
     if isinstance(rows, Tensor) and rows.is_cuda:
-        torch.sum(rows, dim=0, dtype=out.dtype, out=out).div_(rows.size(0))
-        return
+        return mean_in_one_kernel(rows, out)
     first, *others = rows
     torch.add(first.to(out.dtype), others[0], out=out)
     for other in others[1:]:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from distmuon.comm.group import DataParallelGroup, Pending
 from distmuon.layout.layout import make_layout
-from distmuon.options import Options
+from distmuon.options import Options, Precision
 from distmuon.planning.shapes import shape_table
 from distmuon.step.engine import Engine
 from distmuon.step.metrics import Metrics
@@ -225,11 +225,12 @@ def count(
     *,
     missing: int = 0,
     dtype: torch.dtype = torch.bfloat16,
+    options: Options | None = None,
 ) -> Found:
     """Count the second step of the first rank; `missing`: so many parameters have no gradient on it."""
     specs = shape_table(model, dtype)
     layout = make_layout(specs, dp_size)
-    counts = Counts()
+    counts, options = Counts(), options or Options()
     with ExitStack() as modes, pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
         patch.setattr(torch.cuda, "Event", _Event)
@@ -239,7 +240,6 @@ def count(
         modes.enter_context(_WithoutDevice())
         params = [nn.Parameter(torch.empty(spec.shape, dtype=dtype, device="cuda")) for spec in specs]
         groups = [_Idle(dp_size, counts)]
-        options = Options()
         group_of = [0 if spec.rule == "muon" else 1 for spec in specs]
         metrics = _Stages(counts)
         engine = Engine(layout, params, groups, groups, options, group_of, metrics, gathers_in_forward=False)
@@ -297,3 +297,8 @@ def test_the_host_does_not_wait_where_gradients_are_missing() -> None:
 
 def test_float32_parameters_have_no_master_to_compare() -> None:
     assert count("gpt2", 8, dtype=torch.float32).bytes_per_muon_element < count("gpt2", 8).bytes_per_muon_element - 20
+
+
+def test_remainders_are_split_where_they_lie() -> None:
+    """175 bytes, when the halves of a master were shifted out of it."""
+    assert count("llama-8b", 64, options=Options(precision=Precision(master="remainder"))).bytes_per_muon_element < 122

@@ -405,6 +405,20 @@ def test_a_reduction_is_priced_by_where_it_goes() -> None:
     assert _estimate([by_level], hardware).step_s == 0
 
 
+def test_passes_over_memory_by_hand() -> None:
+    """At 1 GB/s a billion elements of a pass over n bytes take n seconds. Masters are compared beside the reduction;
+    updates that travel are applied to the elements of both ranks."""
+    slow = replace(FLAT, memory=1e9)
+    plain = _load(muon=[10**9, 0], stacked=[10**9, 0])
+    assert _estimate([plain], slow).elementwise_s == pytest.approx(22 + 6 + 18 + 4)
+    compared = _load(muon=[10**9, 0], stacked=[10**9, 0], compare=22, publish=6)
+    assert _estimate([compared], slow).elementwise_s == pytest.approx(22 + 6 + 18 + 4 + 22 + 6)
+    compared.reduce_scatter = 22 * 10**9
+    assert _estimate([compared], slow).step_s == pytest.approx(22 + 22 + 6 + 18 + 4 + 6)
+    travelling = _load(muon=[10**9, 10**9], adamw=[0, 10**9], updates_travel=True)
+    assert _estimate([travelling], slow).elementwise_s == pytest.approx(22 + 6 + 2 * 18 + 8 + (4 + 4 + 28 + 8))
+
+
 def _reduction_bytes(dp_size: int, rank: int, known: int, node_size: int) -> tuple[int, int, int, int]:
     """(bytes of the reductions that `rank` sends, of them to other nodes, calls, bytes of a slice of every bucket)."""
     layout = make_layout(shape_table("gpt2-124m"), dp_size, node_size=known)

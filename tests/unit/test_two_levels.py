@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from distmuon.comm import group as collectives
+from distmuon.comm import two_levels
 from distmuon.comm.group import DataParallelGroup
 from distmuon.comm.two_levels import num_nodes
 
@@ -187,3 +188,13 @@ def test_not_a_number_stays(monkeypatch: Any) -> None:
 )
 def test_the_nodes_of_a_reduction(dp_size: int, node_size: int, found: int) -> None:
     assert num_nodes(dp_size, node_size) == found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_kernel_gives_the_mean_as_well(dtype: torch.dtype) -> None:
+    """What a GPU runs, in float32: a sum in 16 bits would be off by 1e-3, or leave float16's range."""
+    rows = (torch.randn(8, 33) * 2e4).to(dtype)
+    found, wanted = torch.empty(33), torch.empty(33)
+    two_levels.mean_in_one_kernel(rows, found)
+    two_levels.mean_in_order(rows, wanted)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-2)
