@@ -39,6 +39,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from distmuon.math import fused
+
 BLOCK = 256  # elements that share one scale
 _GOLDEN = 0x9E3779B9  # 2^32 times the golden section, to the nearest odd number
 _SPREAD = (0x9E3779B1 - 2**32, 0x85EBCA77 - 2**32)  # the first two primes of xxHash, as int32
@@ -478,7 +480,7 @@ class Float32Master:
     def absorb(self, param: Tensor, kept: Tensor | None) -> None:
         """Overwrite masters that do not round to their parameter; the others keep their full precision."""
         assert kept is not None
-        torch.where(param == kept.to(param.dtype), kept, param, out=kept)
+        fused.absorb(param, kept)
 
 
 class RemainderMaster:

@@ -3,12 +3,9 @@
 This module decides the formulas; it knows no rank and no bucket, and does not decide whether a step happens. Line
 numbers are those of the algorithm in docs/design.md, section 1. `Bucket.update` (step/bucket.py) calls these functions.
 With `out`, which may be the old tensor, Muon's functions write in place; without it the caller writes the result by a
-`Decision` (step/verdict.py). torch's fused kernels write by themselves under a verdict that only the device knows: they
-do nothing if `unless` (`found_inf` in torch; 0-dim float32) is 1 there.
-
-[Note: one pass] Under such a verdict each line of Muon is one pass over its tensors, by torch's fused SGD, which moves
-a tensor by ``-lr * (gradient + wd * tensor)``: with `lr` 1-mu, `wd` 1 and the negative gradient it is line 2, with `wd`
-over the scale it is line 6. Each kernel rounds as it likes, so the last bit may differ from the kernels of a CPU.
+`Decision` (step/verdict.py). Kernels write by themselves under a verdict that only the device knows: AdamW's, torch's
+own, and where the device has them those of fused.py. They do nothing if `unless` (0-dim float32; torch's `found_inf`)
+is 1.
 """
 
 from __future__ import annotations
@@ -20,9 +17,9 @@ from numbers import Real
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
 
 from distmuon.errors import problem
+from distmuon.math import fused
 
 
 def muon_momentum(
@@ -40,49 +37,22 @@ def muon_momentum(
     ``M <- mu*M + (1-mu)*G``; ``U = (1-mu)*G + mu*M`` with Nesterov, else ``M``. This is torch.optim.Muon's moving
     average. The paper's sum ``M <- mu*M + G`` (arXiv 2502.16982, eq. 1) is the same divided by (1-mu), and
     Newton-Schulz ignores scale; the average keeps its scale when momentum is scheduled.
-    `out`: float32 memory for the new buffer, which may be the old buffer; None: new memory. `unless`: see the module;
-    then the new buffer is the old one, and a 16-bit update has another scale. `update_out`: memory for the update.
+    `out`: float32 memory for the new buffer, which may be the old buffer; None: new memory. `update_out`: memory for
+    the update. `unless`, only where `fused.ready`: the old buffer is written, see the module; the update is that of a
+    step that is taken.
     """
     if unless is not None:
-        _descend(momentum_buffer, grad, lr=1.0 - momentum, weight_decay=1.0, unless=unless, ascend=True)
-        buffer = momentum_buffer
-    else:
-        buffer = torch.lerp(momentum_buffer.float(), grad, 1.0 - momentum, out=out)
+        update = torch.empty_like(grad) if update_out is None else update_out
+        fused.momentum(grad, momentum_buffer, update, unless, 1.0 - momentum, momentum if nesterov else 1.0)
+        return momentum_buffer, update
+    buffer = torch.lerp(momentum_buffer.float(), grad, 1.0 - momentum, out=out)
     if update_out is None:
         return buffer, torch.lerp(grad, buffer, momentum) if nesterov else buffer
     if not nesterov:
         return buffer, update_out.copy_(buffer)
     if update_out.dtype == buffer.dtype:
         return buffer, torch.lerp(grad, buffer, momentum, out=update_out)
-    if unless is None:
-        return buffer, update_out.copy_(torch.lerp(grad, buffer, momentum))
-    return buffer, _scaled_nesterov(grad, buffer, momentum, update_out)
-
-
-def _scaled_nesterov(grad: Tensor, buffer: Tensor, momentum: float, out: Tensor) -> Tensor:
-    """A positive multiple of ``(1-mu)*G + mu*M`` in one kernel, which on a GPU casts to the dtype of `out`, too."""
-    if momentum < 0.5:
-        return torch.add(grad, buffer, alpha=momentum / (1.0 - momentum), out=out)
-    return torch.add(buffer, grad, alpha=(1.0 - momentum) / momentum, out=out)
-
-
-def _descend(
-    tensor: Tensor, gradient: Tensor, *, lr: float, weight_decay: float, unless: Tensor, ascend: bool = False
-) -> None:
-    """``T <- T - lr*(G + wd*T)`` in place, with ``-G`` if `ascend`; see [Note: one pass]."""
-    sgd(
-        [tensor],
-        [gradient],
-        [None],
-        fused=True,
-        found_inf=unless,
-        weight_decay=weight_decay,
-        momentum=0.0,
-        lr=lr,
-        dampening=0.0,
-        nesterov=False,
-        maximize=ascend,
-    )
+    return buffer, update_out.copy_(torch.lerp(grad, buffer, momentum))
 
 
 def lr_scale(m: int, n: int, adjust_lr_fn: str) -> float:
@@ -137,12 +107,11 @@ def muon_weight(
 
     `cautious`: weight decay as in `cautious_decay`.
     `out` may be `master`. Three kernels round once each: on a CPU a single kernel might use fused multiply-adds in the
-    vector part of its loop only, and the bits must not depend on the position of an element in a tensor. `unless`, not
-    together with `cautious`: see the module; `master` itself is written.
+    vector part of its loop only, and the bits must not depend on the position of an element in a tensor. `unless`, only
+    where `fused.ready` and not together with `cautious`: `master` is written, see the module; the same bits.
     """
     if unless is not None:
-        wide = polar_factor.to(master.dtype)
-        _descend(master, wide, lr=lr * scale, weight_decay=weight_decay / scale, unless=unless)
+        fused.weight(master, polar_factor, unless, 1.0 - lr * weight_decay, -lr * scale)
         return master
     step = polar_factor.to(master.dtype, copy=True).mul_(-lr * scale)
     if cautious:

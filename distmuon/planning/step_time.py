@@ -31,8 +31,8 @@ class Passes:
     adamw: int = 28  # of AdamW's shard: reads 16, writes 12
 
 
-# On a GPU each line is one fused pass (counted: tests/unit/test_launches.py); a CPU has torch's plain operators.
-ON_GPU = Passes(momentum=22, normalize=6, apply=18)  # 12 + 10; norm 2, division 4; widening 6, the fused pass 12
+# On a GPU each line is one kernel, by Triton (counted: tests/unit/test_launches.py); a CPU has torch's operators.
+ON_GPU = Passes(momentum=14, normalize=6, apply=10)  # reads 8, writes 6; norm 2, division 4; reads 6, writes 4
 ON_CPU = Passes(momentum=30, normalize=40, apply=34)
 
 
@@ -139,7 +139,7 @@ def _positive(entry: str, number: str) -> float:
 
 # Where a 16-bit parameter has a float32 master: masters are compared with parameters that others may have written, and
 # parameters are rounded from them. By the format of the master; a remainder is never compared.
-MASTERS: Mapping[str, tuple[int, int]] = {"float32": (22, 6), "remainder": (0, 60)}
+MASTERS: Mapping[str, tuple[int, int]] = {"float32": (6, 6), "remainder": (0, 60)}
 GUARD = 4  # the norm reads the gradient shard
 MESSAGE = 6  # an element of Muon's shard, copied into a message of updates that was made of zeros
 ARRIVAL = 8  # an element of AdamW in such a message, copied out

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distmuon.comm.group import DataParallelGroup, Pending
 from distmuon.layout.layout import Layout, Segment
-from distmuon.math import rules
+from distmuon.math import fused, rules
 from distmuon.math.codecs import UpdateCodec
 from distmuon.math.newton_schulz import orthogonalize
 from distmuon.options import CAUTIOUS, NORMUON
@@ -89,6 +89,7 @@ class Bucket:
         self._metrics = metrics
         self._layout = layout
         self._row_moments = row_moments
+        self._fused = fused.ready(exchange.device)
 
     # ------------------------------------------------------------------ line 1: G = mean over ranks, this rank's shard
 
@@ -172,7 +173,7 @@ class Bucket:
         segment, codec = piece.segment, self.storage.momentum
         decision, param_group = step.decisions[segment.param], step.param_groups[self._group_of[segment.param]]
         old = codec.decode(piece.state)
-        in_place = decision is not None and codec.in_place
+        in_place = decision is not None and codec.in_place and (decision.found_inf is None or self._fused)
         new, update = rules.muon_momentum(
             piece.grad,
             old,
@@ -225,7 +226,7 @@ class Bucket:
             scale=rules.lr_scale(rows, columns, param_group["adjust_lr_fn"]),
             cautious=cautious,
             out=decision.scratch(weight),
-            unless=decision.found_inf if factors is None and not cautious else None,
+            unless=decision.found_inf if self._fused and factors is None and not cautious else None,
         )
         if factors is not None:
             new = self._scaled(new, segment, factors)

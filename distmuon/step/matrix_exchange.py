@@ -70,7 +70,7 @@ class MatrixExchange:
         """
         self._group = group
         self.dtype = dtype
-        self._device = device
+        self.device = device
         self._label = label
         me = group.dp_rank
         self._segments = list(muon_segments)
@@ -126,7 +126,7 @@ class MatrixExchange:
     def new_stacks(self) -> Stacks:
         """Memory for the matrices that this rank orthogonalizes."""
         return {
-            key: torch.empty(len(units), key.rows, key.columns, dtype=self.dtype, device=self._device)
+            key: torch.empty(len(units), key.rows, key.columns, dtype=self.dtype, device=self.device)
             for key, units in self.units.items()
         }
 
@@ -176,10 +176,10 @@ class MatrixExchange:
     ) -> Pending:
         send_counts = [sum(s.length for s in peer) for peer in out]
         receive_counts = [sum(s.length for s in peer) for peer in into]
-        sent = torch.empty(sum(send_counts), dtype=self.dtype, device=self._device)
+        sent = torch.empty(sum(send_counts), dtype=self.dtype, device=self.device)
         for place, piece in zip(torch.split(sent, [piece.numel() for piece in outgoing]), outgoing):
             place.view(piece.shape).copy_(piece)
-        received = torch.empty(sum(receive_counts), dtype=self.dtype, device=self._device)
+        received = torch.empty(sum(receive_counts), dtype=self.dtype, device=self.device)
         return self._group.start_all_to_all(received, sent, receive_counts, send_counts, stage=stage, label=self._label)
 
     @staticmethod
@@ -190,7 +190,7 @@ class MatrixExchange:
     def _piece(self, stacks: Stacks, segment: Segment) -> Tensor:
         """The elements of `segment` inside its matrix in the stacks, as `elements_of`; a rank may have none."""
         if not segment.length:
-            return torch.empty(0, dtype=self.dtype, device=self._device)
+            return torch.empty(0, dtype=self.dtype, device=self.device)
         key, base = self._places[segment.param, segment.param_offset]
         return elements_of(stacks[key].view(-1), segment, base)
 

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 import distmuon
 from distmuon.comm.group import DataParallelGroup, Pending
+from distmuon.math import fused
 from distmuon.math.newton_schulz import orthogonalize
 from tests.distributed.test_fsdp2 import LAYER_ROUTES, Layers
 from tests.distributed.test_fsdp2 import _rows as rows_of_step
@@ -566,6 +567,12 @@ def newton_schulz(group: dist.ProcessGroup, device: torch.device, k: int = 1024)
     return found
 
 
+def kernels(group: dist.ProcessGroup, device: torch.device) -> list[str]:
+    """Triton's kernels work on this GPU, and give the values of the plain forms."""
+    assert fused.ready(device) == (device.type == "cuda")
+    return fused.differing(device)
+
+
 BODIES: dict[str, Callable[..., Any]] = {
     body.__name__: body
     for body in (
@@ -590,5 +597,6 @@ BODIES: dict[str, Callable[..., Any]] = {
         verified,
         sharded,
         newton_schulz,
+        kernels,
     )
 }

@@ -39,6 +39,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distmuon.math import fused
 from distmuon.step import grad_reduce
 from distmuon.step.placeholder import InReduction
 
@@ -144,8 +145,11 @@ class Block:
 class Gpu:
     """The model; `errors` has what was found, `host_waits` the places where the host waited for a stream."""
 
-    def __init__(self, fault: Fault | None = None) -> None:
+    def __init__(self, fault: Fault | None = None, *, kernels: bool = True) -> None:
+        """`fault`: the waits that are left out. `kernels`: whether it has those of fused.py, which are plain here."""
         self.errors: list[str] = []
+        self.kernels = kernels
+        self.launched: set[str] = set()  # of these kernels
         self.host_waits: list[str] = []
         self.event_waits = 0
         self.host = Timeline(HOST)
@@ -220,6 +224,7 @@ class Gpu:
             patch.setattr(torch.cuda, "stream", self.on)
             patch.setattr(torch.cuda, "Stream", self.stream)
             patch.setattr(torch.cuda, "Event", self.event)
+            patch.setattr(fused, "ready", lambda device: self.kernels and device.type == "cuda")
             patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self.record_stream(tensor, stream))
             register, at_end = torch.Tensor.register_post_accumulate_grad_hook, grad_reduce._call_at_end_of_backward
             patch.setattr(
@@ -485,6 +490,8 @@ class _Operators(TorchDispatchMode):
         if any(isinstance(arg, InReduction) for arg in args):
             return InReduction.__torch_dispatch__(func, types, args, kwargs)
         out = func(*args, **kwargs)
+        if func.namespace == "distmuon":
+            self._gpu.launched.add(func._schema.name)
         with torch._C.DisableTorchFunction():
             self._gpu.operator(func._schema.name.partition("::")[2], func, args, kwargs, out)
         return out

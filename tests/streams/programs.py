@@ -210,10 +210,12 @@ def run(
     rank: int = 0,
     dp_size: int = 2,
     fault: Fault | None = None,
+    *,
+    kernels: bool = True,
     **options: Any,
 ) -> tuple[Gpu, ModelDist]:
     """Run a program on one modelled rank; return what was seen."""
-    gpu = Gpu(fault)
+    gpu = Gpu(fault, kernels=kernels)
     with one_rank(gpu, rank, dp_size) as modelled:
         program(Program(gpu, **options))
     return gpu, modelled

@@ -128,6 +128,24 @@ def test_a_pending_that_lets_go_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
     assert any("freed too early" in error and "_start" in error for error in gpu.errors)
 
 
+def test_a_gpu_without_kernels_takes_the_plain_forms() -> None:
+    """Also in a step that is skipped; with kernels only last bits differ."""
+    ends: list[Tensor] = []
+
+    def train(program: Program) -> None:
+        calls(program)
+        held = program.optimizer.full_state_dict()["state"]
+        ends.append(torch.cat([state["master"].flatten() for state in held.values()]))
+
+    for kernels in (True, False):
+        gpu, _ = run(train, 0, 1, kernels=kernels, dtype=torch.bfloat16, ns_dtype=torch.float32)
+        assert not gpu.errors
+        assert gpu.launched == (
+            {f"distmuon::{name}_" for name in ("absorb", "momentum", "weight")} if kernels else set()
+        )
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-4)
+
+
 def _host_waits(**options: Any) -> tuple[list[str], int]:
     """Where the host waits over whole iterations once all is built, and how often it waits for an event in all.
 

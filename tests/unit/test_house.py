@@ -154,11 +154,14 @@ def allocates(module: str, source: str) -> list[str]:
 
 
 def imports_strangers(module: str, source: str) -> list[str]:
-    """Beyond torch and the standard library, packages are imported only by the integrations and the command line."""
+    """Beyond torch and the standard library, packages are imported only by the integrations and the command line.
+
+    Triton is imported by the file of its kernels, which is imported where Triton is there.
+    """
     room = module.split(".")[0]
     if room in FACES:
         return []
-    allowed = {"torch", "distmuon", *sys.stdlib_module_names}
+    allowed = {"torch", "distmuon", *sys.stdlib_module_names, *(["triton"] if module == "math.kernels" else [])}
     found = list(imports(source))
     for node in ast.walk(ast.parse(source)):  # a name that is not written out may be any package
         if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
@@ -213,6 +216,7 @@ LAWS: list[tuple[Law, str, str, str]] = [  # law, module, a breach, a clean neig
     (allocates, "options", "import torch.distributed as dist", "import torch"),
     (allocates, "layout.routing", "import torch\ntorch.distributed.get_rank()", "import torch\nfrom torch import nn"),
     (imports_strangers, "math.rules", "import numpy as np", "import torch, math"),
+    (imports_strangers, "math.fused", "import triton", "from distmuon.math import kernels"),
     (imports_strangers, "planning.plan", "def f():\n    import transformers", "from dataclasses import dataclass"),
     (
         imports_strangers,

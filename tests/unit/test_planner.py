@@ -410,13 +410,13 @@ def test_passes_over_memory_by_hand() -> None:
     updates that travel are applied to the elements of both ranks."""
     slow = replace(FLAT, memory=1e9)
     plain = _load(muon=[10**9, 0], stacked=[10**9, 0])
-    assert _estimate([plain], slow).elementwise_s == pytest.approx(22 + 6 + 18 + 4)
-    compared = _load(muon=[10**9, 0], stacked=[10**9, 0], compare=22, publish=6)
-    assert _estimate([compared], slow).elementwise_s == pytest.approx(22 + 6 + 18 + 4 + 22 + 6)
-    compared.reduce_scatter = 22 * 10**9
-    assert _estimate([compared], slow).step_s == pytest.approx(22 + 22 + 6 + 18 + 4 + 6)
+    assert _estimate([plain], slow).elementwise_s == pytest.approx(14 + 6 + 10 + 4)
+    compared = _load(muon=[10**9, 0], stacked=[10**9, 0], compare=5, publish=7)
+    assert _estimate([compared], slow).elementwise_s == pytest.approx(14 + 6 + 10 + 4 + 5 + 7)
+    compared.reduce_scatter = 5 * 10**9
+    assert _estimate([compared], slow).step_s == pytest.approx(5 + 14 + 6 + 10 + 4 + 7)
     travelling = _load(muon=[10**9, 10**9], adamw=[0, 10**9], updates_travel=True)
-    assert _estimate([travelling], slow).elementwise_s == pytest.approx(22 + 6 + 2 * 18 + 8 + (4 + 4 + 28 + 8))
+    assert _estimate([travelling], slow).elementwise_s == pytest.approx(14 + 6 + 2 * 10 + 8 + (4 + 4 + 28 + 8))
 
 
 def _reduction_bytes(dp_size: int, rank: int, known: int, node_size: int) -> tuple[int, int, int, int]:

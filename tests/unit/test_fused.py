@@ -1,0 +1,177 @@
+"""The fused passes without a GPU: Triton interprets its kernels on the CPU, and compiles them for GPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distmuon.math import fused, rules
+
+triton = pytest.importorskip("triton")
+interpreter = pytest.importorskip("triton.runtime.interpreter")
+SIZES = (1, 100, 1024, 5000)
+
+
+def _kernels(*, interpreted: bool) -> ModuleType:
+    """math/kernels.py once more, decorated for the interpreter or for the compiler."""
+    spec = importlib.util.spec_from_file_location("kernels_again", Path(fused.__file__).with_name("kernels.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", str(int(interpreted)))
+        spec.loader.exec_module(module)
+    return module
+
+
+def _convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+    """float32 to and from bfloat16 in NumPy's bits, as on a GPU: the interpreter's own conversion cuts bits off."""
+    if target.is_bf16():
+        return torch.from_numpy(values.copy()).bfloat16().view(torch.uint16).numpy()
+    assert source.is_bf16() and target.is_fp32()
+    return torch.from_numpy(values.copy()).view(torch.bfloat16).float().numpy()
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The operators run Triton's kernels, on the CPU."""
+    monkeypatch.setattr(interpreter, "_convert_float", _convert)
+    kernels = _kernels(interpreted=True)
+    for name in ("absorb", "momentum", "weight"):
+        monkeypatch.setattr(fused, name, getattr(kernels, name))
+    yield
+
+
+def _random(size: int, seed: int = 0) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masters_that_others_have_overwritten(interpreted: None, size: int, dtype: torch.dtype) -> None:
+    master = _random(size)
+    param = master.to(dtype)
+    assert not torch.equal(param.float(), master)
+    kept = master.clone()
+    fused.absorb(param, kept)
+    assert torch.equal(kept, master), "a master that rounds to its parameter keeps its precision"
+    written = torch.zeros(size, dtype=torch.bool)
+    written[::7] = True
+    param[written], param[0], param[-1] = 3.0, torch.nan, -0.0
+    kept[-1] = 0.0
+    fused.absorb(param, kept)
+    assert torch.equal(kept[written][1:], torch.full_like(kept[written][1:], 3.0))
+    assert torch.equal(kept[1:-1][~written[1:-1]], master[1:-1][~written[1:-1]])
+    assert (kept[0].isnan() or size == 1) and not kept[-1].isnan() and not kept[-1].signbit()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_momentum(interpreted: None, size: int, dtype: torch.dtype, nesterov: bool) -> None:
+    grad, old = _random(size), _random(size, 1)
+    wanted, wanted_update = rules.muon_momentum(grad, old, momentum=0.95, nesterov=nesterov)
+    for skip in (0.0, 1.0):
+        buffer, update = old.clone(), torch.empty(size, dtype=dtype)
+        got = rules.muon_momentum(
+            grad, buffer, momentum=0.95, nesterov=nesterov, unless=torch.tensor(skip), update_out=update
+        )
+        assert got[0] is buffer and got[1] is update
+        torch.testing.assert_close(buffer, old if skip else wanted, rtol=3e-7, atol=3e-7)
+        assert not skip or torch.equal(buffer, old)
+        torch.testing.assert_close(update.float(), wanted_update, rtol=2 * torch.finfo(dtype).eps, atol=3e-7)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_step_of_a_weight_has_the_bits_of_the_plain_form(interpreted: None, size: int, dtype: torch.dtype) -> None:
+    weight, polar = _random(size), _random(size, 1).to(dtype)
+    hyper = {"lr": 0.02, "weight_decay": 0.1, "scale": 6.4}
+    wanted = rules.muon_weight(weight, polar, **hyper)
+    for skip in (0.0, 1.0):
+        got = weight.clone()
+        rules.muon_weight(got, polar, **hyper, unless=torch.tensor(skip))
+        assert torch.equal(got, weight if skip else wanted)
+
+
+@pytest.fixture(scope="module")
+def assembly() -> dict[str, str]:
+    """PTX of each kernel for a GPU of compute capability 9.0, compiled without one; for 8.0 and 10.0 it compiles."""
+    kernels = _kernels(interpreted=False)
+    types = {
+        "absorb_kernel": {"param": "*bf16", "master": "*fp32"},
+        "momentum_kernel": {"grad": "*fp32", "buffer": "*fp32", "update": "*bf16", "skip": "*fp32"},
+        "weight_kernel": {"master": "*fp32", "polar": "*bf16", "skip": "*fp32"},
+    }
+    found: dict[str, str] = {}
+    for name, known in types.items():
+        kernel = getattr(kernels, name)
+        args = list(kernel.arg_names)
+        signature = {arg: known.get(arg, "fp32") for arg in args} | {"numel": "i64", "BLOCK": "constexpr"}
+        aligned: dict[Any, Any] = {
+            (number,): [["tt.divisibility", 16]]
+            for number, arg in enumerate(args)
+            if arg == "numel" or (arg in known and arg != "skip")
+        }
+        constants = {(args.index("BLOCK"),): kernels.BLOCK}
+        for capability in (80, 90, 100):
+            source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+            target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+            made = triton.compile(source, target=target, options=kernels.OPTIONS)
+            assert made.asm["cubin"]
+            if capability == 90:
+                found[name] = made.asm["ptx"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reads", "writes"), [("absorb_kernel", 6, 0), ("momentum_kernel", 8, 6), ("weight_kernel", 6, 4)]
+)
+def test_compiled_kernels_move_what_is_counted(assembly: dict[str, str], kernel: str, reads: int, writes: int) -> None:
+    """By 16 bytes a thread, each element once; products and sums are not contracted. 4 warps take 1024 elements, so a
+    thread 8. `absorb` writes single elements, where others have written."""
+    lines = [line for line in assembly[kernel].splitlines() if "global" in line]
+    assert sum(".v4.b32" in line and "ld." in line for line in lines) * 16 == 8 * reads
+    assert sum(".v4.b32" in line and "st." in line for line in lines) * 16 == 8 * writes
+    assert "fma" not in assembly[kernel]
+    assert "cvt.rn.bf16" in assembly[kernel] or kernel == "weight_kernel"  # rounds to the nearest
+
+
+def test_where_kernels_do_not_work_the_plain_forms_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+
+    def broken(device: torch.device) -> list[str]:
+        raise RuntimeError("no C compiler")
+
+    def different(device: torch.device) -> list[str]:
+        return ["weight_"]
+
+    for tried, why in ((broken, "RuntimeError: no C compiler"), (different, "weight_ give other values")):
+        monkeypatch.setattr(fused, "differing", tried)
+        with pytest.warns(UserWarning, match=why):
+            assert not fused.ready.__wrapped__(device)
+    monkeypatch.setattr(fused, "differing", lambda device: [])
+    assert fused.ready.__wrapped__(device) and not fused.ready.__wrapped__(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["absorb", "momentum", "weight"])
+def test_the_trial_finds_a_kernel_that_computes_something_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that does nothing stands for one that is wrong."""
+    assert fused.differing(torch.device("cpu")) == []
+    real = getattr(torch.ops.distmuon, f"{name}_")
+    calls = 0
+
+    def wrong(*args: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 2:  # the plain form; the second call of a pair is the kernel's
+            real(*args)
+
+    monkeypatch.setattr(torch.ops.distmuon, f"{name}_", wrong)
+    assert set(fused.differing(torch.device("cpu"))) == {f"{name}_"}
