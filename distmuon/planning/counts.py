@@ -16,7 +16,7 @@ from distmuon.comm.two_levels import num_nodes, slices_sent
 from distmuon.layout.layout import BucketSpec, Layout, PlacedUnit, ns_cost
 from distmuon.math.codecs import master_codec, momentum_codec
 from distmuon.options import Options
-from distmuon.planning.step_time import MASTERS, BucketLoad
+from distmuon.planning.step_time import INT8, MASTERS, BucketLoad, Coding
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +149,7 @@ def _load(layout: Layout, options: Options, node_size: int) -> list[BucketLoad]:
         load.ready_last = min(bucket.params) <= first_layer  # an embedding before it in its own bucket takes no time
         staged = [param for param in bucket.params if not layout.given and layout.is_staged(param)]
         load.updates_travel = options.sharding.param_gather == "updates" and num_peers > 0
+        load.coding = INT8 if options.precision.updates == torch.int8 else Coding()
         if bucket.dtype != torch.float32:
             master = options.precision.master if bucket.dtype == torch.bfloat16 else "float32"
             load.compare, load.publish = MASTERS[master]

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, inf, log2
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from distmuon.errors import problem
 
@@ -143,6 +143,17 @@ MASTERS: Mapping[str, tuple[int, int]] = {"float32": (6, 6), "remainder": (0, 60
 GUARD = 4  # the norm reads the gradient shard
 MESSAGE = 6  # an element of Muon's shard, copied into a message of updates that was made of zeros
 ARRIVAL = 8  # an element of AdamW in such a message, copied out
+
+
+class Coding(NamedTuple):
+    """Memory traffic of updates in int8, bytes an element: plain operators of torch, many passes."""
+
+    rounded: int = 0  # of the matrices that a rank orthogonalizes
+    sent: int = 0  # of Muon's shard, on the way into a message
+    arrived: int = 0  # of Muon's elements of the model
+
+
+INT8 = Coding(rounded=105, sent=95, arrived=14)  # counted: tests/unit/test_launches.py
 REDUCE_SUM = 2  # an element that arrives is read, by one kernel for all ranks; only where gradients have 16 bits
 
 
@@ -173,6 +184,7 @@ class BucketLoad:
     compare: int = 0  # bytes of memory traffic an element of the shard, see MASTERS; `publish`: the same
     publish: int = 0
     updates_travel: bool = False  # every rank applies the updates of all ranks
+    coding: Coding = Coding()
     gathers: bool = False  # whether the collective takes place at all
     scatters: bool = False
 
@@ -295,14 +307,14 @@ class _Rates:
         """Seconds, by rank, of the passes between the scatter and the all-gather; `shard`: elements of either rule."""
         adamw = self.passes(load.adamw, self.each.adamw)
         if load.updates_travel:
-            return [adamw, self.passes(load.adamw, ARRIVAL), self.passes(load.muon, MESSAGE)]
+            return [adamw, self.passes(load.adamw, ARRIVAL), self.passes(load.muon, MESSAGE + load.coding.sent)]
         return [adamw, self.passes(load.muon, self.each.apply), self.passes(shard, load.publish)]
 
     def arrival(self, load: BucketLoad) -> float:
         """Seconds of the passes after the all-gather: staged parameters are copied out, all updates are applied."""
         num_bytes = 2 * load.staged
         if load.updates_travel:
-            num_bytes += self.each.apply * sum(load.muon) + ARRIVAL * sum(load.adamw)
+            num_bytes += (self.each.apply + load.coding.arrived) * sum(load.muon) + ARRIVAL * sum(load.adamw)
         return num_bytes / self.memory
 
     def exchange(self, load: BucketLoad, stage: str) -> float:
@@ -357,7 +369,7 @@ def estimate(
     compare = [passes(shard, load.compare) for shard, load in zip(shards, loads)]
     guard = [passes(shard, GUARD) for shard in shards]
     before = [passes(load.muon, each.momentum) for load in loads]
-    normalize = [passes(load.stacked, each.normalize) for load in loads]
+    normalize = [passes(load.stacked, each.normalize + load.coding.rounded) for load in loads]
     newton_schulz = [[ns_steps * n / rates.flops for n in load.ns_flops] for load in loads]
     after = [_sums(*rates.after(load, shard)) for load, shard in zip(loads, shards)]
 

@@ -26,8 +26,10 @@ from torch.utils._pytree import tree_leaves
 from distmuon.comm.group import DataParallelGroup, Pending
 from distmuon.layout.layout import make_layout
 from distmuon.math import fused
+from distmuon.math.codecs import Int8Updates
 from distmuon.options import Options, Precision
 from distmuon.planning.shapes import shape_table
+from distmuon.planning.step_time import INT8
 from distmuon.step.engine import Engine
 from distmuon.step.metrics import Metrics
 
@@ -151,7 +153,7 @@ class _WithoutDevice(TorchFunctionMode):
             return _item(*args)
         if func is Tensor.__setitem__:
             target = _item(*args[:2])
-            return target.copy_(args[2]) if isinstance(args[2], Tensor) else target.fill_(args[2])
+            return _aten.copy_.default(target, args[2]) if isinstance(args[2], Tensor) else target.fill_(args[2])
         return func(*args, **kwargs)
 
 
@@ -314,6 +316,21 @@ def test_the_host_does_not_wait_where_gradients_are_missing() -> None:
 
 def test_float32_parameters_have_no_master_to_compare() -> None:
     assert count("gpt2", 8, dtype=torch.float32).bytes_per_muon_element < count("gpt2", 8).bytes_per_muon_element - 11
+
+
+def test_the_coding_of_updates_in_int8() -> None:
+    """As the planner prices it; 224 launches."""
+    codec, counts, size = Int8Updates(torch.bfloat16), Counts(), (4, 1024, 4096)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _WithoutDevice(), _Counting(counts):
+        polar = torch.empty(size, dtype=torch.bfloat16, device="cuda")
+        sent = torch.empty(codec.bytes(polar.numel()), dtype=torch.uint8, device="cuda")
+        counts.stage = "rounded"
+        codec.rounded(polar)
+        counts.stage = "sent"
+        codec.encode(codec.room(sent), sent)
+        counts.stage = "arrived"
+        codec.decode(sent)
+    assert {stage: round(n / polar.numel()) for stage, n in counts.num_bytes.items()} == INT8._asdict()
 
 
 def test_without_kernels_a_step_moves_more() -> None:

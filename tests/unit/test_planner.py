@@ -24,7 +24,7 @@ from distmuon.planning.baselines import whole_matrix_layout
 from distmuon.planning.counts import count, plan_rank, sent_bytes
 from distmuon.planning.plan import plan, plan_blind
 from distmuon.planning.shapes import TABLES, shape_table
-from distmuon.planning.step_time import HARDWARE, BucketLoad, Hardware, Order, StepTime, estimate
+from distmuon.planning.step_time import HARDWARE, BucketLoad, Coding, Hardware, Order, StepTime, estimate
 from tests.standing import Standing, routes
 
 # Sums of the shapes in the published safetensors (the number that each model's page on huggingface.co shows), without
@@ -417,6 +417,8 @@ def test_passes_over_memory_by_hand() -> None:
     assert _estimate([compared], slow).step_s == pytest.approx(5 + 14 + 6 + 10 + 4 + 7)
     travelling = _load(muon=[10**9, 10**9], adamw=[0, 10**9], updates_travel=True)
     assert _estimate([travelling], slow).elementwise_s == pytest.approx(14 + 6 + 2 * 10 + 8 + (4 + 4 + 28 + 8))
+    travelling.stacked, travelling.coding = [10**9, 10**9], Coding(1000, 100, 10)
+    assert _estimate([travelling], slow).elementwise_s == pytest.approx(72 + 6 + 1000 + 100 + 2 * 10)
 
 
 def _reduction_bytes(dp_size: int, rank: int, known: int, node_size: int) -> tuple[int, int, int, int]:
