@@ -184,7 +184,7 @@ class BucketLoad:
     compare: int = 0  # bytes of memory traffic an element of the shard, see MASTERS; `publish`: the same
     publish: int = 0
     updates_travel: bool = False  # every rank applies the updates of all ranks
-    coding: Coding = Coding()
+    coding: Coding = field(default_factory=Coding)
     gathers: bool = False  # whether the collective takes place at all
     scatters: bool = False
 
