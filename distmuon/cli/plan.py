@@ -32,7 +32,7 @@ Row = tuple[str, list[str]]  # label, a cell for each way
 _ORDERS: dict[Order, str] = {  # labels
     "one_group": "one group",
     "exchange_group": "exchange group",
-    "gathers_last": "gathers last",
+    "gathers_wait": "gathers wait",
 }
 
 

@@ -15,10 +15,10 @@ from typing import Literal, NamedTuple
 from distmuon.errors import problem
 
 # The start of a bucket's all-gather. "one_group": at once, in one queue with the exchanges. "exchange_group": at once,
-# and the exchanges have a separate process group. "gathers_last": after the last scatter of the step has started.
-Order = Literal["one_group", "exchange_group", "gathers_last"]
+# and the exchanges have a separate process group. "gathers_wait": once it delays no exchange.
+Order = Literal["one_group", "exchange_group", "gathers_wait"]
 NODE_SIZE = 8
-ORDERS: tuple[Order, ...] = ("one_group", "exchange_group", "gathers_last")
+ORDERS: tuple[Order, ...] = ("one_group", "exchange_group", "gathers_wait")
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,13 +353,15 @@ def estimate(
     overlap: bool,
     gathers_in_forward: bool,
     order: Order = "one_group",
+    gathers_started: Sequence[int] = (),
 ) -> StepTime:
     """Simulate the buckets in the optimizer's order, the first layers first.
 
     `ns_bytes`, `wire_bytes`: bytes of an element in Newton-Schulz and in the exchange.
 
     `gathers_in_forward`: the step ends when the first bucket's parameters have arrived, and the forward hides the other
-    all-gathers. Otherwise the step ends when all parameters have arrived.
+    all-gathers. Otherwise the step ends when all parameters have arrived. `gathers_started`: `Layout.gathers_started`,
+    for the order "gathers_wait".
     """
     dp_size = loads[0].dp_size
     loads = loads[::-1]
@@ -385,8 +387,7 @@ def estimate(
     clock.wait(clock.start(guard_bytes / rates.ring + 2 * rates.latency))
     exchanged: dict[int, _Collective] = {}  # the exchange in flight, by bucket
     gathers: list[_Collective] = []  # all-gathers of parameters, by bucket
-    last_exchange = max((number for number, load in enumerate(loads) if load.gathers or load.scatters), default=-1)
-    held_back = order == "gathers_last" and last_exchange >= 0
+    started = gathers_started if order == "gathers_wait" else range(1, len(loads) + 1)
     for bucket, stage in _visits(len(loads), overlap):
         load = loads[bucket]
         if stage and bucket in exchanged:
@@ -399,11 +400,10 @@ def estimate(
             clock.work(_sums(normalize[bucket], newton_schulz[bucket]))
             if load.scatters:
                 exchanged[bucket] = clock.start(rates.exchange(load, "scatter"), exchange_queue)
-            held_back = held_back and bucket < last_exchange
         else:
             clock.work(after[bucket])
-            ready = bucket + 1 if not held_back else 0
-            gathers += [clock.start(rates.ring_pass(earlier.all_gather)) for earlier in loads[len(gathers) : ready]]
+            ready = loads[len(gathers) : started[bucket]]
+            gathers += [clock.start(rates.ring_pass(earlier.all_gather)) for earlier in ready]
     last = clock.end(gathers[-1])
     step = max(gathers[0].end if gathers_in_forward else last, *clock.compute)
     ns_seconds = _sums(*newton_schulz)
