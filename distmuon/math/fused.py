@@ -1,17 +1,17 @@
 """Passes over a GPU's memory, each as one kernel where Triton can make it: the comparison with masters, momentum and
 the step of a weight.
 
-This module decides whether a device has these kernels (`ready`), and makes them operators of torch. A rank or a bucket
-it does not know. The formulas are those of rules.py and codecs.py, whose plain forms serve everywhere else; a kernel
-saves memory traffic: 6 bytes an element instead of 22 for a comparison, 14 instead of 42 for momentum, 10 instead of 46
-for a weight (tests/unit/test_launches.py).
+This module decides whether a device has these kernels (`ready`), and makes them operators of torch. It knows no rank
+and no bucket. The formulas are those of rules.py and codecs.py, whose plain forms serve everywhere else. Kernels save
+memory traffic: 6 bytes an element instead of 22 for a comparison, 14 instead of 42 for momentum, 10 instead of 46 for a
+weight (tests/unit/test_launches.py).
 
 [Note: rounding] In a kernel every product and every sum rounds once, as in the plain form of a weight's step and of a
 comparison: these give the same bits. The plain form of momentum is torch's lerp, which may round a product and a sum at
 once, so the last bits of momentum may differ.
 
 [Note: tried first] Triton compiles a kernel on the user's machine, for the user's GPU. So `ready` runs each kernel once
-on a small example and compares: where one does not compile, or gives something else, it warns, and the plain forms
+on a small example and compares. If one does not compile, or gives something else, `ready` warns, and the plain forms
 serve. It is called when buffers are built, since it waits for the device.
 """
 
@@ -50,8 +50,8 @@ def ready(device: torch.device) -> bool:
             return True
         why = f"{', '.join(wrong)} give other values than the plain form"
     warnings.warn(
-        f"distmuon: Triton's kernels do not work on {device} ({why}); the plain form serves, with more memory traffic; "
-        "update Triton, or look whether this machine has a C compiler",
+        f"{device}: Triton's kernels do not work ({why}); steps take the plain forms, which move more memory; "
+        "update Triton, and install a C compiler",
         stacklevel=2,
     )
     return False
