@@ -139,7 +139,7 @@ def _positive(entry: str, number: str) -> float:
 
 # Where a 16-bit parameter has a float32 master: masters are compared with parameters that others may have written, and
 # parameters are rounded from them. By the format of the master; a remainder is never compared.
-MASTERS: Mapping[str, tuple[int, int]] = {"float32": (6, 6), "remainder": (0, 60)}
+MASTERS: Mapping[str, tuple[int, int]] = {"float32": (6, 6), "remainder": (0, 16)}
 GUARD = 4  # the norm reads the gradient shard
 MESSAGE = 6  # an element of Muon's shard, copied into a message of updates that was made of zeros
 ARRIVAL = 8  # an element of AdamW in such a message, copied out
