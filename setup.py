@@ -7,7 +7,7 @@ installed package, so that nobody's site-packages get a package called `launch`.
 from setuptools import find_packages, setup
 
 programs = find_packages(include=["launch", "launch.*"])
-configs = ["configs", "configs.deepspeed"]
+configs = ["configs", "configs.deepspeed", "configs.experiments"]
 setup(
     packages=[
         *find_packages(include=["distmuon", "distmuon.*"]),

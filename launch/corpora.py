@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from distmuon.errors import names, problem
 from launch.config import DataConfig
-from launch.tokenizers import first_line, tokenizer_of
+from launch.tokenization import first_line, tokenizer_of
 
 TokenArray: TypeAlias = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from distmuon.errors import names, problem
 from launch.config import Config
 from launch.corpora import BYTE_VOCAB_SIZE, TextStream, TokenArray, read_shard, read_stdlib, shard_paths
-from launch.tokenizers import tokenizer_of
+from launch.tokenization import tokenizer_of
 
 State: TypeAlias = dict[str, Any]
 

@@ -22,7 +22,7 @@ from launch.config import Config, ParallelConfig, parse
 from launch.failures import run_program
 from launch.resume import FOLDER
 from launch.run import CONFIG_FILE, optimizer_options
-from launch.tokenizers import tokenizer_of
+from launch.tokenization import tokenizer_of
 
 
 def export(run: Path, out: Path) -> str:

@@ -21,7 +21,7 @@ from launch.config import DataConfig
 from launch.export import load_run
 from launch.failures import run_program
 from launch.run import CONFIG_FILE
-from launch.tokenizers import tokenizer_of
+from launch.tokenization import tokenizer_of
 
 
 def load(folder: Path, tokenizer: str | None) -> tuple[Any, Any]:

@@ -142,11 +142,12 @@ def commit(final: Path, save_id: str, manifest: Manifest, keep_last: int | None)
     summed = write_file(staging / MANIFEST, text)
     fault_point("before marker")
     write_file(staging / MARKER, summed.sha256.encode())
-    (staging / WRITER).unlink(missing_ok=True)
     _sync_folder(staging)
     fault_point("before rename")
     with naming(final, "put in place"):
         os.rename(staging, final)
+    with suppress(OSError):  # not before: a staging folder without it would seem to be written for an hour after a kill
+        (final / WRITER).unlink()
     try:
         _sync_folder(final.parent)
     except ValueError as error:
@@ -270,7 +271,7 @@ def _is_written(staging: Path, now: float) -> bool:
         machine = writer["machine"]
         pid = int(writer["pid"])
         started = writer["started"]
-    except (OSError, ValueError, KeyError, TypeError):  # about to be renamed, or of an older version
+    except (OSError, ValueError, KeyError, TypeError):  # of an older version, or damaged
         machine = started = None
         pid = 0
     if machine == _machine() and pid > 0:

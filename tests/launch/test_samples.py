@@ -14,7 +14,7 @@ from launch.config import parse
 from launch.corpora import TextStream
 from launch.ranks import Ranks
 from launch.samples import sample
-from launch.tokenizers import byte_tokenizer
+from launch.tokenization import byte_tokenizer
 from tests.launch.test_pretrain import ROOT, SHORT, TINY, records
 
 RUN = ["--config", str(ROOT / "configs/quickstart.yaml"), *TINY, *SHORT, "--train.steps=4", "--train.eval_every=2"]

@@ -8,6 +8,7 @@ library.
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -296,3 +297,10 @@ def test_the_methods_of_a_bucket_stand_in_the_order_of_the_algorithm() -> None:
     called = ["_momentum", "start_gather", "gathering.wait", "_orthogonalize", "start_scatter", "scattering.wait"]
     places = [source.index(name) for name in [*called, "transport.apply"]]
     assert places == sorted(places)
+
+
+def test_no_program_hides_a_package() -> None:
+    """A launcher that runs a file of launch/ puts that folder first on the path: there a tokenizers.py took the place
+    of the package, and `fabric run` failed."""
+    programs = {file.stem for file in (LIBRARY.parent / "launch").glob("*.py")} - {"__init__"}
+    assert {name for name in programs if importlib.util.find_spec(name) is not None} == set()
