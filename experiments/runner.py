@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -38,7 +39,11 @@ def run_all(experiment: Experiment, results: Results, jobs: int, work: Path = WO
         if not missing:
             return list(failed.values())
         print(f"{experiment.name}: {len(missing)} trials", flush=True)
-        for wanted, row, reason in _run(missing, jobs, work):
+        alike = (
+            [wanted for wanted in missing if wanted.nproc == nproc]
+            for nproc in sorted({wanted.nproc for wanted in missing})
+        )
+        for wanted, row, reason in chain.from_iterable(_run(trials, jobs, work) for trials in alike):
             if row is None:
                 failed[wanted.key] = reason
             else:
@@ -54,9 +59,9 @@ def label(wanted: Wanted) -> str:
 
 
 def _run(missing: Sequence[Wanted], jobs: int, work: Path) -> Iterator[tuple[Wanted, Row | None, str]]:
-    """(trial, its row or None, the reason if it failed), as they end."""
+    """(trial, its row or None, the reason if it failed), as they end. All have the same number of processes."""
     trials = [trial_of(wanted, work) for wanted in missing]  # all are parsed before the first is run
-    nproc = max(wanted.nproc for wanted in missing)
+    nproc = missing[0].nproc
     at_once = max(1, jobs // nproc)
     gpus = sweep.visible_gpus(nproc, at_once)
     slots: SimpleQueue[int] = SimpleQueue()
