@@ -59,7 +59,8 @@ class ImageTrial:
                 needed=f"{names(sorted(known))} and {OF_MODEL}* are read",
                 cure="leave the others out",
             )
-        if (name := self.settings["optimizer.name"]) not in ("distmuon", "adamw"):
+        name = self.settings["optimizer.name"]
+        if name not in ("distmuon", "adamw"):
             raise problem(
                 "optimizer.name", found=f"found {name!r}", needed="distmuon or adamw", cure="take one of them"
             )

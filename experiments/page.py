@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments import finetune, overhead, shardings
+from experiments import finetune, images, overhead, shardings
 from experiments.analysis import (
     AGREES,
     CANNOT_TELL,
@@ -61,11 +61,11 @@ METHOD = """\
 - **Visible** is the power of a test: the smallest true difference that so many seeds show with a probability of 80 %,
   at the spread that they have. A claim of "as good as (1 %)" can hardly agree where this is above 1 %, which is about
   0.02.
-- **The number of seeds** was 3 to 8 at first. Where the data could not tell, experiments 1, 4, 6, 8 and 11 then got more
-  in one go: enough for each of their claims to see 1 % of a loss, or 0.05 of a share, by the spread of the first seeds,
-  but at most 12, or 20 for the Llama of experiments 1 and 4, since time was limited. This number was fixed before any
-  of them ran, and no difference played a part in it. That the first verdicts were known when these experiments were
-  chosen did: a verdict there is wrong in up to one of ten cases, not one of twenty.
+- **The number of seeds** was 3 to 8 at first. Experiments 1, 4, 6, 8 and 11, where the data could not tell, then got
+  more in one go. The spread of the first seeds gave their number: enough for each claim to see 1 % of a loss, or 0.05 of
+  a share, but at most 12, or 20 in the Llamas of experiments 1 and 4, since time was limited. It was fixed before any of
+  them ran, whatever differences the first had shown. But these experiments were chosen because their verdicts were
+  known, so an interval there may miss in up to one of ten cases, not one of twenty.
 - **The size is the caveat.** A run of 200 steps reads less than one token a parameter, the source's read 26 and more.
   Where a result may be one of short runs, a longer one stands beside it.
 - **Steps to equal loss** are read off the curve of one run with its whole schedule. A run with a shorter schedule would
@@ -218,8 +218,9 @@ def section(view: View) -> Part:
     tokens, parameters = (sorted({row[key] for row in rows}) for key in ("tokens", "parameters"))
     each = sorted(row["tokens"] / row["parameters"] for row in rows)
     lengths = f"{each[0]:.1f}" + ("" if each[0] == each[-1] else f" to {each[-1]:.1f}")
+    units = "images" if rows[0]["data"]["source"] == images.SOURCE else "tokens"
     setting = (
-        f"**Setting.** {experiment.about} {_range(parameters)} parameters, {_range(tokens)} tokens a run, which are "
+        f"**Setting.** {experiment.about} {_range(parameters)} parameters, {_range(tokens)} {units} a run, which are "
         f"{lengths} a parameter."
     )
     lines += ["", *wrapped(setting + " " + budget(view)), "", *arms_table(view), ""]
@@ -282,7 +283,18 @@ def budget(view: View) -> str:
             counts.setdefault(len(view.experiment.rates[arm.rates]), []).append(arm.name)
     told = [f"{number} rates for each of {'; '.join(arms)}" for number, arms in counts.items()]
     tuning = f"Tuning: {', and '.join(told)}." if told else "Nothing is tuned."
-    return f"{tuning} Seeds: {', '.join(map(str, view.experiment.seeds))}."
+    return f"{tuning} Seeds: {', '.join(consecutive(view.experiment.seeds))}."
+
+
+def consecutive(seeds: Sequence[int]) -> list[str]:
+    """Runs of numbers that follow each other, by their ends."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    return [f"{run[0]}" if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
 
 
 def arms_table(view: View) -> list[str]:

@@ -25,7 +25,7 @@ from queue import SimpleQueue
 from distmuon.errors import problem
 from experiments import page
 from experiments.grids import SEED, Experiment, Wanted, read, read_all
-from experiments.trial import RESULTS, WORK, Results, Row, in_a_process, trial_of
+from experiments.trial import RESULTS, WORK, Results, Row, Trial, in_a_process, trial_of
 from launch import sweep
 from launch.failures import run_program
 from launch.logs import duration
@@ -68,7 +68,7 @@ def _run(missing: Sequence[Wanted], jobs: int, work: Path) -> Iterator[tuple[Wan
     for slot in range(at_once):
         slots.put(slot)
 
-    def run(wanted: Wanted, trial: sweep.Trial) -> tuple[Row | None, str]:
+    def run(wanted: Wanted, trial: Trial) -> tuple[Row | None, str]:
         slot = slots.get()
         try:
             environment = sweep.environment(slot, nproc=wanted.nproc, jobs=at_once, gpus=gpus)

@@ -1,5 +1,6 @@
-"""One trial: a run of the recipe, or of experiments.images, in a process of its own, and what is kept of it: a row, which
-is a line of a file.
+"""One trial: a run in a process of its own, and what is kept of it: a row, which is a line of a file.
+
+A run is the recipe's, or that of experiments.images for a model of images.
 
 [Note: processes of trials] A trial is forked from a server that has imported everything, for importing would take a
 third of a short trial. Each has a process of its own, so what a variant changes ends with it. A trial of several
