@@ -51,7 +51,8 @@ METHOD = """\
 ## How to read it
 
 - **Losses** are validation losses at the end of a whole schedule, in nats a byte, on files of Python's standard library
-  that are never trained on. The mean over seeds has Student's 95 % interval.
+  that are never trained on; for the ResNet in nats an image, on digits that are never trained on. The mean over seeds
+  has Student's 95 % interval.
 - **Tuning.** A side with rates is tuned first: every rate of its list once, at seed 0. The best rate then runs with the
   other seeds, and only these count. "Edge" says that the best rate was the smallest or the largest of the list.
 - **Differences** are taken seed by seed: trials of a seed start at the same weights and read the same data.
@@ -62,10 +63,11 @@ METHOD = """\
   at the spread that they have. A claim of "as good as (1 %)" can hardly agree where this is above 1 %, which is about
   0.02.
 - **The number of seeds** was 3 to 8 at first. Experiments 1, 4, 6, 8 and 11, where the data could not tell, then got
-  more in one go. The spread of the first seeds gave their number: enough for each claim to see 1 % of a loss, or 0.05 of
-  a share, but at most 12, or 20 in the Llamas of experiments 1 and 4, since time was limited. It was fixed before any of
-  them ran, whatever differences the first had shown. But these experiments were chosen because their verdicts were
-  known, so an interval there may miss in up to one of ten cases, not one of twenty.
+  more in one go, save for Lion and SGD, of which the data could. The spread of the first seeds gave the number: enough
+  for each claim to see 1 % of a loss, or 0.05 of a share, but at most 12, or 20 for the Llama of experiments 1 and 4,
+  since time was limited. It was fixed before any of them ran, whatever differences the first had shown. But these
+  experiments were chosen because their verdicts were known, so an interval there may miss in up to one of ten cases,
+  not one of twenty. The ResNet's number was fixed before its first trial.
 - **The size is the caveat.** A run of 200 steps reads less than one token a parameter, the source's read 26 and more.
   Where a result may be one of short runs, a longer one stands beside it.
 - **Steps to equal loss** are read off the curve of one run with its whole schedule. A run with a shorter schedule would
@@ -218,11 +220,11 @@ def section(view: View) -> Part:
     tokens, parameters = (sorted({row[key] for row in rows}) for key in ("tokens", "parameters"))
     each = sorted(row["tokens"] / row["parameters"] for row in rows)
     lengths = f"{each[0]:.1f}" + ("" if each[0] == each[-1] else f" to {each[-1]:.1f}")
-    units = "images" if rows[0]["data"]["source"] == images.SOURCE else "tokens"
-    setting = (
-        f"**Setting.** {experiment.about} {_range(parameters)} parameters, {_range(tokens)} {units} a run, which are "
-        f"{lengths} a parameter."
-    )
+    if rows[0]["data"]["source"] == images.SOURCE:
+        seen = f"{_range(tokens)} images a run."
+    else:
+        seen = f"{_range(tokens)} tokens a run, which are {lengths} a parameter."
+    setting = f"**Setting.** {experiment.about} {_range(parameters)} parameters, {seen}"
     lines += ["", *wrapped(setting + " " + budget(view)), "", *arms_table(view), ""]
     if drawn(view):
         lines += [f"![{experiment.title}](experiments/{experiment.name}.png)", ""]
