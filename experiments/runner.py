@@ -32,10 +32,14 @@ from launch.logs import duration
 
 
 def run_all(experiment: Experiment, results: Results, jobs: int, work: Path = WORK) -> list[str]:
-    """Run what is missing, tuning first; return the reasons of trials that failed."""
+    """Run what is missing, tuning first, then seed by seed, so that a run which is stopped leaves whole seeds.
+
+    Returns the reasons of trials that failed.
+    """
     failed: dict[str, str] = {}
     while True:
         missing = [wanted for wanted in experiment.missing(results.loss) if wanted.key not in failed]
+        missing.sort(key=lambda wanted: wanted.seed)
         if not missing:
             return list(failed.values())
         print(f"{experiment.name}: {len(missing)} trials", flush=True)

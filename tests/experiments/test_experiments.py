@@ -385,13 +385,15 @@ def test_seeds_are_told_by_their_ends() -> None:
     assert page.consecutive([1, 2, 3, 5, 7, 8]) == ["1 to 3", "5", "7 to 8"]
 
 
-def test_trials_of_one_process_run_beside_each_other(folder: Path, results: Results, monkeypatch: Any) -> None:
+def test_trials_of_one_process_run_beside_each_other_seed_by_seed(
+    folder: Path, results: Results, monkeypatch: Any
+) -> None:
     """One arm with two ranks made every trial of its experiment wait for all others."""
     (folder / "two.yaml").write_text(TINY.replace("same: {", "same: {nproc: 2, "))
     experiment, batches = read("two", "small", folder), []
 
     def run(missing: Sequence[Wanted], *_: Any) -> list[tuple[Wanted, dict[str, Any], str]]:
-        batches.append([wanted.nproc for wanted in missing])
+        batches.append([(wanted.nproc, wanted.seed) for wanted in missing])
         loss = {"val_loss": 2.0, "cpu_s": 1.0}
         return [
             (wanted, {"settings": wanted.settings, "variant": wanted.variant, "nproc": wanted.nproc, **loss}, "")
@@ -400,7 +402,9 @@ def test_trials_of_one_process_run_beside_each_other(folder: Path, results: Resu
 
     monkeypatch.setattr(runner, "_run", run)
     assert runner.run_all(experiment, results, 2, folder) == []
-    assert batches == [[1] * 5, [1] * 3, [2] * 3]
+    tuning, alone, together = batches
+    assert tuning == [(1, seed) for seed in (0, 0, 1, 2, 3)]
+    assert alone == [(1, seed) for seed in (1, 2, 3)] and together == [(2, seed) for seed in (1, 2, 3)]
 
 
 def test_each_shard_alone_is_a_matrix_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
