@@ -385,26 +385,26 @@ def test_seeds_are_told_by_their_ends() -> None:
     assert page.consecutive([1, 2, 3, 5, 7, 8]) == ["1 to 3", "5", "7 to 8"]
 
 
-def test_trials_of_one_process_run_beside_each_other_seed_by_seed(
-    folder: Path, results: Results, monkeypatch: Any
+def test_trials_run_beside_others_of_as_many_processes_seed_by_seed(
+    folder: Path, results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One arm with two ranks made every trial of its experiment wait for all others."""
-    (folder / "two.yaml").write_text(TINY.replace("same: {", "same: {nproc: 2, "))
-    experiment, batches = read("two", "small", folder), []
+    twice = "twice: {set: {optimizer.name: distmuon, optimizer.lr: {best: tuned, times: 2}}}"
+    (folder / "two.yaml").write_text(TINY.replace("same: {", twice + "\n  same: {nproc: 2, "))
+    batches = []
 
     def run(missing: Sequence[Wanted], *_: Any) -> list[tuple[Wanted, dict[str, Any], str]]:
         batches.append([(wanted.nproc, wanted.seed) for wanted in missing])
-        loss = {"val_loss": 2.0, "cpu_s": 1.0}
-        return [
-            (wanted, {"settings": wanted.settings, "variant": wanted.variant, "nproc": wanted.nproc, **loss}, "")
-            for wanted in missing
+        of_each = [
+            {"settings": wanted.settings, "variant": wanted.variant, "nproc": wanted.nproc} for wanted in missing
         ]
+        return [(wanted, {**said, "val_loss": 2.0, "cpu_s": 1.0}, "") for wanted, said in zip(missing, of_each)]
 
     monkeypatch.setattr(runner, "_run", run)
-    assert runner.run_all(experiment, results, 2, folder) == []
+    assert runner.run_all(read("two", "small", folder), results, 2, folder) == []
     tuning, alone, together = batches
     assert tuning == [(1, seed) for seed in (0, 0, 1, 2, 3)]
-    assert alone == [(1, seed) for seed in (1, 2, 3)] and together == [(2, seed) for seed in (1, 2, 3)]
+    assert alone == [(1, seed) for seed in (1, 1, 2, 2, 3, 3)] and together == [(2, seed) for seed in (1, 2, 3)]
 
 
 def test_each_shard_alone_is_a_matrix_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
