@@ -45,6 +45,8 @@ class Interval:
         return Interval(mean=self.mean - value, low=self.low - value, high=self.high - value)
 
     def __str__(self) -> str:
+        if math.isinf(self.mean):
+            return "infinite"
         if math.isinf(self.high - self.low):
             return f"{self.mean:.4g}"
         return f"{self.mean:.4g} ({self.low:.4g} to {self.high:.4g})"

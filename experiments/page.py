@@ -62,17 +62,18 @@ METHOD = """\
 - **Visible** is the power of a test: the smallest true difference that so many seeds show with a probability of 80 %,
   at the spread that they have. A claim of "as good as (1 %)" can hardly agree where this is above 1 %, which is about
   0.02.
-- **The number of seeds** was 3 to 8 at first. Experiments 1, 4, 6, 8 and 11, where the data could not tell, then got
-  more in one go, save for Lion and SGD, of which the data could. The spread of the first seeds gave the number: enough
-  for each claim to see 1 % of a loss, or 0.05 of a share, but at most 12, or 20 for the Llama of experiments 1 and 4,
-  since time was limited. It was fixed before any of them ran, whatever differences the first had shown. But these
-  experiments were chosen because their verdicts were known, so an interval there may miss in up to one of ten cases,
-  not one of twenty. The ResNet's number was fixed before its first trial.
+- **The number of seeds** was 3 to 8 at first. Where the data could not tell, experiment 1, the Llama of experiment 4
+  and experiment 11 then got more. The spread of the first seeds gave the number for each: enough to see 1 % of a loss,
+  or 0.05 of a share, but at most 20. It was fixed before any of them ran, whatever differences the first had shown;
+  where less than that has run, the clock ended it, after whole seeds. Lion and SGD keep 3, of which the data could
+  tell. But these experiments were chosen because their verdicts were known, so an interval there may miss in up to one
+  of ten cases, not one of twenty. The ResNet's number was fixed before its first trial.
 - **The size is the caveat.** A run of 200 steps reads less than one token a parameter, the source's read 26 and more.
   Where a result may be one of short runs, a longer one stands beside it.
 - **Steps to equal loss** are read off the curve of one run with its whole schedule. A run with a shorter schedule would
-  reach the loss sooner, so this understates the faster side. **Seconds** are processor seconds of whole trials, with
-  their validations; neighbours on the machine change them by a fifth.
+  reach the loss sooner, so this understates the faster side. A share is infinite if a seed never gets there, and so is
+  the mean. **Seconds** are processor seconds of whole trials, with their validations; neighbours on the machine can
+  nearly double them.
 - Many claims are tested at once: of twenty intervals of 95 %, one misses.
 """
 

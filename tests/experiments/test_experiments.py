@@ -156,6 +156,7 @@ def test_the_interval_of_three_values() -> None:
     assert found.high - found.mean == pytest.approx(found.mean - found.low)
     assert interval([2.0]) == Interval(mean=2.0, low=-math.inf, high=math.inf)
     assert interval([math.inf, 1.0]).low == math.inf
+    assert str(interval([math.inf, 1.0])) == "infinite" and str(interval([2.0])) == "2"
 
 
 LOSSES = {"tuned": (2.0, 2.1, 2.2), "same": (2.1, 2.21, 2.29), "nobody's": (4.0, 4.0, 4.0)}
