@@ -142,7 +142,7 @@ def main() -> None:
         return
     columns = "buckets | largest | straddlers | traffic | NS balance | state balance | padding | staged"
     if arguments.orders:
-        columns = "AdamW | Newton-Schulz | one group | exchange group | gathers last"
+        columns = "AdamW | Newton-Schulz | one group | exchange group | gathers wait"
     print(f"| model | dp | {columns} |")
     print("|---|---|" + "---|" * (columns.count("|") + 1))
     for name, dp_sizes in (TIMES if arguments.orders else LAYOUTS).items():

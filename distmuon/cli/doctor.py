@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from distmuon.cli import parity
 from distmuon.cli.arguments import Parser
 from distmuon.integrations import TESTED, install_line
+from distmuon.math import fused
 
 RECIPE = (
     *("jsonargparse", "transformers", "numpy", "matplotlib", "tensorboard"),
@@ -120,7 +122,7 @@ def _torch() -> Finding:
 
 
 def _gpus() -> Iterator[Finding]:
-    """Yield the version of NCCL, and the model and memory of each kind of GPU."""
+    """Yield the version of NCCL, the model and memory of each kind of GPU, and whether it has fused kernels."""
     if not torch.cuda.is_available():
         return
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else "none"
@@ -132,6 +134,18 @@ def _gpus() -> Iterator[Finding]:
         kinds[kind] = kinds.get(kind, 0) + 1
     for kind, count in kinds.items():
         yield Finding(f"{count} x {kind}")
+    yield _kernels()
+
+
+def _kernels() -> Finding:
+    """Try Triton's kernels of math/fused.py on the first GPU."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if fused.ready(torch.device("cuda", 0)):
+            return Finding("Triton's kernels work")
+    if not caught:
+        return Finding("Triton is not installed; with it a step moves less memory (pip install triton)")
+    return Finding(str(caught[0].message), "update Triton, and install a C compiler (apt-get install gcc)")
 
 
 def _threads() -> Finding:

@@ -32,7 +32,7 @@ Row = tuple[str, list[str]]  # label, a cell for each way
 _ORDERS: dict[Order, str] = {  # labels
     "one_group": "one group",
     "exchange_group": "exchange group",
-    "gathers_last": "gathers last",
+    "gathers_wait": "gathers wait",
 }
 
 
@@ -269,6 +269,8 @@ def _memory(ways: Sequence[Plan]) -> Iterator[Row]:
         yield "held by FSDP2 meanwhile, about", [_bytes(given.fsdp2.unsharded_bytes)] * len(ways)
     if any(way.fullest.accumulation for way in ways):
         yield "  more while accumulating", [_bytes(way.fullest.accumulation) for way in ways]
+    if any(way.fullest.arrivals for way in ways):
+        yield "  more on a CPU, for what arrives", [_bytes(way.fullest.arrivals) for way in ways]
 
 
 def _work(ways: Sequence[Plan]) -> Iterator[Row]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from heapq import heapify, heappop, heappush
 from itertools import groupby
+from math import inf
 from operator import attrgetter
 
 import torch
@@ -34,6 +35,7 @@ _NVLINK = 9  # bytes inside a node in the time of one through a card: 450 and 50
 _FLOPS_PER_BYTE = (
     15_000  # FLOPs of Newton-Schulz in the time of a byte through a card: 0.6 * 989 TFLOP/s, 0.8 * 50 GB/s
 )
+_NS_STEPS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,35 @@ class Layout:
                 adamw[segment.rank] += segment.length
         fullest = max(-(-4 * a // 8) * 8 + codec.bytes(m) for a, m in zip(adamw, muon))
         return -(-fullest // 16) * 16
+
+    @cached_property
+    def gathers_started(self) -> tuple[int, ...]:
+        """How many all-gathers of parameters have started once 1, 2, ... buckets are done, if they delay no exchange.
+
+        Buckets are done in a step's order, the last one first. When bucket k of that order is done, the exchange of k+1
+        is on its way, and that of k+2 follows after the Newton-Schulz of k+2. So an all-gather starts if that lasts
+        longer on every rank, by the rates above, or if no later bucket exchanges pieces.
+        """
+        buckets = self.buckets[::-1]
+        work = [[0] * bucket.dp_size for bucket in buckets]
+        last = -1  # to exchange pieces
+        for placed in self.matrices:
+            position = len(buckets) - 1 - placed.bucket
+            last = max(last, position) if placed.straddling else last
+            for worker in placed.workers:
+                work[position][worker] += ns_cost(placed.unit)
+        cards = min(self.node_size, _NVLINK) if self.node_size < self.dp_size else _NVLINK  # a ring's, at once
+        found: list[int] = []
+        started = 0
+        for done in range(1, len(buckets) + 1):
+            room = _NS_STEPS * min(work[done + 1]) / _FLOPS_PER_BYTE if done < last else inf
+            for bucket in buckets[started:done]:
+                room -= (bucket.dp_size - 1) * bucket.shard_size * bucket.dtype.itemsize / cards
+                if room < 0:
+                    break
+                started += 1
+            found.append(started)
+        return tuple(found)
 
     @cached_property
     def num_elements(self) -> int:
@@ -381,7 +412,7 @@ def _score_of_nodes(layout: Layout) -> float:
     reduced = 4 * late * (num_nodes - 1) / num_nodes / layout.node_size
     stalled = 2 * sum(max(moved.values(), default=0) for moved in exchanged)
     waiting = sum(max(by_rank.values(), default=0) for by_rank in by_bucket) / 2
-    return reduced + stalled + 5 * max(*work, waiting) / _FLOPS_PER_BYTE
+    return reduced + stalled + _NS_STEPS * max(*work, waiting) / _FLOPS_PER_BYTE
 
 
 def _bucket_params(specs: Sequence[ParamSpec], target: int, alone_from: int) -> list[list[int]]:

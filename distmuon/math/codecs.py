@@ -13,11 +13,6 @@ golden section: every value comes up with its frequency within a few steps, and 
 Independent dice would leave errors 1.4 times as large (docs/options.md). A value that the format holds exactly, such as
 zero, is never changed. Loaded values are rounded to the nearest.
 
-[Note: remainder] A bfloat16 number is the upper 16 bits of a float32 number. The parameter is the master rounded to the
-nearest bfloat16, halves away from zero; the remainder is the difference of the bit patterns, in [-2^15, 2^15). So
-`join` returns the master bit for bit. Rounding halves to even, as `Tensor.to` does, would need one remainder too many
-for 16 bits; the two roundings differ for one master in 2^17, by one bfloat16 step.
-
 [Note: updates in int8] A matrix may be cut anywhere, and what all ranks apply must not depend on the cut. So its owner
 rounds the whole polar factor (`UpdateCodec.rounded`), by blocks of 256 elements from its first one on, to
 
@@ -138,33 +133,6 @@ def _parts(values: Tensor, most: int = 2**20) -> Iterator[tuple[int, Tensor]]:
     size = BLOCK * (2**8 if values.device.type == "cpu" else most)
     for low in range(0, values.numel(), size):
         yield low, values[low : low + size]
-
-
-def split(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a float32 master of any shape into (bfloat16 parameter, int16 remainder); see [Note: remainder]."""
-    master = torch.where(master.isnan(), torch.nan, master)  # some NaNs would round to -0.0
-    lower, upper = _halves(master)
-    return torch.sub(upper, lower >> 15).view(torch.bfloat16), lower
-
-
-def join(parameter: Tensor, remainder: Tensor) -> Tensor:
-    """The inverse of `split`, bit for bit. A parameter that was written externally gives a master that rounds to it."""
-    # The bit patterns below those of 0 are NaNs.
-    remainder = torch.where(parameter == 0, remainder.clamp(min=0), remainder)
-    master = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-    lower, upper = _halves(master)
-    lower.copy_(remainder)
-    torch.add(parameter.view(torch.int16), remainder >> 15, out=upper)
-    return master
-
-
-def _halves(master: Tensor) -> tuple[Tensor, Tensor]:
-    """The lower and the upper 16 bits of float32 numbers as int16, views.
-
-    The lower half, read as a signed number, is the remainder, and it is negative where the upper half is rounded up.
-    """
-    lower, upper = master.unsqueeze(-1).view(torch.int16).unbind(-1)  # of a little-endian machine
-    return lower, upper
 
 
 class MomentumCodec(Protocol):
@@ -484,7 +452,7 @@ class Float32Master:
 
 
 class RemainderMaster:
-    """Codec of the 16 bits that a bfloat16 parameter lacks; see [Note: remainder]."""
+    """Codec of the 16 bits that a bfloat16 parameter lacks; see remainders.py."""
 
     bytes_per_element = 2
 
@@ -493,13 +461,11 @@ class RemainderMaster:
 
     def decode(self, param: Tensor, kept: Tensor | None) -> Tensor:
         assert kept is not None
-        return join(param, kept)
+        return fused.join(param, kept)
 
     def encode(self, master: Tensor, param: Tensor, kept: Tensor | None) -> None:
         assert kept is not None
-        parameters, remainder = split(master.to(kept.device, torch.float32))
-        kept.copy_(remainder)
-        param.copy_(parameters)
+        fused.split(master.to(kept.device, torch.float32), param, kept)
 
     def absorb(self, param: Tensor, kept: Tensor | None) -> None:
         """Do nothing: a written parameter and its remainder give a master that rounds to the parameter."""

@@ -1,17 +1,17 @@
-"""Passes over a GPU's memory, each as one kernel where Triton can make it: the comparison with masters, momentum and
-the step of a weight.
+"""Passes over a GPU's memory, each as one kernel where Triton can make it: the comparison with masters, momentum, the
+step of a weight, and masters as remainders.
 
-This module decides whether a device has these kernels (`ready`), and makes them operators of torch. A rank or a bucket
-it does not know. The formulas are those of rules.py and codecs.py, whose plain forms serve everywhere else; a kernel
-saves memory traffic: 6 bytes an element instead of 22 for a comparison, 14 instead of 42 for momentum, 10 instead of 46
-for a weight (tests/unit/test_launches.py).
+This module decides whether a device has these kernels (`ready`), and makes them operators of torch. It knows no rank
+and no bucket. The formulas are those of rules.py and codecs.py, whose plain forms serve everywhere else. Kernels save
+memory traffic: 6 bytes an element instead of 22 for a comparison, 14 instead of 42 for momentum, 10 instead of 46 for a
+weight, 16 instead of 60 for a remainder (tests/unit/test_launches.py).
 
-[Note: rounding] In a kernel every product and every sum rounds once, as in the plain form of a weight's step and of a
-comparison: these give the same bits. The plain form of momentum is torch's lerp, which may round a product and a sum at
+[Note: rounding] In a kernel every product and every sum rounds once, as in the plain forms but momentum's:
+these give the same bits. The plain form of momentum is torch's lerp, which may round a product and a sum at
 once, so the last bits of momentum may differ.
 
 [Note: tried first] Triton compiles a kernel on the user's machine, for the user's GPU. So `ready` runs each kernel once
-on a small example and compares: where one does not compile, or gives something else, it warns, and the plain forms
+on a small example and compares. If one does not compile, or gives something else, `ready` warns, and the plain forms
 serve. It is called when buffers are built, since it waits for the device.
 """
 
@@ -24,12 +24,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from distmuon.math import remainders
+
 _library = torch.library.Library("distmuon", "DEF")
 _library.define("absorb_(Tensor param, Tensor(a!) master) -> ()")
 _library.define(
     "momentum_(Tensor grad, Tensor(a!) buffer, Tensor(b!) update, Tensor skip, float rate, float blend) -> ()"
 )
 _library.define("weight_(Tensor(a!) master, Tensor polar, Tensor skip, float decay, float rate) -> ()")
+_library.define("join_(Tensor param, Tensor remainder, Tensor(a!) master) -> ()")
+_library.define("split_(Tensor master, Tensor(a!) param, Tensor(b!) remainder) -> ()")
 
 
 @cache
@@ -50,8 +54,8 @@ def ready(device: torch.device) -> bool:
             return True
         why = f"{', '.join(wrong)} give other values than the plain form"
     warnings.warn(
-        f"distmuon: Triton's kernels do not work on {device} ({why}); the plain form serves, with more memory traffic; "
-        "update Triton, or look whether this machine has a C compiler",
+        f"{device}: Triton's kernels do not work ({why}); steps take the plain forms, which move more memory; "
+        "update Triton, and install a C compiler",
         stacklevel=2,
     )
     return False
@@ -76,6 +80,23 @@ def weight(master: Tensor, polar: Tensor, skip: Tensor, decay: float, rate: floa
     torch.ops.distmuon.weight_(master, polar.contiguous(), skip, decay, rate)
 
 
+def join(param: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 master of `param`, bfloat16, and `remainder`, int16, in new memory; see remainders.py."""
+    if not ready(param.device):
+        return remainders.join(param, remainder)
+    master = torch.empty(param.shape, dtype=torch.float32, device=param.device)
+    torch.ops.distmuon.join_(param, remainder, master)
+    return master
+
+
+def split(master: Tensor, param: Tensor, remainder: Tensor) -> None:
+    """Write a float32 master to `param`, bfloat16, and `remainder`, int16; see remainders.py."""
+    if ready(param.device):
+        torch.ops.distmuon.split_(master.contiguous(), param, remainder)
+    else:
+        _split(master, param, remainder)
+
+
 def _absorb(param: Tensor, master: Tensor) -> None:
     torch.where(param == master.to(param.dtype), master, param, out=master)
 
@@ -91,6 +112,15 @@ def _weight(master: Tensor, polar: Tensor, skip: Tensor, decay: float, rate: flo
     torch.where(skip == 0, new, master, out=master)
 
 
+def _join(param: Tensor, remainder: Tensor, master: Tensor) -> None:
+    master.copy_(remainders.join(param, remainder))
+
+
+def _split(master: Tensor, param: Tensor, remainder: Tensor) -> None:
+    for place, value in zip((param, remainder), remainders.split(master)):
+        place.copy_(value)
+
+
 def _on_cuda(name: str) -> Callable[..., None]:
     def launch(first: Tensor, *rest: Tensor | float) -> None:
         from distmuon.math import kernels
@@ -101,7 +131,8 @@ def _on_cuda(name: str) -> Callable[..., None]:
     return launch
 
 
-for _name, _plain in (("absorb", _absorb), ("momentum", _momentum), ("weight", _weight)):
+for _plain in (_absorb, _momentum, _weight, _join, _split):
+    _name = _plain.__name__.strip("_")
     _library.impl(f"{_name}_", _on_cuda(_name), "CUDA")
     _library.impl(f"{_name}_", _plain, "CPU")  # what `differing` compares with, and models of a GPU on a CPU run
     _library.impl(f"{_name}_", lambda *_: None, "Meta")
@@ -120,6 +151,8 @@ def differing(device: torch.device) -> list[str]:
             "absorb_": (half, x),
             "momentum_": (x, y, half, skip, 0.05, 0.95),
             "weight_": (y, half.nan_to_num(), skip, 0.999, -0.02),
+            "join_": (half, (1000 * y).to(torch.int16), z),
+            "split_": (x, half, half.to(torch.int16)),
         }
         for name, given in examples.items():
             run = getattr(torch.ops.distmuon, name)

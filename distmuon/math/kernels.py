@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,6 +49,29 @@ def weight_kernel(master, polar, skip, decay, rate, numel, BLOCK: tl.constexpr):
         tl.store(master + i, w * decay + o * rate, mask=inside)
 
 
+@triton.jit
+def join_kernel(param, remainder, master, numel, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < numel
+    upper = tl.load(param + i, mask=inside)  # the bits of a bfloat16 number, as is `lower` of the master's lower half
+    lower = tl.load(remainder + i, mask=inside)
+    is_zero = (upper & 0x7FFF) == 0
+    lower = tl.where(is_zero & (lower < 0), 0, lower)
+    bits = ((upper + (lower >> 15)).to(tl.int32) << 16) | (lower.to(tl.int32) & 0xFFFF)
+    tl.store(master + i, bits, mask=inside)
+
+
+@triton.jit
+def split_kernel(master, param, remainder, numel, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < numel
+    bits = tl.load(master + i, mask=inside)
+    bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)  # a NaN: some would round to -0.0
+    lower = bits.to(tl.int16)
+    tl.store(param + i, (bits >> 16).to(tl.int16) - (lower >> 15), mask=inside)
+    tl.store(remainder + i, lower, mask=inside)
+
+
 def absorb(param: Tensor, master: Tensor) -> None:
     _launch(absorb_kernel, master.numel(), param, master)
 
@@ -60,7 +84,16 @@ def weight(master: Tensor, polar: Tensor, skip: Tensor, decay: float, rate: floa
     _launch(weight_kernel, master.numel(), master, polar, skip, decay, rate)
 
 
+def join(param: Tensor, remainder: Tensor, master: Tensor) -> None:
+    _launch(join_kernel, master.numel(), param.view(torch.int16), remainder, master.view(torch.int32))
+
+
+def split(master: Tensor, param: Tensor, remainder: Tensor) -> None:
+    _launch(split_kernel, master.numel(), master.view(torch.int32), param.view(torch.int16), remainder)
+
+
 def _launch(kernel: Any, numel: int, *args: Tensor | float) -> None:
-    """Launch `kernel` on `numel` elements of contiguous tensors."""
+    """Launch `kernel` on `numel` elements of tensors."""
+    assert all(arg.is_contiguous() for arg in args if isinstance(arg, Tensor))
     if numel:
         kernel[(triton.cdiv(numel, BLOCK),)](*args, numel, BLOCK=BLOCK, **OPTIONS)

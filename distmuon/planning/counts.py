@@ -16,7 +16,7 @@ from distmuon.comm.two_levels import num_nodes, slices_sent
 from distmuon.layout.layout import BucketSpec, Layout, PlacedUnit, ns_cost
 from distmuon.math.codecs import master_codec, momentum_codec
 from distmuon.options import Options
-from distmuon.planning.step_time import MASTERS, BucketLoad
+from distmuon.planning.step_time import INT8, MASTERS, BucketLoad, Coding
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,8 @@ class HeldBytes:
     """The bytes that a rank holds. `transient` is an upper estimate of what a step allocates in addition.
 
     `accumulation` is not part of `total`: a step of several micro-batches holds float32 sums instead of 16-bit or
-    released buffers, which is so much more than `gradients`, until the reduction of each bucket starts.
+    released buffers, which is so much more than `gradients`, until the reduction of each bucket starts. Nor is
+    `arrivals`, which is held on a CPU alone: the buffers in which the gradients of other ranks arrive.
     """
 
     parameters: int  # flat buffers, padding included; if shards are given, those, without padding
@@ -35,6 +36,7 @@ class HeldBytes:
     moments: int
     transient: int
     accumulation: int
+    arrivals: int
 
     @property
     def state(self) -> int:
@@ -147,6 +149,7 @@ def _load(layout: Layout, options: Options, node_size: int) -> list[BucketLoad]:
         load.ready_last = min(bucket.params) <= first_layer  # an embedding before it in its own bucket takes no time
         staged = [param for param in bucket.params if not layout.given and layout.is_staged(param)]
         load.updates_travel = options.sharding.param_gather == "updates" and num_peers > 0
+        load.coding = INT8 if options.precision.updates == torch.int8 else Coding()
         if bucket.dtype != torch.float32:
             master = options.precision.master if bucket.dtype == torch.bfloat16 else "float32"
             load.compare, load.publish = MASTERS[master]
@@ -227,6 +230,7 @@ def _held(layout: Layout, options: Options, loads: Sequence[BucketLoad]) -> Iter
     stays = 0 if options.sharding.release_grads else options.precision.reduce.itemsize
     more = torch.float32.itemsize - stays if options.grad_reduction == "reduce_scatter" else 0
     accumulation = more * dp_size * sum(bucket.shard_size for bucket in layout.buckets)
+    arrivals = 0 if options.sharding.release_grads else sum(_arriving(layout, options, loads))
     momentum = _momentum_bytes(layout, options)
     staged = sum(load.staged for load in loads)
     master_bytes = [_master_bytes(options, bucket) for bucket in layout.buckets]
@@ -236,7 +240,9 @@ def _held(layout: Layout, options: Options, loads: Sequence[BucketLoad]) -> Iter
         masters = sum((m + a) * itemsize for m, a, itemsize in zip(muon, adamw, master_bytes))
         transient = _transient(layout, loads, options, rank)
         moments = 8 * sum(adamw)
-        yield HeldBytes(parameters, staged, gradients, masters, momentum[rank], moments, transient, accumulation)
+        yield HeldBytes(
+            parameters, staged, gradients, masters, momentum[rank], moments, transient, accumulation, arrivals
+        )
 
 
 def _held_of_given(layout: Layout, options: Options, loads: Sequence[BucketLoad]) -> Iterator[HeldBytes]:
@@ -250,7 +256,7 @@ def _held_of_given(layout: Layout, options: Options, loads: Sequence[BucketLoad]
         copies = sum(4 * n for n, itemsize in zip(held, itemsizes) if itemsize < 4)  # float32 copies of gradients
         transient = copies + _transient(layout, loads, options, rank)
         moments = 8 * sum(load.adamw[rank] for load in loads)
-        yield HeldBytes(parameters, 0, parameters, masters, momentum[rank], moments, transient, 0)
+        yield HeldBytes(parameters, 0, parameters, masters, momentum[rank], moments, transient, 0, 0)
 
 
 def _momentum_bytes(layout: Layout, options: Options) -> list[int]:
@@ -273,6 +279,14 @@ def _gradient_bytes(layout: Layout, options: Options, bucket: BucketSpec) -> int
     stays = not options.grads_stay(layout.dp_size) and not options.sharding.release_grads
     flat = layout.dp_size * bucket.shard_size * options.precision.reduce.itemsize if stays else 0
     return flat + (0 if stays and options.precision.reduce == torch.float32 else 4 * bucket.shard_size)
+
+
+def _arriving(layout: Layout, options: Options, loads: Sequence[BucketLoad]) -> list[int]:
+    """By bucket, the bytes that arrive in a reduction in which every rank sends to others what they sum up."""
+    if options.grads_stay(layout.dp_size):
+        return []
+    each = layout.dp_size * options.precision.reduce.itemsize
+    return [each * bucket.shard_size * load.reduce_levels for bucket, load in zip(layout.buckets, loads)]
 
 
 def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, rank: int) -> int:
@@ -301,8 +315,10 @@ def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, ra
             messages.append(load.all_gather + load.all_gather // (layout.dp_size - 1) + opened)
     flat = [layout.dp_size * bucket.shard_size * options.precision.reduce.itemsize for bucket in layout.buckets]
     at_once = _largest_pair(flat) if options.sharding.overlap else sum(flat)  # in backward
-    released = at_once if options.sharding.release_grads and not options.grads_stay(layout.dp_size) else 0
-    return max(peak, computing + last, released) + _largest_pair(messages)
+    in_backward = at_once if options.sharding.release_grads and not options.grads_stay(layout.dp_size) else 0
+    if options.precision.reduce != torch.float32:  # on a GPU too, one after the other
+        in_backward += max(_arriving(layout, options, loads), default=0)
+    return max(peak, computing + last, in_backward) + _largest_pair(messages)
 
 
 def _largest_pair(sizes: Sequence[int]) -> int:

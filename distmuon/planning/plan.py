@@ -344,7 +344,7 @@ def _plan_layout(
         if exchange_group and has_all_gathers:
             order = "exchange_group"
         elif options.sharding.overlap == "forward":
-            order = "gathers_last"
+            order = "gathers_wait"
     for candidate in ORDERS if options.sharding.overlap and has_all_gathers else ORDERS[:1]:
         if hardware is not None:
             times[candidate] = estimate(
@@ -357,6 +357,7 @@ def _plan_layout(
                 overlap=bool(options.sharding.overlap),
                 gathers_in_forward=options.sharding.overlap == "forward",
                 order=candidate,
+                gathers_started=layout.gathers_started,
             )
     return Plan(
         way=way,

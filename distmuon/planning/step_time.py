@@ -10,15 +10,15 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, inf, log2
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from distmuon.errors import problem
 
 # The start of a bucket's all-gather. "one_group": at once, in one queue with the exchanges. "exchange_group": at once,
-# and the exchanges have a separate process group. "gathers_last": after the last scatter of the step has started.
-Order = Literal["one_group", "exchange_group", "gathers_last"]
+# and the exchanges have a separate process group. "gathers_wait": once it delays no exchange.
+Order = Literal["one_group", "exchange_group", "gathers_wait"]
 NODE_SIZE = 8
-ORDERS: tuple[Order, ...] = ("one_group", "exchange_group", "gathers_last")
+ORDERS: tuple[Order, ...] = ("one_group", "exchange_group", "gathers_wait")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +139,21 @@ def _positive(entry: str, number: str) -> float:
 
 # Where a 16-bit parameter has a float32 master: masters are compared with parameters that others may have written, and
 # parameters are rounded from them. By the format of the master; a remainder is never compared.
-MASTERS: Mapping[str, tuple[int, int]] = {"float32": (6, 6), "remainder": (0, 60)}
+MASTERS: Mapping[str, tuple[int, int]] = {"float32": (6, 6), "remainder": (0, 16)}
 GUARD = 4  # the norm reads the gradient shard
 MESSAGE = 6  # an element of Muon's shard, copied into a message of updates that was made of zeros
 ARRIVAL = 8  # an element of AdamW in such a message, copied out
+
+
+class Coding(NamedTuple):
+    """Memory traffic of updates in int8, bytes an element: plain operators of torch, many passes."""
+
+    rounded: int = 0  # of the matrices that a rank orthogonalizes
+    sent: int = 0  # of Muon's shard, on the way into a message
+    arrived: int = 0  # of Muon's elements of the model
+
+
+INT8 = Coding(rounded=105, sent=95, arrived=14)  # counted: tests/unit/test_launches.py
 REDUCE_SUM = 2  # an element that arrives is read, by one kernel for all ranks; only where gradients have 16 bits
 
 
@@ -173,6 +184,7 @@ class BucketLoad:
     compare: int = 0  # bytes of memory traffic an element of the shard, see MASTERS; `publish`: the same
     publish: int = 0
     updates_travel: bool = False  # every rank applies the updates of all ranks
+    coding: Coding = field(default_factory=Coding)
     gathers: bool = False  # whether the collective takes place at all
     scatters: bool = False
 
@@ -295,14 +307,14 @@ class _Rates:
         """Seconds, by rank, of the passes between the scatter and the all-gather; `shard`: elements of either rule."""
         adamw = self.passes(load.adamw, self.each.adamw)
         if load.updates_travel:
-            return [adamw, self.passes(load.adamw, ARRIVAL), self.passes(load.muon, MESSAGE)]
+            return [adamw, self.passes(load.adamw, ARRIVAL), self.passes(load.muon, MESSAGE + load.coding.sent)]
         return [adamw, self.passes(load.muon, self.each.apply), self.passes(shard, load.publish)]
 
     def arrival(self, load: BucketLoad) -> float:
         """Seconds of the passes after the all-gather: staged parameters are copied out, all updates are applied."""
         num_bytes = 2 * load.staged
         if load.updates_travel:
-            num_bytes += self.each.apply * sum(load.muon) + ARRIVAL * sum(load.adamw)
+            num_bytes += (self.each.apply + load.coding.arrived) * sum(load.muon) + ARRIVAL * sum(load.adamw)
         return num_bytes / self.memory
 
     def exchange(self, load: BucketLoad, stage: str) -> float:
@@ -341,13 +353,15 @@ def estimate(
     overlap: bool,
     gathers_in_forward: bool,
     order: Order = "one_group",
+    gathers_started: Sequence[int] = (),
 ) -> StepTime:
     """Simulate the buckets in the optimizer's order, the first layers first.
 
     `ns_bytes`, `wire_bytes`: bytes of an element in Newton-Schulz and in the exchange.
 
     `gathers_in_forward`: the step ends when the first bucket's parameters have arrived, and the forward hides the other
-    all-gathers. Otherwise the step ends when all parameters have arrived.
+    all-gathers. Otherwise the step ends when all parameters have arrived. `gathers_started`: `Layout.gathers_started`,
+    for the order "gathers_wait".
     """
     dp_size = loads[0].dp_size
     loads = loads[::-1]
@@ -357,7 +371,7 @@ def estimate(
     compare = [passes(shard, load.compare) for shard, load in zip(shards, loads)]
     guard = [passes(shard, GUARD) for shard in shards]
     before = [passes(load.muon, each.momentum) for load in loads]
-    normalize = [passes(load.stacked, each.normalize) for load in loads]
+    normalize = [passes(load.stacked, each.normalize + load.coding.rounded) for load in loads]
     newton_schulz = [[ns_steps * n / rates.flops for n in load.ns_flops] for load in loads]
     after = [_sums(*rates.after(load, shard)) for load, shard in zip(loads, shards)]
 
@@ -373,8 +387,7 @@ def estimate(
     clock.wait(clock.start(guard_bytes / rates.ring + 2 * rates.latency))
     exchanged: dict[int, _Collective] = {}  # the exchange in flight, by bucket
     gathers: list[_Collective] = []  # all-gathers of parameters, by bucket
-    last_exchange = max((number for number, load in enumerate(loads) if load.gathers or load.scatters), default=-1)
-    held_back = order == "gathers_last" and last_exchange >= 0
+    started = gathers_started if order == "gathers_wait" else range(1, len(loads) + 1)
     for bucket, stage in _visits(len(loads), overlap):
         load = loads[bucket]
         if stage and bucket in exchanged:
@@ -387,11 +400,10 @@ def estimate(
             clock.work(_sums(normalize[bucket], newton_schulz[bucket]))
             if load.scatters:
                 exchanged[bucket] = clock.start(rates.exchange(load, "scatter"), exchange_queue)
-            held_back = held_back and bucket < last_exchange
         else:
             clock.work(after[bucket])
-            ready = bucket + 1 if not held_back else 0
-            gathers += [clock.start(rates.ring_pass(earlier.all_gather)) for earlier in loads[len(gathers) : ready]]
+            ready = loads[len(gathers) : started[bucket]]
+            gathers += [clock.start(rates.ring_pass(earlier.all_gather)) for earlier in ready]
     last = clock.end(gathers[-1])
     step = max(gathers[0].end if gathers_in_forward else last, *clock.compute)
     ns_seconds = _sums(*newton_schulz)

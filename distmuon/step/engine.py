@@ -6,9 +6,9 @@ no formula: `bucket.py` defines what a bucket does, and `optimizer.py` has the i
 [Note: when all-gathers start] By default a bucket's all-gather starts as soon as the bucket is updated, since `step`
 waits for all of them: a later start would gain nothing. NCCL runs the collectives of a group one after another, so such
 an all-gather delays the pieces of later buckets, and with them Newton-Schulz. With `overlap="forward"` it can run under
-the next forward instead. There no all-gather starts before the last bucket that exchanges pieces has started its
-scatter (docs/planner.md, Moonlight at dp 64, by the estimate: 29 ms of step and 94 left to the forward, not 72 and 40).
-An `exchange_group` has a queue of its own, so nothing needs to be held back.
+the next forward instead. There it waits until it delays no exchange (`Layout.gathers_started`; docs/planner.md,
+Moonlight at dp 64, by the estimate: 28 ms of step and 95 left to the forward, not 72 and 41). An `exchange_group` has a
+queue of its own, so nothing needs to be held back.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Engine:
         self._group_of = group_of
         # See [Note: when all-gathers start]. At most two messages of updates may be in flight, so none is deferred.
         one_queue = exchange_groups[0].process_group is group.process_group
-        self._gathers_last = gathers_in_forward and one_queue and options.sharding.param_gather == "parameters"
+        waits = gathers_in_forward and one_queue and options.sharding.param_gather == "parameters"
+        self._gathers_started = layout.gathers_started if waits else range(1, len(layout.buckets) + 1)
         kind = GivenStorage if layout.given else FlatStorage
         storages = [kind(spec, layout, params, groups[spec.group].dp_rank, options) for spec in layout.buckets]
         self.storage = Storage(layout, params, group.dp_rank, options, storages, normuon)
@@ -331,19 +332,14 @@ class Engine:
         self.telemetry = record if bool(judged.ok) else None
 
     def _update_buckets(self, step: Step) -> None:
-        exchanging = [bucket for bucket in self.buckets if bucket.exchange.has_exchange]
-        scatters_left = len(exchanging) if self._gathers_last else 0  # see [Note: when all-gathers start]
-        deferred: list[Bucket] = []
         # Backward finishes the last layers first, but the next forward needs the first layers first.
-        for bucket, stage in in_pipeline(self.buckets[::-1], step, bool(self._options.sharding.overlap)):
-            if stage is None and scatters_left:
-                deferred.append(bucket)
-            elif stage is None:
+        buckets = self.buckets[::-1]
+        started = 0  # see [Note: when all-gathers start]
+        for done in in_pipeline(buckets, step, bool(self._options.sharding.overlap)):
+            target = self._gathers_started[done - 1]
+            for bucket in buckets[started:target]:
                 self._start_param_gather(bucket)
-            elif stage == "to_holders" and scatters_left and bucket.exchange.has_exchange:
-                scatters_left -= 1
-                while deferred and not scatters_left:
-                    self._start_param_gather(deferred.pop(0))
+            started = target
 
     def not_finite(self) -> list[str]:
         """The parameters of which the last averaged gradient, where it still is, has elements that are not finite."""
@@ -396,8 +392,8 @@ class Engine:
             transport.wait()
 
 
-def in_pipeline(buckets: Sequence[Bucket], step: Step, overlap: bool) -> Iterator[tuple[Bucket, Stage | None]]:
-    """Update the buckets; yield each bucket with the stage that it has reached, None when it is done.
+def in_pipeline(buckets: Sequence[Bucket], step: Step, overlap: bool) -> Iterator[int]:
+    """Update the buckets, which are done in their order; yield the number of those that are done.
 
     With `overlap`, a bucket's bytes travel while its neighbours compute:
 
@@ -405,18 +401,19 @@ def in_pipeline(buckets: Sequence[Bucket], step: Step, overlap: bool) -> Iterato
     bucket k - 1 |                        | Newton-Schulz, start scatter |
     bucket k - 2 |                                                       | apply, start all-gather |
     """
-    waiting = iter([(bucket, bucket.update(step)) for bucket in buckets])
-    running: deque[tuple[Bucket, Iterator[Stage]]] = deque()
+    waiting = iter([bucket.update(step) for bucket in buckets])
+    running: deque[Iterator[Stage]] = deque()
+    done = 0
     while True:
         if overlap or not running:
             running.extendleft(islice(waiting, 1))
         if not running:
             return
-        for bucket, life in tuple(running):
-            stage = next(life, None)
-            if stage is None:
-                running.remove((bucket, life))
-            yield bucket, stage
+        for life in tuple(running):
+            if next(life, None) is None:
+                running.remove(life)
+                done += 1
+                yield done
 
 
 class _Copied:

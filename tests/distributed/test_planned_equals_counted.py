@@ -154,6 +154,11 @@ def _counted(group: dist.ProcessGroup, name: str, ways: list[dict[str, Any]]) ->
                     _storage_bytes(b.grad_shard, b.grad_buffer and b.grad_buffer.flat) for b in buffers.buckets
                 ),
                 "staged": sum(buffers.params[i].nbytes for i in staged),
+                "arrivals": sum(
+                    kept.nbytes
+                    for b in buffers.buckets
+                    if b.grad_buffer and (kept := b.grad_buffer.arrivals(0)) is not None
+                ),
             }
         )
     return found
@@ -165,7 +170,7 @@ def planned(one: RankPlan) -> dict[str, Any]:
         name: getattr(one, name)
         for name in ("sent_bytes", "sent_between_nodes", "calls", "ns_matrices", "ns_flops", "state_bytes")
     }
-    return own | {"parameters": held.parameters, "gradients": held.gradients, "staged": held.staged}
+    return own | {name: getattr(held, name) for name in ("parameters", "gradients", "staged", "arrivals")}
 
 
 @functools.cache
@@ -327,6 +332,7 @@ def _counted_given(group: dist.ProcessGroup, mesh: Mesh, dtype: torch.dtype, opt
         "parameters": sum(local_of(param).nbytes for param in model.parameters()),
         "gradients": gradients,
         "staged": 0,
+        "arrivals": 0,
     }
     return {"counted": counted, "fsdp2": {k: n for k, n in fsdp2.items() if n}, "layout": optimizer.layout}
 

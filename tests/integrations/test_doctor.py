@@ -15,6 +15,7 @@ import torch
 
 from distmuon.cli import doctor, parity
 from distmuon.integrations import TESTED
+from distmuon.math import fused
 
 NO_STEP = ["--no-step"]
 
@@ -111,8 +112,25 @@ def test_gpus_are_named_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    monkeypatch.setattr(fused, "ready", lambda device: True)
     texts = [finding.text for finding in doctor._gpus()]
     assert texts[0].endswith("NCCL 2.27.5") and texts[1] == "8 x NVIDIA H100 80GB HBM3, 85.5 GB"
+
+
+def test_kernels_that_do_not_compile_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+
+    def broken(device: torch.device) -> list[str]:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(fused, "ready", fused.ready.__wrapped__)
+    monkeypatch.setattr(fused, "differing", broken)
+    found = doctor._kernels()
+    assert "no C compiler" in found.text and "apt-get install gcc" in found.cure
+    monkeypatch.setattr(fused, "differing", lambda device: [])
+    assert doctor._kernels() == doctor.Finding("Triton's kernels work")
+    monkeypatch.setattr(fused, "ready", lambda device: False)
+    assert "Triton is not installed" in doctor._kernels().text and not doctor._kernels().cure
 
 
 def test_the_form_for_a_report_keeps_secrets(

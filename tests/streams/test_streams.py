@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distmuon.comm.group import DataParallelGroup, _timeout_of
+from distmuon.layout.layout import Layout
 from launch.ranks import Ranks
 from tests.streams.collectives import one_rank
 from tests.streams.model import DEVICE, Fault, Gpu
@@ -204,6 +205,23 @@ def test_all_ranks_start_the_same_collectives_with_matching_splits(dp_size: int,
         sent, received = [entry[2] for entry in entries], [entry[3] for entry in entries]
         assert all(sent[a][b] == received[b][a] for a in range(dp_size) for b in range(dp_size))
     assert exchanges
+
+
+def test_all_gathers_start_when_the_layout_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held back until the last bucket is done, they follow all exchanges; otherwise they lie between them."""
+
+    def train(program: Program) -> None:
+        program.step()
+        program.optimizer.synchronize()
+
+    orders = {}
+    for held in (True, False):
+        when = property(lambda layout, held=held: [0 if held else n + 1 for n in range(len(layout.buckets) - 1)] + [99])
+        monkeypatch.setattr(Layout, "gathers_started", when)
+        verbs = [entry[0] for entry in run(train, 1, 4, **FORWARD)[1].log]
+        orders[held] = "all_to_all" in verbs[verbs.index("all_gather") :]
+        assert verbs.count("all_gather") > 2
+    assert orders == {True: False, False: True}
 
 
 def test_agreements_on_nccl_wait_for_the_slowest_writer() -> None:

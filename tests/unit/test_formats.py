@@ -17,12 +17,11 @@ from distmuon.math.codecs import (
     bfloat16_dithered,
     dequantize,
     dither,
-    join,
     num_blocks,
     quantize,
     quantize_dithered,
-    split,
 )
+from distmuon.math.remainders import join, split
 
 
 def _floats() -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distmuon.math import fused, rules
+from distmuon.math import fused, remainders, rules
 
 triton = pytest.importorskip("triton")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
@@ -100,6 +100,24 @@ def test_the_step_of_a_weight_has_the_bits_of_the_plain_form(interpreted: None, 
         assert torch.equal(got, weight if skip else wanted)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_masters_as_remainders(interpreted: None, size: int) -> None:
+    """All upper halves of a float32, with lower halves that round up and down; and parameters that others wrote."""
+    kernels = _kernels(interpreted=True)
+    bits = torch.randint(-(2**31), 2**31, (size,), generator=torch.Generator().manual_seed(size)).to(torch.int32)
+    bits[: min(size, 8)] = torch.tensor([0, 1, 2**15, -(2**31), -1, 0x7F7FFFFF, 0x7F800000, 0x7F800001])[:size]
+    masters = bits.view(torch.float32)
+    param, remainder = torch.empty(size, dtype=torch.bfloat16), torch.empty(size, dtype=torch.int16)
+    kernels.split(masters, param, remainder)
+    for got, wanted in zip((param.view(torch.int16), remainder), remainders.split(masters)):
+        assert torch.equal(got, wanted.view(torch.int16))
+    written = torch.where(torch.arange(size) % 3 == 0, torch.zeros(()), _random(size)).bfloat16()
+    for held in (param, written):
+        joined = torch.empty(size)
+        kernels.join(held, remainder, joined)
+        assert torch.equal(joined.view(torch.int32), remainders.join(held, remainder).view(torch.int32))
+
+
 @pytest.fixture(scope="module")
 def assembly() -> dict[str, str]:
     """PTX of each kernel for a GPU of compute capability 9.0, compiled without one; for 8.0 and 10.0 it compiles."""
@@ -108,6 +126,8 @@ def assembly() -> dict[str, str]:
         "absorb_kernel": {"param": "*bf16", "master": "*fp32"},
         "momentum_kernel": {"grad": "*fp32", "buffer": "*fp32", "update": "*bf16", "skip": "*fp32"},
         "weight_kernel": {"master": "*fp32", "polar": "*bf16", "skip": "*fp32"},
+        "join_kernel": {"param": "*i16", "remainder": "*i16", "master": "*i32"},
+        "split_kernel": {"master": "*i32", "param": "*i16", "remainder": "*i16"},
     }
     found: dict[str, str] = {}
     for name, known in types.items():
@@ -131,7 +151,14 @@ def assembly() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "reads", "writes"), [("absorb_kernel", 6, 0), ("momentum_kernel", 8, 6), ("weight_kernel", 6, 4)]
+    ("kernel", "reads", "writes"),
+    [
+        ("absorb_kernel", 6, 0),
+        ("momentum_kernel", 8, 6),
+        ("weight_kernel", 6, 4),
+        ("join_kernel", 4, 4),
+        ("split_kernel", 4, 4),
+    ],
 )
 def test_compiled_kernels_move_what_is_counted(assembly: dict[str, str], kernel: str, reads: int, writes: int) -> None:
     """By 16 bytes a thread, each element once; products and sums are not contracted. 4 warps take 1024 elements, so a
@@ -140,7 +167,7 @@ def test_compiled_kernels_move_what_is_counted(assembly: dict[str, str], kernel:
     assert sum(".v4.b32" in line and "ld." in line for line in lines) * 16 == 8 * reads
     assert sum(".v4.b32" in line and "st." in line for line in lines) * 16 == 8 * writes
     assert "fma" not in assembly[kernel]
-    assert "cvt.rn.bf16" in assembly[kernel] or kernel == "weight_kernel"  # rounds to the nearest
+    assert "cvt.rn.bf16" in assembly[kernel] or kernel not in ("absorb_kernel", "momentum_kernel")  # to the nearest
 
 
 def test_where_kernels_do_not_work_the_plain_forms_serve(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +187,7 @@ def test_where_kernels_do_not_work_the_plain_forms_serve(monkeypatch: pytest.Mon
     assert fused.ready.__wrapped__(device) and not fused.ready.__wrapped__(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", ["absorb", "momentum", "weight"])
+@pytest.mark.parametrize("name", ["absorb", "momentum", "weight", "join", "split"])
 def test_the_trial_finds_a_kernel_that_computes_something_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that does nothing stands for one that is wrong."""
     assert fused.differing(torch.device("cpu")) == []

@@ -24,7 +24,7 @@ from distmuon.planning.baselines import whole_matrix_layout
 from distmuon.planning.counts import count, plan_rank, sent_bytes
 from distmuon.planning.plan import plan, plan_blind
 from distmuon.planning.shapes import TABLES, shape_table
-from distmuon.planning.step_time import HARDWARE, BucketLoad, Hardware, Order, StepTime, estimate
+from distmuon.planning.step_time import HARDWARE, BucketLoad, Coding, Hardware, Order, StepTime, estimate
 from tests.standing import Standing, routes
 
 # Sums of the shapes in the published safetensors (the number that each model's page on huggingface.co shows), without
@@ -417,6 +417,8 @@ def test_passes_over_memory_by_hand() -> None:
     assert _estimate([compared], slow).step_s == pytest.approx(5 + 14 + 6 + 10 + 4 + 7)
     travelling = _load(muon=[10**9, 10**9], adamw=[0, 10**9], updates_travel=True)
     assert _estimate([travelling], slow).elementwise_s == pytest.approx(14 + 6 + 2 * 10 + 8 + (4 + 4 + 28 + 8))
+    travelling.stacked, travelling.coding = [10**9, 10**9], Coding(1000, 100, 10)
+    assert _estimate([travelling], slow).elementwise_s == pytest.approx(92 + 6 + 1000 + 100 + 2 * 10)
 
 
 def _reduction_bytes(dp_size: int, rank: int, known: int, node_size: int) -> tuple[int, int, int, int]:
@@ -501,8 +503,8 @@ def test_the_next_forward_hides_all_gathers_but_the_first() -> None:
     assert (both.step_s, both.left_s) == pytest.approx((1 + 3 + 2, 0))
 
 
-def in_order(*loads: BucketLoad, order: Order) -> tuple[float, float]:
-    found = _estimate(loads, order=order)
+def in_order(*loads: BucketLoad, order: Order, started: Sequence[int] = ()) -> tuple[float, float]:
+    found = _estimate(loads, order=order, gathers_started=started)
     return found.step_s, found.left_s
 
 
@@ -520,16 +522,31 @@ def test_the_three_orders_by_hand() -> None:
     # Two: exchange 0-2 and scatter 2-4 at half speed, the first all-gather 0-6, the others 6-15.
     assert in_order(last(0), *plain, order="exchange_group") == pytest.approx((6, 9))
     # Held back: exchange 0-1, scatter 1-2, all-gathers 2-6-15.
-    assert in_order(last(0), *plain, order="gathers_last") == pytest.approx((6, 9))
+    assert in_order(last(0), *plain, order="gathers_wait", started=(0, 0, 3, 4)) == pytest.approx((6, 9))
     # 3 s of Newton-Schulz between the exchanges, and one bucket less. One queue: exchange 0-1, all-gather 1-5,
     # scatter 5-6, all-gathers 6-10-11.
     assert in_order(last(3), *plain[1:], order="one_group") == pytest.approx((6, 5))
     # Two: exchange 0-2, Newton-Schulz 2-5, scatter 5-7; all-gathers 0-5, 5-10 and 10-11.
     assert in_order(last(3), *plain[1:], order="exchange_group") == pytest.approx((7, 4))
     # Held back: exchange 0-1, Newton-Schulz 1-4, scatter 4-5, all-gathers 5-9-13-14.
-    assert in_order(last(3), *plain[1:], order="gathers_last") == pytest.approx((9, 5))
-    # Nothing to hold back for: the exchange is over with the first bucket.
-    assert in_order(*plain, last(0), order="gathers_last") == in_order(*plain, last(0), order="one_group")
+    assert in_order(last(3), *plain[1:], order="gathers_wait", started=(0, 2, 3)) == pytest.approx((9, 5))
+
+
+@pytest.mark.parametrize(
+    ("model", "dp_size"), [("llama-1b", 8), ("llama-8b", 16), ("llama-70b", 256), ("moonlight", 64)]
+)
+def test_gathers_that_start_early_delay_no_exchange(model: str, dp_size: int) -> None:
+    """Against all of them held back until the last scatter, by the same estimate: no longer, and less is left."""
+    node_size = 8 if dp_size > 8 else 0
+    made = make_layout(shape_table(model), dp_size, node_size=node_size)
+    loads = count(made, Options(), node_size=8)[1]
+    exchanging = [number for number, load in enumerate(loads[::-1]) if load.gathers or load.scatters]
+    held = [number + 1 if number + 1 >= max(exchanging) else 0 for number in range(len(loads))]
+    given = {"hardware": HARDWARE["h100"], "order": "gathers_wait", "guard_bytes": 1000, "ns_steps": 5}
+    early = _estimate(loads, **given, gathers_started=made.gathers_started)
+    late = _estimate(loads, **given, gathers_started=held)
+    assert early.step_s <= 1.001 * late.step_s and early.left_s <= late.left_s
+    assert early.left_s < 0.99 * late.left_s or model == "moonlight", "there nothing fits"
 
 
 def test_what_is_ready_last_is_reduced_in_the_open() -> None:
@@ -570,7 +587,7 @@ def test_the_order_asked_for_is_the_one_that_is_shown() -> None:
     own = plan("llama-8b", dp_size=64, sharding=forward, exchange_group=True, compare=False)
     last = plan("llama-8b", dp_size=64, sharding=forward, compare=False)
     assert own.orders == last.orders and own.time == own.orders["exchange_group"]
-    assert own.time != last.time == last.orders["gathers_last"]
+    assert own.time != last.time == last.orders["gathers_wait"]
     one = plan("llama-8b", dp_size=64, compare=False)
     assert one.time == one.orders["one_group"] and one.time and last.time and one.time.left_s == 0 < last.time.left_s
     assert one.time.step_s > last.time.step_s
