@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -143,9 +144,10 @@ def _kernels() -> Finding:
         warnings.simplefilter("always")
         if fused.ready(torch.device("cuda", 0)):
             return Finding("Triton's kernels work")
-    if not caught:
+    if find_spec("triton") is None:
         return Finding("Triton is not installed; with it a step moves less memory (pip install triton)")
-    return Finding(str(caught[0].message), "update Triton, and install a C compiler (apt-get install gcc)")
+    why = str(caught[0].message) if caught else "Triton's kernels did not work when they were first tried"
+    return Finding(why, "update Triton, and install a C compiler if there is none (apt-get install gcc)")
 
 
 def _threads() -> Finding:

@@ -168,32 +168,17 @@ class Layout:
 
     @cached_property
     def gathers_started(self) -> tuple[int, ...]:
-        """How many all-gathers of parameters have started once 1, 2, ... buckets are done, if they delay no exchange.
-
-        Buckets are done in a step's order, the last one first. When bucket k of that order is done, the exchange of k+1
-        is on its way, and that of k+2 follows after the Newton-Schulz of k+2. So an all-gather starts if that lasts
-        longer on every rank, by the rates above, or if no later bucket exchanges pieces.
-        """
+        """`start_gathers` of a step, which updates the last bucket first; by the rates above."""
         buckets = self.buckets[::-1]
+        cards = min(self.node_size, _NVLINK) if 0 < self.node_size < self.dp_size else _NVLINK  # of a ring, at once
+        gathers = [(b.dp_size - 1) * b.shard_size * b.dtype.itemsize / cards for b in buckets]
         work = [[0] * bucket.dp_size for bucket in buckets]
-        last = -1  # to exchange pieces
         for placed in self.matrices:
-            position = len(buckets) - 1 - placed.bucket
-            last = max(last, position) if placed.straddling else last
             for worker in placed.workers:
-                work[position][worker] += ns_cost(placed.unit)
-        cards = min(self.node_size, _NVLINK) if self.node_size < self.dp_size else _NVLINK  # a ring's, at once
-        found: list[int] = []
-        started = 0
-        for done in range(1, len(buckets) + 1):
-            room = _NS_STEPS * min(work[done + 1]) / _FLOPS_PER_BYTE if done < last else inf
-            for bucket in buckets[started:done]:
-                room -= (bucket.dp_size - 1) * bucket.shard_size * bucket.dtype.itemsize / cards
-                if room < 0:
-                    break
-                started += 1
-            found.append(started)
-        return tuple(found)
+                work[len(buckets) - 1 - placed.bucket][worker] += ns_cost(placed.unit)
+        beside = [_NS_STEPS * min(of_ranks) / _FLOPS_PER_BYTE for of_ranks in work]
+        exchanges = [2 * elements for elements in _exchanged(self)[::-1]]  # in 16 bits
+        return start_gathers(gathers, beside, exchanges)
 
     @cached_property
     def num_elements(self) -> int:
@@ -233,6 +218,29 @@ class Layout:
                 self.buckets,
             )
         )
+
+
+def start_gathers(gathers: Sequence[float], beside: Sequence[float], exchanges: Sequence[float]) -> tuple[int, ...]:
+    """How many all-gathers of parameters have started once 1, 2, ... buckets are done, so that exchanges hardly wait.
+
+    In the order of a step, the times of the buckets' all-gathers, of the Newton-Schulz of the rank with the least, and
+    of an exchange, one way. When bucket k is done, the scatter of k+1 is on the wire. What starts then must arrive
+    while the Newton-Schulz of k+2 lasts, and with it the pieces of k+3, whose Newton-Schulz is the next; a tenth of its
+    time may be missing, for it gains more than it delays. After the last exchange nothing waits.
+    """
+    last = max((number for number, seconds in enumerate(exchanges) if seconds), default=-1)
+    exchanges = [*exchanges, 0.0, 0.0]
+    found: list[int] = []
+    started = 0
+    for done in range(1, len(gathers) + 1):
+        room = beside[done + 1] - exchanges[done] - exchanges[done + 2] if done < last else inf
+        for seconds in gathers[started:done]:
+            if seconds - room > 0.1 * seconds:
+                break
+            room -= seconds
+            started += 1
+        found.append(started)
+    return tuple(found)
 
 
 def imbalance(loads: Sequence[int]) -> float:
@@ -393,26 +401,36 @@ def _score_of_nodes(layout: Layout) -> float:
     num_nodes = layout.dp_size // layout.node_size
     work = [0] * layout.dp_size
     by_bucket: list[dict[int, int]] = [{} for _ in layout.buckets]  # Newton-Schulz, by rank
-    exchanged: list[dict[int, float]] = [{} for _ in layout.buckets]  # elements received by an owner, or sent
     for placed in layout.matrices:
         cost = ns_cost(placed.unit)
         owner = placed.workers[0]
         work[owner] += cost
         by_rank = by_bucket[placed.bucket]
         by_rank[owner] = by_rank.get(owner, 0) + cost
-        moved = exchanged[placed.bucket]
-        for piece in placed.pieces:
-            if piece.rank != owner:
-                is_far = piece.rank // layout.node_size != owner // layout.node_size
-                elements = piece.length if is_far else piece.length / _NVLINK
-                for key in (owner, layout.dp_size + piece.rank):
-                    moved[key] = moved.get(key, 0) + elements
     first = min((placed.param for placed in layout.matrices), default=0)
     late = sum(bucket.shard_size for bucket in layout.buckets if min(bucket.params) <= first) * layout.dp_size
     reduced = 4 * late * (num_nodes - 1) / num_nodes / layout.node_size
-    stalled = 2 * sum(max(moved.values(), default=0) for moved in exchanged)
+    stalled = 2 * sum(_exchanged(layout))
     waiting = sum(max(by_rank.values(), default=0) for by_rank in by_bucket) / 2
     return reduced + stalled + _NS_STEPS * max(*work, waiting) / _FLOPS_PER_BYTE
+
+
+def _exchanged(layout: Layout) -> list[float]:
+    """By bucket, the elements that the busiest rank receives or sends when pieces go to the workers.
+
+    Those inside a node count as as many as a card moves meanwhile.
+    """
+    node_size = layout.node_size or layout.dp_size
+    found: list[dict[int, float]] = [{} for _ in layout.buckets]
+    for placed in layout.matrices:
+        for worker in placed.workers:
+            for piece in placed.pieces:
+                if piece.rank != worker:
+                    is_far = piece.rank // node_size != worker // node_size
+                    elements = piece.length if is_far else piece.length / _NVLINK
+                    for key in (worker, layout.dp_size + piece.rank):
+                        found[placed.bucket][key] = found[placed.bucket].get(key, 0) + elements
+    return [max(moved.values(), default=0.0) for moved in found]
 
 
 def _bucket_params(specs: Sequence[ParamSpec], target: int, alone_from: int) -> list[list[int]]:

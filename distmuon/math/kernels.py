@@ -93,7 +93,8 @@ def split(master: Tensor, param: Tensor, remainder: Tensor) -> None:
 
 
 def _launch(kernel: Any, numel: int, *args: Tensor | float) -> None:
-    """Launch `kernel` on `numel` elements of tensors."""
-    assert all(arg.is_contiguous() for arg in args if isinstance(arg, Tensor))
+    """Launch `kernel` on tensors of `numel` elements, and a 0-dim one."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    assert all(tensor.is_contiguous() and (tensor.numel() == numel or not tensor.dim()) for tensor in tensors)
     if numel:
         kernel[(triton.cdiv(numel, BLOCK),)](*args, numel, BLOCK=BLOCK, **OPTIONS)

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from distmuon.errors import problem
 
 # The start of a bucket's all-gather. "one_group": at once, in one queue with the exchanges. "exchange_group": at once,
-# and the exchanges have a separate process group. "gathers_wait": once it delays no exchange.
+# and the exchanges have a separate process group. "gathers_wait": once exchanges hardly wait for it.
 Order = Literal["one_group", "exchange_group", "gathers_wait"]
 NODE_SIZE = 8
 ORDERS: tuple[Order, ...] = ("one_group", "exchange_group", "gathers_wait")

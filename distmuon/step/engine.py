@@ -6,9 +6,9 @@ no formula: `bucket.py` defines what a bucket does, and `optimizer.py` has the i
 [Note: when all-gathers start] By default a bucket's all-gather starts as soon as the bucket is updated, since `step`
 waits for all of them: a later start would gain nothing. NCCL runs the collectives of a group one after another, so such
 an all-gather delays the pieces of later buckets, and with them Newton-Schulz. With `overlap="forward"` it can run under
-the next forward instead. There it waits until it delays no exchange (`Layout.gathers_started`; docs/planner.md,
-Moonlight at dp 64, by the estimate: 28 ms of step and 95 left to the forward, not 72 and 41). An `exchange_group` has a
-queue of its own, so nothing needs to be held back.
+the next forward instead. There it waits until exchanges hardly wait for it (`start_gathers` in layout/layout.py; by the
+estimate of docs/planner.md, Moonlight at dp 64: 28 ms of step and 95 left to the forward, not 72 and 41). An
+`exchange_group` has a queue of its own, so nothing needs to be held back.
 """
 
 from __future__ import annotations

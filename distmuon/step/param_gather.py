@@ -8,8 +8,7 @@ knows no rule: the caller passes the function that updates a weight.
 element in bfloat16, 1 in int8) instead of its float32 parameters (4), and every rank computes line 6 of the algorithm
 on its whole replica. The owners of the matrices have rounded them so that encoding loses nothing, whatever the cut
 ([Note: updates in int8] in math/codecs.py). AdamW's elements travel as parameters. Replicas stay equal bit by bit: they
-make the same three roundings of the same numbers, in three kernels (`rules.muon_weight`), so that ranks cannot differ
-by a fused multiply-add.
+make the same three roundings of the same numbers, and no kernel contracts a product and a sum (`rules.muon_weight`).
 
       message of a rank: | AdamW elements, float32 | polar factors, encoded | up to the longest message |
 

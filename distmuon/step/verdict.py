@@ -8,8 +8,9 @@ squares.
 [Note: writing under a verdict] A step writes Muon's momentum and all masters through a `Decision`; AdamW's kernel takes
 the verdict itself, and parameters are then rounded from the masters. On a CPU the host can read the verdict without
 waiting: a skipped step computes nothing, and other steps write in place (`OnHost`). On a GPU the host would wait for
-the device, so the verdict stays a 0-dim tensor on it (`OnDevice`). torch's fused kernels obey it by themselves; other
-new values are computed in new memory and written where it allows. A skipped step leaves every bit as it was.
+the device, so the verdict stays a 0-dim tensor on it (`OnDevice`). Fused kernels obey it by themselves, torch's AdamW
+and those of math/fused.py; other new values are computed in new memory and written where it allows. A skipped step
+leaves every bit as it was.
 
 [Note: parameters without a gradient] A parameter that has no gradient on any rank is left alone. A rank on which all
 parameters had one knows that there is none, and so does a CPU. Another rank would have to wait for its device, so there

@@ -130,6 +130,8 @@ def test_kernels_that_do_not_compile_are_a_fault(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(fused, "differing", lambda device: [])
     assert doctor._kernels() == doctor.Finding("Triton's kernels work")
     monkeypatch.setattr(fused, "ready", lambda device: False)
+    assert doctor._kernels().cure, "it had been tried before"
+    monkeypatch.setattr(doctor, "find_spec", lambda package: None)
     assert "Triton is not installed" in doctor._kernels().text and not doctor._kernels().cure
 
 

@@ -39,9 +39,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distmuon.math import fused
 from distmuon.step import grad_reduce
 from distmuon.step.placeholder import InReduction
+from tests.operators import NAMESPACE, kernels_as_operators
 
 DEVICE = torch.device("cuda", 0)
 HOST = 0  # the host's entry in a clock
@@ -146,7 +146,7 @@ class Gpu:
     """The model; `errors` has what was found, `host_waits` the places where the host waited for a stream."""
 
     def __init__(self, fault: Fault | None = None, *, kernels: bool = True) -> None:
-        """`fault`: the waits that are left out. `kernels`: whether it has those of fused.py, which are plain here."""
+        """`fault`: the waits that are left out. `kernels`: whether it has those of math/fused.py."""
         self.errors: list[str] = []
         self.kernels = kernels
         self.launched: set[str] = set()  # of these kernels
@@ -224,7 +224,7 @@ class Gpu:
             patch.setattr(torch.cuda, "stream", self.on)
             patch.setattr(torch.cuda, "Stream", self.stream)
             patch.setattr(torch.cuda, "Event", self.event)
-            patch.setattr(fused, "ready", lambda device: self.kernels and device.type == "cuda")
+            stack.enter_context(kernels_as_operators(self.kernels))
             patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self.record_stream(tensor, stream))
             register, at_end = torch.Tensor.register_post_accumulate_grad_hook, grad_reduce._call_at_end_of_backward
             patch.setattr(
@@ -490,8 +490,8 @@ class _Operators(TorchDispatchMode):
         if any(isinstance(arg, InReduction) for arg in args):
             return InReduction.__torch_dispatch__(func, types, args, kwargs)
         out = func(*args, **kwargs)
-        if func.namespace == "distmuon":
-            self._gpu.launched.add(func._schema.name)
+        if func.namespace == NAMESPACE:
+            self._gpu.launched.add(func._schema.name.partition("::")[2])
         with torch._C.DisableTorchFunction():
             self._gpu.operator(func._schema.name.partition("::")[2], func, args, kwargs, out)
         return out

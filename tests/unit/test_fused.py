@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import distmuon.math
 from distmuon.math import fused, remainders, rules
 
 triton = pytest.importorskip("triton")
@@ -40,11 +44,13 @@ def _convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The operators run Triton's kernels, on the CPU."""
+    """The CPU has kernels, which are interpreted."""
     monkeypatch.setattr(interpreter, "_convert_float", _convert)
     kernels = _kernels(interpreted=True)
-    for name in ("absorb", "momentum", "weight"):
-        monkeypatch.setattr(fused, name, getattr(kernels, name))
+    monkeypatch.setitem(sys.modules, "distmuon.math.kernels", kernels)
+    monkeypatch.setattr(distmuon.math, "kernels", kernels, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(fused, "ready", lambda device: True)
     yield
 
 
@@ -103,19 +109,36 @@ def test_the_step_of_a_weight_has_the_bits_of_the_plain_form(interpreted: None, 
 @pytest.mark.parametrize("size", SIZES)
 def test_masters_as_remainders(interpreted: None, size: int) -> None:
     """All upper halves of a float32, with lower halves that round up and down; and parameters that others wrote."""
-    kernels = _kernels(interpreted=True)
     bits = torch.randint(-(2**31), 2**31, (size,), generator=torch.Generator().manual_seed(size)).to(torch.int32)
     bits[: min(size, 8)] = torch.tensor([0, 1, 2**15, -(2**31), -1, 0x7F7FFFFF, 0x7F800000, 0x7F800001])[:size]
     masters = bits.view(torch.float32)
     param, remainder = torch.empty(size, dtype=torch.bfloat16), torch.empty(size, dtype=torch.int16)
-    kernels.split(masters, param, remainder)
+    fused.split(masters, param, remainder)
     for got, wanted in zip((param.view(torch.int16), remainder), remainders.split(masters)):
         assert torch.equal(got, wanted.view(torch.int16))
     written = torch.where(torch.arange(size) % 3 == 0, torch.zeros(()), _random(size)).bfloat16()
     for held in (param, written):
-        joined = torch.empty(size)
-        kernels.join(held, remainder, joined)
+        joined = fused.join(held, remainder)
         assert torch.equal(joined.view(torch.int32), remainders.join(held, remainder).view(torch.int32))
+
+
+def test_what_a_kernel_writes_is_seen_by_autograd(interpreted: None) -> None:
+    """A graph that saved the weight before must not use the new one."""
+    weight, param = torch.ones(8, requires_grad=True), torch.ones(8, dtype=torch.bfloat16, requires_grad=True)
+    loss = weight.square().sum() + param.square().sum()
+    fused.weight(weight.detach(), torch.ones(8), torch.zeros(()), 1.0, -0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward(retain_graph=True, inputs=[weight])
+    fused.split(torch.ones(8), param.detach(), torch.zeros(8, dtype=torch.int16))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward(inputs=[param])
+
+
+def test_a_tensor_of_another_size_is_refused(interpreted: None) -> None:
+    param = torch.zeros(16, dtype=torch.bfloat16)
+    with pytest.raises(AssertionError):
+        fused.split(torch.ones(16), param[:8], torch.zeros(8, dtype=torch.int16))
+    assert not param.any()
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +200,9 @@ def test_where_kernels_do_not_work_the_plain_forms_serve(monkeypatch: pytest.Mon
         raise RuntimeError("no C compiler")
 
     def different(device: torch.device) -> list[str]:
-        return ["weight_"]
+        return ["weight"]
 
-    for tried, why in ((broken, "RuntimeError: no C compiler"), (different, "weight_ give other values")):
+    for tried, why in ((broken, "RuntimeError: no C compiler"), (different, "weight: other values")):
         monkeypatch.setattr(fused, "differing", tried)
         with pytest.warns(UserWarning, match=why):
             assert not fused.ready.__wrapped__(device)
@@ -187,18 +210,31 @@ def test_where_kernels_do_not_work_the_plain_forms_serve(monkeypatch: pytest.Mon
     assert fused.ready.__wrapped__(device) and not fused.ready.__wrapped__(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", ["absorb", "momentum", "weight", "join", "split"])
-def test_the_trial_finds_a_kernel_that_computes_something_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", fused.PLAIN)
+def test_the_trial_finds_a_kernel_that_computes_something_else(
+    interpreted: None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A kernel that does nothing stands for one that is wrong."""
     assert fused.differing(torch.device("cpu")) == []
-    real = getattr(torch.ops.distmuon, f"{name}_")
-    calls = 0
+    monkeypatch.setattr(sys.modules["distmuon.math.kernels"], name, lambda *_: None)
+    assert set(fused.differing(torch.device("cpu"))) == {name}
 
-    def wrong(*args: object) -> None:
-        nonlocal calls
-        calls += 1
-        if calls % 2:  # the plain form; the second call of a pair is the kernel's
-            real(*args)
 
-    monkeypatch.setattr(torch.ops.distmuon, f"{name}_", wrong)
-    assert set(fused.differing(torch.device("cpu"))) == {f"{name}_"}
+def test_the_trial_does_not_depend_on_torchs_defaults(interpreted: None) -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert fused.differing(torch.device("cpu")) == []
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_package_can_be_imported_again() -> None:
+    """Notebooks and test suites that purge modules do so."""
+    code = (
+        "import sys, distmuon\n"
+        "for name in [name for name in sys.modules if name.startswith('distmuon')]:\n"
+        "    del sys.modules[name]\n"
+        "import distmuon"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -25,13 +25,13 @@ from torch.utils._pytree import tree_leaves
 
 from distmuon.comm.group import DataParallelGroup, Pending
 from distmuon.layout.layout import make_layout
-from distmuon.math import fused
 from distmuon.math.codecs import Int8Updates
 from distmuon.options import Options, Precision
 from distmuon.planning.shapes import shape_table
 from distmuon.planning.step_time import INT8
 from distmuon.step.engine import Engine
 from distmuon.step.metrics import Metrics
+from tests.operators import NAMESPACE, kernels_as_operators
 
 _aten = torch.ops.aten
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
@@ -75,7 +75,7 @@ class _Counting(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::").removesuffix(".out")
         if _waits(name, args, kwargs, result):
             self._counts.waits[self._counts.stage] += 1
-        if func.namespace not in ("aten", "distmuon") or func.is_view or name in _NO_KERNEL:
+        if func.namespace not in ("aten", NAMESPACE) or func.is_view or name in _NO_KERNEL:
             return result
         read, written = _traffic(func, args, kwargs, result)
         if any(tensor.device.type == "cuda" for tensor in (*read, *written)):
@@ -107,12 +107,12 @@ def _traffic(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[list[Tenso
 
 _OVERWRITES = {
     **{f"aten::{name}": ("self",) for name in ("copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_")},
-    "distmuon::momentum_": ("update",),
-    "distmuon::join_": ("master",),
-    "distmuon::split_": ("param", "remainder"),
+    f"{NAMESPACE}::momentum": ("update",),
+    f"{NAMESPACE}::join": ("master",),
+    f"{NAMESPACE}::split": ("param", "remainder"),
 }
 # AdamW's gradients only with a grad_scale, masters in a comparison only where parameters were written by others.
-_SELDOM_WRITTEN = {"aten::_fused_adamw_": "grads", "distmuon::absorb_": "master"}
+_SELDOM_WRITTEN = {"aten::_fused_adamw_": "grads", f"{NAMESPACE}::absorb": "master"}
 
 
 def _num_bytes(tensor: Tensor) -> int:
@@ -251,7 +251,7 @@ def count(
     with ExitStack() as modes, pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
         patch.setattr(torch.cuda, "Event", _Event)
-        patch.setattr(fused, "ready", lambda device: kernels)
+        modes.enter_context(kernels_as_operators(kernels))
         stream = _Stream()
         modes.enter_context(torch.no_grad())
         modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -268,30 +268,34 @@ def test_balanced_sends_less_than_even_cuts(shape, dp_size: int) -> None:
     assert balanced - 1 < (contiguous - 1) / 2.5
 
 
-def _matrices(held_by: list[tuple[int, ...]], shard_sizes: list[int]) -> Layout:
+def _matrices(held_by: list[tuple[int, ...]], shard_sizes: list[int], length: int = 10) -> Layout:
     """A layout on 2 ranks: by bucket, in a step's order, a matrix (1000, 1000) for each entry of `held_by`, which says
-    which ranks hold it; the first is its owner."""
+    which ranks hold it, `length` elements each; the first is its owner."""
     unit = Unit(0, 1000, 1000)
     spec = ParamSpec("matrix", (1000, 1000), torch.bfloat16, "muon", (unit,), "test")
     last = len(shard_sizes) - 1
     buckets = [BucketSpec(last - at, torch.bfloat16, (), size, (), 2) for at, size in enumerate(shard_sizes)]
     placed = []
     for number, (at, *ranks) in enumerate(held_by):
-        pieces = tuple(Segment(0, 0, 10, rank, 0) for rank in ranks)
+        pieces = tuple(Segment(0, 0, length, rank, 0) for rank in ranks)
         placed.append(PlacedUnit(number, 0, unit, last - at, pieces, (ranks[0],), pieces))
     return Layout(2, (spec,), tuple(buckets[::-1]), tuple(placed), node_size=2)
 
 
 def test_all_gathers_start_beside_newton_schulz_that_lasts_longer() -> None:
-    """5 iterations of 6e9 FLOPs take as long as 2e6 bytes through a card, or 1.8e7 through NVLink: a shard of 9e6
-    elements of 16 bits."""
+    """5 iterations of 6e9 FLOPs take as long as 2e6 bytes through a card, or 1.8e7 through NVLink: nine tenths of a
+    shard of 1e7 elements of 16 bits. Pieces of 9e5 elements take a tenth of that."""
     both = [(2, 0), (2, 1)]  # bucket 2 has a matrix on either rank
     straddler = [(3, 0, 1)]
-    small, large = [8_900_000] * 4, [9_100_000] * 4
+    small, large = [9_900_000] * 4, [10_100_000] * 4
     assert _matrices(both, large).gathers_started == (1, 2, 3, 4), "no exchange can be delayed"
     assert _matrices(both + straddler, small).gathers_started == (1, 1, 3, 4)
     assert _matrices(both + straddler, large).gathers_started == (0, 0, 3, 4)
     assert _matrices(both[:1] + straddler, small).gathers_started == (0, 0, 3, 4), "rank 1 waits for the exchange"
     assert _matrices(both + straddler, [4_400_000, 4_400_000, 1, 1]).gathers_started == (1, 1, 3, 4)
+    for place in (1, 3):  # the scatter that is on the wire, and the gather that follows
+        held_by = [*both, (place, 0, 1), (3, 0, 1)][:4] if place == 1 else [*both, *straddler]
+        assert _matrices(held_by, [8_900_000 - 1_000_000 * (place == 1)] * 4, 900_000).gathers_started[0] == 1
+        assert _matrices(held_by, [9_100_000 - 1_000_000 * (place == 1)] * 4, 900_000).gathers_started[0] == 0
     twice = [*both, (3, 0), (3, 0), (3, 1), (3, 1), (4, 0, 1)]  # what does not fit beside bucket 2 fits beside bucket 3
-    assert _matrices(twice, [9_100_000, 1, 1, 1, 1]).gathers_started == (0, 2, 2, 4, 5)
+    assert _matrices(twice, [10_100_000, 1, 1, 1, 1]).gathers_started == (0, 2, 2, 4, 5)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import random
 import re
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from torch import nn
 
 import distmuon
 from distmuon.layout import layout
-from distmuon.layout.layout import make_layout
+from distmuon.layout.layout import make_layout, start_gathers
 from distmuon.layout.report import describe
 from distmuon.layout.routing import ParamSpec, route
 from distmuon.options import Options, Precision, Sharding
@@ -532,10 +534,34 @@ def test_the_three_orders_by_hand() -> None:
     assert in_order(last(3), *plain[1:], order="gathers_wait", started=(0, 2, 3)) == pytest.approx((9, 5))
 
 
+def test_gathers_that_start_early_make_the_step_shorter() -> None:
+    """Against all of them held back, for random buckets: shorter by 3 % in the mean, longer by 2 % at the most."""
+    draw = random.Random(0)
+    ratios: list[float] = []
+    while len(ratios) < 500:
+        seconds = [(draw.choice((0.5, 1, 2, 4)), draw.choice((0.1, 0.5, 1, 2, 4))) for _ in range(draw.randint(4, 7))]
+        exchanges = [draw.choice((0, 0, 0.1, 0.5, 1, 2)) for _ in seconds]
+        last = max((number for number, found in enumerate(exchanges) if found), default=0)
+        if last < 2:
+            continue
+        loads = []
+        for (ns, gather), exchange in zip(seconds, exchanges):
+            half = int(exchange * 10**9 / 2)
+            there = {"gathers": half > 0, "gather_out": [half, 0], "gather_in": [0, half]}
+            back = {"scatters": half > 0, "scatter_out": [0, half], "scatter_in": [half, 0]}
+            flops = [int(ns * 10**12)] * 2
+            loads.append(_load(all_gather=int(gather * 10**9), ns_flops=flops, **there, **back))
+        started = start_gathers([gather for _, gather in seconds], [ns for ns, _ in seconds], exchanges)
+        held = [done if done >= last else 0 for done in range(1, len(loads) + 1)]
+        early, late = (in_order(*loads[::-1], order="gathers_wait", started=when)[0] for when in (started, held))
+        ratios.append(early / late)
+    assert max(ratios) < 1.02 and fmean(ratios) < 0.97
+
+
 @pytest.mark.parametrize(
     ("model", "dp_size"), [("llama-1b", 8), ("llama-8b", 16), ("llama-70b", 256), ("moonlight", 64)]
 )
-def test_gathers_that_start_early_delay_no_exchange(model: str, dp_size: int) -> None:
+def test_gathers_that_start_early_hardly_delay_exchanges(model: str, dp_size: int) -> None:
     """Against all of them held back until the last scatter, by the same estimate: no longer, and less is left."""
     node_size = 8 if dp_size > 8 else 0
     made = make_layout(shape_table(model), dp_size, node_size=node_size)
