@@ -45,6 +45,8 @@ class Interval:
         return Interval(mean=self.mean - value, low=self.low - value, high=self.high - value)
 
     def __str__(self) -> str:
+        if math.isinf(self.mean):
+            return "infinite"
         if math.isinf(self.high - self.low):
             return f"{self.mean:.4g}"
         return f"{self.mean:.4g} ({self.low:.4g} to {self.high:.4g})"
@@ -149,9 +151,9 @@ class View:
 
     def verdict(self, claim: Mapping[str, Any]) -> Verdict:
         text, expect = claim["text"], claim["expect"]
-        if not all(self.is_complete(arm) for arm in _arms(claim)):
+        if not all(self.is_complete(arm) for arm in arms_of(claim)):
             return Verdict(text=text, found=None, word=NOT_RUN)
-        if not all(is_measured(claim["quantity"], row) for arm in _arms(claim) for row in self.rows(arm).values()):
+        if not all(is_measured(claim["quantity"], row) for arm in arms_of(claim) for row in self.rows(arm).values()):
             return Verdict(text=text, found=None, word=NOT_MEASURED)
         left, right = (self._values(claim["quantity"], claim[side]) for side in ("of", "than"))
         seeds = [seed for seed in left if seed in right]
@@ -193,7 +195,7 @@ def tie(difference: Interval, margin: float) -> str:
     return DISAGREES if difference.low > margin or difference.high < -margin else CANNOT_TELL
 
 
-def _arms(claim: Mapping[str, Any]) -> list[str]:
+def arms_of(claim: Mapping[str, Any]) -> list[str]:
     """The arms that a claim needs."""
     found: list[str] = []
     for given in (claim["of"], claim["than"]):

@@ -1,7 +1,7 @@
 """An experiment as its YAML file describes it, and the trials that it asks for.
 
     title, number, hypothesis, source     for the page
-    config       the recipe's file that all trials start from
+    config       the file that all trials start from: the recipe's, or one that experiments.images reads
     rates        name -> learning rates; equally many for sides that are compared
     arms         name -> set (the recipe's keys), rates (the list that it is tuned over), variant (see
                  experiments.variants), nproc, seeds (how many of the size's; all if left out)

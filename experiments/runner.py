@@ -18,27 +18,36 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 
 from distmuon.errors import problem
 from experiments import page
 from experiments.grids import SEED, Experiment, Wanted, read, read_all
-from experiments.trial import RESULTS, WORK, Results, Row, in_a_process, trial_of
+from experiments.trial import RESULTS, WORK, Results, Row, Trial, in_a_process, trial_of
 from launch import sweep
 from launch.failures import run_program
 from launch.logs import duration
 
 
 def run_all(experiment: Experiment, results: Results, jobs: int, work: Path = WORK) -> list[str]:
-    """Run what is missing, tuning first; return the reasons of trials that failed."""
+    """Run what is missing, tuning first, then seed by seed, so that a run which is stopped leaves whole seeds.
+
+    Returns the reasons of trials that failed.
+    """
     failed: dict[str, str] = {}
     while True:
         missing = [wanted for wanted in experiment.missing(results.loss) if wanted.key not in failed]
+        missing.sort(key=lambda wanted: wanted.seed)
         if not missing:
             return list(failed.values())
         print(f"{experiment.name}: {len(missing)} trials", flush=True)
-        for wanted, row, reason in _run(missing, jobs, work):
+        alike = (
+            [wanted for wanted in missing if wanted.nproc == nproc]
+            for nproc in sorted({wanted.nproc for wanted in missing})
+        )
+        for wanted, row, reason in chain.from_iterable(_run(trials, jobs, work) for trials in alike):
             if row is None:
                 failed[wanted.key] = reason
             else:
@@ -54,16 +63,16 @@ def label(wanted: Wanted) -> str:
 
 
 def _run(missing: Sequence[Wanted], jobs: int, work: Path) -> Iterator[tuple[Wanted, Row | None, str]]:
-    """(trial, its row or None, the reason if it failed), as they end."""
+    """(trial, its row or None, the reason if it failed), as they end. All have the same number of processes."""
     trials = [trial_of(wanted, work) for wanted in missing]  # all are parsed before the first is run
-    nproc = max(wanted.nproc for wanted in missing)
+    nproc = missing[0].nproc
     at_once = max(1, jobs // nproc)
     gpus = sweep.visible_gpus(nproc, at_once)
     slots: SimpleQueue[int] = SimpleQueue()
     for slot in range(at_once):
         slots.put(slot)
 
-    def run(wanted: Wanted, trial: sweep.Trial) -> tuple[Row | None, str]:
+    def run(wanted: Wanted, trial: Trial) -> tuple[Row | None, str]:
         slot = slots.get()
         try:
             environment = sweep.environment(slot, nproc=wanted.nproc, jobs=at_once, gpus=gpus)

@@ -1,4 +1,6 @@
-"""One trial: a run of the recipe in a process of its own, and what is kept of it: a row, which is a line of a file.
+"""One trial: a run in a process of its own, and what is kept of it: a row, which is a line of a file.
+
+A run is the recipe's, or that of experiments.images for a model of images.
 
 [Note: processes of trials] A trial is forked from a server that has imported everything, for importing would take a
 third of a short trial. Each has a process of its own, so what a variant changes ends with it. A trial of several
@@ -26,7 +28,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from distmuon.errors import problem
 from distmuon.math import spectra
+from experiments import images
 from experiments.grids import ROOT, SEED, Wanted, key_of
 from experiments.variants import VARIANTS
 from launch import pretrain, sweep
@@ -42,6 +46,7 @@ WORK = ROOT / "runs" / "experiments"
 POINTS = 6
 """Measurements of weights and outputs a run, at most."""
 Row = dict[str, Any]
+Trial = sweep.Trial | images.ImageTrial
 
 
 class Results:
@@ -70,12 +75,21 @@ class Results:
             print(json.dumps(row), file=file, flush=True)
 
 
-def trial_of(wanted: Wanted, work: Path = WORK) -> sweep.Trial:
-    """The command line of a trial, parsed. Leaves with the reason if it describes no run."""
+def trial_of(wanted: Wanted, work: Path = WORK) -> Trial:
+    """The command line of a trial, parsed, or a trial with images. Leaves with the reason if it describes no run."""
+    folder = work / hashlib.sha256(wanted.key.encode()).hexdigest()[:16]
+    if wanted.settings.get("data.source") == images.SOURCE:
+        if wanted.variant or wanted.nproc > 1:
+            raise problem(
+                "a trial with images",
+                found=f"found variant {wanted.variant!r} and {wanted.nproc} processes",
+                needed="its loop has no variants and one process",
+                cure="leave both out",
+            )
+        return images.ImageTrial(folder=folder, settings=wanted.settings)
     every = measured_every(wanted.settings["train.steps"])
     overrides = [f"{key}={_text(value)}" for key, value in wanted.settings.items() if key != SEED]
     overrides += [f"log.telemetry_every={every}", "log.progress=false"]
-    folder = work / hashlib.sha256(wanted.key.encode()).hexdigest()[:16]
     (trial,) = sweep.trials(ROOT / wanted.config, [{SEED: [wanted.seed]}], overrides, folder)
     return trial
 
@@ -85,13 +99,15 @@ def measured_every(steps: int) -> int:
     return next(steps // points for points in range(POINTS, 0, -1) if steps % points == 0)
 
 
-def run_trial(trial: sweep.Trial, variant: str, nproc: int, environment: dict[str, str]) -> Row:
+def run_trial(trial: Trial, variant: str, nproc: int, environment: dict[str, str]) -> Row:
     """Train it, and say what came out. In a process of its own."""
     os.environ.update(environment)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     began = _processor_seconds()
     entropy: dict[str, float] = {}
-    if nproc > 1:
+    if isinstance(trial, images.ImageTrial):
+        records = trial.train()
+    elif nproc > 1:
         trial.run(nproc, environment)
     else:
         shutil.rmtree(trial.folder, ignore_errors=True)
@@ -99,8 +115,10 @@ def run_trial(trial: sweep.Trial, variant: str, nproc: int, environment: dict[st
         path = trial.folder / "output.txt"
         with path.open("w", encoding="utf-8") as output, redirect_stdout(output), redirect_stderr(output):
             entropy = entropies(train(trial.arguments, variant))
+    if isinstance(trial, sweep.Trial):
+        records = read_records(trial.folder / METRICS_FILE)
     seconds = round(_processor_seconds() - began, 2)
-    return {**measured(read_records(trial.folder / METRICS_FILE)), "cpu_s": seconds, "entropy": entropy}
+    return {**measured(records), "cpu_s": seconds, "entropy": entropy}
 
 
 def train(arguments: Sequence[str], variant: str) -> nn.Module:
@@ -204,7 +222,7 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def in_a_process(trial: sweep.Trial, variant: str, nproc: int, environment: dict[str, str]) -> tuple[Row | None, str]:
+def in_a_process(trial: Trial, variant: str, nproc: int, environment: dict[str, str]) -> tuple[Row | None, str]:
     """The row of a trial, or the reason why there is none."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
