@@ -459,8 +459,9 @@ def _with_fault(group: dist.ProcessGroup, fault: str) -> bool:
         if fault == "momentum kept before the verdict":
             original = rules.muon_momentum
 
-            def eager(grad: Tensor, buffer: Tensor, *, unless: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
-                return original(grad, buffer, unless=torch.zeros_like(unless), **rest)
+            def eager(grad: Tensor, buffer: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+                new, update = original(grad, buffer, **rest)
+                return buffer.copy_(new), update
 
             patch.setattr(rules, "muon_momentum", eager)
         elif fault == "updates of absent ranks forgotten":

@@ -21,7 +21,7 @@ def test_overhead_memory_and_traffic_of_zero1() -> None:
     model_s = 6 * 1_235_814_400 * (1 << 20) / (0.4 * 989e12 * 8)
     assert verdict.model_s == pytest.approx(model_s) and verdict.tokens_per_rank == 131_072
     assert verdict.overhead == pytest.approx((found.time.step_s - adamw.time.step_s) / (model_s + adamw.time.step_s))
-    assert 0.003 < verdict.overhead < 0.01  # the share that users ask for: half a percent
+    assert 0.002 < verdict.overhead < 0.01  # the share that users ask for: less than half a percent
     assert verdict.fits and verdict.hbm == 80e9 and verdict.traffic == found.traffic
     assert judge(found, hardware=HARDWARE["h100"], tokens=1, hbm=found.fullest.total).fits is True
     assert judge(found, hardware=HARDWARE["h100"], tokens=1, hbm=found.fullest.total - 1).fits is False
