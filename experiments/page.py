@@ -63,12 +63,12 @@ METHOD = """\
   at the spread that they have. A claim of "as good as (1 %)" can hardly agree where this is above 1 %, which is about
   0.02.
 - **The number of seeds** was 3 to 8 at first. Where the data could not tell, experiment 1, the Llama and GPT-2 of
-  experiment 4, and experiments 6 and 11 then were to get more. The spread of the first seeds gave the number for each:
-  enough to see 1 % of a loss, or 0.05 of a share, but at most 20. It was fixed before any of them ran, whatever
-  differences the first had shown. SOAP and experiments 6 and 11 got fewer, because time ran out: whole seeds, and none
-  in the arms of two ranks. Lion and SGD keep 3, of which the data could tell. These experiments were chosen with their first verdicts
-  known, so an interval there may miss in up to one of ten cases, not one of twenty. The ResNet's number was fixed
-  before its first trial.
+  experiment 4, and experiments 6 and 11 then were to get more. The spread of the first seeds gave the number for
+  each: enough to see 1 % of a loss, or 0.05 of a share, but at most 20. It was fixed before any of them ran, whatever
+  differences the first had shown. SOAP and experiments 6 and 11 got fewer, because time ran out: whole seeds, and
+  none in the arms of two ranks. Lion and SGD keep 3, of which the data could tell. These experiments were chosen with
+  their first verdicts known, so an interval there may miss in up to one of ten cases, not one of twenty. The ResNet's
+  number was fixed before its first trial.
 - **The size is the caveat.** A run of 200 steps reads less than one token a parameter, the source's read 26 and more.
   Where a result may be one of short runs, a longer one stands beside it.
 - **Steps to equal loss** are read off the curve of one run with its whole schedule. A run with a shorter schedule would

@@ -416,20 +416,21 @@ def _score_of_nodes(layout: Layout) -> float:
 
 
 def _exchanged(layout: Layout) -> list[float]:
-    """By bucket, the elements that the busiest rank receives or sends when pieces go to the workers.
+    """By bucket, the elements that the busiest rank receives or sends when pieces go to the owners.
 
-    Those inside a node count as as many as a card moves meanwhile.
+    An element that stays in its node counts as the part of one that a card moves meanwhile.
     """
     node_size = layout.node_size or layout.dp_size
     found: list[dict[int, float]] = [{} for _ in layout.buckets]
     for placed in layout.matrices:
-        for worker in placed.workers:
-            for piece in placed.pieces:
-                if piece.rank != worker:
-                    is_far = piece.rank // node_size != worker // node_size
-                    elements = piece.length if is_far else piece.length / _NVLINK
-                    for key in (worker, layout.dp_size + piece.rank):
-                        found[placed.bucket][key] = found[placed.bucket].get(key, 0) + elements
+        owner = placed.workers[0]
+        moved = found[placed.bucket]
+        for piece in placed.pieces:
+            if piece.rank != owner:
+                is_far = piece.rank // node_size != owner // node_size
+                elements = piece.length if is_far else piece.length / _NVLINK
+                for key in (owner, layout.dp_size + piece.rank):
+                    moved[key] = moved.get(key, 0) + elements
     return [max(moved.values(), default=0.0) for moved in found]
 
 

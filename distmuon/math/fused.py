@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,13 +138,14 @@ PLAIN: dict[str, Callable[..., None]] = {
 
 def differing(device: torch.device) -> list[str]:
     """The kernels that give other values on `device` than their plain forms on the CPU, for 1,029 elements."""
-    on_cpu = partial(torch.tensor, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
-    x, y, z = torch.randn(3, 1029, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    defaults: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's are
+    random = torch.Generator().manual_seed(0)
+    x, y, z = (torch.randn(1029, generator=random, **defaults) for _ in range(3))
     half = x.bfloat16()
     half[::3] = z[::3].bfloat16()
     half[7] = torch.nan
     found = []
-    for skip in (on_cpu(0.0), on_cpu(1.0)):
+    for skip in (torch.zeros((), **defaults), torch.ones((), **defaults)):
         examples = {
             "absorb": (half, x),
             "momentum": (x, y, half, skip, 0.05, 0.95),

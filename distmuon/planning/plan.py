@@ -357,7 +357,7 @@ def _plan_layout(
                 overlap=bool(options.sharding.overlap),
                 gathers_in_forward=options.sharding.overlap == "forward",
                 order=candidate,
-                gathers_started=layout.gathers_started,
+                gathers_started=layout.gathers_started if candidate == "gathers_wait" else (),
             )
     return Plan(
         way=way,
