@@ -94,12 +94,12 @@ def split(master: Tensor, param: Tensor, remainder: Tensor) -> None:
         _split(master, param, remainder)
 
 
-def launch(kernel: str, first: Tensor, *rest: Tensor | float) -> None:
+def launch(kernel: str, *args: Any) -> None:
     """Launch a kernel of kernels.py on the device of its tensors, on the current stream."""
     from distmuon.math import kernels
 
-    with torch.cuda.device(first.device):
-        getattr(kernels, kernel)(first, *rest)
+    with torch.cuda.device(args[0].device):
+        getattr(kernels, kernel)(*args)
 
 
 def _absorb(param: Tensor, master: Tensor) -> None:
