@@ -92,11 +92,11 @@ def conditions(arguments: argparse.Namespace, device: torch.device, argv: list[s
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     switched = os.environ.get(SWITCH)
-    tiles = device.type == "cpu" and processor_of(device) == "amx"
+    kinds = {"amx": "with AMX", "no_bfloat16": "without bfloat16 products (AVX2)"}
     return {
         "command": (f"{SWITCH}={switched} " if switched else "")
         + shlex.join(["python", "-m", "benchmarks.step", *argv]),
-        "kind": "with AMX" if tiles else f"without AMX ({SWITCH})" if switched else "",
+        "kind": kinds.get(processor_of(device), f"without AMX ({SWITCH})" if switched else ""),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu}, {os.cpu_count()} cores",
         "backend": dist.get_backend(),

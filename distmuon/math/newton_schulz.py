@@ -72,8 +72,11 @@ _COLUMNS = 1024
 
 
 def processor_of(device: torch.device) -> str:
-    """The processor argument of `choose_form`: the device's type, or "amx" for a CPU with bfloat16 matrix tiles."""
-    return "amx" if device.type == "cpu" and _multiplies_tiles() else device.type
+    """The processor argument of `choose_form`: the device's type, "amx" for a CPU with bfloat16 matrix tiles, or
+    "no_bfloat16" for a CPU without fast products in bfloat16."""
+    if device.type != "cpu":
+        return device.type
+    return "amx" if _multiplies_tiles() else "cpu" if _multiplies_bfloat16() else "no_bfloat16"
 
 
 @cache
@@ -83,13 +86,22 @@ def _multiplies_tiles() -> bool:
     return torch.cpu._is_amx_tile_supported() and (allowed in ("ALL", "DEFAULT") or "AMX" in allowed)
 
 
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 matrices, on x86 from AVX-512 on. torch's own loops take 8 to 60 times as long
+    as products in float32 (AMD Zen 3)."""
+    mkldnn = torch.backends.mkldnn
+    return bool(mkldnn.is_available() and mkldnn.enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @lru_cache(maxsize=4096)
 def choose_form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype, processor: str) -> Form:
     """Choose the cheapest safe form to evaluate `triples` on (m, n) matrices, by the thresholds above (see the docs).
 
     `processor`: see `processor_of`.
 
-    dtype     the given dtype; on a CPU float32 for float16, whose products are 70 times slower, and for tiny products
+    dtype     the given dtype; on a CPU float32 for float16, whose products are 70 times slower, for tiny products, and
+              for bfloat16 where the processor has no fast products in it
     segments  longer than 1 for l >= 1.5 k, where products of k x k matrices are cheap, if `_GROWTH` allows it;
               not in bfloat16 on other devices than CPUs, where it has not been measured
     panels    only on a CPU, for products large enough to gain from computing one triangle; bfloat16 products on matrix
@@ -97,8 +109,8 @@ def choose_form(m: int, n: int, triples: tuple[Triple, ...], dtype: torch.dtype,
     stacked   unless there are panels: a single such matrix uses all cores, and panels of a stack would be copied
     """
     short, long = min(m, n), max(m, n)
-    on_cpu = processor in ("cpu", "amx")
-    if on_cpu and (dtype == torch.float16 or short * short * long <= _TINY):
+    on_cpu = processor in ("cpu", "amx", "no_bfloat16")
+    if on_cpu and (dtype == torch.float16 or processor == "no_bfloat16" or short * short * long <= _TINY):
         dtype = torch.promote_types(dtype, torch.float32)
     gram = 2 * long >= 3 * short >= 3 * _LEAST and short * short * (2 * long - 3 * short) >= _SAVED.get(dtype, 0.0)
     gram = gram and (dtype != torch.bfloat16 or on_cpu)
