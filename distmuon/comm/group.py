@@ -16,10 +16,11 @@ minimum number of bytes, and the result does not depend on timing.
 between nodes (two_levels.py, [Note: two levels]). Both are `all_to_all_single` of the whole group with zeros for all
 other ranks, to which NCCL sends nothing. So there is no second group to make, to order, to time out and to close.
 
-[Note: sums beside backward] On a GPU a 16-bit reduction is queued as a whole when it starts, on a stream of its own,
-which waits and sums so that backward's stream need not. Its memory comes from that stream and returns to it, so the
-next bucket uses the same. On a CPU the sums, and the exchange between nodes, come in `wait`: to wait under backward
-would stop a rank for which another rank may wait in a collective of the user.
+[Note: beside the current stream] A 16-bit reduction has to sum what arrives, an exchange in two hops has to pass it on.
+On a GPU both are queued as a whole when they start, on a stream of their own, which waits so that backward's stream, or
+the step's, need not. Their memory comes from that stream and returns to it; the stream waits for the current one before
+it uses memory again. On a CPU what follows the first collective comes in `wait`: to wait under backward would stop a
+rank for which another rank may wait in a collective of the user.
 
 [Note: all-gather on gloo] torch's all-gather on gloo goes through a flat copy of the whole output in new memory. A
 broadcast of each rank's slice writes directly into the output; the number of bytes is the same.
@@ -156,7 +157,7 @@ class DataParallelGroup:
         self.number = 0  # the optimizer's number among those built on this group; 0: not built yet
         self._call, self._calls = "", 0  # the user's collective call in progress, and how many there were
         self.node_size = self.dp_size  # as many consecutive ranks share a node; the optimizer sets it, see nodes.py
-        self._reducing: torch.cuda.Stream | None = None  # see [Note: sums beside backward]
+        self._aside: torch.cuda.Stream | None = None  # see [Note: beside the current stream]
         self.tells_place = True  # whether ranks in a meeting learn where this rank waits; see lost_ranks.py
 
     def check_current(self) -> None:
@@ -322,7 +323,8 @@ class DataParallelGroup:
         if input.dtype != output.dtype:
             start = self._start_in_two_levels if self._in_two_levels else self._start_in_one_level
             if input.is_cuda:
-                return self._start_aside(partial(start, output, input, None, stage, label), output, input)
+                begin = partial(start, output, input, None, stage, label)
+                return self.start_aside(begin, input.device, holds=(input,))
             return start(output, input, kept, stage, label)
         if self._gloo or not input.is_cuda:
             return self._start_in_one_level(output, input, kept, stage, label)
@@ -338,16 +340,20 @@ class DataParallelGroup:
         """The elements of `dtype` that the reduction of `numel` of them needs for what arrives."""
         return 2 * numel if dtype != torch.float32 and self._in_two_levels else numel
 
-    def _start_aside(self, start: Callable[[], Pending], output: Tensor, input: Tensor) -> Pending:
-        """Queue a reduction, its sums included, on a stream of its own; see [Note: sums beside backward]."""
-        if self._reducing is None:
-            self._reducing = torch.cuda.Stream(input.device)
-        self._reducing.wait_stream(torch.cuda.current_stream(input.device))
-        with torch.cuda.stream(self._reducing):
-            start().wait()
+    def start_aside(self, start: Callable[[], Pending], device: torch.device, holds: tuple[Tensor, ...]) -> Pending:
+        """Queue on a stream of its own what `start` starts and what follows it; see [Note: beside the current stream].
+
+        `holds`: the tensors of the current stream that this reads.
+        """
+        if self._aside is None:
+            self._aside = torch.cuda.Stream(device)
+        self._aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._aside):
+            pending = start()
+            result = pending.wait()
             done = torch.cuda.Event()
             done.record()
-        return Pending(output, holds=(input,), then=done.wait)
+        return Pending(result, holds=holds, then=done.wait)
 
     def _start_in_one_level(
         self, output: Tensor, input: Tensor, kept: Tensor | None, stage: str, label: str

@@ -8,6 +8,7 @@ The module knows no tensor and no process group.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -36,6 +37,7 @@ _FLOPS_PER_BYTE = (
     15_000  # FLOPs of Newton-Schulz in the time of a byte through a card: 0.6 * 989 TFLOP/s, 0.8 * 50 GB/s
 )
 _NS_STEPS = 5
+_SECOND_HOP = 2_000_000  # elements of an exchange that a card moves in the time of another hop: 100 us
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +179,13 @@ class Layout:
             for worker in placed.workers:
                 work[len(buckets) - 1 - placed.bucket][worker] += ns_cost(placed.unit)
         beside = [_NS_STEPS * min(of_ranks) / _FLOPS_PER_BYTE for of_ranks in work]
-        exchanges = [2 * elements for elements in _exchanged(self)[::-1]]  # in 16 bits
+        exchanges = [2 * min(costs) for costs in _exchanges(self)[::-1]]  # in 16 bits
         return start_gathers(gathers, beside, exchanges)
+
+    @cached_property
+    def two_hops(self) -> tuple[bool, ...]:
+        """By bucket, whether pieces of other nodes reach the owners in two hops; [Note: two hops] in messages.py."""
+        return tuple(in_two < in_one for in_one, in_two in _exchanges(self))
 
     @cached_property
     def num_elements(self) -> int:
@@ -410,28 +417,42 @@ def _score_of_nodes(layout: Layout) -> float:
     first = min((placed.param for placed in layout.matrices), default=0)
     late = sum(bucket.shard_size for bucket in layout.buckets if min(bucket.params) <= first) * layout.dp_size
     reduced = 4 * late * (num_nodes - 1) / num_nodes / layout.node_size
-    stalled = 2 * sum(_exchanged(layout))
+    stalled = 2 * sum(in_one for in_one, _ in _exchanges(layout))
     waiting = sum(max(by_rank.values(), default=0) for by_rank in by_bucket) / 2
     return reduced + stalled + _NS_STEPS * max(*work, waiting) / _FLOPS_PER_BYTE
 
 
-def _exchanged(layout: Layout) -> list[float]:
-    """By bucket, the elements that the busiest rank receives or sends when pieces go to the owners.
+def _exchanges(layout: Layout) -> list[tuple[float, float]]:
+    """By bucket, the time in which pieces go to the owners, in one hop and in two, in elements through a card.
 
-    An element that stays in its node counts as the part of one that a card moves meanwhile.
+    That is what the busiest rank receives or sends. An element that stays in its node counts as the part of one that a
+    card moves meanwhile. Where there is nothing to choose, the time of two hops is infinite.
     """
-    node_size = layout.node_size or layout.dp_size
-    found: list[dict[int, float]] = [{} for _ in layout.buckets]
+    dp_size, node_size = layout.dp_size, layout.node_size or layout.dp_size
+    has_relays = not layout.given and node_size > 1 and dp_size % node_size == 0
+    sums = [(Counter[int](), Counter[int](), Counter[int]()) for _ in layout.buckets]
     for placed in layout.matrices:
         owner = placed.workers[0]
-        moved = found[placed.bucket]
+        near, far, cards = sums[placed.bucket]  # by rank; by rank; by node
         for piece in placed.pieces:
             if piece.rank != owner:
                 is_far = piece.rank // node_size != owner // node_size
-                elements = piece.length if is_far else piece.length / _NVLINK
-                for key in (owner, layout.dp_size + piece.rank):
-                    moved[key] = moved.get(key, 0) + elements
-    return [max(moved.values(), default=0.0) for moved in found]
+                by_rank = far if is_far else near
+                by_rank[owner] += piece.length
+                by_rank[dp_size + piece.rank] += piece.length
+                cards[owner // node_size] += piece.length if is_far else 0
+        has_relays = has_relays and len(placed.workers) == 1
+    found = []
+    for bucket, (near, far, cards) in zip(layout.buckets, sums):
+        in_one = max((near[rank] / _NVLINK + far[rank] for rank in {*near, *far}), default=0.0)
+        in_two = inf
+        if far and has_relays and bucket.dp_size == dp_size:
+            between = max(max(cards.values()) / node_size, *(n for rank, n in far.items() if rank >= dp_size))
+            passed_on = {rank: n * (1 - 1 / node_size) for rank, n in far.items() if rank < dp_size}
+            inside = max(near[rank] + passed_on.get(rank, 0.0) for rank in {*near, *passed_on})
+            in_two = between + inside / _NVLINK + _SECOND_HOP
+        found.append((in_one, in_two))
+    return found
 
 
 def _bucket_params(specs: Sequence[ParamSpec], target: int, alone_from: int) -> list[list[int]]:

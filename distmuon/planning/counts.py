@@ -14,9 +14,10 @@ import torch
 
 from distmuon.comm.two_levels import num_nodes, slices_sent
 from distmuon.layout.layout import BucketSpec, Layout, PlacedUnit, ns_cost
+from distmuon.layout.messages import to_holders, to_workers
 from distmuon.math.codecs import master_codec, momentum_codec
 from distmuon.options import Options
-from distmuon.planning.step_time import INT8, MASTERS, BucketLoad, Coding
+from distmuon.planning.step_time import INT8, MASTERS, BucketLoad, Coding, HopLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +77,19 @@ def count(
         "all_gather": sum(load.all_gather for load in loads),
     }
     calls = {stage: 1 if stage == "guard" else len(loads) for stage, n in same.items() if n}
-    exchanges = {"dp_gather": sum(load.gathers for load in loads), "scatter": sum(load.scatters for load in loads)}
-    calls |= {stage: n for stage, n in exchanges.items() if n}
+    hops = {"dp_gather": [hop for load in loads for hop in load.gather]}
+    hops["scatter"] = [hop for load in loads for hop in load.scatter]
+    calls |= {stage: len(all_of_stage) for stage, all_of_stage in hops.items() if all_of_stage}
     if same["reduce_scatter"]:
         calls["reduce_scatter"] = sum(load.reduce_levels for load in loads)
-    sums = zip(*(_by_rank(loads, name) for name in ("gather_out", "scatter_out", "ns_matrices", "ns_flops")))
+    sums = zip(*(_by_rank(loads, name) for name in ("ns_matrices", "ns_flops")))
     ranks: list[RankPlan] = []
-    for (gather, scatter, matrices, flops), held in zip(sums, _held(layout, options, loads)):
-        sent = {**same, "dp_gather": wire_bytes * gather, "scatter": wire_bytes * scatter}
-        sent = {stage: n for stage, n in sent.items() if n}
+    for (matrices, flops), held in zip(sums, _held(layout, options, loads)):
         rank = len(ranks)
-        far = {
-            "reduce_scatter": sum(load.reduce_far[rank] for load in loads if load.reduce_far),
-            "dp_gather": wire_bytes * sum(load.far["gather_out"][rank] for load in loads),
-            "scatter": wire_bytes * sum(load.far["scatter_out"][rank] for load in loads),
-        }
+        sent = same | {stage: wire_bytes * sum(hop.sent[rank] for hop in hops[stage]) for stage in hops}
+        sent = {stage: n for stage, n in sent.items() if n}
+        far = {"reduce_scatter": sum(load.reduce_far[rank] for load in loads if load.reduce_far)}
+        far |= {stage: wire_bytes * sum(hop.far_sent[rank] for hop in hops[stage]) for stage in hops}
         far = {stage: n for stage, n in far.items() if n}
         ranks.append(RankPlan(sent, far, calls, matrices, ns_steps * flops, held))
     return tuple(ranks), loads
@@ -108,18 +107,8 @@ def sent_bytes(layout: Layout, options: Options, rank: int) -> dict[str, int]:
 
 def between_nodes(layout: Layout, options: Options, node_size: int) -> int:
     """The bytes that a step's exchanges move between nodes, of the busiest rank in each, for which all others wait."""
-    moved: dict[tuple[int, str], list[int]] = {}  # by exchange: elements sent, then elements received, by rank
-    for placed in layout.matrices:
-        owner = placed.workers[0]
-        there = [(source.rank, owner, source.length) for source in placed.sources]
-        back = [(owner, piece.rank, piece.length) for piece in placed.pieces]
-        for stage, messages in (("gather", there), ("scatter", back)):
-            by_rank = moved.setdefault((placed.bucket, stage), [0] * (2 * layout.dp_size))
-            for sender, receiver, length in messages:
-                if sender // node_size != receiver // node_size:
-                    by_rank[sender] += length
-                    by_rank[layout.dp_size + receiver] += length
-    return options.precision.wire.itemsize * sum(max(by_rank) for by_rank in moved.values())
+    hops = (hop for load in _load(layout, options, node_size) for hop in (*load.gather, *load.scatter))
+    return options.precision.wire.itemsize * sum(max(*hop.far_sent, *hop.far_received) for hop in hops)
 
 
 def guard_bytes(layout: Layout) -> int:
@@ -159,7 +148,8 @@ def _load(layout: Layout, options: Options, node_size: int) -> list[BucketLoad]:
             by_rank[segment.rank] += segment.length
         loads.append(load)
     for placed in layout.matrices:
-        _add_matrix(loads[placed.bucket], placed, node_size)
+        relays = layout.node_size if layout.two_hops[placed.bucket] else 0
+        _add_matrix(loads[placed.bucket], placed, node_size, relays)
     return loads
 
 
@@ -185,33 +175,23 @@ def _reduction(layout: Layout, options: Options, node_size: int) -> _Reduction:
     return _Reduction(slices=by_rank[0][0], far=[far for _, far in by_rank], levels=levels)
 
 
-def _add_matrix(load: BucketLoad, placed: PlacedUnit, node_size: int) -> None:
-    """Add a matrix to the load of its bucket."""
-    workers = placed.workers
-    for worker in workers:
+def _add_matrix(load: BucketLoad, placed: PlacedUnit, node_size: int, relays: int) -> None:
+    """Add a matrix to the load of its bucket; `relays`: the `node_size` of `to_workers`."""
+    for worker in placed.workers:
         load.ns_flops[worker] += ns_cost(placed.unit)
         load.ns_matrices[worker] += len(placed.unit.logical_shapes)
         load.stacked[worker] += placed.unit.numel
-        load.gather_in[worker] += placed.unit.numel
-    for source in placed.sources:
-        works = source.rank in workers
-        num_receivers = len(workers) - 1 if works else len(workers)
-        load.gathers = load.gathers or num_receivers > 0
-        load.gather_out[source.rank] += num_receivers * source.length
-        if works:
-            load.gather_in[source.rank] -= source.length
-        for worker in workers:
-            if worker // node_size != source.rank // node_size:
-                load.far["gather_out"][source.rank] += source.length
-                load.far["gather_in"][worker] += source.length
-    for piece in placed.pieces:
-        if piece.rank not in workers:
-            load.scatters = True
-            load.scatter_out[workers[0]] += piece.length
-            load.scatter_in[piece.rank] += piece.length
-            if workers[0] // node_size != piece.rank // node_size:
-                load.far["scatter_out"][workers[0]] += piece.length
-                load.far["scatter_in"][piece.rank] += piece.length
+    ways = ((load.gather, to_workers(placed, relays)), (load.scatter, to_holders(placed, relays)))
+    for hops, messages in ways:
+        for number, sender, receiver, part in messages:
+            while number >= len(hops):
+                hops.append(HopLoad(load.dp_size))
+            hop = hops[number]
+            hop.sent[sender] += part.length
+            hop.received[receiver] += part.length
+            if sender // node_size != receiver // node_size:
+                hop.far_sent[sender] += part.length
+                hop.far_received[receiver] += part.length
 
 
 def _by_rank(loads: Sequence[BucketLoad], name: str) -> list[int]:
@@ -298,12 +278,12 @@ def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, ra
     messages = [0]  # updates that travel, two at once
     for bucket, load in zip(reversed(layout.buckets), reversed(loads)):
         stacks = ns * load.stacked[rank]
-        holds = stacks + ns * (load.gather_out[rank] + load.gather_in[rank])
+        holds = stacks + ns * sum(hop.sent[rank] + hop.received[rank] for hop in load.gather)
         opened = 4 * bucket.shard_size if _master_bytes(options, bucket) == 2 else 0  # masters made from remainders
         updates = 4 * load.muon[rank]
         peak = max(peak, holds + updates + gathered + last, holds + computing + last, opened + last)
         last = finished if options.sharding.overlap else 0
-        finished = stacks + ns * (load.scatter_out[rank] + load.scatter_in[rank])
+        finished = stacks + ns * sum(hop.sent[rank] + hop.received[rank] for hop in load.scatter)
         computing = holds + finished + 16 * load.stacked[rank]  # Newton-Schulz: four float32 stacks, with Gram matrices
         gathered = holds
         if not options.sharding.overlap:

@@ -157,7 +157,18 @@ INT8 = Coding(rounded=105, sent=95, arrived=14)  # counted: tests/unit/test_laun
 REDUCE_SUM = 2  # an element that arrives is read, by one kernel for all ranks; only where gradients have 16 bits
 
 
-EXCHANGES = ("gather_out", "gather_in", "scatter_out", "scatter_in")
+@dataclass(slots=True)
+class HopLoad:
+    """The elements that one hop of an exchange moves, by rank; `far`: those of them that leave their node."""
+
+    dp_size: int
+    sent: list[int] = field(init=False)
+    received: list[int] = field(init=False)
+    far_sent: list[int] = field(init=False)
+    far_received: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sent, self.received, self.far_sent, self.far_received = ([0] * self.dp_size for _ in range(4))
 
 
 @dataclass(slots=True)
@@ -172,11 +183,8 @@ class BucketLoad:
     muon: list[int] = field(init=False)  # elements of the shard
     adamw: list[int] = field(init=False)
     stacked: list[int] = field(init=False)  # elements of the matrices that the rank orthogonalizes
-    gather_out: list[int] = field(init=False)  # elements sent to other ranks; `_in`: received from them
-    gather_in: list[int] = field(init=False)
-    scatter_out: list[int] = field(init=False)
-    scatter_in: list[int] = field(init=False)
-    far: dict[str, list[int]] = field(init=False)  # by the four names above: elements of them that leave their node
+    gather: list[HopLoad] = field(default_factory=list)  # empty: nothing travels, and there is no collective
+    scatter: list[HopLoad] = field(default_factory=list)
     ns_flops: list[int] = field(init=False)  # of one Newton-Schulz iteration
     ns_matrices: list[int] = field(init=False)
     ready_last: bool = False  # holds the first layer: backward is over, so nothing hides its reduce-scatter
@@ -185,13 +193,10 @@ class BucketLoad:
     publish: int = 0
     updates_travel: bool = False  # every rank applies the updates of all ranks
     coding: Coding = field(default_factory=Coding)
-    gathers: bool = False  # whether the collective takes place at all
-    scatters: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("muon", "adamw", "stacked", "gather_out", "gather_in", "scatter_out", "scatter_in"):
+        for name in ("muon", "adamw", "stacked"):
             setattr(self, name, [0] * self.dp_size)
-        self.far = {name: [0] * self.dp_size for name in EXCHANGES}
         self.ns_flops = [0] * self.dp_size
         self.ns_matrices = [0] * self.dp_size
 
@@ -317,16 +322,16 @@ class _Rates:
             num_bytes += (self.each.apply + load.coding.arrived) * sum(load.muon) + ARRIVAL * sum(load.adamw)
         return num_bytes / self.memory
 
-    def exchange(self, load: BucketLoad, stage: str) -> float:
-        """Seconds until the busiest rank has sent and received its elements, first inside its node, then through its
-        card. An exchange that leaves no node has the latency of one inside a node.
+    def exchange(self, hops: Sequence[HopLoad]) -> float:
+        """Seconds of all hops. In each the busiest rank sends and receives its elements, first inside its node, then
+        through its card. A hop that leaves no node has the latency of one inside a node.
         """
-        by_rank: list[float] = []
-        for way in (f"{stage}_out", f"{stage}_in"):
-            for all_of_rank, far in zip(getattr(load, way), load.far[way]):
-                by_rank.append((all_of_rank - far) / self.nvlink + far / self.card)
-        is_far = any(any(load.far[f"{stage}_{way}"]) for way in ("out", "in"))
-        return max(by_rank) * self.wire_bytes + (self.latency if is_far else self.near_latency)
+        seconds = 0.0
+        for hop in hops:
+            ways = ((hop.sent, hop.far_sent), (hop.received, hop.far_received))
+            by_rank = [(n - far) / self.nvlink + far / self.card for way in ways for n, far in zip(*way)]
+            seconds += max(by_rank) * self.wire_bytes + (self.latency if any(hop.far_sent) else self.near_latency)
+        return seconds
 
 
 def _sums(*by_rank: Sequence[float]) -> list[float]:
@@ -394,12 +399,12 @@ def estimate(
             clock.wait(exchanged.pop(bucket))
         if stage == 0:
             clock.work(before[bucket])
-            if load.gathers:
-                exchanged[bucket] = clock.start(rates.exchange(load, "gather"), exchange_queue)
+            if load.gather:
+                exchanged[bucket] = clock.start(rates.exchange(load.gather), exchange_queue)
         elif stage == 1:
             clock.work(_sums(normalize[bucket], newton_schulz[bucket]))
-            if load.scatters:
-                exchanged[bucket] = clock.start(rates.exchange(load, "scatter"), exchange_queue)
+            if load.scatter:
+                exchanged[bucket] = clock.start(rates.exchange(load.scatter), exchange_queue)
         else:
             clock.work(after[bucket])
             ready = loads[len(gathers) : started[bucket]]

@@ -1,22 +1,23 @@
 """The exchange of matrix pieces: updates go to the ranks that orthogonalize them, stacked by shape, and results return.
 
-This module decides once, from the layout, which piece each rank sends to which rank. A matrix that lies whole on its
+This module sends the messages of `layout/messages.py`, which says what goes where. A matrix that lies whole on its
 owner never travels; a bucket without straddlers makes no collective at all. The module knows no mathematics: it returns
 what the caller put into the stacks.
 
       update pieces (shard) --start_gather--> stacks (B, m, n) on the workers
       pieces (shard)       <--start_scatter-- results (B, m, n)
 
-[Note: routes of pieces] A piece on rank p is sent to every worker of its matrix except p; of replicas only one is sent,
-and none if the worker holds one. After the computation p takes the piece from its result if it is a worker, else from
-the first worker, the owner, and so do all replicas. With `placement="owner"` a matrix has one worker. With
-"replicated", the paper's literal form, every holder is a worker, so nothing is sent back.
+[Note: second hop] What arrives at a relay is sent on. On a GPU both hops are queued when the exchange starts, on a
+stream of their own (group.py, [Note: beside the current stream]). On a CPU the second one starts in `wait`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from distmuon.comm.group import DataParallelGroup, Pending
 from distmuon.layout.layout import PlacedUnit, Segment
+from distmuon.layout.messages import Message, Part, to_holders, to_workers
 from distmuon.step.storage import elements_of
 
 
@@ -39,14 +41,15 @@ class StackKey(NamedTuple):
 Stacks = dict[StackKey, Tensor]
 
 
-def is_sent_to(source: Segment, placed: PlacedUnit, rank: int) -> bool:
-    """Whether `source`, one of the sources of `placed`, is sent to `rank`, which computes the matrix."""
-    return rank in placed.workers and rank != source.rank
+@dataclass(slots=True)
+class _Hop:
+    """By peer, the parts that this rank sends and receives, in an order that all ranks share."""
+
+    out: list[list[Part]]
+    into: list[list[Part]]
 
 
-def returns_from(piece: Segment, placed: PlacedUnit) -> int | None:
-    """The rank that sends the result back to the holder of `piece`; None if the holder computes it itself."""
-    return None if piece.rank in placed.workers else placed.workers[0]
+Arrivals = list[tuple[Part, Tensor]]
 
 
 class MatrixExchange:
@@ -61,12 +64,13 @@ class MatrixExchange:
         dtype: torch.dtype,
         device: torch.device,
         label: str = "",
+        node_size: int = 0,
     ) -> None:
-        """Decide the routes of the bucket's `units`.
+        """List what this rank sends and receives for the bucket's `units`.
 
         `muon_segments`: this rank's pieces, in the order of the updates that `start_gather` gets; only pieces of a
         single matrix are sent. `group_of`: the param group of each parameter. `dtype`: that of the stacks and of the
-        messages. `label`: a name for errors.
+        messages. `label`: a name for errors. `node_size`: see `to_workers`.
         """
         self._group = group
         self.dtype = dtype
@@ -76,32 +80,26 @@ class MatrixExchange:
         self._segments = list(muon_segments)
         self._number = {(s.param, s.param_offset): i for i, s in enumerate(self._segments)}
         self._place_stacks(units, group_of, me)
-        self._list_pieces(units, me, group.dp_size)
-        # These are the same on all ranks, so that all make the same collectives.
-        self.has_exchange = any(is_sent_to(s, u, worker) for u in units for s in u.sources for worker in u.workers)
-        self._scatters = any(returns_from(p, u) is not None for u in units for p in u.pieces)
+        # As many on all ranks, so that all make the same collectives; none if nothing travels.
+        self._gather_hops = self._hops(message for placed in units for message in to_workers(placed, node_size))
+        self._scatter_hops = self._hops(message for placed in units for message in to_holders(placed, node_size))
 
-    def _list_pieces(self, units: Sequence[PlacedUnit], me: int, dp_size: int) -> None:
-        """By peer, which segments go there and come from there, in an order all ranks share. In one pass: under FSDP2
-        every rank holds a piece of every matrix."""
-        self._gather_out: list[list[Segment]] = [[] for _ in range(dp_size)]
-        self._gather_in: list[list[Segment]] = [[] for _ in range(dp_size)]
-        self._scatter_out: list[list[Segment]] = [[] for _ in range(dp_size)]
-        self._scatter_in: list[list[Segment]] = [[] for _ in range(dp_size)]
-        for placed in units:
-            for source in placed.sources:
-                if is_sent_to(source, placed, me):
-                    self._gather_in[source.rank].append(source)
-                if source.rank == me:
-                    for worker in placed.workers:
-                        if is_sent_to(source, placed, worker):
-                            self._gather_out[worker].append(source)
-            for piece in placed.pieces:
-                home = returns_from(piece, placed)
-                if home == me:
-                    self._scatter_out[piece.rank].append(piece)
-                if piece.rank == me and home is not None:
-                    self._scatter_in[home].append(piece)
+    @property
+    def has_exchange(self) -> bool:
+        return bool(self._gather_hops)
+
+    def _hops(self, messages: Iterable[Message]) -> list[_Hop]:
+        """In one pass: under FSDP2 every rank holds a piece of every matrix."""
+        me, peers = self._group.dp_rank, range(self._group.dp_size)
+        hops: list[_Hop] = []
+        for number, sender, receiver, part in messages:
+            while number >= len(hops):
+                hops.append(_Hop([[] for _ in peers], [[] for _ in peers]))
+            if sender == me:
+                hops[number].out[receiver].append(part)
+            elif receiver == me:
+                hops[number].into[sender].append(part)
+        return hops
 
     def _place_stacks(self, units: Sequence[PlacedUnit], group_of: Sequence[int], me: int) -> None:
         self._places: dict[
@@ -141,51 +139,87 @@ class MatrixExchange:
 
         An update that is its place in `stacks` is there already; any other is copied.
         """
-        pending = None
-        if self.has_exchange:
-            outgoing = [updates[self._number[s.param, s.param_offset]] for peer in self._gather_out for s in peer]
-            pending = self._start(outgoing, self._gather_out, self._gather_in, stage)
+        journey = self._start(
+            self._gather_hops, lambda piece: updates[self._number[piece.param, piece.param_offset]], stage
+        )
         for place, update in zip(places, updates):
             if place is not None and place is not update:
                 place.copy_(update.view(place.shape))
-        return Gathering(self, pending, stacks)
+        return Gathering(self, journey, stacks)
 
     def start_scatter(self, results: Stacks) -> Scattering:
         """Start to send results back; `wait` returns a 1-D tensor for each Muon piece."""
-        pending = None
-        if self._scatters:
-            outgoing = [self._piece(results, segment) for peer in self._scatter_out for segment in peer]
-            pending = self._start(outgoing, self._scatter_out, self._scatter_in, "scatter")
-        return Scattering(self, pending, results)
+        return Scattering(self, self._start(self._scatter_hops, partial(self._piece, results), "scatter"), results)
 
-    def finish_gather(self, pending: Pending | None, stacks: Stacks) -> Stacks:
-        """Fill `stacks` with the pieces that arrive."""
-        if pending is not None:
-            for segment, arrived in self._arrived(pending, self._gather_in):
-                place = self._piece(stacks, segment)
+    def finish_gather(self, arrivals: Arrivals, stacks: Stacks) -> Stacks:
+        """Fill `stacks` with what has arrived for this rank; the rest it has passed on."""
+        for part, arrived in arrivals:
+            if (part.piece.param, part.piece.param_offset) in self._places:
+                place = _elements(self._piece(stacks, part.piece), part)
                 place.copy_(arrived.view(place.shape))
         return stacks
 
-    def finish_scatter(self, pending: Pending | None, results: Stacks) -> list[Tensor]:
-        """This rank's pieces: those that arrive, and those of its results."""
-        back = {} if pending is None else dict(self._arrived(pending, self._scatter_in))
-        return [back[s] if s in back else self._piece(results, s).reshape(-1) for s in self._segments]
+    def finish_scatter(self, arrivals: Arrivals, results: Stacks) -> list[Tensor]:
+        """This rank's pieces: those that have arrived, and those of its results."""
+        parts: dict[Segment, list[tuple[int, Tensor]]] = {}
+        for part, arrived in arrivals:
+            parts.setdefault(part.piece, []).append((part.start, arrived))
+        found = []
+        for segment in self._segments:
+            in_order = [arrived for _, arrived in sorted(parts.get(segment, ()), key=itemgetter(0))]
+            if not in_order:
+                found.append(self._piece(results, segment).reshape(-1))
+            else:
+                found.append(in_order[0] if len(in_order) == 1 else torch.cat(in_order))
+        return found
 
-    def _start(
-        self, outgoing: list[Tensor], out: list[list[Segment]], into: list[list[Segment]], stage: str
-    ) -> Pending:
-        send_counts = [sum(s.length for s in peer) for peer in out]
-        receive_counts = [sum(s.length for s in peer) for peer in into]
-        sent = torch.empty(sum(send_counts), dtype=self.dtype, device=self.device)
-        for place, piece in zip(torch.split(sent, [piece.numel() for piece in outgoing]), outgoing):
-            place.view(piece.shape).copy_(piece)
+    def _start(self, hops: Sequence[_Hop], piece_of: Callable[[Segment], Tensor], stage: str) -> Journey:
+        """Start to send; `piece_of` tells the elements of a piece that this rank has from the first."""
+        arrivals: Arrivals = []
+        if not hops:
+            return Journey(None, arrivals)
+
+        def outgoing(hop: _Hop, arrived: Container[Part] = ()) -> dict[Part, Tensor]:
+            parts = (part for peer in hop.out for part in peer if part not in arrived)
+            return {part: _elements(piece_of(part.piece), part) for part in parts}
+
+        first, *others = hops
+        sent = self._packed(first, outgoing(first))
+        held = [outgoing(hop, {part for peer in first.into for part in peer}) for hop in others]
+
+        def start() -> Pending:
+            pending = self._send(first, sent, stage)
+            pending.then = partial(go_on, pending.result)
+            return pending
+
+        def go_on(received: Tensor) -> None:
+            arrivals.extend(self._arrived(received, first))
+            for hop, own in zip(others, held):
+                pending = self._send(hop, self._packed(hop, own | dict(arrivals)), stage)
+                arrivals.extend(self._arrived(pending.wait(), hop))
+
+        if others and self.device.type == "cuda":
+            return Journey(self._group.start_aside(start, self.device, holds=(sent,)), arrivals)
+        return Journey(start(), arrivals)
+
+    def _packed(self, hop: _Hop, elements: Mapping[Part, Tensor]) -> Tensor:
+        """The message of `hop`: what this rank sends, by receiver."""
+        parts = [part for peer in hop.out for part in peer]
+        sent = torch.empty(sum(part.length for part in parts), dtype=self.dtype, device=self.device)
+        for place, part in zip(torch.split(sent, [part.length for part in parts]), parts):
+            place.view(elements[part].shape).copy_(elements[part])
+        return sent
+
+    def _send(self, hop: _Hop, sent: Tensor, stage: str) -> Pending:
+        send_counts = [sum(part.length for part in peer) for peer in hop.out]
+        receive_counts = [sum(part.length for part in peer) for peer in hop.into]
         received = torch.empty(sum(receive_counts), dtype=self.dtype, device=self.device)
         return self._group.start_all_to_all(received, sent, receive_counts, send_counts, stage=stage, label=self._label)
 
     @staticmethod
-    def _arrived(pending: Pending, into: list[list[Segment]]) -> list[tuple[Segment, Tensor]]:
-        segments = [segment for peer in into for segment in peer]
-        return list(zip(segments, torch.split(pending.wait(), [segment.length for segment in segments])))
+    def _arrived(received: Tensor, hop: _Hop) -> Arrivals:
+        parts = [part for peer in hop.into for part in peer]
+        return list(zip(parts, torch.split(received, [part.length for part in parts])))
 
     def _piece(self, stacks: Stacks, segment: Segment) -> Tensor:
         """The elements of `segment` inside its matrix in the stacks, as `elements_of`; a rank may have none."""
@@ -195,27 +229,47 @@ class MatrixExchange:
         return elements_of(stacks[key].view(-1), segment, base)
 
 
+def _elements(piece: Tensor, part: Part) -> Tensor:
+    """The elements of `part`, given those of its piece."""
+    is_whole = part.length == part.piece.length
+    return piece if is_whole else piece.view(-1)[part.start : part.start + part.length]
+
+
+class Journey:
+    """Parts in flight, through all their hops."""
+
+    def __init__(self, pending: Pending | None, arrivals: Arrivals) -> None:
+        self._pending = pending
+        self._arrivals = arrivals
+
+    def wait(self) -> Arrivals:
+        """Wait until all parts have arrived, those included that this rank has passed on."""
+        if self._pending is not None:
+            self._pending.wait()
+        return self._arrivals
+
+
 class Gathering:
     """Pieces in flight to the workers of their matrices."""
 
-    def __init__(self, exchange: MatrixExchange, pending: Pending | None, stacks: Stacks) -> None:
+    def __init__(self, exchange: MatrixExchange, journey: Journey, stacks: Stacks) -> None:
         self._exchange = exchange
-        self._pending = pending
+        self._journey = journey
         self._stacks = stacks
 
     def wait(self) -> Stacks:
         """Wait for the pieces; return the matrices that this rank orthogonalizes, (B, m, n) by shape."""
-        return self._exchange.finish_gather(self._pending, self._stacks)
+        return self._exchange.finish_gather(self._journey.wait(), self._stacks)
 
 
 class Scattering:
     """Results in flight to the holders of the pieces."""
 
-    def __init__(self, exchange: MatrixExchange, pending: Pending | None, results: Stacks) -> None:
+    def __init__(self, exchange: MatrixExchange, journey: Journey, results: Stacks) -> None:
         self._exchange = exchange
-        self._pending = pending
+        self._journey = journey
         self._results = results
 
     def wait(self) -> list[Tensor]:
         """Wait for the results; return a 1-D tensor for each Muon piece of this rank."""
-        return self._exchange.finish_scatter(self._pending, self._results)
+        return self._exchange.finish_scatter(self._journey.wait(), self._results)

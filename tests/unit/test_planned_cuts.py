@@ -136,8 +136,10 @@ def test_bytes_between_nodes_are_those_of_the_exchange() -> None:
     specs, mesh = shape_table("llama-1b"), Mesh(4, 2, 1)
     layout = make_layout(specs, 8, given=boxes_of(specs, mesh))
     loads = count(layout, Options())[1]
-    there = sum(max(*load.gather_out, *load.gather_in) for load in loads)
-    back = sum(max(*load.scatter_out, *load.scatter_in) for load in loads)
+    there, back = (
+        sum(max(*hop.sent, *hop.received) for load in loads for hop in getattr(load, way))
+        for way in ("gather", "scatter")
+    )
     assert between_nodes(layout, Options(), 1) == 2 * (there + back)
     assert between_nodes(layout, Options(precision=Precision(exchange=torch.float32)), 1) == 4 * (there + back)
     far = 0

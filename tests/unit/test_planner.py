@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import re
 import time
@@ -26,7 +27,7 @@ from distmuon.planning.baselines import whole_matrix_layout
 from distmuon.planning.counts import count, plan_rank, sent_bytes
 from distmuon.planning.plan import plan, plan_blind
 from distmuon.planning.shapes import TABLES, shape_table
-from distmuon.planning.step_time import HARDWARE, BucketLoad, Coding, Hardware, Order, StepTime, estimate
+from distmuon.planning.step_time import HARDWARE, BucketLoad, Coding, Hardware, HopLoad, Order, StepTime, estimate
 from tests.standing import Standing, routes
 
 # Sums of the shapes in the published safetensors (the number that each model's page on huggingface.co shows), without
@@ -320,6 +321,14 @@ def test_the_old_face_still_counts_one_rank() -> None:
 # ------------------------------------------------------------------------------------------------------------- times
 
 
+def _moved(*sent: int, far: int = 0) -> list[HopLoad]:
+    """An exchange in one hop between two ranks: what each sends the other receives. `far`: of it, over the card."""
+    hop = HopLoad(2)
+    hop.sent, hop.received = [*sent], [*sent[::-1]]
+    hop.far_sent, hop.far_received = ([min(far, n) for n in way] for way in (hop.sent, hop.received))
+    return [hop]
+
+
 def _load(**counts: Any) -> BucketLoad:
     load = BucketLoad(2, counts.pop("reduce_scatter", 0), counts.pop("all_gather", 0))
     load.ready_last = True
@@ -362,7 +371,7 @@ def test_what_gathers_nothing_waits_for_nothing() -> None:
 
 def test_a_wider_wire_takes_longer_and_newton_schulz_does_not() -> None:
     """1 s of exchange at 2 bytes an element; the dtype of Newton-Schulz was taken for that of the wire."""
-    load = _load(ns_flops=[10**12] * 2, gathers=True, gather_out=[10**9 // 2, 0], gather_in=[0, 10**9 // 2])
+    load = _load(ns_flops=[10**12] * 2, gather=_moved(10**9 // 2, 0))
     narrow, wide = _estimate([load]), _estimate([load], wire_bytes=4)
     assert (narrow.communication_s, wide.communication_s) == pytest.approx((1, 2))
     assert narrow.newton_schulz_s == wide.newton_schulz_s
@@ -374,15 +383,16 @@ def test_a_wider_wire_takes_longer_and_newton_schulz_does_not() -> None:
 
 def test_an_exchange_is_priced_by_where_it_goes() -> None:
     """1 GB that leaves its node takes 1 s, 1 GB inside it 0.1 s, one after the other; so does the latency."""
-    near = _load(gathers=True, gather_out=[10**9 // 2, 0], gather_in=[0, 10**9 // 2])
+    near = _load(gather=_moved(10**9 // 2, 0))
     hardware = replace(FLAT, nvlink=1e10, node_size=1)
     assert _estimate([near], hardware).communication_s == pytest.approx(0.1)
-    far = _load(gathers=True, gather_out=[10**9, 0], gather_in=[0, 10**9])
-    far.far = {**far.far, "gather_out": [10**9 // 2, 0], "gather_in": [0, 10**9 // 2]}
+    far = _load(gather=_moved(10**9, 0, far=10**9 // 2))
     assert _estimate([far], hardware).communication_s == pytest.approx(1.1)
     hardware = replace(hardware, latency_s=1.0)  # two of two nodes for the guard, and one or two for the exchange
     assert _estimate([near], hardware).communication_s == pytest.approx(4 + 1 + 0.1)
     assert _estimate([far], hardware).communication_s == pytest.approx(4 + 2 + 1.1)
+    both = _load(gather=far.gather + near.gather)  # two hops, the second inside the node
+    assert _estimate([both], hardware).communication_s == pytest.approx(4 + 2 + 1.1 + 1 + 0.1)
 
 
 def test_a_reduction_is_priced_by_where_it_goes() -> None:
@@ -463,10 +473,20 @@ def test_two_levels_spare_the_network() -> None:
     assert {way.ranks[0].calls["reduce_scatter"] // way.num_buckets for way in (levels, *levels.others)} == {2}
 
 
-def test_bytes_between_nodes_by_hand() -> None:
-    """From segments and owners alone: what a rank of the exchange sends to ranks of other nodes, in 16 bits."""
+def test_bytes_between_nodes_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From segments and owners alone: what a rank of the exchange sends to ranks of other nodes, in 16 bits. Two hops
+    send as much, and no rank more than its share."""
     made = make_layout(shape_table("llama-1b"), 16, node_size=4)
+    in_two = count(made, Options())[0]
+    assert any(made.two_hops)
+    monkeypatch.setattr(layout, "_SECOND_HOP", math.inf)
+    made = replace(made)  # without what it has cached
+    assert not any(made.two_hops)
     ranks = count(made, Options())[0]
+    for stage in ("dp_gather", "scatter"):
+        before, after = ([rank.sent_between_nodes.get(stage, 0) for rank in plans] for plans in (ranks, in_two))
+        assert sum(before) == sum(after) > 0
+        assert stage == "dp_gather" or max(before) > 2 * max(after)
     for rank in (0, 7):
         gather = sum(
             2 * piece.length
@@ -487,8 +507,7 @@ def test_bytes_between_nodes_by_hand() -> None:
 
 def test_an_exchange_hides_under_the_newton_schulz_of_its_neighbour() -> None:
     """1 s of exchange there, 5 s of Newton-Schulz: serial 2 * 6 s, pipelined 1 s less."""
-    exchanged = {"gathers": True, "gather_out": [10**9 // 2, 0], "gather_in": [0, 10**9 // 2]}
-    loads = [_load(ns_flops=[5 * 10**12] * 2, **exchanged) for _ in range(2)]
+    loads = [_load(ns_flops=[5 * 10**12] * 2, gather=_moved(10**9 // 2, 0)) for _ in range(2)]
     assert seconds(*loads, overlap=False) == pytest.approx(12)
     assert seconds(*loads) == pytest.approx(11)
 
@@ -514,9 +533,8 @@ def test_the_three_orders_by_hand() -> None:
     """Buckets with all-gathers of 4 s; the last one to walk exchanges, 1 s each way, and gathers for 1 s."""
 
     def last(ns_seconds: int) -> BucketLoad:
-        there = {"gathers": True, "gather_out": [10**9 // 2, 0], "gather_in": [0, 10**9 // 2]}
-        back = {"scatters": True, "scatter_out": [0, 10**9 // 2], "scatter_in": [10**9 // 2, 0]}
-        return _load(all_gather=10**9, ns_flops=[ns_seconds * 10**12] * 2, **there, **back)
+        ways = {"gather": _moved(10**9 // 2, 0), "scatter": _moved(0, 10**9 // 2)}
+        return _load(all_gather=10**9, ns_flops=[ns_seconds * 10**12] * 2, **ways)
 
     plain = [_load(all_gather=4 * 10**9) for _ in range(3)]
     # One queue: all-gather 0-4, exchange 4-5, all-gather 5-9, scatter 9-10, all-gathers 10-14-15.
@@ -547,10 +565,8 @@ def test_gathers_that_start_early_make_the_step_shorter() -> None:
         loads = []
         for (ns, gather), exchange in zip(seconds, exchanges):
             half = int(exchange * 10**9 / 2)
-            there = {"gathers": half > 0, "gather_out": [half, 0], "gather_in": [0, half]}
-            back = {"scatters": half > 0, "scatter_out": [0, half], "scatter_in": [half, 0]}
-            flops = [int(ns * 10**12)] * 2
-            loads.append(_load(all_gather=int(gather * 10**9), ns_flops=flops, **there, **back))
+            ways = {"gather": _moved(half, 0), "scatter": _moved(0, half)} if half else {}
+            loads.append(_load(all_gather=int(gather * 10**9), ns_flops=[int(ns * 10**12)] * 2, **ways))
         started = start_gathers([gather for _, gather in seconds], [ns for ns, _ in seconds], exchanges)
         held = [done if done >= last else 0 for done in range(1, len(loads) + 1)]
         early, late = (in_order(*loads[::-1], order="gathers_wait", started=when)[0] for when in (started, held))
@@ -566,7 +582,7 @@ def test_gathers_that_start_early_hardly_delay_exchanges(model: str, dp_size: in
     node_size = 8 if dp_size > 8 else 0
     made = make_layout(shape_table(model), dp_size, node_size=node_size)
     loads = count(made, Options(), node_size=8)[1]
-    exchanging = [number for number, load in enumerate(loads[::-1]) if load.gathers or load.scatters]
+    exchanging = [number for number, load in enumerate(loads[::-1]) if load.gather or load.scatter]
     held = [number + 1 if number + 1 >= max(exchanging) else 0 for number in range(len(loads))]
     given = {"hardware": HARDWARE["h100"], "order": "gathers_wait", "guard_bytes": 1000, "ns_steps": 5}
     early = _estimate(loads, **given, gathers_started=made.gathers_started)
