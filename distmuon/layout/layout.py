@@ -446,7 +446,7 @@ def _exchanges(layout: Layout) -> list[tuple[float, float]]:
     for bucket, (near, far, cards) in zip(layout.buckets, sums):
         in_one = max((near[rank] / _NVLINK + far[rank] for rank in {*near, *far}), default=0.0)
         in_two = inf
-        if far and has_relays and bucket.dp_size == dp_size:
+        if far and has_relays and bucket.group == 0:
             between = max(max(cards.values()) / node_size, *(n for rank, n in far.items() if rank >= dp_size))
             passed_on = {rank: n * (1 - 1 / node_size) for rank, n in far.items() if rank < dp_size}
             inside = max(near[rank] + passed_on.get(rank, 0.0) for rank in {*near, *passed_on})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from math import inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distmuon.comm.group import DataParallelGroup, _timeout_of
+from distmuon.layout import layout
 from distmuon.layout.layout import Layout
 from launch.ranks import Ranks
 from tests.streams.collectives import one_rank
@@ -34,6 +36,7 @@ PROGRAMS = (calls, two_backward_streams, late_evaluation, two_forward_streams, s
 RELEASED: dict[str, Any] = {"release_grads": True}
 SHORT: dict[str, Any] = {"reduce_dtype": torch.bfloat16}
 LEVELS: dict[str, Any] = {**SHORT, "gpus_per_node": 2}  # with four ranks; two are one node
+HOPS: dict[str, Any] = {"gpus_per_node": 2, "packing": "contiguous"}  # matrices cross nodes
 FORWARD: dict[str, Any] = {"overlap": "forward"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -45,6 +48,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bfloat16 reduction, serial": {**SHORT, "overlap": False},
     "two levels": LEVELS,
     "two levels, released": {**LEVELS, **RELEASED},
+    "two hops": HOPS,
+    "two hops, serial": {**HOPS, "overlap": False},
+    "two hops, exchange group": {**HOPS, "own_exchange_group": True, **FORWARD},
     "updates": {"param_gather": "updates", **FORWARD},
     "int8": {"momentum_dtype": torch.int8},
     "bfloat16": {"dtype": torch.bfloat16, **FORWARD},
@@ -67,7 +73,15 @@ DAILY = [
     (late_evaluation, "forward"),
     (two_forward_streams, "forward"),
     (states, "remainder"),
+    (calls, "two hops"),
+    (late_evaluation, "two hops, exchange group"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _second_hops_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over two nodes all exchanges take two hops, though the matrices are small."""
+    monkeypatch.setattr(layout, "_SECOND_HOP", -inf)
 
 
 def _name(value: object) -> str:
@@ -89,8 +103,11 @@ def test_nothing_is_found_under_any_option(program: Callable[[Program], None], r
 
 
 FAULTS: list[tuple[Fault, Callable[[Program], None], dict[str, Any]]] = [
-    (("group.py", "_start_aside"), two_backward_streams, SHORT),  # no wait of the reduction's own stream
-    (("group.py", "_start_aside"), two_backward_streams, LEVELS),
+    (("group.py", "start_aside"), two_backward_streams, SHORT),  # no wait of the reduction's own stream
+    (("group.py", "start_aside"), two_backward_streams, LEVELS),
+    (("group.py", "start_aside"), late_evaluation, HOPS),  # no wait of the exchange's own stream
+    (("matrix_exchange.py", "go_on"), late_evaluation, HOPS),  # that stream does not wait for the second hop
+    (("matrix_exchange.py", "wait"), late_evaluation, HOPS),  # the step does not wait for that stream
     (("group.py", "go_between_nodes"), late_evaluation, LEVELS),  # that stream does not wait for the second level
     (("bucket.py", "finish_reduce"), late_evaluation, LEVELS),  # the step does not wait for that stream
     (("grad_buffer.py", "_open"), two_backward_streams, SHORT),  # a second stream of backward does not wait
@@ -101,8 +118,7 @@ FAULTS: list[tuple[Fault, Callable[[Program], None], dict[str, Any]]] = [
     (("param_gather.py", "follow"), two_forward_streams, FORWARD),  # nor does a third stream
     (("param_gather.py", "wait"), late_evaluation, FORWARD),
     (("bucket.py", "finish_reduce"), late_evaluation, {}),
-    (("matrix_exchange.py", "finish_gather"), late_evaluation, {}),
-    (("matrix_exchange.py", "finish_scatter"), late_evaluation, {}),
+    (("matrix_exchange.py", "wait"), late_evaluation, {}),
     (("verdict.py", "judge"), late_evaluation, {}),
     (("engine.py", "read"), late_evaluation, {}),  # the host reads a flag that may not have arrived
 ]
@@ -126,11 +142,12 @@ def test_a_pending_that_lets_go_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
     make = DataParallelGroup._pending
     monkeypatch.setattr(DataParallelGroup, "_pending", lambda *args: make(*args[:3], (), *args[4:]))
     gpu, _ = run(late_evaluation, 1, 4)
-    assert any("freed too early" in error and "_start" in error for error in gpu.errors)
+    assert any("freed too early" in error and "_packed" in error for error in gpu.errors)
 
 
 def test_a_gpu_without_kernels_takes_the_plain_forms() -> None:
-    """Also in a step that is skipped; with kernels only last bits differ."""
+    """Also in a step that is skipped; with kernels only last bits differ, and what follows where a bfloat16 parameter
+    is rounded the other way."""
     ends: list[Tensor] = []
 
     def train(program: Program) -> None:
@@ -142,7 +159,7 @@ def test_a_gpu_without_kernels_takes_the_plain_forms() -> None:
         gpu, _ = run(train, 0, 1, kernels=kernels, dtype=torch.bfloat16, ns_dtype=torch.float32)
         assert not gpu.errors
         assert gpu.launched == ({"absorb", "momentum", "weight"} if kernels else set())
-    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ends[0], ends[1], rtol=0.0, atol=3e-3)
 
 
 def _host_waits(**options: Any) -> tuple[list[str], int]:
@@ -163,7 +180,7 @@ def _host_waits(**options: Any) -> tuple[list[str], int]:
     return found, gpu.event_waits
 
 
-@pytest.mark.parametrize("options", ["default", "forward", "remainder", "two levels"])
+@pytest.mark.parametrize("options", ["default", "forward", "remainder", "two levels", "two hops"])
 def test_the_host_never_waits_over_whole_iterations(options: str) -> None:
     """Except, once a step, for the flag that was sent in the step before."""
     assert _host_waits(**OPTIONS[options]) == ([], 4)
@@ -188,8 +205,8 @@ def test_the_recipe_puts_its_batches_on_the_device_without_a_wait() -> None:
 
 @pytest.mark.parametrize(
     ("dp_size", "options"),
-    [(3, {"placement": "replicated", "packing": "contiguous"}), (4, LEVELS)],
-    ids=["3", "levels"],
+    [(3, {"placement": "replicated", "packing": "contiguous"}), (4, LEVELS), (4, HOPS)],
+    ids=["3", "levels", "hops"],
 )
 def test_all_ranks_start_the_same_collectives_with_matching_splits(dp_size: int, options: dict[str, Any]) -> None:
     logs = [run(late_evaluation, rank, dp_size, **options)[1].log for rank in range(dp_size)]
@@ -214,7 +231,7 @@ def test_all_gathers_start_when_the_layout_says(monkeypatch: pytest.MonkeyPatch)
 
     orders = {}
     for held in (True, False):
-        when = property(lambda layout, held=held: [0 if held else n + 1 for n in range(len(layout.buckets) - 1)] + [99])
+        when = property(lambda made, held=held: [0 if held else n + 1 for n in range(len(made.buckets) - 1)] + [99])
         monkeypatch.setattr(Layout, "gathers_started", when)
         verbs = [entry[0] for entry in run(train, 1, 4, **FORWARD)[1].log]
         orders[held] = "all_to_all" in verbs[verbs.index("all_gather") :]
