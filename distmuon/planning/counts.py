@@ -6,6 +6,7 @@ the two. `plan.py` decides which layouts are counted. This module makes no tenso
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -181,6 +182,9 @@ def _add_matrix(load: BucketLoad, placed: PlacedUnit, node_size: int, relays: in
         load.ns_flops[worker] += ns_cost(placed.unit)
         load.ns_matrices[worker] += len(placed.unit.logical_shapes)
         load.stacked[worker] += placed.unit.numel
+    if len(placed.workers) > 1:
+        _add_gather_to_all(load, placed, node_size)
+        return
     ways = ((load.gather, to_workers(placed, relays)), (load.scatter, to_holders(placed, relays)))
     for hops, messages in ways:
         for number, sender, receiver, part in messages:
@@ -192,6 +196,25 @@ def _add_matrix(load: BucketLoad, placed: PlacedUnit, node_size: int, relays: in
             if sender // node_size != receiver // node_size:
                 hop.far_sent[sender] += part.length
                 hop.far_received[receiver] += part.length
+
+
+def _add_gather_to_all(load: BucketLoad, placed: PlacedUnit, node_size: int) -> None:
+    """Add the messages of `to_workers` if every holder works: of each pair of holders there would be one."""
+    if not load.gather:
+        load.gather.append(HopLoad(load.dp_size))
+    (hop,) = load.gather
+    workers_of = Counter(worker // node_size for worker in placed.workers)
+    lengths = Counter[int]()  # of the pieces, by rank
+    by_node = Counter[int]()
+    for source in placed.sources:
+        lengths[source.rank] += source.length
+        by_node[source.rank // node_size] += source.length
+    for worker in placed.workers:
+        node, own = worker // node_size, lengths[worker]
+        hop.sent[worker] += (len(placed.workers) - 1) * own
+        hop.received[worker] += placed.unit.numel - own
+        hop.far_sent[worker] += (len(placed.workers) - workers_of[node]) * own
+        hop.far_received[worker] += placed.unit.numel - by_node[node]
 
 
 def _by_rank(loads: Sequence[BucketLoad], name: str) -> list[int]:

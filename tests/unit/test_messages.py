@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from distmuon.layout import layout as layouts
 from distmuon.layout.layout import Layout, PlacedUnit, Segment, make_layout
 from distmuon.layout.messages import Message, to_holders, to_workers
+from distmuon.options import Options
+from distmuon.planning.counts import count
 from distmuon.planning.shapes import shape_table
+from distmuon.planning.step_time import HopLoad
 from tests.unit.test_layout import cuts
 
 Way = Callable[[PlacedUnit, int], Iterator[Message]]
@@ -59,6 +62,26 @@ def test_matrices_become_whole_and_results_return(layout: Layout) -> None:
             for message in messages if relays else ():
                 inside = owner // node_size == message.receiver // node_size == message.sender // node_size
                 assert inside == (message.hop == 0), "the cards in the second hop, except for the owner's own"
+
+
+@given(cuts())
+@settings(max_examples=100, deadline=None)
+def test_the_planner_adds_up_these_messages(layout: Layout) -> None:
+    """By bucket, hop and rank; for nodes of 2 ranks, if the layout knows none."""
+    node_size = layout.node_size if layout.node_size < layout.dp_size else 2
+    loads = count(layout, Options(), node_size=node_size)[1]
+    for number, load in enumerate(loads):
+        for hops, way in ((load.gather, to_workers), (load.scatter, to_holders)):
+            relays = layout.node_size if layout.two_hops[number] else 0
+            wanted = [HopLoad(layout.dp_size) for _ in hops]
+            for placed in (placed for placed in layout.matrices if placed.bucket == number):
+                for hop, sender, receiver, part in way(placed, relays):
+                    wanted[hop].sent[sender] += part.length
+                    wanted[hop].received[receiver] += part.length
+                    if sender // node_size != receiver // node_size:
+                        wanted[hop].far_sent[sender] += part.length
+                        wanted[hop].far_received[receiver] += part.length
+            assert hops == wanted and all(any(hop.sent) for hop in hops)
 
 
 def test_each_card_of_a_node_takes_its_share() -> None:
