@@ -38,6 +38,7 @@ import torch.distributed as dist
 from tests import forks
 
 START_S = 180.0  # two imports of torch on a busy machine
+CROWDED = 48  # threads of a worker; it starts with 16
 _imported = 0  # modules, when the collector was last told to pass by all that lives
 
 
@@ -139,7 +140,9 @@ class Pool:
         """Per-rank results of `fn(group, **kwargs)`; raises WorkerError with the first failing rank's traceback."""
         outcomes = self._outcomes(fn, dp_size, timeout, first_rank, kwargs)
         failed = [outcome for outcome in outcomes if outcome.error is not None]
-        if failed:
+        if self._is_crowded():
+            self.close()
+        elif failed:
             self._check_group(dp_size, first_rank)
             others = "".join(f"\nrank {o.rank} also raised {o.error}" for o in failed[1:])
             raise WorkerError(f"rank {failed[0].rank} of {dp_size} raised first:\n{failed[0].trace}{others}")
@@ -249,6 +252,12 @@ class Pool:
             process.kill()
         self.close()
         raise WorkerError(f"rank(s) {ranks}: {reason}{raised}{shown}")
+
+    def _is_crowded(self) -> bool:
+        """Whether runs have left many groups: each has three threads, and one of them wakes hundreds of times a second.
+        New workers take less than a second, and torch's caches hold meshes whose groups cannot be ended one by one."""
+        tasks = [Path(f"/proc/{process.pid}/task") for process, _ in self._workers]
+        return any(folder.exists() and len(list(folder.iterdir())) > CROWDED for folder in tasks)
 
     def _check_group(self, dp_size: int, first_rank: int) -> None:
         """After an error: keep the pool only if the group's ranks still agree on the next collective."""

@@ -81,6 +81,20 @@ def test_errors_are_shown_and_the_pool_serves_again(small_pool: Pool) -> None:
     assert small_pool.num_starts == 1, "nothing above leaves a collective half done, so nothing above costs a new pool"
 
 
+def _makes_groups(group: dist.ProcessGroup, count: int) -> int:
+    for _ in range(count):
+        dist.new_group([0, 1])
+    return os.getpid()
+
+
+def test_workers_that_many_groups_crowd_are_exchanged(small_pool: Pool) -> None:
+    few = [small_pool.spawn(_makes_groups, 2, count=1) for _ in range(2)]
+    assert few[0] == few[1], "the same processes"
+    many = small_pool.spawn(_makes_groups, 2, count=20)
+    after = small_pool.spawn(_makes_groups, 2, count=0)
+    assert many == few[0] and not set(many) & set(after)
+
+
 @pytest.mark.parametrize(
     ("fn", "timeout", "match"),
     [
