@@ -29,7 +29,7 @@ def newton_schulz(update: Tensor, steps: int) -> Tensor:
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = _product(x, x.mT)
-        x = 3.4445 * x + _product(-4.7750 * gram + 2.0315 * _product(gram, gram), x)
+        x = 3.4445 * x + _product(-4.7750 * gram + _product(2.0315 * gram, gram), x)
     return x.mT if update.shape[0] > update.shape[1] else x
 
 

@@ -480,7 +480,8 @@ def test_a_flipped_bit_of_a_master_is_taken_back_from_its_parameter(spawn) -> No
     for end in flipped:
         for fqn, weight in end.items():
             off = (weight.float() - plain[fqn].float()).abs() / plain[fqn].float().abs().clamp(min=1e-3)
-            assert off.max() <= 2**-7, fqn  # one unit in bfloat16's last place
+            # one unit in bfloat16's last place, and on some processors one more, by the gradients of the next step
+            assert off.max() <= 2**-6, fqn
 
 
 def _cost(group: dist.ProcessGroup) -> tuple[dict[str, Any], dict[str, Any], int]:
