@@ -140,10 +140,12 @@ class Pool:
         """Per-rank results of `fn(group, **kwargs)`; raises WorkerError with the first failing rank's traceback."""
         outcomes = self._outcomes(fn, dp_size, timeout, first_rank, kwargs)
         failed = [outcome for outcome in outcomes if outcome.error is not None]
-        if self._is_crowded():
+        is_crowded = self._is_crowded()
+        if is_crowded:
             self.close()
-        elif failed:
-            self._check_group(dp_size, first_rank)
+        if failed:
+            if not is_crowded:
+                self._check_group(dp_size, first_rank)
             others = "".join(f"\nrank {o.rank} also raised {o.error}" for o in failed[1:])
             raise WorkerError(f"rank {failed[0].rank} of {dp_size} raised first:\n{failed[0].trace}{others}")
         return [outcome.value for outcome in sorted(outcomes, key=lambda outcome: outcome.rank)]

@@ -37,7 +37,9 @@ _FLOPS_PER_BYTE = (
     15_000  # FLOPs of Newton-Schulz in the time of a byte through a card: 0.6 * 989 TFLOP/s, 0.8 * 50 GB/s
 )
 _NS_STEPS = 5
-_SECOND_HOP = 2_000_000  # elements of an exchange that a card moves in the time of another hop: 100 us
+# Elements of an exchange that a card moves in 100 us, which a second hop must save: the planner's 20 us of latency,
+# copies at the relays, and a margin.
+_SECOND_HOP = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +186,15 @@ class Layout:
 
     @cached_property
     def two_hops(self) -> tuple[bool, ...]:
-        """By bucket, whether pieces of other nodes reach the owners in two hops; [Note: two hops] in messages.py."""
+        """By bucket, whether pieces of other nodes reach the owners in two hops; [Note: two hops] in messages.py.
+
+        Only between nodes of equally many ranks, in buckets of the first group, whose nodes are those that are known.
+        """
         return tuple(in_two < in_one for in_one, in_two in _exchanges(self))
+
+    def relays_of(self, bucket: int) -> int:
+        """The ranks of a node if the exchange of `bucket` takes two hops, else 0."""
+        return self.node_size if self.two_hops[bucket] else 0
 
     @cached_property
     def num_elements(self) -> int:
@@ -404,6 +413,8 @@ def _score_of_nodes(layout: Layout) -> float:
     It is the sum of three: the reduce-scatters that no backward hides, since their buckets hold the first matrix or
     what comes before it; each exchange's busiest rank; and the Newton-Schulz of the busiest rank, or, if that is more,
     half of the sum over buckets of their busiest ranks', for each bucket waits for its exchange, and two overlap.
+
+    Exchanges count as in one hop. Layouts chosen by two hops had longer steps at dp 64 and 1024, by the planner.
     """
     num_nodes = layout.dp_size // layout.node_size
     work = [0] * layout.dp_size

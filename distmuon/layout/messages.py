@@ -8,10 +8,10 @@ and none if the worker holds one. After the computation p takes the piece from i
 the first worker, the owner, and so do all replicas. With `placement="owner"` a matrix has one worker. With
 "replicated", the paper's literal form, every holder is a worker, so nothing is sent back.
 
-[Note: two hops] If a matrix lies on several nodes, most of it must enter the owner's node, and would do so through one
-card, the owner's, while those of its neighbours idle. So a piece from another node travels in as many parts as the
-owner's node has ranks, a part through the card of each. These ranks, the relays, pass the parts on inside the node. The
-result leaves the node in the same way. `Layout.two_hops` says in which buckets this is shorter.
+[Note: two hops] If a matrix lies on several nodes, what lies on others must enter the owner's node, and would do so
+through one card, the owner's, while those of its neighbours idle. So a piece from another node travels in as many parts
+as the owner's node has ranks, a part through the card of each. These ranks, the relays, pass the parts on inside the
+node. The result leaves the node in the same way. `Layout.relays_of` says in which buckets this is shorter.
 
       another node               the owner's node
       piece  -- part 0 -------->  rank 0 --.
@@ -45,43 +45,43 @@ class Message(NamedTuple):
     part: Part
 
 
-def to_workers(placed: PlacedUnit, node_size: int = 0) -> Iterator[Message]:
+def to_workers(placed: PlacedUnit, num_relays: int = 0) -> Iterator[Message]:
     """Yield the messages that make the matrix whole on its workers.
 
-    `node_size`: the ranks of a node if pieces of other nodes travel in two hops; 0: all travel in one.
+    `num_relays`: the ranks of a node, if pieces of other nodes travel in two hops; 0: all travel in one.
     """
     for piece in placed.sources:
         for worker in placed.workers:
             if piece.rank != worker:
-                for relay, part in _parts(piece, worker, node_size):
+                for relay, part in _parts(piece, worker, num_relays):
                     yield Message(0, piece.rank, relay, part)
                     if relay != worker:
                         yield Message(1, relay, worker, part)
 
 
-def to_holders(placed: PlacedUnit, node_size: int = 0) -> Iterator[Message]:
-    """Yield the messages that bring the result to the holders of the pieces; `node_size` as above."""
+def to_holders(placed: PlacedUnit, num_relays: int = 0) -> Iterator[Message]:
+    """Yield the messages that bring the result to the holders of the pieces; `num_relays` as above."""
     owner = placed.workers[0]
     for piece in placed.pieces:
         if piece.rank not in placed.workers:
-            for relay, part in _parts(piece, owner, node_size):
+            for relay, part in _parts(piece, owner, num_relays):
                 if relay != owner:
                     yield Message(0, owner, relay, part)
-                yield Message(int(_is_far(piece, owner, node_size)), relay, piece.rank, part)
+                yield Message(int(_is_far(piece, owner, num_relays)), relay, piece.rank, part)
 
 
-def _is_far(piece: Segment, worker: int, node_size: int) -> bool:
+def _is_far(piece: Segment, worker: int, num_relays: int) -> bool:
     """Whether `piece` travels in two hops."""
-    return node_size > 0 and piece.rank // node_size != worker // node_size
+    return num_relays > 0 and piece.rank // num_relays != worker // num_relays
 
 
-def _parts(piece: Segment, worker: int, node_size: int) -> Iterator[tuple[int, Part]]:
+def _parts(piece: Segment, worker: int, num_relays: int) -> Iterator[tuple[int, Part]]:
     """Yield the parts in which `piece` reaches the worker's node, each with the rank that it enters or leaves by."""
-    if not _is_far(piece, worker, node_size):
+    if not _is_far(piece, worker, num_relays):
         yield worker, Part(piece, 0, piece.length)
         return
-    first = worker - worker % node_size
-    cuts = [piece.length * number // node_size // ALIGNMENT * ALIGNMENT for number in range(node_size)]
+    first = worker - worker % num_relays
+    cuts = [piece.length * number // num_relays // ALIGNMENT * ALIGNMENT for number in range(num_relays)]
     for number, (start, end) in enumerate(zip(cuts, [*cuts[1:], piece.length])):
         if start < end:
             yield first + number, Part(piece, start, end - start)

@@ -76,7 +76,9 @@ def processor_of(device: torch.device) -> str:
     "no_bfloat16" for a CPU without fast products in bfloat16."""
     if device.type != "cpu":
         return device.type
-    return "amx" if _multiplies_tiles() else "cpu" if _multiplies_bfloat16() else "no_bfloat16"
+    if not (torch.backends.mkldnn.enabled and _multiplies_bfloat16()):
+        return "no_bfloat16"
+    return "amx" if _multiplies_tiles() else "cpu"
 
 
 @cache
@@ -88,10 +90,9 @@ def _multiplies_tiles() -> bool:
 
 @cache
 def _multiplies_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 matrices, on x86 from AVX-512 on. torch's own loops take 8 to 60 times as long
-    as products in float32 (AMD Zen 3)."""
-    mkldnn = torch.backends.mkldnn
-    return bool(mkldnn.is_available() and mkldnn.enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether torch lets oneDNN multiply bfloat16 matrices: on x86 with AVX-512 or AVX-NE-CONVERT. Its own loops take 8
+    to 60 times as long as products in float32 (AMD Zen 3)."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @lru_cache(maxsize=4096)

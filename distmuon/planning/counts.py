@@ -149,8 +149,7 @@ def _load(layout: Layout, options: Options, node_size: int) -> list[BucketLoad]:
             by_rank[segment.rank] += segment.length
         loads.append(load)
     for placed in layout.matrices:
-        relays = layout.node_size if layout.two_hops[placed.bucket] else 0
-        _add_matrix(loads[placed.bucket], placed, node_size, relays)
+        _add_matrix(loads[placed.bucket], placed, node_size, layout.relays_of(placed.bucket))
     return loads
 
 
@@ -176,8 +175,8 @@ def _reduction(layout: Layout, options: Options, node_size: int) -> _Reduction:
     return _Reduction(slices=by_rank[0][0], far=[far for _, far in by_rank], levels=levels)
 
 
-def _add_matrix(load: BucketLoad, placed: PlacedUnit, node_size: int, relays: int) -> None:
-    """Add a matrix to the load of its bucket; `relays`: the `node_size` of `to_workers`."""
+def _add_matrix(load: BucketLoad, placed: PlacedUnit, node_size: int, num_relays: int) -> None:
+    """Add a matrix to the load of its bucket; `num_relays`: see `to_workers`."""
     for worker in placed.workers:
         load.ns_flops[worker] += ns_cost(placed.unit)
         load.ns_matrices[worker] += len(placed.unit.logical_shapes)
@@ -185,7 +184,7 @@ def _add_matrix(load: BucketLoad, placed: PlacedUnit, node_size: int, relays: in
     if len(placed.workers) > 1:
         _add_gather_to_all(load, placed, node_size)
         return
-    ways = ((load.gather, to_workers(placed, relays)), (load.scatter, to_holders(placed, relays)))
+    ways = ((load.gather, to_workers(placed, num_relays)), (load.scatter, to_holders(placed, num_relays)))
     for hops, messages in ways:
         for number, sender, receiver, part in messages:
             while number >= len(hops):
@@ -307,6 +306,7 @@ def _transient(layout: Layout, loads: Sequence[BucketLoad], options: Options, ra
         peak = max(peak, holds + updates + gathered + last, holds + computing + last, opened + last)
         last = finished if options.sharding.overlap else 0
         finished = stacks + ns * sum(hop.sent[rank] + hop.received[rank] for hop in load.scatter)
+        finished += ns * sum(hop.received[rank] for hop in load.scatter[1:])  # parts, joined to pieces
         computing = holds + finished + 16 * load.stacked[rank]  # Newton-Schulz: four float32 stacks, with Gram matrices
         gathered = holds
         if not options.sharding.overlap:

@@ -112,7 +112,7 @@ class Engine:
             wire,
             self.storage.device,
             storage.label,
-            layout.node_size if layout.two_hops[storage.spec.index] else 0,
+            layout.relays_of(storage.spec.index),
         )
         ns_dtype, codec = self._options.precision.newton_schulz, self._options.precision.update_codec
         transport = self._transport(storage)

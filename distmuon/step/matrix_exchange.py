@@ -13,7 +13,7 @@ stream of their own (group.py, [Note: beside the current stream]). On a CPU the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -64,13 +64,13 @@ class MatrixExchange:
         dtype: torch.dtype,
         device: torch.device,
         label: str = "",
-        node_size: int = 0,
+        num_relays: int = 0,
     ) -> None:
         """List what this rank sends and receives for the bucket's `units`.
 
         `muon_segments`: this rank's pieces, in the order of the updates that `start_gather` gets; only pieces of a
         single matrix are sent. `group_of`: the param group of each parameter. `dtype`: that of the stacks and of the
-        messages. `label`: a name for errors. `node_size`: see `to_workers`.
+        messages. `label`: a name for errors. `num_relays`: see `to_workers`.
         """
         self._group = group
         self.dtype = dtype
@@ -81,12 +81,8 @@ class MatrixExchange:
         self._number = {(s.param, s.param_offset): i for i, s in enumerate(self._segments)}
         self._place_stacks(units, group_of, me)
         # As many on all ranks, so that all make the same collectives; none if nothing travels.
-        self._gather_hops = self._hops(message for placed in units for message in to_workers(placed, node_size))
-        self._scatter_hops = self._hops(message for placed in units for message in to_holders(placed, node_size))
-
-    @property
-    def has_exchange(self) -> bool:
-        return bool(self._gather_hops)
+        self._gather_hops = self._hops(message for placed in units for message in to_workers(placed, num_relays))
+        self._scatter_hops = self._hops(message for placed in units for message in to_holders(placed, num_relays))
 
     def _hops(self, messages: Iterable[Message]) -> list[_Hop]:
         """In one pass: under FSDP2 every rank holds a piece of every matrix."""
@@ -179,13 +175,16 @@ class MatrixExchange:
         if not hops:
             return Journey(None, arrivals)
 
-        def outgoing(hop: _Hop, arrived: Container[Part] = ()) -> dict[Part, Tensor]:
-            parts = (part for peer in hop.out for part in peer if part not in arrived)
-            return {part: _elements(piece_of(part.piece), part) for part in parts}
-
         first, *others = hops
-        sent = self._packed(first, outgoing(first))
-        held = [outgoing(hop, {part for peer in first.into for part in peer}) for hop in others]
+        sent = self._packed([_elements(piece_of(part.piece), part) for peer in first.out for part in peer])
+        coming = {part for peer in first.into for part in peer} if others else set()
+        held = {
+            part: _elements(piece_of(part.piece), part)
+            for hop in others
+            for peer in hop.out
+            for part in peer
+            if part not in coming
+        }
 
         def start() -> Pending:
             pending = self._send(first, sent, stage)
@@ -194,20 +193,21 @@ class MatrixExchange:
 
         def go_on(received: Tensor) -> None:
             arrivals.extend(self._arrived(received, first))
-            for hop, own in zip(others, held):
-                pending = self._send(hop, self._packed(hop, own | dict(arrivals)), stage)
+            for hop in others:
+                here = held | dict(arrivals)
+                pending = self._send(hop, self._packed([here[part] for peer in hop.out for part in peer]), stage)
                 arrivals.extend(self._arrived(pending.wait(), hop))
 
         if others and self.device.type == "cuda":
-            return Journey(self._group.start_aside(start, self.device, holds=(sent,)), arrivals)
+            return Journey(self._group.start_aside(start, self.device, holds=(sent, *held.values())), arrivals)
         return Journey(start(), arrivals)
 
-    def _packed(self, hop: _Hop, elements: Mapping[Part, Tensor]) -> Tensor:
-        """The message of `hop`: what this rank sends, by receiver."""
-        parts = [part for peer in hop.out for part in peer]
-        sent = torch.empty(sum(part.length for part in parts), dtype=self.dtype, device=self.device)
-        for place, part in zip(torch.split(sent, [part.length for part in parts]), parts):
-            place.view(elements[part].shape).copy_(elements[part])
+    def _packed(self, outgoing: Sequence[Tensor]) -> Tensor:
+        """What this rank sends in a hop, by receiver, as one message."""
+        lengths = [elements.numel() for elements in outgoing]
+        sent = torch.empty(sum(lengths), dtype=self.dtype, device=self.device)
+        for place, elements in zip(torch.split(sent, lengths), outgoing):
+            place.view(elements.shape).copy_(elements)
         return sent
 
     def _send(self, hop: _Hop, sent: Tensor, stage: str) -> Pending:

@@ -28,6 +28,7 @@ import torch.distributed.distributed_c10d as c10d
 import distmuon
 from distmuon.comm import group as collectives
 from distmuon.comm import lost_ranks as roll_call
+from distmuon.math.newton_schulz import processor_of
 from tests.standing import Standing, make_batch
 from tests.training import Weights, backward, digest, make, train, weights
 
@@ -480,8 +481,9 @@ def test_a_flipped_bit_of_a_master_is_taken_back_from_its_parameter(spawn) -> No
     for end in flipped:
         for fqn, weight in end.items():
             off = (weight.float() - plain[fqn].float()).abs() / plain[fqn].float().abs().clamp(min=1e-3)
-            # one unit in bfloat16's last place, and on some processors one more, by the gradients of the next step
-            assert off.max() <= 2**-6, fqn
+            # one unit in bfloat16's last place; where torch's own loops multiply, the next gradients add another
+            in_loops = processor_of(torch.device("cpu")) == "no_bfloat16"
+            assert off.max() <= (2**-6 if in_loops else 2**-7), fqn
 
 
 def _cost(group: dist.ProcessGroup) -> tuple[dict[str, Any], dict[str, Any], int]:

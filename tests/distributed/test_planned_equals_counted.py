@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import distmuon
 from distmuon.layout.layout import make_layout
 from distmuon.layout.routing import ParamSpec
+from distmuon.math.newton_schulz import processor_of
 from distmuon.planning.meshes import Mesh, boxes_of, cut_of
 from distmuon.planning.plan import RankPlan, plan
 from distmuon.step import bucket
@@ -449,4 +450,5 @@ def test_a_step_on_given_shards_allocates_no_more_than_planned(spawn, dtype: tor
     for rank, peak in enumerate(spawn(_peak_of_given, 4, mesh=mesh, dtype=dtype)):
         share = peak / plans[rank].held.transient
         print(f"\n{dtype}, rank {rank}: measured / planned = {share:.2f}")
-        assert 0.5 < share <= 1.1, share  # the most where a CPU multiplies in float32 for bfloat16
+        in_float32 = processor_of(torch.device("cpu")) == "no_bfloat16"  # for bfloat16: larger workspaces
+        assert 0.5 < share <= (1.1 if in_float32 else 1.0), share

@@ -87,6 +87,16 @@ def _makes_groups(group: dist.ProcessGroup, count: int) -> int:
     return os.getpid()
 
 
+def _makes_groups_and_raises(group: dist.ProcessGroup) -> None:
+    _makes_groups(group, count=20)
+    raise ValueError("planted in a crowd")
+
+
+def test_an_error_in_a_crowd_is_raised(small_pool: Pool) -> None:
+    with pytest.raises(WorkerError, match="planted in a crowd"):
+        small_pool.spawn(_makes_groups_and_raises, 2)
+
+
 def test_workers_that_many_groups_crowd_are_exchanged(small_pool: Pool) -> None:
     few = [small_pool.spawn(_makes_groups, 2, count=1) for _ in range(2)]
     assert few[0] == few[1], "the same processes"

@@ -27,6 +27,9 @@ CASES: list[dict[str, Any]] = [
     {"model_dtype": torch.bfloat16, "ns_dtype": torch.bfloat16},
     {"exchange_dtype": torch.bfloat16, "param_gather": "updates"},
     {"grad_reduction": "external"},
+    {"own_exchange_group": True, "overlap": "forward"},
+    {"normuon_beta2": 0.95},
+    {"telemetry_every": 1, "reduce_dtype": torch.bfloat16},
 ]
 
 
@@ -39,6 +42,8 @@ def _trained(group: dist.ProcessGroup, cases: list[dict[str, Any]], cost: float)
         for case in cases:
             options = dict(case)
             dtype = options.pop("model_dtype", torch.float32)
+            if options.pop("own_exchange_group", False):
+                options["exchange_group"] = dist.new_group([0, 1, 2, 3])
             model, optimizer = make(group, make(None)[0].to(dtype), **options)
             if "grad_reduction" in options:
                 for step in range(2):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from distmuon.math.newton_schulz import processor_of
 from tests import forks
 from tests.reference import Reference
 from tests.standing import SPLITS, STACKS, loss_fn, make_batches, rules
@@ -111,7 +112,8 @@ def test_prepare_makes_the_same_optimizer_of_the_shards(found: Found) -> None:
 @pytest.mark.supports("FSDP2: a unit a layer, `cpu_ram_efficient_loading`", "accelerate")
 def test_units_a_layer_with_checkpointing_and_rank_0s_values_equal_zero_1(found: Found) -> None:
     for rank in found[1]:
-        assert max(rank["units_a_layer"]) <= 5e-6  # products of the model round otherwise on some processors: 1.9e-6
+        no_bfloat16 = processor_of(torch.device("cpu")) == "no_bfloat16"  # AVX2, whose products round otherwise: 1.9e-6
+        assert max(rank["units_a_layer"]) <= (5e-6 if no_bfloat16 else 1e-6)
 
 
 @pytest.mark.supports("FSDP2: evaluation, best model, `train` called twice", "Trainer")

@@ -50,6 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "two levels, released": {**LEVELS, **RELEASED},
     "two hops": HOPS,
     "two hops, serial": {**HOPS, "overlap": False},
+    "two hops, bfloat16 reduction": {**HOPS, **SHORT, **FORWARD},
     "two hops, exchange group": {**HOPS, "own_exchange_group": True, **FORWARD},
     "updates": {"param_gather": "updates", **FORWARD},
     "int8": {"momentum_dtype": torch.int8},
@@ -75,6 +76,7 @@ DAILY = [
     (states, "remainder"),
     (calls, "two hops"),
     (late_evaluation, "two hops, exchange group"),
+    (two_forward_streams, "two hops, bfloat16 reduction"),
 ]
 
 

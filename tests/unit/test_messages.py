@@ -74,7 +74,7 @@ def test_the_planner_adds_up_these_messages(layout: Layout) -> None:
         loads = count(layout, Options(), node_size=node_size)[1]
     for number, load in enumerate(loads):
         for hops, way in ((load.gather, to_workers), (load.scatter, to_holders)):
-            relays = layout.node_size if layout.two_hops[number] else 0
+            relays = layout.relays_of(number)
             wanted = [HopLoad(layout.dp_size) for _ in hops]
             for placed in (placed for placed in layout.matrices if placed.bucket == number):
                 for hop, sender, receiver, part in way(placed, relays):
