@@ -481,8 +481,8 @@ def test_a_flipped_bit_of_a_master_is_taken_back_from_its_parameter(spawn) -> No
     for end in flipped:
         for fqn, weight in end.items():
             off = (weight.float() - plain[fqn].float()).abs() / plain[fqn].float().abs().clamp(min=1e-3)
-            # One unit in bfloat16's last place; where torch's own loops multiply, the next gradients add some. A flipped
-            # bit 20 that stayed would be 16 units.
+            # One unit in bfloat16's last place; where torch's own loops multiply, the next gradients add some. A bit 20
+            # that stayed flipped would be 16 units.
             in_loops = processor_of(torch.device("cpu")) == "no_bfloat16"
             assert off.max() <= (2**-5 if in_loops else 2**-7), fqn
 
