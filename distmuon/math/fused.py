@@ -140,7 +140,11 @@ def differing(device: torch.device) -> list[str]:
     """The kernels that give other values on `device` than their plain forms on the CPU, for 1,029 elements."""
     defaults: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's are
     random = torch.Generator().manual_seed(0)
-    x, y, z = (torch.randn(1029, generator=random, **defaults) for _ in range(3))
+
+    def numbers() -> Tensor:
+        return torch.randn(1029, generator=random, **defaults)
+
+    x, y, z = numbers(), numbers(), numbers()
     half = x.bfloat16()
     half[::3] = z[::3].bfloat16()
     half[7] = torch.nan
