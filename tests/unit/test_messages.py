@@ -71,13 +71,13 @@ def test_the_planner_adds_up_these_messages(layout: Layout) -> None:
     node_size = layout.node_size if layout.node_size < layout.dp_size else 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layouts, "_SECOND_HOP", -inf)
+        num_relays = [layout.relays_of(bucket.index) for bucket in layout.buckets]
         loads = count(layout, Options(), node_size=node_size)[1]
     for number, load in enumerate(loads):
         for hops, way in ((load.gather, to_workers), (load.scatter, to_holders)):
-            relays = layout.relays_of(number)
             wanted = [HopLoad(layout.dp_size) for _ in hops]
             for placed in (placed for placed in layout.matrices if placed.bucket == number):
-                for hop, sender, receiver, part in way(placed, relays):
+                for hop, sender, receiver, part in way(placed, num_relays[number]):
                     wanted[hop].sent[sender] += part.length
                     wanted[hop].received[receiver] += part.length
                     if sender // node_size != receiver // node_size:
